@@ -1,0 +1,58 @@
+"""Packed weights: the tensors that are stored, and their exact shapes.
+
+    weight_packed      uint8 [N, ceil(K * bits / 8)]   codes, first column in the lowest bits
+    weight_scale       uint8 (e8m0) or float16 [N, groups]
+    weight_zero_point  uint8 [N, ceil(groups * bits / 8)], asymmetric formats only, packed alike
+
+For MXFP4 and MXFP8 these are the bytes of compressed-tensors. One layout serves every backend
+and instruction set.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .formats import Format
+
+
+class Packed(NamedTuple):
+    """The packed form of one [N, K] weight; the module docstring gives shapes and dtypes."""
+
+    weight_packed: Tensor
+    weight_scale: Tensor
+    weight_zero_point: Tensor | None = None
+
+
+def packed_spec(
+    fmt: Format, out_features: int, in_features: int
+) -> dict[str, tuple[torch.dtype, tuple[int, int]]]:
+    """Name -> (dtype, shape) of the tensors that hold an [out_features, in_features] weight."""
+    scale_dtype = torch.uint8 if fmt.is_mx else torch.float16
+    spec = {
+        "weight_packed": (torch.uint8, (out_features, fmt.packed_bytes(in_features))),
+        "weight_scale": (scale_dtype, (out_features, fmt.groups(in_features))),
+    }
+    if not fmt.symmetric:
+        shape = (out_features, fmt.zero_point_bytes(in_features))
+        spec["weight_zero_point"] = (torch.uint8, shape)
+    return spec
+
+
+def pack(q: reference.Quantized, fmt: Format) -> Packed:
+    """Codes, scales and zero points of a weight -> the tensors that are stored."""
+    zero_point = None if q.zero_point is None else reference.pack_codes(q.zero_point, fmt.bits)
+    return Packed(reference.pack_codes(q.codes, fmt.bits), q.scale, zero_point)
+
+
+def unpack(packed: Packed, fmt: Format, in_features: int) -> reference.Quantized:
+    """Inverse of `pack`."""
+    codes = reference.unpack_codes(packed.weight_packed, fmt.bits, in_features)
+    zero_point = None
+    if packed.weight_zero_point is not None:
+        groups = fmt.groups(in_features)
+        zero_point = reference.unpack_codes(packed.weight_zero_point, fmt.bits, groups)
+    return reference.Quantized(codes, packed.weight_scale, zero_point)
