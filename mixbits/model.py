@@ -1,0 +1,196 @@
+"""Find the parts of a transformers causal language model that can be quantized.
+
+A *linear* is one [N, K] weight: an `nn.Linear` in a decoder block, the head, or one slice of the
+3-D parameters in which transformers 5 holds a block's experts. Slices get the names that they
+have in most checkpoints: `model.layers.0.mlp.experts.7.gate_proj`.
+
+A *unit* is what the allocation decides on: one linear, or several that must agree.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor, nn
+
+from .formats import UsageError
+
+EXPERT_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+FUSED_GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+_EXPERT_NAME = re.compile(r"(?P<module>.+)\.(?P<expert>\d+)\.(?P<projection>\w+)")
+# Routers decide, in a few rows, where a token goes: too small to be worth bits, too fragile.
+_ROUTERS = ("gate", "router", "shared_expert_gate")
+
+
+@dataclass(frozen=True)
+class LinearInfo:
+    """One quantizable weight [out_features, in_features]; `block` is None for the head."""
+
+    name: str
+    out_features: int
+    in_features: int
+    block: int | None
+    is_expert: bool = False
+
+    @property
+    def numel(self) -> int:
+        return self.out_features * self.in_features
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What takes one scheme: linears that must agree, in the model's order."""
+
+    name: str
+    linears: tuple[LinearInfo, ...]
+
+
+def is_experts(module: nn.Module) -> bool:
+    """Whether `module` holds experts as gate_up_proj [E, 2I, H] and down_proj [E, H, I]."""
+    gate_up = getattr(module, "gate_up_proj", None)
+    down = getattr(module, "down_proj", None)
+    if not isinstance(gate_up, nn.Parameter) or not isinstance(down, nn.Parameter):
+        return False
+    has_bias = getattr(module, "gate_up_proj_bias", None) is not None
+    if gate_up.dim() != 3 or down.dim() != 3 or has_bias or not hasattr(module, "act_fn"):
+        return False
+    hidden, intermediate = down.shape[1:]
+    return gate_up.shape == (down.shape[0], 2 * intermediate, hidden)
+
+
+def expert_slice(module: nn.Module, expert: int, projection: str) -> Tensor:
+    """The [N, K] view of one expert's projection in the 3-D parameters of `module`."""
+    assert isinstance(module.gate_up_proj, Tensor) and isinstance(module.down_proj, Tensor)
+    if projection == "down_proj":
+        return module.down_proj[expert]
+    gate, up = module.gate_up_proj[expert].chunk(2, dim=0)
+    return gate if projection == "gate_proj" else up
+
+
+def split_expert_name(name: str) -> tuple[str, int, str]:
+    """`a.b.experts.7.gate_proj` -> (`a.b.experts`, 7, `gate_proj`)."""
+    match = _EXPERT_NAME.fullmatch(name)
+    if match is None:
+        raise ValueError(f"not the name of an expert's linear: {name}")
+    return match["module"], int(match["expert"]), match["projection"]
+
+
+def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """Name and list of the decoder blocks. Raises UsageError where there is none."""
+    layers = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == layers:
+            return name, module
+    raise UsageError(
+        f"{type(model).__name__} has no list of {layers} decoder blocks: "
+        "only decoder-only language models can be quantized"
+    )
+
+
+def output_head(model: nn.Module) -> tuple[str, nn.Linear]:
+    """Name and module of the linear that makes logits."""
+    head = model.get_output_embeddings()
+    for name, module in model.named_modules():
+        if module is head and isinstance(module, nn.Linear):
+            return name, module
+    raise UsageError(f"{type(model).__name__} has no linear output head")
+
+
+def _linears_in(prefix: str, block: nn.Module, index: int) -> Iterator[LinearInfo]:
+    for name, module in block.named_modules(prefix=prefix):
+        if isinstance(module, nn.Linear) and name.rpartition(".")[2] not in _ROUTERS:
+            yield LinearInfo(name, module.out_features, module.in_features, index)
+        elif is_experts(module):
+            for expert in range(module.down_proj.shape[0]):
+                for projection in EXPERT_PROJECTIONS:
+                    rows, columns = expert_slice(module, expert, projection).shape
+                    full = f"{name}.{expert}.{projection}"
+                    yield LinearInfo(full, rows, columns, index, is_expert=True)
+
+
+def find_linears(model: nn.Module, include_head: bool = False) -> list[LinearInfo]:
+    """All quantizable linears in the model's order, the head last. Works on a meta model."""
+    prefix, blocks = decoder_blocks(model)
+    found = [
+        info
+        for index, block in enumerate(blocks)
+        for info in _linears_in(f"{prefix}.{index}", block, index)
+    ]
+    if include_head:
+        name, head = output_head(model)
+        found.append(LinearInfo(name, head.out_features, head.in_features, None))
+    if not found:
+        raise UsageError(f"{type(model).__name__} has no linear layer that can be quantized")
+    return found
+
+
+def weight_of(model: nn.Module, info: LinearInfo) -> Tensor:
+    """The [N, K] weight of a linear: a parameter, or a view of one."""
+    if info.is_expert:
+        module, expert, projection = split_expert_name(info.name)
+        return expert_slice(model.get_submodule(module), expert, projection)
+    weight = model.get_submodule(info.name).weight
+    assert isinstance(weight, Tensor)
+    return weight
+
+
+def _unit_name(info: LinearInfo, fuse: bool, per_expert: bool) -> str:
+    if info.is_expert and not per_expert:
+        return split_expert_name(info.name)[0]
+    parent, _, leaf = info.name.rpartition(".")
+    if fuse:
+        for group in FUSED_GROUPS:
+            if leaf in group:
+                return f"{parent}.{'+'.join(group)}"
+    return info.name
+
+
+def make_units(
+    linears: Iterable[LinearInfo], fuse: bool = False, per_expert: bool = False
+) -> list[Unit]:
+    """Group linears into units, in the model's order.
+
+    fuse        q/k/v agree, and gate/up, as engines that fuse them require.
+    per_expert  every expert's linear is free; otherwise all experts of a block agree.
+    """
+    groups: dict[str, list[LinearInfo]] = {}
+    for info in linears:
+        groups.setdefault(_unit_name(info, fuse, per_expert), []).append(info)
+    return [Unit(name, tuple(members)) for name, members in groups.items()]
+
+
+def match_units(units: Sequence[Unit], pattern: str) -> list[int]:
+    """Indices of the units that a `--keep` pattern names.
+
+    A pattern is a shell wildcard over unit or linear names (`*.down_proj`), or a regular
+    expression after `re:`. Raises UsageError where nothing matches.
+    """
+
+    def matches(name: str) -> bool:
+        if pattern.startswith("re:"):
+            return re.fullmatch(pattern[3:], name) is not None
+        return fnmatchcase(name, pattern)
+
+    try:
+        found = [
+            index
+            for index, unit in enumerate(units)
+            if matches(unit.name) or any(matches(info.name) for info in unit.linears)
+        ]
+    except re.error as error:
+        raise UsageError(f"--keep {pattern!r} is not a regular expression: {error}") from None
+    if not found:
+        raise UsageError(f"--keep {pattern!r} matches no unit, such as {units[0].name}")
+    return found
+
+
+def meta_model(config: object, **kwargs: object) -> nn.Module:
+    """The model that `config` describes, with shapes and no storage."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, **kwargs)

@@ -1,0 +1,168 @@
+"""scores.json: the result of the measurement, readable, reusable, and hashed.
+
+    {"mixbits_scores": 1, "method", "unit", "model": {"name", "sha256"}, "calibration": {...},
+     "weight_scale_mode", "act_scale_mode",
+     "linears": {name: {"shape": [N, K], "scores": {scheme: total},
+                        "slabs": {scheme: [per 32 columns]}}},
+     "sha256": of all of the above}
+
+It costs minutes to hours to make and milliseconds to use: every budget, strategy and grouping is
+allocated from the same file. Numbers carry nine digits; equal inputs give equal bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .formats import Scheme, UsageError
+from .model import LinearInfo
+from .sensitivity import SlabScores
+
+VERSION = 1
+UNITS = {"fisher": "nats per token", "deltaloss": "nats, summed over batches"}
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that a reader sees the old or the new one, never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_json(path: Path, kind: str) -> dict[str, Any]:
+    """A JSON object with the key `kind` (its version). Raises UsageError otherwise."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is not JSON: {error}") from None
+    if not isinstance(data, dict) or data.get(kind) != VERSION:
+        found = data.get(kind) if isinstance(data, dict) else type(data).__name__
+        raise UsageError(f"{path} must hold {kind!r}: {VERSION}: got {found!r}")
+    return data
+
+
+def dump(data: dict[str, Any]) -> str:
+    """JSON for people: indented, but lists of numbers on one line."""
+    lists: list[str] = []
+
+    def fold(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: fold(v) for k, v in value.items()}
+        if isinstance(value, list) and all(isinstance(x, (int, float)) for x in value):
+            lists.append(json.dumps(value))
+            return f"@list{len(lists) - 1}@"
+        return [fold(v) for v in value] if isinstance(value, list) else value
+
+    text = json.dumps(fold(data), indent=1, ensure_ascii=False)
+    for index in reversed(range(len(lists))):
+        text = text.replace(f'"@list{index}@"', lists[index], 1)
+    return text + "\n"
+
+
+def _digest(data: dict[str, Any]) -> str:
+    content = {k: v for k, v in data.items() if k != "sha256"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _round(value: float) -> float:
+    return float(f"{value:.9g}")
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The content of scores.json."""
+
+    data: dict[str, Any]
+
+    @classmethod
+    def build(
+        cls,
+        slabs: SlabScores,
+        linears: Sequence[LinearInfo],
+        method: str,
+        scale_modes: tuple[str, str],
+        model: dict[str, Any],
+        calibration: dict[str, Any],
+    ) -> Scores:
+        """From `sensitivity.measure`; `scale_modes` are those of weights and activations."""
+        rows = {
+            info.name: {
+                "shape": [info.out_features, info.in_features],
+                "scores": {s: _round(sum(v)) for s, v in slabs[info.name].items()},
+                "slabs": {s: [_round(x) for x in v] for s, v in slabs[info.name].items()},
+            }
+            for info in linears
+        }
+        data: dict[str, Any] = {
+            "mixbits_scores": VERSION,
+            "method": method,
+            "unit": UNITS[method],
+            "model": model,
+            "calibration": calibration,
+            "weight_scale_mode": scale_modes[0],
+            "act_scale_mode": scale_modes[1],
+            "linears": rows,
+        }
+        data["sha256"] = _digest(data)
+        return cls(data)
+
+    @classmethod
+    def read(cls, path: Path) -> Scores:
+        """Raises UsageError if the file is damaged or was edited."""
+        data = read_json(path, "mixbits_scores")
+        if data.get("sha256") != _digest(data):
+            raise UsageError(
+                f"the hash in {path} does not match its content: it was edited or damaged"
+            )
+        return cls(data)
+
+    def write(self, path: Path) -> None:
+        write_text(path, dump(self.data))
+
+    def check(
+        self,
+        path: Path,
+        linears: Sequence[LinearInfo],
+        schemes: Sequence[Scheme],
+        scale_modes: tuple[str, str],
+        model_sha256: str | None,
+    ) -> None:
+        """Raise UsageError unless the scores are of this model and cover these schemes."""
+        if model_sha256 is not None and self.data["model"]["sha256"] != model_sha256:
+            raise UsageError(f"{path} was measured on another model, {self.data['model']['name']}")
+        if (self.data["weight_scale_mode"], self.data["act_scale_mode"]) != scale_modes:
+            raise UsageError(
+                f"{path} was measured with scale modes {self.data['weight_scale_mode']} (weights) "
+                f"and {self.data['act_scale_mode']} (activations): asked for {scale_modes}"
+            )
+        for info in linears:
+            row = self.data["linears"].get(info.name)
+            if row is None or row["shape"] != [info.out_features, info.in_features]:
+                raise UsageError(
+                    f"{path} has no scores for {info.name} "
+                    f"[{info.out_features}, {info.in_features}]"
+                )
+            for scheme in schemes:
+                if scheme.weight is not None and scheme.name not in row["scores"]:
+                    known = ", ".join(row["scores"])
+                    raise UsageError(f"{path} has no scores for {scheme.name}, only for {known}")
+
+    def score(self, linear: str, scheme: Scheme) -> float:
+        """Predicted loss of storing `linear` in `scheme`; BF16 costs nothing."""
+        if scheme.weight is None:
+            return 0.0
+        return float(self.data["linears"][linear]["scores"][scheme.name])

@@ -1,0 +1,347 @@
+"""How much the model's predictions suffer when one linear is stored in one format.
+
+`fisher` (default). The KL divergence between the model and its perturbed self is, to second
+order, a quadratic form in the change of each linear's output; its matrix is the Fisher
+information, estimated with labels drawn from the model's own softmax. With g = d loss / d output
+and gW = d loss / d input of a linear, the Kronecker-diagonal form of it needs four vectors per
+linear and no gradient of a weight:
+
+    loss(format) = tokens/2 sum_k [ E[x_k^2] sum_o E[g_o^2] (W - Q(W))_ok^2
+                                    + E[(gW)_k^2] E[(x_k - Q(x_k))^2] ]
+
+One forward and one backward serve all formats: the formats differ only in the last pass over W.
+The unit is nats per token, an estimate of the KL divergence.
+
+`deltaloss` (AutoScheme's definition, Intel AutoRound; SignRoundV2, arXiv 2512.04746). The first
+order, at the model in which every linear is quantized to the format: per batch of sequences
+|dL/dW (W - Q(W))| summed over the weight plus |dL/dX (X - Q(X))| summed over tokens and columns,
+L the cross entropy of the text. Gradients pass straight through rounded activations. It takes a
+forward and a backward per format, since each format has a model of its own.
+
+Both are sums over input columns, so that the score of every 32-column slab comes with that of
+the linear.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from . import ops
+from .experts import run_experts
+from .formats import MX_GROUP, Format, Scheme, UsageError
+from .model import LinearInfo, expert_slice, is_experts, split_expert_name, weight_of
+from .streaming import Progress, StreamedModel, patched
+
+METHODS = ("fisher", "deltaloss")
+SlabScores = dict[str, dict[str, list[float]]]  # linear -> scheme -> score per 32-column slab
+
+# x [M, K], weight [N, K], bias -> y [M, N], leaving its record behind
+Probe = Callable[[str, Tensor, Tensor, "Tensor | None"], Tensor]
+
+
+@contextmanager
+def probed(model: nn.Module, linears: Sequence[LinearInfo], probe: Probe) -> Iterator[None]:
+    """Let every linear, and every expert, run through `probe` for the duration."""
+    names = {info.name for info in linears}
+    experts = {split_expert_name(info.name)[0] for info in linears if info.is_expert}
+
+    def plain(name: str, linear: nn.Linear) -> Callable[[Tensor], Tensor]:
+        return lambda x: probe(name, x, linear.weight, linear.bias)
+
+    def routed(name: str, module: nn.Module) -> Callable[..., Tensor]:
+        def linear(expert: int, projection: str, x: Tensor) -> Tensor:
+            weight = expert_slice(module, expert, projection)
+            return probe(f"{name}.{expert}.{projection}", x, weight, None)
+
+        def run(hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+            count = module.down_proj.shape[0]  # type: ignore[union-attr,index]
+            return run_experts(hidden, index, weights, module.act_fn, linear, count)  # type: ignore[arg-type]
+
+        return run
+
+    with ExitStack() as stack:
+        for name, module in model.named_modules():
+            if name in names and isinstance(module, nn.Linear):
+                stack.enter_context(patched(module, plain(name, module)))
+            elif name in experts and is_experts(module):
+                stack.enter_context(patched(module, routed(name, module)))
+        yield
+
+
+def _slabs(columns: Tensor) -> Tensor:
+    """float64 [..., K] -> [..., slabs]: sums over 32 columns, the last slab may be short."""
+    pad = -columns.shape[-1] % MX_GROUP
+    padded = torch.nn.functional.pad(columns, (0, pad))
+    return padded.unflatten(-1, (-1, MX_GROUP)).sum(-1)
+
+
+# --- Fisher ----------------------------------------------------------------------------------
+
+
+@dataclass
+class _Moments:
+    """Sums over tokens, float64: x_k^2, g_o^2, (gW)_k^2 and, per format, (x - Q(x))_k^2."""
+
+    tokens: int = 0
+    x: Tensor | float = 0.0
+    g: Tensor | float = 0.0
+    gw: Tensor | float = 0.0
+    dx: dict[Format, Tensor | float] = field(default_factory=dict)
+
+
+def _square_sum(x: Tensor) -> Tensor:
+    """Column sums of x^2 [T, K] -> float64 [K] on the CPU."""
+    return x.float().square().sum(0, dtype=torch.float64).cpu()
+
+
+class _FisherLinear(torch.autograd.Function):
+    """A linear that records second moments, and computes no gradient of its weight."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        moments: _Moments,
+        activations: Sequence[Format],
+    ) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        moments.tokens += rows.shape[0]
+        moments.x = moments.x + _square_sum(rows)
+        for fmt in activations:
+            error = _square_sum(rows - ops.fake_quantize(rows, fmt))
+            moments.dx[fmt] = moments.dx.get(fmt, 0.0) + error
+        ctx.save_for_backward(weight)
+        ctx.moments = moments
+        return torch.nn.functional.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (weight,) = ctx.saved_tensors
+        gw = grads[0] @ weight
+        moments: _Moments = ctx.moments
+        moments.g = moments.g + _square_sum(grads[0].reshape(-1, weight.shape[0]))
+        moments.gw = moments.gw + _square_sum(gw.reshape(-1, weight.shape[1]))
+        return gw, None, None, None, None
+
+
+def _sampled_label_loss(generator: torch.Generator) -> Callable[[Tensor, Tensor], Tensor]:
+    """Cross entropy, summed over tokens, with labels drawn from the model's own softmax."""
+
+    def loss(logits: Tensor, ids: Tensor) -> Tensor:
+        flat = logits.flatten(0, -2).float()
+        with torch.no_grad():
+            probabilities = flat.softmax(-1).cpu()
+            labels = torch.multinomial(probabilities, 1, generator=generator).squeeze(-1)
+        return torch.nn.functional.cross_entropy(flat, labels.to(flat.device), reduction="sum")
+
+    return loss
+
+
+def _fill_idle_experts(linears: Sequence[LinearInfo], moments: dict[str, _Moments]) -> None:
+    """Give experts that no token reached the mean moments of their block's other experts.
+
+    Otherwise they would look free of charge, and any text outside the calibration would pay.
+    """
+    groups: dict[tuple[str, str], list[str]] = {}
+    for info in linears:
+        if info.is_expert:
+            module, _, projection = split_expert_name(info.name)
+            groups.setdefault((module, projection), []).append(info.name)
+    for names in groups.values():
+        active = [moments[n] for n in names if moments[n].tokens]
+        if not active:
+            continue
+
+        def mean(pick: Callable[[_Moments], Any], active: list[_Moments] = active) -> Any:
+            return sum(pick(m) for m in active) / len(active)
+
+        average = _Moments(
+            tokens=max(1, round(mean(lambda m: m.tokens))),
+            x=mean(lambda m: m.x),
+            g=mean(lambda m: m.g),
+            gw=mean(lambda m: m.gw),
+            dx={f: mean(lambda m, f=f: m.dx[f]) for f in active[0].dx},
+        )
+        for name in names:
+            if not moments[name].tokens:
+                moments[name] = average
+
+
+def _fisher_scores(
+    weight: Tensor, moments: _Moments, schemes: Sequence[Scheme], all_tokens: int
+) -> dict[str, list[float]]:
+    """Scores of one linear, nats per token: {scheme: [slabs]}."""
+    slabs = -(-weight.shape[1] // MX_GROUP)
+    zero = torch.zeros(slabs, dtype=torch.float64)
+    formats = list(dict.fromkeys(s.weight for s in schemes if s.weight is not None))
+    if not moments.tokens or not formats:
+        return {s.name: zero.tolist() for s in schemes}
+    assert isinstance(moments.g, Tensor) and isinstance(moments.x, Tensor)
+    assert isinstance(moments.gw, Tensor)
+    rows, columns = moments.g.float(), moments.x.float()
+    errors = dict(zip(formats, ops.fisher_statistics(weight, rows, columns, formats), strict=True))
+    result = {}
+    for scheme in schemes:
+        score = zero if scheme.weight is None else errors[scheme.weight]
+        if scheme.activation is not None:
+            score = score + _slabs(moments.gw * moments.dx[scheme.activation])
+        result[scheme.name] = (score / (2 * moments.tokens * all_tokens)).tolist()
+    return result
+
+
+def _measure_fisher(
+    model: StreamedModel,
+    linears: Sequence[LinearInfo],
+    schemes: Sequence[Scheme],
+    batches: Sequence[Tensor],
+    seed: int,
+    progress: Progress,
+) -> SlabScores:
+    moments = {info.name: _Moments() for info in linears}
+    activations = list(dict.fromkeys(s.activation for s in schemes if s.activation is not None))
+
+    def probe(name: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if not torch.is_grad_enabled():
+            return torch.nn.functional.linear(x, weight, bias)
+        out: Tensor = _FisherLinear.apply(x, weight, bias, moments[name], activations)
+        return out
+
+    loss = _sampled_label_loss(torch.Generator().manual_seed(seed))
+    with probed(model.model, linears, probe):
+        for ids in batches:
+            model.forward_backward(ids, loss, progress)
+    _fill_idle_experts(linears, moments)
+    tokens = sum(ids.numel() for ids in batches)
+    scores = {}
+    for info in linears:
+        weight = weight_of(model.model, info).detach()
+        scores[info.name] = _fisher_scores(weight, moments[info.name], schemes, tokens)
+    return scores
+
+
+# --- DeltaLoss -------------------------------------------------------------------------------
+
+
+class _DeltaLossLinear(torch.autograd.Function):
+    """A fully quantized linear, straight-through, that records |g dW| and |gX dX|."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, scheme: Scheme, record: Tensor
+    ) -> Tensor:
+        rounded, rounded_x = _rounded(x, weight, scheme)
+        ctx.save_for_backward(x, weight, rounded, rounded_x)
+        ctx.scheme, ctx.record = scheme, record
+        return torch.nn.functional.linear(rounded_x, rounded, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, rounded, rounded_x = ctx.saved_tensors
+        grad = grads[0].reshape(-1, weight.shape[0])
+        grad_weight = grad.T @ rounded_x.reshape(-1, weight.shape[1])
+        record: Tensor = ctx.record
+        record += ops.gradient_statistics(weight, grad_weight, [ctx.scheme.weight])[0].cpu()
+        grad_x = grads[0] @ rounded
+        if ctx.scheme.activation is not None:
+            moved = (grad_x * (x - rounded_x)).abs().flatten(0, -2)
+            record += _slabs(moved.sum(0, dtype=torch.float64)).cpu()
+        return grad_x, None, None, None, None
+
+
+def _rounded(x: Tensor, weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
+    assert scheme.weight is not None
+    rounded_x = x if scheme.activation is None else ops.fake_quantize(x, scheme.activation)
+    return ops.fake_quantize(weight, scheme.weight), rounded_x
+
+
+def _next_token_loss(logits: Tensor, ids: Tensor) -> Tensor:
+    """Mean cross entropy of the text, as transformers computes it for labels = input_ids."""
+    flat = logits[:, :-1].flatten(0, 1).float()
+    return torch.nn.functional.cross_entropy(flat, ids[:, 1:].flatten())
+
+
+def _measure_deltaloss(
+    model: StreamedModel,
+    linears: Sequence[LinearInfo],
+    schemes: Sequence[Scheme],
+    batches: Sequence[Tensor],
+    seed: int,
+    progress: Progress,
+) -> SlabScores:
+    scores: SlabScores = {info.name: {} for info in linears}
+    for scheme in schemes:
+        records = {
+            info.name: torch.zeros(-(-info.in_features // MX_GROUP), dtype=torch.float64)
+            for info in linears
+        }
+        if scheme.weight is not None:
+            _deltaloss_pass(model, linears, scheme, batches, records, progress)
+        for name, record in records.items():
+            scores[name][scheme.name] = record.tolist()
+    return scores
+
+
+def _deltaloss_pass(
+    model: StreamedModel,
+    linears: Sequence[LinearInfo],
+    scheme: Scheme,
+    batches: Sequence[Tensor],
+    records: dict[str, Tensor],
+    progress: Progress,
+) -> None:
+    """Add the scores of one scheme to `records`, at the model quantized to it everywhere."""
+
+    def probe(name: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if not torch.is_grad_enabled():
+            rounded, rounded_x = _rounded(x, weight, scheme)
+            return torch.nn.functional.linear(rounded_x, rounded, bias)
+        out: Tensor = _DeltaLossLinear.apply(x, weight, bias, scheme, records[name])
+        return out
+
+    with probed(model.model, linears, probe):
+        for ids in batches:
+            model.forward_backward(ids, _next_token_loss, progress)
+
+
+_MEASURES = {"fisher": _measure_fisher, "deltaloss": _measure_deltaloss}
+
+
+def measure(
+    model: StreamedModel,
+    linears: Sequence[LinearInfo],
+    schemes: Sequence[Scheme],
+    ids: Tensor,
+    method: str = "fisher",
+    batch_size: int = 8,
+    seed: int = 0,
+) -> SlabScores:
+    """Score every scheme on every linear with calibration tokens ids [sequences, length].
+
+    Returns {linear: {scheme: [score of each 32-column slab]}}; a linear's score is the sum.
+    `fisher` is in nats per token, `deltaloss` in nats of the batches' mean losses, added up.
+    Raises UsageError for an unknown method, or where the model's loss is not finite.
+    """
+    if method not in METHODS:
+        raise UsageError(f"method must be one of {', '.join(METHODS)}: got {method!r}")
+    batches = list(ids.split(batch_size))
+    passes = sum(s.weight is not None for s in schemes) if method == "deltaloss" else 1
+    steps = 2 * passes * len(batches) * len(model.blocks)
+    with tqdm(total=steps, desc=f"sensitivity ({method})", unit="block", leave=False) as bar:
+        scores = _MEASURES[method](model, linears, schemes, batches, seed, lambda: bar.update())
+    for name, by_scheme in scores.items():
+        for scheme_name, slabs in by_scheme.items():
+            if not all(s == s and abs(s) != float("inf") for s in slabs):
+                raise UsageError(
+                    f"scores must be finite: got NaN or infinity for {scheme_name} ({name}); "
+                    "the model itself overflows on the calibration text"
+                )
+    return scores

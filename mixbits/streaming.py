@@ -1,0 +1,185 @@
+"""Run a model block by block, so that only one block is ever resident in the compute dtype.
+
+The weights of a model opened by transformers stay mapped from its files. A *resident* module has
+its parameters copied to the compute dtype and device for as long as it runs; then the copies are
+dropped. So the peak is one block (or the head, where that is larger), its gradients, and the
+activations at the block borders of one batch.
+
+Backward works the same way. The forward pass runs without gradients and keeps each block's
+input; the loss is differentiated down to the last block's output, and then block after block is
+run once more with gradients, from the last to the first. It costs one more forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .model import decoder_blocks, output_head
+
+Progress = Callable[[], None]
+
+
+@contextmanager
+def patched(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Let `module` run `forward` instead of its own, for the duration."""
+    before = module.__dict__.get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del module.forward  # the class's method shows again
+        else:
+            module.forward = before
+
+
+@contextmanager
+def resident(module: nn.Module, dtype: torch.dtype, device: torch.device) -> Iterator[None]:
+    """Copy what `module` holds to `device`, its parameters to `dtype` too, for the duration.
+
+    Buffers keep their dtype: they are packed codes and scales, and rotary frequencies.
+    """
+    parameters = [(p, p.data) for p in module.parameters()]
+    buffers = [
+        (owner, name, value)
+        for owner in module.modules()
+        for name, value in owner._buffers.items()
+        if value is not None and value.device != device
+    ]
+    try:
+        for parameter, data in parameters:
+            parameter.data = data.to(device, dtype)
+        for owner, name, value in buffers:
+            owner._buffers[name] = value.to(device)
+        yield
+    finally:
+        for parameter, data in parameters:
+            parameter.data = data
+        for owner, name, value in buffers:
+            owner._buffers[name] = value
+
+
+class StreamedModel:
+    """A causal language model that computes in `dtype` on `device`, one block at a time."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.dtype, self.device = dtype, torch.device(device)
+        self.blocks = decoder_blocks(model)[1]
+
+    def _outer_modules(self) -> list[nn.Module]:
+        """What runs outside the blocks and holds tensors: rotary embedding, norm and head."""
+        inside = {id(m) for m in self.blocks.modules()}
+        embedding = self.model.get_input_embeddings()
+        return [
+            module
+            for module in self.model.modules()
+            if id(module) not in inside
+            and module is not embedding
+            and (module._parameters or module._buffers)
+        ]
+
+    def _embed(self, forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        """Look up in the compute dtype, with only the rows resident that occur."""
+        embedding = self.model.get_input_embeddings()
+
+        def run(ids: Tensor) -> Tensor:
+            used, index = ids.to(embedding.weight.device).unique(return_inverse=True)
+            data = embedding.weight.data
+            embedding.weight.data = data[used].to(self.device, self.dtype)
+            try:
+                return forward(index.to(self.device))
+            finally:
+                embedding.weight.data = data
+
+        return run
+
+    def _lazily(
+        self, module: nn.Module, forward: Callable[..., Any], stack: ExitStack
+    ) -> Callable[..., Any]:
+        """Become resident when first called, until `stack` closes: a loss may need it again."""
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            stack.enter_context(resident(module, self.dtype, self.device))
+            return forward(*args, **kwargs)
+
+        return run
+
+    def _run(self, ids: Tensor, stack: ExitStack, block: Callable[..., Any]) -> Tensor:
+        """Logits [B, S, V]; `block(index, hidden, *args, **kwargs)` runs in place of a block."""
+        embedding = self.model.get_input_embeddings()
+        stack.enter_context(patched(embedding, self._embed(embedding.forward)))
+        for module in self._outer_modules():
+            stack.enter_context(patched(module, self._lazily(module, module.forward, stack)))
+        for index, layer in enumerate(self.blocks):
+
+            def run(hidden_states: Tensor, *args: Any, _index: int = index, **kwargs: Any) -> Any:
+                return block(_index, hidden_states, *args, **kwargs)
+
+            stack.enter_context(patched(layer, run))
+        return self.model(input_ids=ids.to(self.device), use_cache=False).logits
+
+    def _forward_block(self, index: int, *args: Any, **kwargs: Any) -> Any:
+        layer = self.blocks[index]
+        with resident(layer, self.dtype, self.device):
+            return type(layer).forward(layer, *args, **kwargs)
+
+    @torch.no_grad()
+    def logits(self, ids: Tensor) -> Tensor:
+        """Logits [B, S, V] of token ids [B, S]."""
+        with ExitStack() as stack:
+            return self._run(ids, stack, self._forward_block)
+
+    def forward_backward(
+        self, ids: Tensor, loss: Callable[[Tensor, Tensor], Tensor], progress: Progress
+    ) -> float:
+        """Differentiate loss(logits, ids) down to the embedding; hooks and patches see it all.
+
+        Blocks run twice: first without gradients, then with. Returns the loss. `progress` is
+        called after each of the 2 x blocks steps.
+        """
+        inputs: list[tuple[Tensor, tuple, dict]] = []
+        last: list[Tensor] = []
+
+        def block(index: int, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+            inputs.append((hidden.detach(), args, kwargs))
+            with torch.no_grad():
+                out = self._forward_block(index, hidden, *args, **kwargs)
+            progress()
+            if index < len(self.blocks) - 1:
+                return out
+            tensor = (out[0] if isinstance(out, tuple) else out).detach().requires_grad_()
+            last.append(tensor)
+            return (tensor, *out[1:]) if isinstance(out, tuple) else tensor
+
+        with ExitStack() as stack, torch.enable_grad():
+            value = loss(self._run(ids, stack, block), ids.to(self.device))
+            value.backward()
+        gradient = last[0].grad
+        for index in reversed(range(len(self.blocks))):
+            hidden, args, kwargs = inputs.pop()
+            hidden.requires_grad_()
+            with torch.enable_grad(), resident(self.blocks[index], self.dtype, self.device):
+                layer = self.blocks[index]
+                out = type(layer).forward(layer, hidden, *args, **kwargs)
+                (out[0] if isinstance(out, tuple) else out).backward(gradient)
+            gradient = hidden.grad
+            progress()
+        return float(value.detach())
+
+
+def head_is_tied(model: nn.Module) -> bool:
+    """Whether the head shares its weight with the embedding."""
+    head = output_head(model)[1]
+    return head.weight is model.get_input_embeddings().weight
+
