@@ -1,0 +1,395 @@
+"""Packed checkpoints: what is written, how it is written, and how it is read back.
+
+    model-00001-of-0000N.safetensors  packed linears (mixbits.pack), everything else in 16 bits
+    model.safetensors.index.json      where more than one shard is needed
+    config.json                       the model's own, with `quantization_config`
+    plan.json, scores.json            how it came about
+    report.json                       what it is worth (mixbits.report)
+    tokenizer and generation files    copied
+
+Sizes are known before anything is written. A checkpoint is written into a hidden folder beside
+its destination and renamed when complete: a reader sees all of it or nothing.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .formats import UsageError
+from .linear import pack_weight
+from .model import LinearInfo, output_head, split_expert_name, weight_of
+from .pack import packed_spec
+from .plan import Assignment
+from .source import Source
+from .streaming import head_is_tied
+
+SHARD_BYTES = 2 << 30
+LAYOUT = 1  # of the packed tensors; mixbits.pack says what it is
+_DTYPE_NAMES = {
+    torch.uint8: "U8",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float32: "F32",
+    torch.int64: "I64",
+}
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One stored tensor, and where its value comes from: a linear to pack, or the model."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    linear: LinearInfo | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return self.dtype.itemsize * int(torch.Size(self.shape).numel())
+
+
+def tensor_specs(
+    model: nn.Module, linears: Sequence[LinearInfo], assignment: Assignment, dtype: torch.dtype
+) -> list[TensorSpec]:
+    """Every tensor of the checkpoint, from shapes alone (a meta model will do)."""
+    packed = {i.name: i for i in linears if _is_packed(i.name, assignment)}
+    split_modules = {split_expert_name(i.name)[0] for i in packed.values() if i.is_expert}
+    specs: list[TensorSpec] = []
+    for info in packed.values():
+        fmt = assignment[info.name].weight
+        assert fmt is not None
+        for name, (kind, shape) in packed_spec(fmt, info.out_features, info.in_features).items():
+            specs.append(TensorSpec(f"{info.name}.{name}", kind, shape, info))
+    for info in linears:  # experts that were left alone beside packed ones
+        if info.is_expert and info.name not in packed:
+            if split_expert_name(info.name)[0] in split_modules:
+                shape = (info.out_features, info.in_features)
+                specs.append(TensorSpec(f"{info.name}.weight_plain", dtype, shape, info))
+    gone = {f"{name}.weight" for name in packed} | _tied_copies(model)
+    gone |= {f"{m}.{p}" for m in split_modules for p in ("gate_up_proj", "down_proj")}
+    for name, tensor in model.state_dict().items():
+        if name not in gone:
+            kind = dtype if tensor.is_floating_point() else tensor.dtype
+            specs.append(TensorSpec(name, kind, tuple(tensor.shape)))
+    return specs
+
+
+def _is_packed(name: str, assignment: Assignment) -> bool:
+    return name in assignment and assignment[name].weight is not None
+
+
+def _tied_copies(model: nn.Module) -> set[str]:
+    """State-dict names that share another's storage by design: a tied head."""
+    return {f"{output_head(model)[0]}.weight"} if head_is_tied(model) else set()
+
+
+@dataclass(frozen=True)
+class Shard:
+    file: str
+    specs: list[TensorSpec]
+
+    @property
+    def nbytes(self) -> int:
+        """Exact size of the file: 8 bytes of length, the header, the data."""
+        return _header_bytes(self.specs) + sum(s.nbytes for s in self.specs)
+
+
+def _header_bytes(specs: Sequence[TensorSpec]) -> int:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    # safetensors stores wide dtypes first, then by name.
+    offset = 0
+    for spec in sorted(specs, key=lambda s: (-s.dtype.itemsize, s.name)):
+        header[spec.name] = {
+            "dtype": _DTYPE_NAMES[spec.dtype],
+            "shape": list(spec.shape),
+            "data_offsets": [offset, offset + spec.nbytes],
+        }
+        offset += spec.nbytes
+    text = len(json.dumps(header, separators=(",", ":")))
+    return 8 + text + -text % 8
+
+
+def make_shards(specs: Sequence[TensorSpec], limit: int = SHARD_BYTES) -> list[Shard]:
+    """Cut the tensors, in order, into files of at most `limit` bytes (or one tensor)."""
+    groups: list[list[TensorSpec]] = [[]]
+    size = 0
+    for spec in specs:
+        if groups[-1] and size + spec.nbytes > limit:
+            groups.append([])
+            size = 0
+        groups[-1].append(spec)
+        size += spec.nbytes
+    count = len(groups)
+    if count == 1:
+        return [Shard("model.safetensors", groups[0])]
+    return [
+        Shard(f"model-{i:05}-of-{count:05}.safetensors", group) for i, group in enumerate(groups, 1)
+    ]
+
+
+def predicted_bytes(
+    model: nn.Module, linears: Sequence[LinearInfo], assignment: Assignment, dtype: torch.dtype
+) -> int:
+    """Exact size of the weight files for an assignment."""
+    return sum(s.nbytes for s in make_shards(tensor_specs(model, linears, assignment, dtype)))
+
+
+def _tensors(model: nn.Module, specs: Sequence[TensorSpec], assignment: Assignment) -> Any:
+    """The values of `specs`, name -> tensor."""
+    state = model.state_dict()
+    out: dict[str, Tensor] = {}
+    for spec in specs:
+        if spec.name in out:
+            continue
+        if spec.linear is None:
+            out[spec.name] = state[spec.name].detach().to(spec.dtype).contiguous()
+            continue
+        weight = weight_of(model, spec.linear).detach()
+        if spec.name.endswith(".weight_plain"):
+            out[spec.name] = weight.to(spec.dtype).contiguous()
+            continue
+        packed = pack_weight(spec.linear.name, weight, assignment[spec.linear.name])
+        for name, value in packed._asdict().items():
+            if value is not None:
+                out[f"{spec.linear.name}.{name}"] = value
+    return out
+
+
+def _write_weights(
+    folder: Path, model: nn.Module, shards: Sequence[Shard], assignment: Assignment
+) -> None:
+    from safetensors.torch import save_file
+
+    places = {}
+    for shard in shards:
+        wanted = {s.name for s in shard.specs}
+        tensors = _tensors(model, shard.specs, assignment)
+        save_file(
+            {n: t for n, t in tensors.items() if n in wanted},
+            folder / shard.file,
+            metadata={"format": "pt"},
+        )
+        places.update(dict.fromkeys(sorted(wanted), shard.file))
+    if len(shards) > 1:
+        total = sum(s.nbytes for shard in shards for s in shard.specs)
+        index = {"metadata": {"total_size": total}, "weight_map": places}
+        text = json.dumps(index, indent=2) + "\n"
+        (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+
+
+def quantization_config(assignment: Assignment, provenance: dict[str, Any]) -> dict[str, Any]:
+    """The `quantization_config` of config.json; `MixbitsConfig` reads it back."""
+    from . import __version__
+
+    return {
+        "quant_method": "mixbits",
+        "mixbits_version": __version__,
+        "layout": LAYOUT,
+        "rounding": "nearest-even",
+        **provenance,
+        "modules": {n: s.name for n, s in assignment.items() if s.weight is not None},
+    }
+
+
+def _write_config(
+    folder: Path, source: Source, quantization: dict[str, Any], untie: bool, dtype: torch.dtype
+) -> None:
+    config = json.loads((source.path / "config.json").read_text(encoding="utf-8"))
+    config.pop("torch_dtype", None)
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    if untie:  # the head has packed weights of its own now
+        config["tie_word_embeddings"] = False
+    config["quantization_config"] = quantization
+    text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+    (folder / "config.json").write_text(text, encoding="utf-8")
+
+
+def copy_companions(source: Path, folder: Path) -> None:
+    """Tokenizer, generation and chat files; with `--trust-remote-code` models, their code."""
+    names = ["generation_config.json", "special_tokens_map.json", "added_tokens.json"]
+    names += ["vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json"]
+    found = [source / name for name in names]
+    for pattern in ("tokenizer*", "*.model", "*.py", "LICENSE*"):
+        found += sorted(source.glob(pattern))
+    for path in found:
+        if path.is_file():
+            shutil.copyfile(path, folder / path.name)
+
+
+@contextmanager
+def atomic_folder(destination: Path, overwrite: bool = False, needs: int = 0) -> Iterator[Path]:
+    """A hidden folder to write into, which becomes `destination` when the block ends well.
+
+    On any error, and on SIGTERM or Ctrl-C, nothing is left. `needs` is the room to ask for
+    first. Raises UsageError for an existing destination or a full disk.
+    """
+    check_destination(destination, overwrite)
+    parent = destination.absolute().parent
+    parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(parent).free
+    if free < needs:
+        raise UsageError(f"{parent} has {free:,} bytes free: {needs:,} are needed")
+    for stale in parent.glob(f".{destination.name}.partial-*"):
+        if not _is_alive(int(stale.name.rpartition("-")[2])):
+            shutil.rmtree(stale, ignore_errors=True)
+    partial = parent / f".{destination.name}.partial-{os.getpid()}"
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        partial.mkdir()
+        yield partial
+        _sync(partial)
+        if destination.exists():
+            old = partial.with_suffix(".old")
+            destination.rename(old)
+            partial.rename(destination)
+            shutil.rmtree(old)
+        else:
+            partial.rename(destination)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UsageError(f"the disk is full ({parent}); nothing was written") from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _is_alive(pid: int) -> bool:
+    with suppress(ProcessLookupError):
+        with suppress(PermissionError):
+            os.kill(pid, 0)
+        return True
+    return False
+
+
+def _sync(folder: Path) -> None:
+    for path in folder.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+
+
+def check_destination(destination: Path, overwrite: bool) -> None:
+    """Raise UsageError if `destination` exists and may not be replaced."""
+    if not destination.exists():
+        return
+    if not overwrite:
+        raise UsageError(f"{destination} exists: pass --overwrite, or another --out")
+    is_ours = (destination / "plan.json").is_file() or not any(destination.iterdir())
+    if not destination.is_dir() or not is_ours:
+        raise UsageError(f"{destination} is no mixbits output: --overwrite does not remove it")
+
+
+def save(
+    folder: Path,
+    source: Source,
+    model: nn.Module,
+    linears: Sequence[LinearInfo],
+    assignment: Assignment,
+    provenance: dict[str, Any],
+) -> int:
+    """Write a packed checkpoint into an existing folder; returns the bytes of the weight files.
+
+    Raises UsageError that names the tensor for weights that cannot be packed.
+    """
+    shards = make_shards(tensor_specs(model, linears, assignment, source.dtype))
+    try:
+        _write_weights(folder, model, shards, assignment)
+    except Exception as error:
+        if "No space left" in str(error) or "os error 28" in str(error):
+            raise OSError(errno.ENOSPC, "No space left on device") from None
+        raise
+    head = output_head(model)[0]
+    untie = head_is_tied(model) and _is_packed(head, assignment)
+    quantization = quantization_config(assignment, provenance)
+    _write_config(folder, source, quantization, untie, source.dtype)
+    copy_companions(source.path, folder)
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def save_fake(
+    folder: Path,
+    source: Source,
+    model: nn.Module,
+    linears: Sequence[LinearInfo],
+    assignment: Assignment,
+) -> int:
+    """Write a plain 16-bit model whose weights are rounded but not packed, for any other tool.
+
+    The model itself is changed. Activations are not rounded by such a model.
+    """
+    from .linear import round_weights
+
+    head = output_head(model)[0]
+    if head_is_tied(model) and _is_packed(head, assignment):
+        model.config.tie_word_embeddings = False
+    round_weights(model, [i for i in linears if i.name in assignment], assignment)
+    model.save_pretrained(folder)
+    copy_companions(source.path, folder)
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def load(
+    folder: str | Path,
+    backend: str | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    trust_remote_code: bool = False,
+) -> Any:
+    """A transformers model with packed linears, ready for `generate`.
+
+    backend  forces one of `mixbits.ops.backends()`; otherwise the best for the device.
+    dtype    of activations and unquantized weights; the checkpoint's own by default.
+
+    Raises UsageError if the folder is no mixbits checkpoint, or any tensor is missing,
+    unexpected or of another shape or dtype.
+    """
+    from transformers import AutoModelForCausalLM
+
+    from . import ops, transformers_quantizer
+
+    folder = Path(folder)
+    config = transformers_quantizer.read_config(folder)
+    if backend is not None:
+        ops.choose_backend(torch.device(device).type, backend)
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype or "auto",
+            use_safetensors=True,
+            output_loading_info=True,
+            trust_remote_code=trust_remote_code,
+        )
+    except UsageError:
+        raise
+    except Exception as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UsageError(f"cannot load the checkpoint in {folder}: {first}") from None
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info[kind]:
+            names = ", ".join(sorted(map(str, info[kind]))[:3])
+            raise UsageError(
+                f"the tensors of a checkpoint must be those that config.json says: "
+                f"{kind.replace('_', ' ')} {names} ({folder})"
+            )
+    for name in config.modules:
+        model.get_submodule(name).backend = backend
+    return model.to(device).eval().requires_grad_(False)
+
+

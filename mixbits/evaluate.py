@@ -1,0 +1,145 @@
+"""Score a model: against the original on held-out text, and on lm-eval tasks.
+
+Every figure comes with a standard error. Tokens of one sequence are not independent, so errors
+are taken over sequences, not tokens. All sums are in float64: a model compared with itself has a
+KL divergence of exactly 0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from .formats import UsageError
+from .streaming import StreamedModel
+
+CHUNK = 512  # tokens whose float64 log-probabilities are held at once
+TASKS_DIR = Path(__file__).parent / "demo" / "tasks"
+
+
+def _mean_stderr(per_sequence: Tensor) -> tuple[float, float]:
+    count = len(per_sequence)
+    mean = float(per_sequence.mean())
+    return mean, float(per_sequence.std() / math.sqrt(count)) if count > 1 else math.nan
+
+
+def _sequence_means(reference: Tensor, quantized: Tensor, ids: Tensor) -> Tensor:
+    """float64 [4], means over one sequence: KL, NLL of both, share of equal top tokens.
+
+    Logits [S, V]. The last position has a distribution but no known next token.
+    """
+    kl, nll, agree = [], [], []
+    for start in range(0, len(ids), CHUNK):
+        log_p = reference[start : start + CHUNK].double().log_softmax(-1)
+        log_q = quantized[start : start + CHUNK].double().log_softmax(-1)
+        target = ids[start + 1 : start + 1 + len(log_p)].unsqueeze(-1)
+        kl.append((log_p.exp() * (log_p - log_q)).sum(-1))
+        agree.append((log_p.argmax(-1) == log_q.argmax(-1)).double())
+        known = torch.stack([log_p[: len(target)], log_q[: len(target)]])
+        nll.append(-known.gather(-1, target.expand(2, -1, -1)).squeeze(-1))
+    return torch.stack([torch.cat(kl).mean(), *torch.cat(nll, 1).mean(1), torch.cat(agree).mean()])
+
+
+@torch.no_grad()
+def compare(
+    reference: StreamedModel, quantized: StreamedModel, ids: Tensor, batch_size: int = 8
+) -> dict[str, float]:
+    """Held-out figures of `quantized` against `reference` on ids [sequences, length].
+
+    kl: mean KL(reference || quantized) per token in nats; perplexity, perplexity_reference;
+    top1_agreement: share of positions where both find the same token likeliest; each with
+    `<name>_stderr`.
+    """
+    rows = []
+    batches = ids.split(batch_size)
+    for batch in tqdm(batches, desc="evaluate", unit="batch", leave=False):
+        p, q = reference.logits(batch), quantized.logits(batch)
+        for index, sequence in enumerate(batch):
+            rows.append(_sequence_means(p[index], q[index], sequence.to(p.device)).cpu())
+    kl, nll_p, nll_q, agree = torch.stack(rows, dim=1)
+    result: dict[str, float] = {}
+    result["kl"], result["kl_stderr"] = _mean_stderr(kl)
+    for name, nll in (("perplexity", nll_q), ("perplexity_reference", nll_p)):
+        mean, stderr = _mean_stderr(nll)
+        result[name] = math.exp(mean)
+        result[f"{name}_stderr"] = math.exp(mean) * stderr  # first order
+    result["top1_agreement"], result["top1_agreement_stderr"] = _mean_stderr(agree)
+    return result
+
+
+def run_tasks(
+    model: nn.Module,
+    tokenizer: Any,
+    tasks: Sequence[str],
+    limit: int | None = None,
+    add_bos_token: bool | None = None,
+    include_path: str | None = None,
+    batch_size: int = 8,
+) -> dict[str, Any]:
+    """Score `model` with lm-eval: {"tasks": {task: {metric: value, metric_stderr: ...}}, ...}.
+
+    The bundled tasks are always known; `include_path` is a folder with more. `average` is the
+    mean of the tasks' acc. Raises UsageError for unknown tasks or data that cannot be had.
+    """
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    paths = [str(TASKS_DIR)] + ([include_path] if include_path else [])
+    local = TaskManager(include_path=paths, include_defaults=False)
+    known_here = all(task in local.all_tasks for task in tasks)
+    manager = local if known_here else TaskManager(include_path=paths)
+    unknown = [task for task in tasks if task not in manager.all_tasks]
+    if unknown:
+        raise UsageError(
+            f"--tasks must name lm-eval tasks: {', '.join(unknown)} is none of its "
+            f"{len(manager.all_tasks)} tasks; --include-path adds a folder of your own"
+        )
+    lm = HFLM(
+        pretrained=model,
+        tokenizer=tokenizer,
+        batch_size=batch_size,
+        add_bos_token=add_bos_token,
+        device=str(next(model.parameters()).device),
+    )
+    try:
+        raw = simple_evaluate(
+            model=lm,
+            tasks=list(tasks),
+            task_manager=manager,
+            limit=limit,
+            bootstrap_iters=1000,  # 0 would drop every standard error
+            log_samples=False,
+        )
+    except (ConnectionError, OSError, ValueError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UsageError(
+            f"lm-eval could not run {', '.join(tasks)} ({first[:160]}); without a network use "
+            "--tasks stdlib_next_line, or --include-path with tasks that read local files"
+        ) from None
+    return _task_summary(raw, tasks, limit, add_bos_token)
+
+
+def _task_summary(
+    raw: dict[str, Any], tasks: Sequence[str], limit: int | None, add_bos_token: bool | None
+) -> dict[str, Any]:
+    scores: dict[str, dict[str, float]] = {}
+    for task in tasks:
+        scores[task] = {
+            key.split(",")[0]: value
+            for key, value in raw["results"][task].items()
+            if isinstance(value, (int, float)) and key != "sample_len"
+        }
+    accuracies = [s["acc"] for s in scores.values() if "acc" in s]
+    return {
+        "tasks": scores,
+        "average": sum(accuracies) / len(accuracies) if accuracies else None,
+        "limit": limit,
+        "add_bos_token": add_bos_token,
+    }

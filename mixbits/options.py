@@ -1,0 +1,185 @@
+"""The command line of `python -m mixbits.quantize`: its options, their defaults, their checks."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+from pathlib import Path
+
+from .allocate import STRATEGIES
+from .formats import SCALE_MODES, SCHEME_NAMES, UsageError
+
+METHODS = ("fisher", "deltaloss")  # as in mixbits.sensitivity, which would import torch
+DEFAULT_DATASET = "NeelNanda/pile-10k"  # AutoRound's default
+DEMO_OUT = Path("mixbits-demo")
+
+_EXAMPLES = f"""\
+examples:
+  python -m mixbits.quantize --demo
+      everything in one go, on the bundled model: nothing is downloaded
+  python -m mixbits.quantize ./Llama-3.1-8B --avg-bits 4.5 --dataset text.txt --out llama-4.5
+      mixed MXFP4 and MXFP8 at 4.5 bits per weight, scales counted
+  python -m mixbits.quantize ./Llama-3.1-8B --size 4.2GB --schemes W2A16,W4A16,W8A16 \\
+      --scores llama-4.5/scores.json --solve-only --out plans
+      another budget; works when the scores hold these schemes
+  python -m mixbits.quantize ./Llama-3.1-8B --avg-bits 5 --keep '*.down_proj=MXFP8' --fuse \\
+      --dataset text.jsonl --tasks lambada_openai,hellaswag,piqa,winogrande,mmlu --out llama-5
+  python -m mixbits.quantize ./Llama-3.1-8B --plan llama-5/plan.json --eval-nsamples 0 \\
+      --out llama-edited
+      a plan of your own; unscored, it needs no text
+
+schemes: {SCHEME_NAMES}
+exit codes: 0 done, 2 wrong usage or input, 1 failure
+"""
+
+
+def _size(text: str) -> int:
+    match = re.fullmatch(r"([\d.]+)\s*(|k|M|G|T)(i?)B?", text.strip())
+    try:
+        value = float(match[1]) if match else math.nan
+    except ValueError:
+        value = math.nan
+    if match is None or not value > 0:
+        raise argparse.ArgumentTypeError(f"must be a size such as 4.2GB or 800MiB: got {text!r}")
+    return int(value * (1024 if match[3] else 1000) ** " kMGT".index(match[2] or " "))
+
+
+def _positive(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1: got {text!r}")
+    return value
+
+
+def _bits(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value <= 16:
+        raise argparse.ArgumentTypeError(f"must be above 0 and at most 16: got {text!r}")
+    return value
+
+
+def _input_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("model and output")
+    group.add_argument("model", nargs="?", help="a model folder or a Hugging Face name")
+    group.add_argument("--demo", action="store_true", help="use the bundled model and text")
+    group.add_argument("--out", type=Path, help="output folder (default: <model>-<bits>)")
+    group.add_argument("--overwrite", action="store_true", help="replace an earlier output")
+    group.add_argument("--fake", action="store_true", help="write a plain model, weights rounded")
+    group.add_argument("--solve-only", action="store_true", help="stop at scores.json, plan.json")
+    group.add_argument("--dry-run", action="store_true", help="print shapes and sizes, write nothing")
+    group.add_argument("--trust-remote-code", action="store_true", help="run the model's own code")
+
+
+def _plan_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("budget and plan")
+    budget = group.add_mutually_exclusive_group()
+    budget.add_argument("--avg-bits", type=_bits, help="bits per weight of the linears")
+    budget.add_argument("--size", type=_size, help="size of all weight files, such as 4.2GB")
+    budget.add_argument("--plan", type=Path, help="apply this plan.json")
+    group.add_argument("--schemes", default="MXFP4,MXFP8", help="what to choose from (%(default)s)")
+    group.add_argument(
+        "--ignore-scale-bits",
+        action="store_true",
+        help="let --avg-bits count elements only, as published tables do",
+    )
+    group.add_argument("--strategy", choices=STRATEGIES, default="optimal")
+    group.add_argument("--fuse", action="store_true", help="one scheme for q/k/v, and for gate/up")
+    group.add_argument("--per-expert", action="store_true", help="free each expert's linears")
+    group.add_argument(
+        "--keep",
+        action="append",
+        default=[],
+        metavar="PATTERN=SCHEME",
+        help="fix the linears that match a wildcard, or a regex after re: (repeatable)",
+    )
+    group.add_argument("--quantize-lm-head", action="store_true", help="include the output head")
+    for what, name in (("weights", "--weight-scale-mode"), ("activations", "--act-scale-mode")):
+        group.add_argument(
+            name, choices=SCALE_MODES, default="floor", help=f"MX scales of {what} (%(default)s)"
+        )
+
+
+def _measure_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("calibration and sensitivity")
+    group.add_argument(
+        "--dataset",
+        default=DEFAULT_DATASET,
+        help="text, .jsonl, .npy or .json of token ids, or a dataset name (%(default)s)",
+    )
+    group.add_argument("--nsamples", type=_positive, default=64, help="sequences (%(default)s)")
+    group.add_argument("--seqlen", type=_positive, default=256, help="tokens each (%(default)s)")
+    group.add_argument("--batch-size", type=_positive, default=8, help="sequences (%(default)s)")
+    group.add_argument("--seed", type=int, default=0, help="of sampled labels (%(default)s)")
+    group.add_argument("--method", choices=METHODS, default="fisher")
+    group.add_argument("--scores", type=Path, help="reuse this scores.json")
+
+
+def _run_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("evaluation and running")
+    group.add_argument("--eval-dataset", help="held-out text (default: what follows in --dataset)")
+    group.add_argument(
+        "--eval-nsamples", type=int, default=64, help="held-out sequences, 0: none (%(default)s)"
+    )
+    group.add_argument("--tasks", help="lm-eval tasks, separated by commas")
+    group.add_argument("--limit", type=_positive, help="documents per task")
+    group.add_argument("--include-path", help="folder with lm-eval tasks of your own")
+    group.add_argument(
+        "--add-bos-token", action=argparse.BooleanOptionalAction, help="for lm-eval"
+    )
+    group.add_argument("--eval-original", action="store_true", help="run the tasks on it as well")
+    group.add_argument("--prompt", help="generate from this text at the end")
+    group.add_argument("--backend", help="force cuda, triton, cpu or reference kernels")
+    group.add_argument("--device", help="where to compute (default: cuda where there is one)")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m mixbits.quantize",
+        description="Quantize a language model to mixed precision, pack it, and score it.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    for add in (_input_options, _plan_options, _measure_options, _run_options):
+        add(parser)
+    return parser
+
+
+def _demo_defaults(parser: argparse.ArgumentParser) -> None:
+    from .demo import MODEL_DIR
+
+    parser.set_defaults(
+        model=str(MODEL_DIR),
+        out=DEMO_OUT,
+        tasks="stdlib_next_line",
+        eval_original=True,
+        prompt="def read_config(path):\n",
+    )
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse and check. Exits with 2 on wrong usage; raises UsageError for wrong combinations."""
+    parser = make_parser()
+    if parser.parse_known_args(argv)[0].demo:
+        _demo_defaults(parser)
+    args = parser.parse_args(argv)
+    if args.model is None:
+        parser.error("MODEL is required: a model folder, a Hugging Face name, or --demo")
+    if args.eval_nsamples < 0:
+        parser.error(f"--eval-nsamples must be at least 0: got {args.eval_nsamples}")
+    if args.avg_bits is None and args.size is None and args.plan is None:
+        args.avg_bits = 4.5
+    if args.ignore_scale_bits and args.avg_bits is None:
+        raise UsageError("--ignore-scale-bits counts for --avg-bits only")
+    if args.strategy != "optimal" and args.plan is not None:
+        raise UsageError("--strategy makes a plan: it cannot go with --plan")
+    if args.out is None:
+        budget = "plan" if args.plan else f"{args.size}B" if args.size else f"{args.avg_bits:g}bit"
+        args.out = Path(f"{Path(args.model).resolve().name}-mixbits-{budget}")
+    return args

@@ -1,0 +1,390 @@
+"""`python -m mixbits.quantize`: measure, allocate, pack, run and score a model.
+
+The stages, one function each, are the table of contents of the package: open (source),
+calibrate (calibration), sensitivity, allocate (plan), pack (checkpoint), evaluate, report.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads starve shared cores
+
+import argparse
+import random
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .formats import Scheme, UsageError, parse_scheme
+from .options import parse_arguments
+
+STAGES = ("open", "calibrate", "measure", "allocate", "pack", "evaluate")
+
+
+@dataclass
+class Run:
+    """A run's arguments, and what config.json alone says of the model."""
+
+    args: argparse.Namespace
+    schemes: list[Scheme]
+    keep: list[tuple[str, Scheme]]
+    source: Any  # source.Source
+    shapes: Any  # the model without storage
+    linears: list[Any]  # LinearInfo: what may be quantized
+    units: list[Any]  # Unit
+
+    @property
+    def scale_modes(self) -> tuple[str, str]:
+        return self.args.weight_scale_mode, self.args.act_scale_mode
+
+    def predicted_bytes(self, assignment: dict[str, Scheme]) -> int:
+        from .checkpoint import predicted_bytes
+
+        return predicted_bytes(self.shapes, self.linears, assignment, self.source.dtype)
+
+
+def _prepare(args: argparse.Namespace) -> Run:
+    """Check everything that can be checked from the arguments and config.json."""
+    from .checkpoint import check_destination
+    from .model import find_linears, make_units, match_units, meta_model
+    from .plan import parse_keep
+    from .source import open_source
+
+    modes = args.weight_scale_mode, args.act_scale_mode
+    schemes = list({s.name: s for s in (parse_scheme(n, *modes) for n in args.schemes.split(","))}.values())
+    keep = [parse_keep(text, modes) for text in args.keep]
+    if not args.dry_run:
+        check_destination(args.out, args.overwrite)
+    source = open_source(args.model, args.trust_remote_code)
+    longest = getattr(source.config.get_text_config(), "max_position_embeddings", None)
+    if longest and args.seqlen > longest:
+        raise UsageError(f"--seqlen must be at most {longest} for this model: got {args.seqlen}")
+    shapes = meta_model(source.config, trust_remote_code=args.trust_remote_code)
+    linears = find_linears(shapes, include_head=args.quantize_lm_head)
+    units = make_units(linears, args.fuse, args.per_expert)
+    for pattern, _ in keep:
+        match_units(units, pattern)
+    return Run(args, schemes, keep, source, shapes, linears, units)
+
+
+def _calibrate(run: Run, tokenizer: Any) -> tuple[Any, Any]:
+    """Calibration and held-out sequences, either with no row where it is not needed."""
+    import torch
+
+    from .calibration import Sequences, load_sequences
+
+    args = run.args
+    vocab = run.source.config.get_text_config().vocab_size
+    count = 0 if args.scores or args.plan else args.nsamples
+    if not count and not args.eval_nsamples:
+        empty = Sequences(torch.empty(0, args.seqlen, dtype=torch.int64), "nothing")
+        return empty, empty
+    if args.demo:
+        return _demo_sequences(args, tokenizer, vocab)
+    if args.eval_dataset is None:
+        # Held-out sequences follow the calibration ones even where those are not needed now.
+        pair = load_sequences(
+            args.dataset, tokenizer, vocab, args.nsamples, args.eval_nsamples, args.seqlen
+        )
+        return pair
+    held = load_sequences(
+        args.eval_dataset, tokenizer, vocab, 0, args.eval_nsamples, args.seqlen
+    )[1]
+    return load_sequences(args.dataset, tokenizer, vocab, count, 0, args.seqlen)[0], held
+
+
+def _demo_sequences(args: argparse.Namespace, tokenizer: Any, vocab: int) -> tuple[Any, Any]:
+    """Text that every Python has: modules trained on to calibrate, held-out ones to judge."""
+    from . import calibration, demo
+
+    try:
+        files, held_out = demo.training_files(), demo.held_out_text()
+    except FileNotFoundError as error:
+        raise UsageError(str(error)) from None
+    random.Random(args.seed).shuffle(files)
+    wanted, text = args.nsamples * args.seqlen * calibration.CHARS_PER_TOKEN, ""
+    for path in files:
+        text += path.read_text(encoding="utf-8") + "\n\n"
+        if len(text) > wanted:
+            break
+    pools = [
+        calibration.cut(calibration.tokenize(tokenizer, part), args.seqlen, name, vocab)
+        for part, name in ((text, "the standard library"), (held_out, "its held-out modules"))
+    ]
+    first = calibration.split(pools[0], args.nsamples, 0)[0]
+    return first, calibration.split(pools[1], 0, args.eval_nsamples)[1]
+
+
+def _measure(run: Run, model: Any, sequences: Any, sha256: str) -> Any:
+    """Read scores.json, or make it."""
+    from .scores import Scores
+    from .sensitivity import measure
+    from .streaming import StreamedModel
+
+    args = run.args
+    schemes = list({s.name: s for s in [*run.schemes, *(s for _, s in run.keep)]}.values())
+    if args.scores is not None:
+        scores = Scores.read(args.scores)
+        scores.check(args.scores, run.linears, schemes, run.scale_modes, sha256)
+        return scores
+    streamed = StreamedModel(model, device=args.device)
+    slabs = measure(
+        streamed, run.linears, schemes, sequences.ids, args.method, args.batch_size, args.seed
+    )
+    described = {**sequences.describe(), "batch_size": args.batch_size, "seed": args.seed}
+    name = {"name": run.source.name, "sha256": sha256}
+    return Scores.build(slabs, run.linears, args.method, run.scale_modes, name, described)
+
+
+def _allocate(run: Run, scores: Any) -> Any:
+    """Solve for a plan within the budget."""
+    from .plan import Budget, solve, unit_options
+
+    args = run.args
+    budget = Budget(args.avg_bits, args.size, args.ignore_scale_bits)
+    options = unit_options(run.units, run.schemes, run.keep)
+    fixed = 0
+    if args.size is not None:
+        least = {i.name: min(run.schemes, key=lambda s: s.element_bits) for i in run.linears}
+        stored = sum(least[i.name].storage_bits(i.out_features, i.in_features) for i in run.linears)
+        fixed = run.predicted_bytes(least) - stored // 8
+    while True:
+        plan = solve(run.units, options, scores, budget, args.strategy, args.seed, fixed)
+        excess = run.predicted_bytes(plan.assignment) - args.size if args.size is not None else 0
+        if excess <= 0:
+            return plan
+        fixed += excess  # the header's length depends a little on the plan
+
+
+def _pack(run: Run, folder: Path, model: Any, plan: Any, scores: Any, provenance: Any) -> int:
+    """Write everything but the evaluation into `folder`; returns the bytes of the weights."""
+    from . import checkpoint
+
+    assignment = plan.assignment
+    plan.write(folder / "plan.json")
+    if scores is not None:
+        scores.write(folder / "scores.json")
+    if run.args.solve_only:
+        return 0
+    if run.args.fake:
+        return checkpoint.save_fake(folder, run.source, model, run.linears, assignment)
+    modes = {k: plan.data[k] for k in ("weight_scale_mode", "act_scale_mode")}
+    return checkpoint.save(
+        folder, run.source, model, run.linears, assignment, {**modes, **provenance}
+    )
+
+
+def _load_result(run: Run) -> Any:
+    if run.args.fake:
+        from .source import open_source
+
+        return open_source(str(run.args.out), run.args.trust_remote_code).load()
+    from .checkpoint import load
+
+    return load(run.args.out, run.args.backend, trust_remote_code=run.args.trust_remote_code)
+
+
+def _evaluate(run: Run, original: Any, quantized: Any, tokenizer: Any, held_out: Any) -> Any:
+    """Held-out scores, lm-eval's, and a sample: the `evaluation` of report.json."""
+    from .evaluate import compare, run_tasks
+    from .streaming import StreamedModel
+
+    args, result = run.args, {}
+    if len(held_out.ids):
+        pair = [StreamedModel(m, device=args.device) for m in (original, quantized)]
+        scores = compare(*pair, held_out.ids, args.batch_size)
+        result["held_out"] = {**held_out.describe(), **scores}
+    if args.tasks:
+        tasks = args.tasks.split(",")
+        options = args.limit, args.add_bos_token, args.include_path, args.batch_size
+        for name, model in (("original_tasks", original), ("tasks", quantized)):
+            if name == "tasks" or args.eval_original:
+                model.to(args.device)
+                result[name] = run_tasks(model, tokenizer, tasks, *options)
+    if args.prompt:
+        result["sample"] = _generate(quantized, tokenizer, args)
+    return result
+
+
+def _generate(model: Any, tokenizer: Any, args: argparse.Namespace) -> str:
+    if tokenizer is None:
+        raise UsageError("--prompt needs a tokenizer, and the model has none")
+    inputs = tokenizer(args.prompt, return_tensors="pt").to(args.device)
+    inputs.pop("token_type_ids", None)
+    model.to(args.device)
+    ids = model.generate(**inputs, max_new_tokens=80, do_sample=False)
+    return str(tokenizer.decode(ids[0], skip_special_tokens=True))
+
+
+def _quiet() -> None:
+    """Our own progress bars only; warnings of loaders that our checks make superfluous."""
+    import logging
+    import warnings
+
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    for name in ("lm_eval", "lm-eval", "datasets", "httpx"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="(transformers|lm_eval|datasets|torch).*")
+
+
+def _dry_run(run: Run) -> None:
+    """Shapes and sizes, from config.json alone."""
+    from .plan import Plan, average_bits
+    from .report import scheme_table, size, table
+
+    elements = sum(i.numel for i in run.linears)
+    print(f"{len(run.linears)} linears in {len(run.units)} units, {elements:,} weights")
+    kinds: dict[str, list[Any]] = {}
+    for info in run.linears:
+        kinds.setdefault(info.name.rpartition(".")[2], []).append(info)
+    rows = [["module", "count", "out", "in"]]
+    for kind, members in kinds.items():
+        for shape in sorted({(i.out_features, i.in_features) for i in members}):
+            count = sum((i.out_features, i.in_features) == shape for i in members)
+            rows.append([kind, str(count), *map(str, shape)])
+    print(table(rows) + "\n")
+    rows = [["all linears in", "bits", "without scales", "weight files"]]
+    for scheme in [*run.schemes, parse_scheme("BF16")]:
+        plan = {i.name: scheme for i in run.linears}
+        bits = [f"{average_bits(run.linears, plan, ignore):.4f}" for ignore in (False, True)]
+        rows.append([scheme.name, *bits, size(run.predicted_bytes(plan))])
+    print(table(rows))
+    if run.args.plan is not None:
+        plan = Plan.read(run.args.plan, run.linears).assignment
+        print("\n" + scheme_table(run.linears, plan))
+        print(f"  predicted size {size(run.predicted_bytes(plan))}")
+
+
+def _reached(run: Run, plan: Any) -> dict[str, Any]:
+    """What a plan comes to, in both ways of counting."""
+    from .plan import average_bits
+
+    return {
+        "avg_bits": average_bits(run.linears, plan.assignment),
+        "avg_bits_without_scales": average_bits(run.linears, plan.assignment, True),
+        "predicted_bytes": run.predicted_bytes(plan.assignment),
+    }
+
+
+def _print_plan(run: Run, plan: Any, reached: dict[str, Any]) -> None:
+    from .report import scheme_table, size
+
+    print(scheme_table(run.linears, plan.assignment))
+    print(
+        f"  {reached['avg_bits']:.4f} bits per weight with everything counted, "
+        f"{reached['avg_bits_without_scales']:.4f} without scales; "
+        f"weight files {size(reached['predicted_bytes'])}"
+    )
+
+
+def _print_results(before: int, after: int, evaluation: dict[str, Any]) -> None:
+    from . import report
+
+    print("\n" + report.result_table(before, after, evaluation.get("held_out")))
+    if "tasks" in evaluation:
+        print("\n" + report.task_table(evaluation.get("original_tasks"), evaluation["tasks"]))
+    if "sample" in evaluation:
+        print("\n  the quantized model writes:\n")
+        print("\n".join("    " + line for line in evaluation["sample"].splitlines()))
+
+
+def quantize(run: Run) -> None:
+    """All stages, in order. Raises UsageError; leaves a complete output folder or none."""
+    from .checkpoint import atomic_folder
+    from .plan import Plan
+    from .report import Stages, environment
+    from .scores import dump, write_text
+
+    args, stages = run.args, Stages(STAGES[:-2] if run.args.solve_only else STAGES)
+    with stages.run("open", f"{run.source.name}"):
+        model, sha256 = run.source.load(), run.source.sha256()
+        tokenizer = run.source.tokenizer()
+        before = sum(path.stat().st_size for path in run.source.weight_files())
+    with stages.run("calibrate", "its own text" if args.demo else args.dataset):
+        sequences, held_out = _calibrate(run, tokenizer)
+    scores = None
+    if args.plan is None:
+        what = f"reuse {args.scores}" if args.scores else f"{args.method}, {args.schemes}"
+        with stages.run("measure", what):
+            scores = _measure(run, model, sequences, sha256)
+    with stages.run("allocate", str(args.plan or args.strategy)):
+        plan = Plan.read(args.plan, run.linears) if scores is None else _allocate(run, scores)
+    reached = _reached(run, plan)
+    _print_plan(run, plan, reached)
+    provenance = {
+        "source": {"name": run.source.name, "sha256": sha256},
+        "calibration": scores.data["calibration"] if scores is not None else None,
+    }
+    report: dict[str, Any] = {
+        "mixbits_report": 1,
+        "command": shlex.join(["python", "-m", "mixbits.quantize", *sys.argv[1:]]),
+        "environment": environment(),
+        **provenance,
+        "budget": plan.data.get("budget"),
+        "reached": reached,
+        "predicted_loss": plan.data.get("predicted_loss"),
+        "bytes_before": before,
+    }
+    report_path = args.out / "report.json"
+
+    def finish(evaluation: Any, path: Path = report_path) -> None:
+        report.update(evaluation=evaluation, stages=stages.rows)
+        write_text(path, dump(report))
+
+    needs = 0 if args.solve_only else reached["predicted_bytes"]
+    with atomic_folder(args.out, args.overwrite, needs) as folder:
+        if args.solve_only:
+            _pack(run, folder, model, plan, scores, provenance)
+            finish(None, folder / "report.json")
+        else:
+            with stages.run("pack", str(args.out)):
+                after = _pack(run, folder, model, plan, scores, provenance)
+                report["bytes_after"] = after
+                finish(None, folder / "report.json")
+    if args.solve_only:
+        print(f"  plan and scores are in {args.out}")
+        return
+    with stages.run("evaluate", args.tasks or "held-out text"):
+        if args.fake:  # its weights were rounded in place
+            model = run.source.load()
+        evaluation = _evaluate(run, model, _load_result(run), tokenizer, held_out)
+    finish(evaluation)
+    _print_results(before, after, evaluation)
+    print(f"\n  everything is in {args.out}; scores and timings in {report_path}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    try:
+        args = parse_arguments(argv)
+        _quiet()
+        if args.device is None:
+            import torch
+
+            args.device = "cuda" if torch.cuda.is_available() else "cpu"
+        run = _prepare(args)
+        if args.dry_run:
+            _dry_run(run)
+        else:
+            quantize(run)
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        print(f"error: {error.strerror or error}{where}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; nothing was left behind", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

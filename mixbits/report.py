@@ -1,0 +1,158 @@
+"""What a run did: stages with their time and memory, tables for the terminal, report.json."""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .formats import BF16
+from .model import LinearInfo
+from .plan import Assignment, average_bits
+
+
+def _reset_peak() -> None:
+    """Let the kernel's peak-memory counter start again (Linux; harmless elsewhere)."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return
+
+
+def _peak_memory() -> int:
+    """Largest resident size in bytes since `_reset_peak`, mapped weight files included."""
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+@dataclass
+class Stages:
+    """Names, seconds and peak memory of the stages, printed as they go: a table of contents."""
+
+    names: Sequence[str]
+    rows: list[dict[str, Any]] = field(default_factory=list)
+
+    @contextmanager
+    def run(self, name: str, what: str) -> Iterator[None]:
+        number = self.names.index(name) + 1
+        print(f"[{number}/{len(self.names)}] {name:<12} {what}", flush=True)
+        _reset_peak()
+        start = time.perf_counter()
+        yield
+        seconds = time.perf_counter() - start
+        row = {"stage": name, "seconds": round(seconds, 2), "peak_memory_bytes": _peak_memory()}
+        if torch.cuda.is_available():
+            row["peak_gpu_memory_bytes"] = torch.cuda.max_memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+        self.rows.append(row)
+
+
+def environment() -> dict[str, Any]:
+    """Versions, machine, and backends: what a figure was measured with."""
+    import transformers
+
+    from . import __version__, ops
+
+    return {
+        "mixbits": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "machine": platform.machine(),
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "backends": [name for name, why in ops.backends().items() if why is None],
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+def table(rows: Sequence[Sequence[str]], indent: str = "  ") -> str:
+    """Rows (the first is the heading) as aligned text: first column left, the others right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = []
+    for number, row in enumerate(rows):
+        cells = [row[0].ljust(widths[0])]
+        cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+        lines.append(indent + "  ".join(cells).rstrip())
+        if number == 0:
+            lines.append(indent + "  ".join("-" * width for width in widths))
+    return "\n".join(lines)
+
+
+def scheme_table(linears: Sequence[LinearInfo], assignment: Assignment) -> str:
+    """How many linears of each kind got which scheme, and their average bits, scales counted."""
+    kinds: dict[str, list[LinearInfo]] = {}
+    for info in linears:
+        leaf = info.name.rpartition(".")[2]
+        kinds.setdefault(f"experts.{leaf}" if info.is_expert else leaf, []).append(info)
+    used = [assignment.get(i.name, BF16) for i in linears]
+    schemes = sorted(
+        {s.name: s for s in used}.values(), key=lambda s: (s.storage_bits(128, 4096), s.name)
+    )
+    rows = [["module", *(s.name for s in schemes), "bits"]]
+    for kind, members in [*kinds.items(), ("all", list(linears))]:
+        names = [assignment.get(i.name, BF16).name for i in members]
+        counts = [str(names.count(s.name) or "-") for s in schemes]
+        rows.append([kind, *counts, f"{average_bits(members, assignment):.3f}"])
+    return table(rows)
+
+
+def size(nbytes: float) -> str:
+    """Bytes for people, decimal units as in `--size`."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if nbytes < 1000 or unit == "GB":
+            break
+        nbytes /= 1000
+    return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.2f} {unit}"
+
+
+def plus_minus(value: float, stderr: float, digits: int = 4) -> str:
+    return f"{value:.{digits}f} ± {stderr:.{digits}f}"
+
+
+def result_table(before: int, after: int, scores: dict[str, float] | None) -> str:
+    """Size, KL and perplexity of the original and of the quantized model."""
+    rows = [["", "original", "quantized"], ["weight files", size(before), size(after)]]
+    if scores:
+        rows.append(["KL, nats/token", "0", plus_minus(scores["kl"], scores["kl_stderr"])])
+        pair = [
+            plus_minus(scores[k], scores[f"{k}_stderr"], 3)
+            for k in ("perplexity_reference", "perplexity")
+        ]
+        rows.append(["perplexity", *pair])
+        agreement = scores["top1_agreement"], scores["top1_agreement_stderr"]
+        rows.append(["top-1 agreement", "1", plus_minus(*agreement)])
+    return table(rows)
+
+
+def task_table(original: dict[str, Any] | None, quantized: dict[str, Any]) -> str:
+    """lm-eval's metrics with standard errors, of both models where both were scored."""
+    rows = [["task", "metric", *(["original"] if original else []), "quantized"]]
+    models = [m for m in (original, quantized) if m]
+    for task, metrics in quantized["tasks"].items():
+        for name in metrics:
+            if name.endswith("_stderr"):
+                continue
+            cells = [
+                plus_minus(m["tasks"][task][name], m["tasks"][task].get(f"{name}_stderr", 0.0))
+                for m in models
+            ]
+            rows.append([task, name, *cells])
+    if quantized["average"] is not None and len(quantized["tasks"]) > 1:
+        rows.append(["average", "acc", *(f"{m['average']:.4f}" for m in models)])
+    return table(rows)

@@ -1,0 +1,101 @@
+"""Let transformers load a packed checkpoint: `from_pretrained` after `import mixbits`.
+
+transformers builds the model without storage, asks the quantizer to put packed linears where
+the configuration names them, and then fills every buffer from the files.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers.quantizers import (
+    HfQuantizer,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from .formats import UsageError, parse_scheme
+from .linear import PackedLinear, swap_linears
+
+
+@register_quantization_config("mixbits")
+class MixbitsConfig(QuantizationConfigMixin):
+    """`quantization_config` of config.json. `modules` maps linears to scheme names."""
+
+    def __init__(
+        self,
+        modules: dict[str, str] | None = None,
+        layout: int = 1,
+        weight_scale_mode: str = "floor",
+        act_scale_mode: str = "floor",
+        **provenance: Any,
+    ) -> None:
+        self.quant_method = "mixbits"
+        self.layout = layout
+        self.weight_scale_mode, self.act_scale_mode = weight_scale_mode, act_scale_mode
+        provenance.pop("quant_method", None)
+        for key, value in provenance.items():
+            setattr(self, key, value)
+        self.modules = modules or {}
+
+    def schemes(self) -> dict[str, Any]:
+        """Linear -> Scheme."""
+        modes: Any = (self.weight_scale_mode, self.act_scale_mode)
+        return {name: parse_scheme(scheme, *modes) for name, scheme in self.modules.items()}
+
+
+@register_quantizer("mixbits")
+class MixbitsQuantizer(HfQuantizer):  # type: ignore[misc]
+    """Puts `PackedLinear` and `Experts` into a model that transformers is about to fill."""
+
+    requires_calibration = True
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        config: MixbitsConfig = self.quantization_config
+        schemes = config.schemes()
+
+        def make(name: str, weight: Any, bias: nn.Parameter | None) -> nn.Module:
+            rows, columns = weight.shape
+            return PackedLinear(columns, rows, schemes[name], bias, device=weight.device)
+
+        try:
+            swap_linears(model, list(schemes), make)
+        except (AttributeError, AssertionError) as error:
+            raise UsageError(
+                f"quantization_config names a linear that the model lacks: {error}"
+            ) from None
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+def read_config(folder: Path) -> MixbitsConfig:
+    """The quantization_config of a checkpoint folder. Raises UsageError if it is none of ours."""
+    from .checkpoint import LAYOUT
+
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"cannot read {folder / 'config.json'}: {error.strerror}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{folder / 'config.json'} is not JSON: {error}") from None
+    found = config.get("quantization_config", {})
+    if found.get("quant_method") != "mixbits":
+        raise UsageError(f"{folder} is no mixbits checkpoint: config.json has no quant_method mixbits")
+    if found.get("layout") != LAYOUT:
+        raise UsageError(
+            f"this mixbits reads checkpoints of layout {LAYOUT}: got {found.get('layout')} ({folder})"
+        )
+    return MixbitsConfig(**found)
