@@ -74,9 +74,9 @@ class PackedLinear(nn.Module):
             raise ValueError(f"{scheme.name} does not pack weights")
         self.in_features, self.out_features, self.scheme = in_features, out_features, scheme
         self.backend: str | None = None
-        self.weight_zero_point = None
+        self.register_buffer("weight_zero_point", None)
         for name, (dtype, shape) in packed_spec(scheme.weight, out_features, in_features).items():
-            self.register_buffer(name, torch.empty(shape, dtype=dtype, device=device))
+            self._buffers[name] = torch.empty(shape, dtype=dtype, device=device)
         self.bias = bias
 
     @classmethod
@@ -137,7 +137,10 @@ class PlainLinear(nn.Module):
 
 
 class FakeLinear(nn.Module):
-    """y = Qa(x) Q(W)^T + bias in x's dtype, from a float copy of Q(W) [N, K]."""
+    """y = Qa(x) Q(W)^T + bias in x's dtype, from a float copy of Q(W) [N, K].
+
+    x may be float64 too: sums are then exact for comparisons, rounding is still that of float32.
+    """
 
     def __init__(self, weight: Tensor, scheme: Scheme, bias: Tensor | None = None) -> None:
         super().__init__()
@@ -147,7 +150,8 @@ class FakeLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.scheme.activation is not None:
-            x = ops.fake_quantize(x, self.scheme.activation)
+            narrow = x.float() if x.dtype == torch.float64 else x
+            x = ops.fake_quantize(narrow, self.scheme.activation).to(x.dtype)
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return torch.nn.functional.linear(x, self.weight_fake.to(x.dtype), bias)
 

@@ -12,7 +12,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads starve s
 
 import argparse
 import random
-import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,20 +53,55 @@ def _prepare(args: argparse.Namespace) -> Run:
     from .source import open_source
 
     modes = args.weight_scale_mode, args.act_scale_mode
-    schemes = list({s.name: s for s in (parse_scheme(n, *modes) for n in args.schemes.split(","))}.values())
+    parsed = [parse_scheme(name, *modes) for name in args.schemes.split(",")]
+    schemes = list({s.name: s for s in parsed}.values())
     keep = [parse_keep(text, modes) for text in args.keep]
     if not args.dry_run:
         check_destination(args.out, args.overwrite)
-    source = open_source(args.model, args.trust_remote_code)
+    source = open_source(args.model, args.trust_remote_code, config_only=args.dry_run)
     longest = getattr(source.config.get_text_config(), "max_position_embeddings", None)
     if longest and args.seqlen > longest:
         raise UsageError(f"--seqlen must be at most {longest} for this model: got {args.seqlen}")
-    shapes = meta_model(source.config, trust_remote_code=args.trust_remote_code)
+    try:
+        shapes = meta_model(source.config, trust_remote_code=args.trust_remote_code)
+    except Exception as error:  # transformers raises many kinds
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UsageError(
+            f"no causal language model is described in {source.path}: {first}"
+        ) from None
     linears = find_linears(shapes, include_head=args.quantize_lm_head)
     units = make_units(linears, args.fuse, args.per_expert)
     for pattern, _ in keep:
         match_units(units, pattern)
+    if not args.dry_run and not args.solve_only:
+        _check_evaluation(args, source)
     return Run(args, schemes, keep, source, shapes, linears, units)
+
+
+def _check_evaluation(args: argparse.Namespace, source: Any) -> None:
+    """What would fail at the very end should fail at once."""
+    for option in ("tasks", "prompt"):
+        if getattr(args, option) and not source.has_tokenizer:
+            raise UsageError(f"--{option} needs a tokenizer, and {source.path} has none")
+    if args.tasks:
+        from .evaluate import task_manager
+
+        task_manager(args.tasks.split(","), args.include_path)
+
+
+def _check_device(args: argparse.Namespace) -> None:
+    import torch
+
+    from .ops import choose_backend
+
+    if args.device is None:
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise UsageError(f"--device {args.device} cannot be used: {first}") from None
+    choose_backend(torch.device(args.device).type, args.backend)
 
 
 def _calibrate(run: Run, tokenizer: Any) -> tuple[Any, Any]:
@@ -79,7 +113,8 @@ def _calibrate(run: Run, tokenizer: Any) -> tuple[Any, Any]:
     args = run.args
     vocab = run.source.config.get_text_config().vocab_size
     count = 0 if args.scores or args.plan else args.nsamples
-    if not count and not args.eval_nsamples:
+    held_count = 0 if args.solve_only else args.eval_nsamples
+    if not count and not held_count:
         empty = Sequences(torch.empty(0, args.seqlen, dtype=torch.int64), "nothing")
         return empty, empty
     if args.demo:
@@ -87,13 +122,21 @@ def _calibrate(run: Run, tokenizer: Any) -> tuple[Any, Any]:
     if args.eval_dataset is None:
         # Held-out sequences follow the calibration ones even where those are not needed now.
         pair = load_sequences(
-            args.dataset, tokenizer, vocab, args.nsamples, args.eval_nsamples, args.seqlen
+            args.dataset, tokenizer, vocab, _calibrated(args), held_count, args.seqlen
         )
         return pair
-    held = load_sequences(
-        args.eval_dataset, tokenizer, vocab, 0, args.eval_nsamples, args.seqlen
-    )[1]
+    held = load_sequences(args.eval_dataset, tokenizer, vocab, 0, held_count, args.seqlen)[1]
     return load_sequences(args.dataset, tokenizer, vocab, count, 0, args.seqlen)[0], held
+
+
+def _calibrated(args: argparse.Namespace) -> int:
+    """Sequences at the head of the dataset that were, or will be, calibrated with."""
+    if args.scores is None:
+        return int(args.nsamples)
+    from .scores import Scores
+
+    used = Scores.read(args.scores).data["calibration"]
+    return -(-used["nsamples"] * used["seqlen"] // args.seqlen)
 
 
 def _demo_sequences(args: argparse.Namespace, tokenizer: Any, vocab: int) -> tuple[Any, Any]:
@@ -183,8 +226,13 @@ def _load_result(run: Run) -> Any:
 
         return open_source(str(run.args.out), run.args.trust_remote_code).load()
     from .checkpoint import load
+    from .linear import PackedLinear
 
-    return load(run.args.out, run.args.backend, trust_remote_code=run.args.trust_remote_code)
+    model = load(run.args.out, trust_remote_code=run.args.trust_remote_code)
+    for module in model.modules():
+        if isinstance(module, PackedLinear):
+            module.backend = run.args.backend  # for the device that blocks are moved to
+    return model
 
 
 def _evaluate(run: Run, original: Any, quantized: Any, tokenizer: Any, held_out: Any) -> Any:
@@ -210,27 +258,11 @@ def _evaluate(run: Run, original: Any, quantized: Any, tokenizer: Any, held_out:
 
 
 def _generate(model: Any, tokenizer: Any, args: argparse.Namespace) -> str:
-    if tokenizer is None:
-        raise UsageError("--prompt needs a tokenizer, and the model has none")
     inputs = tokenizer(args.prompt, return_tensors="pt").to(args.device)
     inputs.pop("token_type_ids", None)
     model.to(args.device)
     ids = model.generate(**inputs, max_new_tokens=80, do_sample=False)
     return str(tokenizer.decode(ids[0], skip_special_tokens=True))
-
-
-def _quiet() -> None:
-    """Our own progress bars only; warnings of loaders that our checks make superfluous."""
-    import logging
-    import warnings
-
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    for name in ("lm_eval", "lm-eval", "datasets", "httpx"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module="(transformers|lm_eval|datasets|torch).*")
 
 
 def _dry_run(run: Run) -> None:
@@ -323,12 +355,13 @@ def quantize(run: Run) -> None:
     }
     report: dict[str, Any] = {
         "mixbits_report": 1,
-        "command": shlex.join(["python", "-m", "mixbits.quantize", *sys.argv[1:]]),
+        "command": args.command,
         "environment": environment(),
         **provenance,
-        "budget": plan.data.get("budget"),
+        # An edited plan still says what it was once made for.
+        "budget": None if scores is None else plan.data["budget"],
         "reached": reached,
-        "predicted_loss": plan.data.get("predicted_loss"),
+        "predicted_loss": None if scores is None else plan.data["predicted_loss"],
         "bytes_before": before,
     }
     report_path = args.out / "report.json"
@@ -361,13 +394,12 @@ def quantize(run: Run) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
+    from .report import quiet
+
     try:
         args = parse_arguments(argv)
-        _quiet()
-        if args.device is None:
-            import torch
-
-            args.device = "cuda" if torch.cuda.is_available() else "cpu"
+        quiet()
+        _check_device(args)
         run = _prepare(args)
         if args.dry_run:
             _dry_run(run)
@@ -381,7 +413,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error.strerror or error}{where}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("stopped; nothing was left behind", file=sys.stderr)
+        print("stopped; no output is half written", file=sys.stderr)
         return 1
     return 0
 

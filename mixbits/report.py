@@ -62,6 +62,20 @@ class Stages:
         self.rows.append(row)
 
 
+def quiet() -> None:
+    """Our own progress bars only; warnings of loaders that our checks make superfluous."""
+    import logging
+    import warnings
+
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    for name in ("lm_eval", "lm-eval", "datasets", "httpx"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="(transformers|lm_eval|datasets|torch).*")
+
+
 def environment() -> dict[str, Any]:
     """Versions, machine, and backends: what a figure was measured with."""
     import transformers

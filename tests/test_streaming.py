@@ -1,0 +1,119 @@
+"""Streaming is an order of work, not another model: same logits, same gradients, less memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from mixbits.model import find_linears, weight_of
+from mixbits.sensitivity import probed
+from mixbits.source import open_source
+from mixbits.streaming import StreamedModel, patched, resident
+
+from tiny import KINDS, make_model
+
+
+def _model(folder, kind="llama"):
+    make_model(folder, kind)
+    return open_source(str(folder)).load()
+
+
+def _ids(vocab: int, rows: int = 2, length: int = 16) -> torch.Tensor:
+    return torch.randint(vocab, (rows, length), generator=torch.Generator().manual_seed(0))
+
+
+def _loss(logits, ids):
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), ids.flatten())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_streamed_logits_are_those_of_the_whole_model(tmp_path, kind):
+    model = _model(tmp_path, kind)
+    ids = _ids(model.config.get_text_config().vocab_size)
+    streamed = StreamedModel(model).logits(ids)
+    assert next(model.parameters()).dtype == torch.bfloat16  # left as it was
+    with torch.no_grad():
+        whole = model.float()(input_ids=ids, use_cache=False).logits
+    assert streamed.dtype == torch.float32
+    # Same operations in the same order; only experts may be summed by another implementation.
+    torch.testing.assert_close(streamed, whole, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_streamed_gradients_are_those_of_the_whole_model(tmp_path, kind):
+    model = _model(tmp_path, kind)
+    ids = _ids(model.config.get_text_config().vocab_size)
+    linears = find_linears(model, include_head=True)
+    seen: dict[str, torch.Tensor] = {}
+
+    class Keep(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, weight, bias, name):
+            ctx.save_for_backward(x, weight)
+            ctx.name = name
+            return torch.nn.functional.linear(x, weight, bias)
+
+        @staticmethod
+        def backward(ctx, grad):
+            x, weight = ctx.saved_tensors
+            seen[ctx.name] = grad.flatten(0, -2).T @ x.flatten(0, -2)
+            return grad @ weight, None, None, None
+
+    def probe(name, x, weight, bias):
+        if not torch.is_grad_enabled():
+            return torch.nn.functional.linear(x, weight, bias)
+        return Keep.apply(x, weight, bias, name)
+
+    steps = []
+    with probed(model, linears, probe):
+        loss = StreamedModel(model).forward_backward(ids, _loss, lambda: steps.append(1))
+    assert len(steps) == 2 * model.config.get_text_config().num_hidden_layers
+
+    model = model.float().requires_grad_(True)
+    whole = _loss(model(input_ids=ids, use_cache=False).logits, ids)
+    whole.backward()
+    assert loss == pytest.approx(whole.item(), rel=1e-5)
+    head_is_tied = model.config.tie_word_embeddings
+    for info in linears:
+        if info.name not in seen:
+            assert info.is_expert  # no token reached it
+            continue
+        if info.block is None and head_is_tied:
+            continue  # its gradient holds the embedding's too
+        parameter = weight_of(model, info)
+        expected = parameter.grad if parameter.is_leaf else _slice_grad(model, info)
+        torch.testing.assert_close(seen[info.name], expected, rtol=1e-3, atol=1e-6)
+
+
+def _slice_grad(model, info):
+    """Gradient of one expert's slice: the same view of the 3-D parameters' gradients."""
+    from types import SimpleNamespace
+
+    from mixbits.model import expert_slice, split_expert_name
+
+    module, expert, projection = split_expert_name(info.name)
+    experts = model.get_submodule(module)
+    grads = SimpleNamespace(
+        gate_up_proj=experts.gate_up_proj.grad, down_proj=experts.down_proj.grad
+    )
+    return expert_slice(grads, expert, projection)
+
+
+def test_resident_and_patched_undo_themselves_on_errors():
+    linear = torch.nn.Linear(4, 4).bfloat16()
+    before = linear.weight.data_ptr()
+    with pytest.raises(RuntimeError, match="boom"):
+        with patched(linear, lambda x: x), resident(linear, torch.float32, torch.device("cpu")):
+            assert linear.weight.dtype == torch.float32
+            assert linear(3) == 3
+            raise RuntimeError("boom")
+    assert linear.weight.dtype == torch.bfloat16 and linear.weight.data_ptr() == before
+    assert linear(torch.ones(1, 4, dtype=torch.bfloat16)).shape == (1, 4)
+
+
+def test_patches_nest():
+    linear = torch.nn.Linear(4, 4)
+    with patched(linear, lambda x: 1):
+        with patched(linear, lambda x: 2):
+            assert linear(0) == 2
+        assert linear(0) == 1
+    assert "forward" not in vars(linear)
