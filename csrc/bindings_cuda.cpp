@@ -1,0 +1,121 @@
+// mixbits._cuda: the functions of cuda/ops.cuh under their own names. Pointers and the stream
+// are integers, as torch's data_ptr() and cuda_stream give them; 0 is null.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <stdexcept>
+#include <vector>
+
+#include "cuda/ops.cuh"
+
+namespace py = pybind11;
+namespace cuda = mixbits::cuda;
+
+namespace {
+
+template <class T>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+void check(const char* error) {
+  if (error != nullptr) throw std::runtime_error(std::string("CUDA: ") + error);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cuda, m) {
+  m.doc() = "CUDA kernels of mixbits: device pointers, sizes and a stream; no allocation, no sync.";
+  m.attr("MAX_TOKENS") = cuda::kMaxTokens;
+  m.attr("MAX_FORMATS") = cuda::kMaxFormats;
+
+  m.def(
+      "why_unusable",
+      []() -> py::object {
+        const char* reason = cuda::why_unusable();
+        return reason == nullptr ? py::none() : py::object(py::str(reason));
+      },
+      "None when the current device exists and this build has code for it, else the reason.");
+
+  m.def(
+      "fake_quantize",
+      [](uintptr_t x, uintptr_t out, int64_t rows, int64_t columns, int dtype, int format,
+         uintptr_t stream) {
+        check(cuda::fake_quantize(pointer<void>(x), pointer<void>(out), rows, columns, dtype,
+                                  format, pointer<void>(stream)));
+      },
+      py::arg("x"), py::arg("out"), py::arg("rows"), py::arg("columns"), py::arg("dtype"),
+      py::arg("format"), py::arg("stream"), "x, out: [rows, columns] of dtype.");
+
+  m.def(
+      "quantize_pack",
+      [](uintptr_t weight, uintptr_t codes, uintptr_t scales, uintptr_t zero_points, int64_t rows,
+         int64_t columns, int dtype, int format, uintptr_t stream) {
+        check(cuda::quantize_pack(pointer<void>(weight), pointer<uint8_t>(codes),
+                                  pointer<void>(scales), pointer<uint8_t>(zero_points), rows,
+                                  columns, dtype, format, pointer<void>(stream)));
+      },
+      py::arg("weight"), py::arg("codes"), py::arg("scales"), py::arg("zero_points"),
+      py::arg("rows"), py::arg("columns"), py::arg("dtype"), py::arg("format"), py::arg("stream"),
+      "weight: [rows, columns] of dtype; the outputs have the shapes of mixbits.pack.");
+
+  m.def(
+      "dequantize",
+      [](uintptr_t codes, uintptr_t scales, uintptr_t zero_points, uintptr_t out, int64_t rows,
+         int64_t columns, int dtype, int format, uintptr_t stream) {
+        check(cuda::dequantize(pointer<uint8_t>(codes), pointer<void>(scales),
+                               pointer<uint8_t>(zero_points), pointer<void>(out), rows, columns,
+                               dtype, format, pointer<void>(stream)));
+      },
+      py::arg("codes"), py::arg("scales"), py::arg("zero_points"), py::arg("out"), py::arg("rows"),
+      py::arg("columns"), py::arg("dtype"), py::arg("format"), py::arg("stream"),
+      "out: [rows, columns] of dtype.");
+
+  m.def("statistics_row_blocks", &cuda::statistics_row_blocks, py::arg("rows"), py::arg("columns"),
+        "First dimension of the workspace of `statistics`.");
+
+  m.def(
+      "statistics",
+      [](uintptr_t weight, uintptr_t row_weight, uintptr_t column_weight, uintptr_t gradient,
+         const std::vector<int>& formats, uintptr_t workspace, uintptr_t out, int64_t rows,
+         int64_t columns, int dtype, int gradient_dtype, uintptr_t stream) {
+        const cuda::StatisticsArgs args{pointer<void>(weight),
+                                        pointer<double>(row_weight),
+                                        pointer<double>(column_weight),
+                                        pointer<void>(gradient),
+                                        formats.data(),
+                                        pointer<double>(workspace),
+                                        pointer<double>(out),
+                                        rows,
+                                        columns,
+                                        dtype,
+                                        gradient_dtype,
+                                        int(formats.size())};
+        check(cuda::statistics(args, pointer<void>(stream)));
+      },
+      py::arg("weight"), py::arg("row_weight"), py::arg("column_weight"), py::arg("gradient"),
+      py::arg("formats"), py::arg("workspace"), py::arg("out"), py::arg("rows"), py::arg("columns"),
+      py::arg("dtype"), py::arg("gradient_dtype"), py::arg("stream"),
+      "Fisher form with row_weight and column_weight (float64), else gradient; at most MAX_FORMATS "
+      "formats. workspace: float64 [statistics_row_blocks, formats, slabs].");
+
+  m.def(
+      "packed_matmul",
+      [](uintptr_t x, uintptr_t codes, uintptr_t scales, uintptr_t zero_points, uintptr_t out,
+         int64_t tokens, int64_t rows, int64_t columns, int dtype, int format, uintptr_t stream) {
+        const cuda::MatmulArgs args{pointer<void>(x),
+                                    pointer<uint8_t>(codes),
+                                    pointer<void>(scales),
+                                    pointer<uint8_t>(zero_points),
+                                    pointer<void>(out),
+                                    tokens,
+                                    rows,
+                                    columns,
+                                    dtype,
+                                    format};
+        check(cuda::packed_matmul(args, pointer<void>(stream)));
+      },
+      py::arg("x"), py::arg("codes"), py::arg("scales"), py::arg("zero_points"), py::arg("out"),
+      py::arg("tokens"), py::arg("rows"), py::arg("columns"), py::arg("dtype"), py::arg("format"),
+      py::arg("stream"), "x [tokens, columns] -> out [tokens, rows]; at most MAX_TOKENS tokens.");
+}

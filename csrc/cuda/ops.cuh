@@ -1,0 +1,69 @@
+// The CUDA operations as bindings_cuda.cpp sees them: plain C++, no CUDA types.
+//
+// Pointers are device pointers to contiguous row-major memory; dtypes and formats are the
+// integers of formats.h, packed layouts those of layout.h. Functions launch on `stream` (a
+// cudaStream_t) of the current device and return at once. They neither allocate nor synchronise,
+// so that a CUDA graph can capture them. They return null, or the text of the CUDA error.
+// Arguments are checked in Python.
+#pragma once
+
+#include <stdint.h>
+
+namespace mixbits {
+namespace cuda {
+
+// Null when the current device exists and this build has code for it.
+const char* why_unusable();
+
+// x, out: [rows, columns] of dtype.
+const char* fake_quantize(const void* x, void* out, int64_t rows, int64_t columns, int dtype,
+                          int format, void* stream);
+
+// weight: [rows, columns] of dtype; zero_points is null for formats without.
+const char* quantize_pack(const void* weight, uint8_t* codes, void* scales, uint8_t* zero_points,
+                          int64_t rows, int64_t columns, int dtype, int format, void* stream);
+
+// out: [rows, columns] of dtype.
+const char* dequantize(const uint8_t* codes, const void* scales, const uint8_t* zero_points,
+                       void* out, int64_t rows, int64_t columns, int dtype, int format,
+                       void* stream);
+
+constexpr int kMaxFormats = 16;  // of one call to `statistics`
+
+// Number of row blocks, each of which fills [format_count, slabs] doubles of `statistics`'
+// workspace.
+int64_t statistics_row_blocks(int64_t rows, int64_t columns);
+
+// Fisher statistics have row_weight and column_weight, gradient statistics have a gradient
+// [rows, columns] of gradient_dtype; what a form has not is null. `formats` is host memory and is
+// read before the call returns.
+struct StatisticsArgs {
+  const void* weight;           // [rows, columns] of dtype
+  const double* row_weight;     // [rows]
+  const double* column_weight;  // [columns]
+  const void* gradient;
+  const int* formats;  // [format_count], at most kMaxFormats
+  double* workspace;   // [statistics_row_blocks, format_count, ceil(columns / 32)]
+  double* out;         // [format_count, ceil(columns / 32)]
+  int64_t rows, columns;
+  int dtype, gradient_dtype, format_count;
+};
+const char* statistics(const StatisticsArgs& args, void* stream);
+
+constexpr int kMaxTokens = 16;  // of one call to `packed_matmul`
+
+// x [tokens, columns] of dtype times the packed weight [rows, columns] transposed -> out
+// [tokens, rows] of dtype.
+struct MatmulArgs {
+  const void* x;
+  const uint8_t* codes;
+  const void* scales;
+  const uint8_t* zero_points;  // null for formats without
+  void* out;
+  int64_t tokens, rows, columns;
+  int dtype, format;
+};
+const char* packed_matmul(const MatmulArgs& args, void* stream);
+
+}  // namespace cuda
+}  // namespace mixbits

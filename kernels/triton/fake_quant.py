@@ -1,0 +1,57 @@
+"""Fake quantization: every group of a row goes through its codes and back, in one pass.
+
+One program owns a tile of rows by 128 columns, which holds whole groups of every size.
+"""
+
+import torch
+
+import triton
+import triton.language as tl
+from mixbits.formats import Format
+
+from . import numerics
+from .launch import TILE_ROWS, device_of
+
+
+@triton.jit
+def fake_quantize_kernel(
+    x_ptr,  # [rows, columns], contiguous
+    out_ptr,  # the same shape and dtype
+    rows,
+    columns,
+    CODE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    size: tl.constexpr = numerics.group_size(CODE)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    offset = row.to(tl.int64)[:, None] * columns + column[None, :]
+    inside = (row < rows)[:, None] & (column < columns)[None, :]
+    x = numerics.to_float32(tl.load(x_ptr + offset, mask=inside, other=0.0))
+    grouped = tl.reshape(x, (ROWS, COLUMNS // size, size))
+    values = tl.reshape(numerics.fake_quantize(grouped, CODE), (ROWS, COLUMNS))
+    out = numerics.from_float32(values, out_ptr.dtype.element_ty)
+    tl.store(out_ptr + offset, out, mask=inside)
+
+
+def fake_quantize(x: torch.Tensor, fmt: Format) -> torch.Tensor:
+    """x [..., K] (float32, float16, bfloat16; contiguous) -> the same shape and dtype."""
+    out = torch.empty_like(x)
+    if x.numel() == 0:
+        return out
+    columns = x.shape[-1]
+    rows = x.numel() // columns
+    grid = (triton.cdiv(rows, TILE_ROWS), triton.cdiv(columns, numerics.TILE_COLUMNS))
+    with device_of(x):
+        fake_quantize_kernel[grid](
+            x,
+            out,
+            rows,
+            columns,
+            CODE=fmt.code,
+            ROWS=TILE_ROWS,
+            COLUMNS=numerics.TILE_COLUMNS,
+            enable_fp_fusion=False,
+        )
+    return out

@@ -1,0 +1,98 @@
+"""Quantize a weight and pack its codes, scales and zero points: floats are read once.
+
+One program owns a tile of rows by whole groups, wide enough that the packed zero points of the
+tile are whole bytes, so that no two programs write to the same byte.
+"""
+
+import torch
+
+import triton
+import triton.language as tl
+from mixbits.formats import Format
+from mixbits.pack import Packed, packed_spec
+
+from . import numerics
+from .launch import TILE_ROWS, device_of
+
+
+@triton.jit
+def quantize_pack_kernel(
+    weight_ptr,  # [rows, columns], contiguous
+    packed_ptr,  # uint8 [rows, packed_bytes]
+    scale_ptr,  # uint8 or float16 [rows, groups]
+    zero_ptr,  # uint8 [rows, zero_bytes]; not written for symmetric formats
+    rows,
+    columns,
+    packed_bytes,
+    groups,
+    zero_bytes,
+    CODE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    size: tl.constexpr = numerics.group_size(CODE)
+    bits: tl.constexpr = numerics.code_bits(CODE)
+    tile_groups: tl.constexpr = COLUMNS // size
+    tile_bytes: tl.constexpr = COLUMNS * bits // 8
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    row_inside = (row < rows)[:, None]
+    inside = row_inside & (column < columns)[None, :]
+    row = row.to(tl.int64)[:, None]
+
+    w = tl.load(weight_ptr + row * columns + column[None, :], mask=inside, other=0.0)
+    grouped = tl.reshape(numerics.to_float32(w), (ROWS, tile_groups, size))
+    codes, scale, zero_point = numerics.quantize(grouped, CODE)
+
+    # Columns beyond the row fill the last byte with zeros.
+    codes = tl.where(inside, tl.reshape(codes, (ROWS, COLUMNS)), 0)
+    byte = tl.program_id(1) * tile_bytes + tl.arange(0, tile_bytes)[None, :]
+    byte_inside = row_inside & (byte < packed_bytes)
+    packed = numerics.pack_bits(codes, bits)
+    tl.store(packed_ptr + row * packed_bytes + byte, packed, mask=byte_inside)
+
+    group = tl.program_id(1) * tile_groups + tl.arange(0, tile_groups)[None, :]
+    group_inside = row_inside & (group < groups)
+    scale = scale.to(scale_ptr.dtype.element_ty)
+    tl.store(scale_ptr + row * groups + group, scale, mask=group_inside)
+
+    if not numerics.is_symmetric(CODE):
+        zero_point = tl.where(group_inside, zero_point, 0)
+        tile_zero_bytes: tl.constexpr = tile_groups * bits // 8
+        byte = tl.program_id(1) * tile_zero_bytes + tl.arange(0, tile_zero_bytes)[None, :]
+        byte_inside = row_inside & (byte < zero_bytes)
+        packed = numerics.pack_bits(zero_point, bits)
+        tl.store(zero_ptr + row * zero_bytes + byte, packed, mask=byte_inside)
+
+
+def quantize_pack(weight: torch.Tensor, fmt: Format) -> Packed:
+    """weight [N, K] (float32, float16, bfloat16; contiguous) -> the tensors of mixbits.pack."""
+    rows, columns = weight.shape
+    packed = Packed(
+        *(
+            torch.empty(shape, dtype=dtype, device=weight.device)
+            for dtype, shape in packed_spec(fmt, rows, columns).values()
+        )
+    )
+    if weight.numel() == 0:
+        return packed
+    tile = numerics.tile_columns(fmt)
+    tile_rows = TILE_ROWS * numerics.TILE_COLUMNS // tile
+    zero_point = packed.weight_zero_point
+    with device_of(weight):
+        quantize_pack_kernel[(triton.cdiv(rows, tile_rows), triton.cdiv(columns, tile))](
+            weight,
+            packed.weight_packed,
+            packed.weight_scale,
+            packed.weight_packed if zero_point is None else zero_point,
+            rows,
+            columns,
+            fmt.packed_bytes(columns),
+            fmt.groups(columns),
+            fmt.zero_point_bytes(columns),
+            CODE=fmt.code,
+            ROWS=tile_rows,
+            COLUMNS=tile,
+            enable_fp_fusion=False,
+        )
+    return packed

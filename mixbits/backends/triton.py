@@ -1,0 +1,85 @@
+"""The Triton kernels (`mixbits.kernels`) as a backend: any GPU that Triton compiles for.
+
+With TRITON_INTERPRET=1 in the environment they run on CPU tensors instead, one program after
+the other in numpy: slow, and meant for tests on machines without a GPU.
+
+Arguments are checked, contiguous and on one device; `mixbits.ops` sees to that.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..formats import Format
+from ..pack import Packed
+
+
+@functools.cache
+def _interpreted() -> bool:
+    return bool(importlib.import_module("mixbits.kernels").INTERPRETED)
+
+
+def _kernels(name: str) -> Any:
+    """The module mixbits.kernels.<name>, imported on first use: it needs Triton."""
+    return importlib.import_module(f"mixbits.kernels.{name}")
+
+
+@functools.cache
+def why_unavailable() -> str | None:
+    """None when the backend can be used, else one sentence that says why not."""
+    try:
+        interpreted = _interpreted()
+    except ImportError as error:
+        if error.name and error.name.split(".")[0] == "triton":
+            return "triton is not installed"
+        return f"mixbits.kernels cannot be imported: {error}"
+    if interpreted or torch.cuda.is_available():
+        return None
+    return "no CUDA device (TRITON_INTERPRET=1 runs the kernels on the CPU, slowly)"
+
+
+def supports(device: torch.device) -> bool:
+    """Whether tensors on `device` can be handled."""
+    if why_unavailable() is not None:
+        return False
+    return device.type == ("cpu" if _interpreted() else "cuda")
+
+
+def fake_quantize(x: Tensor, fmt: Format) -> Tensor:
+    """Round trip of x [..., K] through codes, in x's own dtype."""
+    return _kernels("fake_quant").fake_quantize(x, fmt)
+
+
+def quantize_pack(weight: Tensor, fmt: Format) -> Packed:
+    """weight [N, K] -> the tensors of `mixbits.pack`."""
+    return _kernels("pack").quantize_pack(weight, fmt)
+
+
+def dequantize(packed: Packed, fmt: Format, in_features: int, dtype: torch.dtype) -> Tensor:
+    """Packed [N, K] -> [N, K] in `dtype`; `in_features` is K."""
+    return _kernels("dequantize").dequantize(packed, fmt, in_features, dtype)
+
+
+def fisher_statistics(
+    weight: Tensor, row_weight: Tensor, column_weight: Tensor, formats: Sequence[Format]
+) -> Tensor:
+    """float64 [formats, ceil(K / 32)], as `mixbits.reference.fisher_statistics`."""
+    return _kernels("statistics").fisher_statistics(weight, row_weight, column_weight, formats)
+
+
+def gradient_statistics(weight: Tensor, gradient: Tensor, formats: Sequence[Format]) -> Tensor:
+    """float64 [formats, ceil(K / 32)], as `mixbits.reference.gradient_statistics`."""
+    return _kernels("statistics").gradient_statistics(weight, gradient, formats)
+
+
+def packed_matmul(x: Tensor, packed: Packed, fmt: Format, activation: Format | None) -> Tensor:
+    """x [M, K], fake-quantized to `activation` if given, times packed [N, K] -> [M, N]."""
+    if activation is not None:
+        x = fake_quantize(x, activation)
+    return _kernels("gemm").packed_matmul(x, packed, fmt)

@@ -1,0 +1,339 @@
+"""The Triton kernels equal the reference: in the interpreter on any machine, and on a GPU.
+
+Triton decides when it is imported whether it interprets. So `test_under_the_interpreter` starts
+pytest on this file once more, with TRITON_INTERPRET=1; there, and on a machine with a GPU, the
+tests of the operations run. Elsewhere they skip, and the kernels are compiled ahead of time for
+four architectures, and their PTX is looked at.
+
+The `check_*` functions take a backend, and serve the CUDA kernels too.
+"""
+
+import os
+import subprocess
+import sys
+from types import ModuleType
+
+import pytest
+import torch
+from conftest import (
+    DTYPES,
+    FORMATS,
+    INT_FORMATS,
+    MX_FORMATS,
+    assert_same_bits,
+    format_id,
+    hard_rows,
+)
+
+from mixbits import pack, reference
+from mixbits.formats import MINIFLOATS, MX_GROUP, Format
+
+pytest.importorskip("triton", reason="triton is not installed")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
+needs_device = pytest.mark.skipif(
+    not INTERPRETED and not torch.cuda.is_available(),
+    reason="no GPU (test_under_the_interpreter runs this on the CPU)",
+)
+# numpy, which interprets, reports the infinities and NaNs that some inputs are there to produce.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+needs_compiler = pytest.mark.skipif(INTERPRETED, reason="Triton is interpreting")
+
+each_format = pytest.mark.parametrize("fmt", FORMATS, ids=format_id)
+
+
+# --- checks, for any backend -----------------------------------------------------------------
+
+
+def check_round_trip(backend: ModuleType, device: torch.device, fmt: Format, columns: int) -> None:
+    for dtype in DTYPES:
+        w = hard_rows(columns, dtype)
+        got = backend.fake_quantize(w.to(device), fmt)
+        assert_same_bits(got.cpu(), reference.fake_quantize(w, fmt))
+        q = reference.quantize(w, fmt)
+        expected = pack.pack(q, fmt)
+        got = backend.quantize_pack(w.to(device), fmt)
+        for ours, theirs in zip(got, expected, strict=True):
+            assert (ours is None) == (theirs is None)
+            if theirs is not None:
+                assert_same_bits(ours.cpu(), theirs)
+        values = backend.dequantize(got, fmt, columns, dtype)
+        assert_same_bits(values.cpu(), reference.dequantize(q, fmt, dtype))
+
+
+def check_all_codes_and_scales(backend: ModuleType, device: torch.device, element: str) -> None:
+    fmt = Format(element, MX_GROUP)
+    codes = torch.arange(1 << fmt.bits, dtype=torch.uint8).repeat(256, 2)
+    scale = torch.arange(256, dtype=torch.uint8)[:, None].repeat(1, codes.shape[1] // MX_GROUP)
+    q = reference.Quantized(codes, scale)
+    packed = pack.Packed(*(t if t is None else t.to(device) for t in pack.pack(q, fmt)))
+    for dtype in DTYPES:
+        got = backend.dequantize(packed, fmt, codes.shape[1], dtype)
+        assert_same_bits(got.cpu(), reference.dequantize(q, fmt, dtype))
+
+
+def check_statistics(
+    backend: ModuleType, device: torch.device, columns: int, formats: list[Format] = FORMATS
+) -> None:
+    """Equal but for the order of a few thousand float64 additions; the same bits every time."""
+    generator = torch.Generator().manual_seed(columns)
+    rows = 41
+    gradient = torch.randn(rows, columns, generator=generator)
+    row_weight = torch.rand(rows, generator=generator)
+    column_weight = torch.rand(columns, generator=generator)
+    for dtype in (torch.float32, torch.bfloat16):
+        w = torch.randn(rows, columns, generator=generator).to(dtype)
+        g = gradient.to(dtype)
+        expected = reference.fisher_statistics(w, row_weight, column_weight, formats)
+        inputs = [t.to(device) for t in (w, row_weight, column_weight)]
+        got = backend.fisher_statistics(*inputs, formats)
+        torch.testing.assert_close(got.cpu(), expected, rtol=1e-12, atol=0)
+        assert torch.equal(got, backend.fisher_statistics(*inputs, formats))
+        expected = reference.gradient_statistics(w, g, formats)
+        got = backend.gradient_statistics(w.to(device), g.to(device), formats)
+        torch.testing.assert_close(got.cpu(), expected, rtol=1e-12, atol=0)
+
+
+def check_matmul(
+    backend: ModuleType,
+    device: torch.device,
+    fmt: Format,
+    shape: tuple[int, int, int],
+    activation: Format | None = None,
+) -> None:
+    """Largest error against float64 at most twice that of torch's product in the same dtype."""
+    m, n, k = shape
+    generator = torch.Generator().manual_seed(m + n + k)
+    q = reference.quantize(torch.randn(n, k, generator=generator), fmt)
+    packed = pack.Packed(*(t if t is None else t.to(device) for t in pack.pack(q, fmt)))
+    for dtype in DTYPES:
+        x = torch.randn(m, k, generator=generator).to(dtype)
+        rounded = x if activation is None else reference.fake_quantize(x, activation)
+        exact = rounded.double() @ reference.dequantize(q, fmt).double().T
+        plain = rounded.to(device) @ reference.dequantize(q, fmt, dtype).to(device).T
+        got = backend.packed_matmul(x.to(device), packed, fmt, activation)
+        assert (got.dtype, got.shape) == (dtype, (m, n))
+        allowed = 2 * (plain.cpu().double() - exact).abs().max().item()
+        # Few and short sums may be exact by luck: one ulp of the largest result is always
+        # allowed, and one float32 rounding of the largest sum of magnitudes.
+        magnitude = rounded.double().abs() @ reference.dequantize(q, fmt).double().abs().T
+        allowed = max(allowed, torch.finfo(dtype).eps * exact.abs().max().item())
+        allowed += torch.finfo(torch.float32).eps * magnitude.max().item()
+        error = (got.cpu().double() - exact).abs().max().item()
+        assert error <= allowed, f"{dtype} {shape}: error {error:.3g}, allowed {allowed:.3g}"
+
+
+def check_empty(backend: ModuleType, device: torch.device, fmt: Format) -> None:
+    weight = torch.ones(3, 64, device=device)
+    packed = backend.quantize_pack(weight, fmt)
+    assert backend.fake_quantize(weight[:0], fmt).shape == (0, 64)
+    assert backend.packed_matmul(weight[:0], packed, fmt, None).shape == (0, 3)
+    none = backend.quantize_pack(weight[:0], fmt)
+    assert backend.dequantize(none, fmt, 64, torch.float32).shape == (0, 64)
+    assert backend.packed_matmul(weight, none, fmt, None).shape == (3, 0)
+
+
+# --- the operations, interpreted or on a GPU -------------------------------------------------
+
+
+@pytest.fixture
+def backend() -> ModuleType:
+    from mixbits.backends import triton
+
+    assert triton.why_unavailable() is None
+    assert triton.supports(DEVICE)
+    return triton
+
+
+@needs_device
+@pytest.mark.parametrize("columns", [33, 640])
+@each_format
+def test_round_trip(backend, fmt, columns):
+    check_round_trip(backend, DEVICE, fmt, columns)
+
+
+@needs_device
+@pytest.mark.parametrize("element", MINIFLOATS)
+def test_all_codes_and_scales(backend, element):
+    check_all_codes_and_scales(backend, DEVICE, element)
+
+
+@needs_device
+def test_leading_dimensions(backend):
+    x = torch.randn(2, 3, 5, 96)
+    fmt = MX_FORMATS[0]
+    got = backend.fake_quantize(x.to(DEVICE), fmt)
+    assert_same_bits(got.cpu(), reference.fake_quantize(x, fmt))
+
+
+@needs_device
+@pytest.mark.parametrize("columns", [31, 172])
+def test_statistics(backend, columns):
+    check_statistics(backend, DEVICE, columns)
+
+
+@needs_device
+@each_format
+def test_matmul(backend, fmt):
+    check_matmul(backend, DEVICE, fmt, (17, 66, 172))
+
+
+@needs_device
+@pytest.mark.parametrize("shape", [(1, 5, 1), (3, 64, 31), (118, 65, 256)], ids=str)
+@pytest.mark.parametrize("fmt", [MX_FORMATS[0], INT_FORMATS[-1]], ids=format_id)
+def test_matmul_shapes(backend, fmt, shape):
+    check_matmul(backend, DEVICE, fmt, shape)
+
+
+@needs_device
+@pytest.mark.parametrize("fmt", [MX_FORMATS[0], MX_FORMATS[3]], ids=format_id)
+def test_matmul_with_activations(backend, fmt):
+    check_matmul(backend, DEVICE, fmt, (3, 20, 172), activation=fmt)
+
+
+@needs_device
+def test_empty(backend):
+    check_empty(backend, DEVICE, INT_FORMATS[1])
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_under_the_interpreter():
+    """This file once more, with Triton interpreting."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
+    env = {**os.environ, "TRITON_INTERPRET": "1"}
+    result = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    print(result.stdout[-2000:])
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
+
+
+def test_why_unavailable():
+    from mixbits.backends import triton
+
+    usable = INTERPRETED or torch.cuda.is_available()
+    reason = triton.why_unavailable()
+    assert reason is None if usable else "no CUDA device" in reason
+    assert triton.supports(torch.device("cpu")) == INTERPRETED
+
+
+# --- ahead-of-time compilation, without a GPU ------------------------------------------------
+
+ARCHITECTURES = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma", 120: "mma.sync"}
+PACKED_SIZES = {"packed_bytes": "i32", "groups": "i32", "zero_bytes": "i32"}
+COMPILED_FORMATS = [Format("e2m1", 32), Format("e4m3", 32), Format("int4", 128, symmetric=False)]
+TRITON_DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+
+
+@pytest.fixture
+def compile_ptx(tmp_path, monkeypatch):
+    """compile_ptx(kernel, signature, constants, architecture) -> PTX.
+
+    Pointers, and integers but for those named in `odd`, are promised to be multiples of 16.
+    """
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    def compile_one(kernel, signature, constants, architecture, odd=("rows", "m", "n")):
+        names = kernel.arg_names
+        types = {name: signature.get(name, "constexpr") for name in names}
+        assert {name for name, kind in types.items() if kind == "constexpr"} == set(constants)
+        attributes = {
+            (i,): [["tt.divisibility", 16]]
+            for i, name in enumerate(names)
+            if types[name] != "constexpr" and name not in odd
+        }
+        source = ASTSource(kernel, types, constants, attributes)
+        target = GPUTarget("cuda", architecture, 32)
+        compiled = triton.compile(source, target=target, options={"enable_fp_fusion": False})
+        return compiled.asm["ptx"]
+
+    return compile_one
+
+
+def packed_signature(fmt: Format) -> dict[str, str]:
+    scale = "*u8" if fmt.is_mx else "*fp16"
+    return {"packed_ptr": "*u8", "scale_ptr": scale, "zero_ptr": "*u8", **PACKED_SIZES}
+
+
+def assert_exact_arithmetic(ptx: str) -> None:
+    """Nothing flushes subnormals, fuses, or divides approximately."""
+    for forbidden in (".ftz", "fma.rn.f32", "div.full", "div.approx", "rcp."):
+        assert forbidden not in ptx, forbidden
+
+
+@pytest.mark.slow
+@needs_compiler
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_elementwise_kernels_compile(compile_ptx, architecture):
+    from mixbits.kernels import dequantize, fake_quant, launch, numerics
+    from mixbits.kernels import pack as pack_kernels
+
+    size = {"rows": "i32", "columns": "i32"}
+    for fmt in COMPILED_FORMATS:
+        tile = {"CODE": fmt.code, "ROWS": launch.TILE_ROWS, "COLUMNS": numerics.TILE_COLUMNS}
+        signature = {"x_ptr": "*bf16", "out_ptr": "*bf16", **size}
+        ptx = compile_ptx(fake_quant.fake_quantize_kernel, signature, tile, architecture)
+        assert_exact_arithmetic(ptx)
+        assert "ld.global.v4.b32" in ptx and "st.global.v4.b32" in ptx
+        signature = {**packed_signature(fmt), "out_ptr": "*bf16", **size}
+        ptx = compile_ptx(dequantize.dequantize_kernel, signature, tile, architecture)
+        assert_exact_arithmetic(ptx)
+        signature = {"weight_ptr": "*bf16", **packed_signature(fmt), **size}
+        tile["COLUMNS"] = numerics.tile_columns(fmt)
+        ptx = compile_ptx(pack_kernels.quantize_pack_kernel, signature, tile, architecture)
+        assert_exact_arithmetic(ptx)
+
+
+@pytest.mark.slow
+@needs_compiler
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_statistics_kernels_compile(compile_ptx, architecture):
+    from mixbits.kernels import launch, numerics, statistics
+
+    pointers = dict.fromkeys(("weight_ptr", "gradient_ptr"), "*bf16")
+    doubles = ("row_weight_ptr", "column_weight_ptr", "partial_ptr")
+    pointers |= dict.fromkeys(doubles, "*fp64")
+    signature = {**pointers, "rows": "i32", "columns": "i32", "slabs": "i32"}
+    for gradient in (False, True):
+        constants = {
+            "CODES": tuple(fmt.code for fmt in COMPILED_FORMATS),
+            "GRADIENT": gradient,
+            "FORMATS": 4,
+            "ROWS": launch.TILE_ROWS,
+            "COLUMNS": numerics.TILE_COLUMNS,
+            "SLAB": MX_GROUP,
+        }
+        ptx = compile_ptx(statistics.statistics_kernel, signature, constants, architecture)
+        assert_exact_arithmetic(ptx)
+    signature = {"partial_ptr": "*fp64", "out_ptr": "*fp64", "parts": "i32", "size": "i32"}
+    assert compile_ptx(statistics.sum_partials_kernel, signature, {"BLOCK": 128}, architecture)
+
+
+@pytest.mark.slow
+@needs_compiler
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_gemm_compiles_to_tensor_cores(compile_ptx, architecture, dtype):
+    """16-bit inputs use the architecture's matrix instructions, float32 is never TF32."""
+    import triton.language as tl
+    from mixbits.kernels import gemm
+
+    name = TRITON_DTYPES[dtype]
+    for fmt in (COMPILED_FORMATS[0], COMPILED_FORMATS[2]):
+        config = gemm.choose_config(128, fmt, dtype)
+        signature = {"x_ptr": f"*{name}", "out_ptr": f"*{name}", **packed_signature(fmt)}
+        signature |= {"m": "i32", "n": "i32", "k": "i32"}
+        constants = {"CODE": fmt.code, "dot_dtype": getattr(tl, dtype_name(dtype))}
+        constants |= {field.upper(): value for field, value in config._asdict().items()}
+        ptx = compile_ptx(gemm.packed_matmul_kernel, signature, constants, architecture)
+        assert ".ftz" not in ptx
+        if dtype == torch.float32:
+            assert "tf32" not in ptx
+        else:
+            assert ARCHITECTURES[architecture] in ptx
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
