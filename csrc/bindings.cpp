@@ -1,0 +1,106 @@
+// mixbits._cpu: the native CPU operations under their Python names.
+//
+// Pointers and sizes only, no tensors: one build serves every version of torch. Arguments are
+// checked by mixbits.ops; dtypes and formats are the numbers of csrc/formats.h.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <new>
+#include <string>
+#include <vector>
+
+#include "cpu/kernels.h"
+#include "formats.h"
+
+namespace py = pybind11;
+using namespace mixbits;
+
+namespace {
+
+template <class T = void>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+void check_memory(bool ok) {
+  if (!ok) throw std::bad_alloc();
+}
+
+void fake_quantize(uintptr_t x, uintptr_t out, int64_t rows, int64_t columns, int dtype,
+                   int format) {
+  check_memory(kernels().fake_quantize({pointer(x), pointer(out), rows, columns, dtype, format}));
+}
+
+void quantize_pack(uintptr_t weight, uintptr_t codes, uintptr_t scales, uintptr_t zero_points,
+                   int64_t rows, int64_t columns, int dtype, int format) {
+  check_memory(
+      kernels().quantize_pack({pointer(weight), pointer<uint8_t>(codes), pointer<uint8_t>(scales),
+                               pointer<uint8_t>(zero_points), rows, columns, dtype, format}));
+}
+
+void dequantize(uintptr_t codes, uintptr_t scales, uintptr_t zero_points, uintptr_t out,
+                int64_t rows, int64_t columns, int dtype, int format) {
+  check_memory(kernels().dequantize({pointer<uint8_t>(codes), pointer<uint8_t>(scales),
+                                     pointer<uint8_t>(zero_points), pointer(out), rows, columns,
+                                     dtype, format}));
+}
+
+void fisher_statistics(uintptr_t weight, uintptr_t row_weight, uintptr_t column_weight,
+                       uintptr_t out, int64_t rows, int64_t columns, int dtype,
+                       const std::vector<int>& formats) {
+  check_memory(kernels().statistics({pointer(weight), pointer<double>(row_weight),
+                                     pointer<double>(column_weight), nullptr, formats.data(),
+                                     pointer<double>(out), rows, columns, dtype, kBFloat16,
+                                     int(formats.size())}));
+}
+
+void gradient_statistics(uintptr_t weight, uintptr_t gradient, uintptr_t out, int64_t rows,
+                         int64_t columns, int dtype, int gradient_dtype,
+                         const std::vector<int>& formats) {
+  check_memory(kernels().statistics({pointer(weight), nullptr, nullptr, pointer(gradient),
+                                     formats.data(), pointer<double>(out), rows, columns, dtype,
+                                     gradient_dtype, int(formats.size())}));
+}
+
+void packed_matmul(uintptr_t x, uintptr_t codes, uintptr_t scales, uintptr_t zero_points,
+                   uintptr_t out, int64_t tokens, int64_t rows, int64_t columns, int dtype,
+                   int format, int activation) {
+  check_memory(kernels().packed_matmul(
+      {pointer(x), pointer<uint8_t>(codes), pointer<uint8_t>(scales), pointer<uint8_t>(zero_points),
+       pointer(out), tokens, rows, columns, dtype, format, activation}));
+}
+
+std::vector<std::string> available_isas() {
+  std::vector<std::string> names;
+  for (int i = 0; const char* name = isa_name(i); ++i) names.push_back(name);
+  return names;
+}
+
+void force_isa(const std::string& name) {
+  if (set_isa(name.c_str())) return;
+  std::string known;
+  for (const std::string& isa : available_isas()) known += (known.empty() ? "" : ", ") + isa;
+  throw py::value_error("instruction set must be one of " + known + ": got " + name);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cpu, m) {
+  m.doc() = "Native CPU operations of mixbits on raw pointers; use mixbits.ops instead.";
+  using release = py::call_guard<py::gil_scoped_release>;
+  m.def("fake_quantize", &fake_quantize, release(), "x [rows, columns] -> out, same dtype");
+  m.def("quantize_pack", &quantize_pack, release(),
+        "weight [rows, columns] -> codes, scales, zero_points (0 where there are none)");
+  m.def("dequantize", &dequantize, release(),
+        "codes, scales, zero_points -> out [rows, columns] of dtype");
+  m.def("fisher_statistics", &fisher_statistics, release(),
+        "weight, row_weight, column_weight -> out float64 [formats, ceil(columns / 32)]");
+  m.def("gradient_statistics", &gradient_statistics, release(),
+        "weight, gradient -> out float64 [formats, ceil(columns / 32)]");
+  m.def("packed_matmul", &packed_matmul, release(),
+        "x [tokens, columns], packed weight [rows, columns] -> out [tokens, rows]; activation is "
+        "a format or 0");
+  m.def("isa", [] { return kernels().name; }, "name of the instruction set in use");
+  m.def("available_isas", &available_isas, "names that this CPU can run, best first");
+  m.def("set_isa", &force_isa, "use this instruction set; ValueError names those there are");
+}

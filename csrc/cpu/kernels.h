@@ -1,0 +1,80 @@
+// The native CPU operations, as a table of functions that every instruction set fills.
+//
+// All pointers are to contiguous row-major memory without any alignment; dtypes and formats are
+// the integers of formats.h; packed layouts are those of layout.h. Functions return false when
+// memory runs out, and nothing else can fail: arguments are checked in Python.
+#pragma once
+
+#include <stdint.h>
+
+namespace mixbits {
+
+struct FakeQuantizeArgs {
+  const void* x;  // [rows, columns] of dtype
+  void* out;      // same
+  int64_t rows, columns;
+  int dtype, format;
+};
+
+struct PackArgs {
+  const void* weight;  // [rows, columns] of dtype
+  uint8_t* codes;
+  uint8_t* scales;
+  uint8_t* zero_points;  // null for formats without
+  int64_t rows, columns;
+  int dtype, format;
+};
+
+struct DequantizeArgs {
+  const uint8_t* codes;
+  const uint8_t* scales;
+  const uint8_t* zero_points;  // null for formats without
+  void* out;                   // [rows, columns] of dtype
+  int64_t rows, columns;
+  int dtype, format;
+};
+
+// Fisher statistics have row_weight and column_weight, gradient statistics have gradient.
+struct StatisticsArgs {
+  const void* weight;           // [rows, columns] of dtype
+  const double* row_weight;     // [rows], or null
+  const double* column_weight;  // [columns], or null
+  const void* gradient;         // [rows, columns] of gradient_dtype, or null
+  const int* formats;           // [format_count]
+  double* out;                  // [format_count, ceil(columns / 32)]
+  int64_t rows, columns;
+  int dtype, gradient_dtype, format_count;
+};
+
+struct MatmulArgs {
+  const void* x;  // [tokens, columns] of dtype
+  const uint8_t* codes;
+  const uint8_t* scales;
+  const uint8_t* zero_points;  // null for formats without
+  void* out;                   // [tokens, rows] of dtype
+  int64_t tokens, rows, columns;
+  int dtype, format;
+  int activation;  // format of x, or 0 to leave it as it is
+};
+
+struct Kernels {
+  const char* name;
+  bool (*fake_quantize)(const FakeQuantizeArgs&);
+  bool (*quantize_pack)(const PackArgs&);
+  bool (*dequantize)(const DequantizeArgs&);
+  bool (*statistics)(const StatisticsArgs&);
+  bool (*packed_matmul)(const MatmulArgs&);
+};
+
+const Kernels* scalar_kernels();
+const Kernels* avx2_kernels();  // x86 only, as the next
+const Kernels* avx512vnni_kernels();
+
+// The table in use: at first the best that this CPU can run.
+const Kernels& kernels();
+// Makes the table called `name` the one in use; false when this CPU or build has none such.
+bool set_isa(const char* name);
+// Names that set_isa accepts here, best first; null beyond the last.
+const char* isa_name(int index);
+
+}  // namespace mixbits

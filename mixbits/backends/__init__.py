@@ -1,0 +1,12 @@
+"""Where operations run. Every module here has the same functions, which `mixbits.ops` calls:
+
+    why_unavailable() -> str | None        None when usable, else one sentence
+    supports(device) -> bool
+    fake_quantize(x, fmt), quantize_pack(weight, fmt), dequantize(packed, fmt, in_features, dtype)
+    fisher_statistics(weight, row_weight, column_weight, formats)
+    gradient_statistics(weight, gradient, formats)
+    packed_matmul(x, packed, fmt, activation)
+
+Tensors arrive checked, contiguous and on one device. What an operation means is said once, in
+`mixbits.reference`.
+"""

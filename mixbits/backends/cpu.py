@@ -1,0 +1,150 @@
+"""The native CPU library (`mixbits._cpu`, built from csrc/cpu) as a backend.
+
+It holds the same code for several instruction sets and runs the best that this CPU has; the
+environment variable MIXBITS_ISA, or `set_isa`, forces one. Its threads are torch's: both use the
+one OpenMP runtime of the process, so `torch.set_num_threads` rules them too.
+
+Arguments are checked and contiguous; `mixbits.ops` sees to that.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..formats import MX_GROUP, Format, UsageError
+from ..pack import Packed, packed_spec
+
+DTYPE_NUMBERS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # csrc/formats.h, Dtype
+
+_native: Any = None
+_why: str | None = None
+try:  # torch comes first: the library then finds torch's OpenMP already loaded
+    from .. import _cpu as _loaded
+
+    _native = _loaded
+except ModuleNotFoundError:
+    _why = "mixbits._cpu was not built (it needs a C++17 compiler when mixbits is installed)"
+except ImportError as error:
+    _why = f"mixbits._cpu cannot be loaded: {error}"
+
+
+def why_unavailable() -> str | None:
+    """None when the backend can be used, else one sentence that says why not."""
+    return _why
+
+
+def supports(device: torch.device) -> bool:
+    """Whether tensors on `device` can be handled."""
+    return device.type == "cpu" and _why is None
+
+
+def isa() -> str:
+    """The name of the instruction set in use."""
+    return str(_native.isa())
+
+
+def available_isas() -> list[str]:
+    """Names of the instruction sets that this CPU can run, best first; none without library."""
+    return [] if _native is None else list(_native.available_isas())
+
+
+def set_isa(name: str) -> None:
+    """Use this instruction set from now on. Raises UsageError that names those there are."""
+    try:
+        _native.set_isa(name)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+if _native is not None and os.environ.get("MIXBITS_ISA"):
+    set_isa(os.environ["MIXBITS_ISA"])
+
+
+def _pointers(packed: Packed) -> tuple[int, int, int]:
+    codes, scale, zero_point = packed
+    pointer = 0 if zero_point is None else zero_point.data_ptr()
+    return codes.data_ptr(), scale.data_ptr(), pointer
+
+
+def fake_quantize(x: Tensor, fmt: Format) -> Tensor:
+    """Round trip of x [..., K] through codes, in x's own dtype."""
+    out = torch.empty_like(x)
+    columns = x.shape[-1]
+    rows = x.numel() // columns
+    _native.fake_quantize(
+        x.data_ptr(), out.data_ptr(), rows, columns, DTYPE_NUMBERS[x.dtype], fmt.code
+    )
+    return out
+
+
+def quantize_pack(weight: Tensor, fmt: Format) -> Packed:
+    """weight [N, K] -> the tensors of `mixbits.pack`."""
+    rows, columns = weight.shape
+    specs = packed_spec(fmt, rows, columns).values()
+    packed = Packed(*(torch.empty(shape, dtype=dtype) for dtype, shape in specs))
+    dtype = DTYPE_NUMBERS[weight.dtype]
+    _native.quantize_pack(weight.data_ptr(), *_pointers(packed), rows, columns, dtype, fmt.code)
+    return packed
+
+
+def dequantize(packed: Packed, fmt: Format, in_features: int, dtype: torch.dtype) -> Tensor:
+    """Packed [N, K] -> [N, K] in `dtype`; `in_features` is K."""
+    rows = packed.weight_packed.shape[0]
+    out = torch.empty((rows, in_features), dtype=dtype)
+    sizes = (rows, in_features, DTYPE_NUMBERS[dtype], fmt.code)
+    _native.dequantize(*_pointers(packed), out.data_ptr(), *sizes)
+    return out
+
+
+def _slab_sums(weight: Tensor, formats: Sequence[Format]) -> Tensor:
+    shape = (len(formats), -(-weight.shape[1] // MX_GROUP))
+    return torch.empty(shape, dtype=torch.float64)
+
+
+def fisher_statistics(
+    weight: Tensor, row_weight: Tensor, column_weight: Tensor, formats: Sequence[Format]
+) -> Tensor:
+    """float64 [formats, ceil(K / 32)], as `mixbits.reference.fisher_statistics`."""
+    out = _slab_sums(weight, formats)
+    rows, columns = row_weight.double().contiguous(), column_weight.double().contiguous()
+    pointers = (weight.data_ptr(), rows.data_ptr(), columns.data_ptr(), out.data_ptr())
+    dtype, codes = DTYPE_NUMBERS[weight.dtype], [fmt.code for fmt in formats]
+    _native.fisher_statistics(*pointers, *weight.shape, dtype, codes)
+    return out
+
+
+def gradient_statistics(weight: Tensor, gradient: Tensor, formats: Sequence[Format]) -> Tensor:
+    """float64 [formats, ceil(K / 32)], as `mixbits.reference.gradient_statistics`."""
+    out = _slab_sums(weight, formats)
+    pointers = (weight.data_ptr(), gradient.data_ptr(), out.data_ptr())
+    dtypes = (DTYPE_NUMBERS[weight.dtype], DTYPE_NUMBERS[gradient.dtype])
+    codes = [fmt.code for fmt in formats]
+    _native.gradient_statistics(*pointers, *weight.shape, *dtypes, codes)
+    return out
+
+
+def packed_matmul(x: Tensor, packed: Packed, fmt: Format, activation: Format | None) -> Tensor:
+    """x [M, K], fake-quantized to `activation` if given, times packed [N, K] -> [M, N]."""
+    tokens, columns = x.shape
+    codes, scale, zero_point = packed
+    rows = codes.shape[0]
+    out = torch.empty((tokens, rows), dtype=x.dtype)
+    _native.packed_matmul(
+        x.data_ptr(),
+        codes.data_ptr(),
+        scale.data_ptr(),
+        0 if zero_point is None else zero_point.data_ptr(),
+        out.data_ptr(),
+        tokens,
+        rows,
+        columns,
+        DTYPE_NUMBERS[x.dtype],
+        fmt.code,
+        0 if activation is None else activation.code,
+    )
+    return out

@@ -1,0 +1,318 @@
+"""The operations: argument checks, choice of backend, and torch.library registration.
+
+    operation             arguments                            result
+    fake_quantize         x [..., K]                           [..., K], x's dtype
+    quantize_pack         weight [N, K]                        Packed (mixbits.pack)
+    dequantize            Packed, K, dtype                     [N, K]
+    fisher_statistics     weight [N, K], row [N], column [K]   float64 [formats, ceil(K / 32)]
+    gradient_statistics   weight [N, K], gradient [N, K]       float64 [formats, ceil(K / 32)]
+    packed_matmul         x [M, K], Packed [N, K]              [M, N], x's dtype
+
+What each means is said in `mixbits.reference`. Values may be bfloat16, float16 or float32, need
+not be contiguous, and lie on one device. No gradient flows through any of these.
+
+The backend is the argument `backend`, else the environment variable MIXBITS_BACKEND, else the
+best there is for the tensor's device. In eager mode its functions are called directly;
+`fake_quantize` and `packed_matmul` are also registered as torch.ops.mixbits.*, and that is what
+torch.compile sees.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .formats import Format, UsageError
+from .pack import Packed, packed_spec
+
+BACKENDS = ("cuda", "triton", "cpu", "reference")
+_PREFERENCE = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "reference")}
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+# --- backends --------------------------------------------------------------------------------
+
+
+@functools.cache
+def _module(name: str) -> Any:
+    return importlib.import_module(f"mixbits.backends.{name}")
+
+
+def backends() -> dict[str, str | None]:
+    """Every backend's name -> None when it can be used, else why it cannot."""
+    return {name: _module(name).why_unavailable() for name in BACKENDS}
+
+
+@functools.cache
+def choose_backend(device_type: str, requested: str | None) -> str:
+    """The name of the backend for tensors on `device_type` ("cpu", "cuda").
+
+    `requested` names one, or is None for the best there is. Raises UsageError that says why when
+    it cannot be used.
+    """
+    if requested is None:
+        candidates = _PREFERENCE.get(device_type, ("reference",))
+        return next(name for name in candidates if _module(name).why_unavailable() is None)
+    if requested not in BACKENDS:
+        raise UsageError(f"backend must be one of {', '.join(BACKENDS)}: got {requested!r}")
+    why = _module(requested).why_unavailable()
+    if why is not None:
+        raise UsageError(f"backend {requested!r} cannot be used: {why}")
+    if not _module(requested).supports(torch.device(device_type)):
+        raise UsageError(f"backend {requested!r} cannot be used for tensors on {device_type}")
+    return requested
+
+
+def _backend(x: Tensor, requested: str | None) -> Any:
+    name = requested or os.environ.get("MIXBITS_BACKEND") or None
+    return _module(choose_backend(x.device.type, name))
+
+
+# --- checks ----------------------------------------------------------------------------------
+
+
+def _check_values(name: str, x: Tensor, dims: int | None = None) -> None:
+    if x.dtype not in _DTYPES:
+        raise TypeError(f"{name} must be bfloat16, float16 or float32: got {x.dtype}")
+    if dims is not None and x.dim() != dims:
+        raise ValueError(f"{name} must have {dims} dimensions: got shape {tuple(x.shape)}")
+
+
+def _check_shape(name: str, x: Tensor, shape: tuple[int, ...]) -> None:
+    if x.shape != shape:
+        raise ValueError(f"{name} must have shape {shape}: got {tuple(x.shape)}")
+
+
+def _check_device(name: str, x: Tensor, device: torch.device) -> None:
+    if x.device != device:
+        raise ValueError(f"{name} must be on {device} as the other tensors: got {x.device}")
+
+
+def _check_packed(packed: Packed, fmt: Format, in_features: int, device: torch.device) -> None:
+    if packed.weight_packed.dim() != 2:
+        shape = tuple(packed.weight_packed.shape)
+        raise ValueError(f"weight_packed must have 2 dimensions: got shape {shape}")
+    spec = packed_spec(fmt, packed.weight_packed.shape[0], in_features)
+    for name, value in zip(Packed._fields, packed, strict=True):
+        if (value is None) != (name not in spec):
+            state = "missing" if value is None else "not part of the format"
+            raise ValueError(f"{name} is {state}: {fmt}")
+        if value is None:
+            continue
+        dtype, shape = spec[name]
+        _check_device(name, value, device)
+        _check_shape(f"{name} of in_features={in_features}, {fmt.element}", value, shape)
+        if value.dtype != dtype:
+            raise TypeError(f"{name} must be {dtype}: got {value.dtype}")
+
+
+def _contiguous(packed: Packed) -> Packed:
+    codes, scale, zero_point = packed
+    zero_point = None if zero_point is None else zero_point.contiguous()
+    return Packed(codes.contiguous(), scale.contiguous(), zero_point)
+
+
+# --- operations ------------------------------------------------------------------------------
+
+
+def fake_quantize(x: Tensor, fmt: Format, backend: str | None = None) -> Tensor:
+    """Round trip of x [..., K] through codes of `fmt`, groups along K, in x's own dtype.
+
+    Raises TypeError or ValueError for a tensor that it cannot take, UsageError for a backend.
+    """
+    if torch.compiler.is_compiling():
+        return torch.ops.mixbits.fake_quantize(x, fmt.code, backend)
+    _check_values("x", x)
+    if x.dim() == 0:
+        raise ValueError("x must have a dimension to group along: got a scalar")
+    module = _backend(x, backend)
+    if x.numel() == 0:
+        return torch.empty_like(x)
+    return module.fake_quantize(x.detach().contiguous(), fmt)
+
+
+def quantize_pack(weight: Tensor, fmt: Format, backend: str | None = None) -> Packed:
+    """Quantize and pack a weight [N, K]; `mixbits.pack` gives the result's shapes.
+
+    Groups that hold a NaN or an infinity get a NaN scale: refuse them before.
+    """
+    _check_values("weight", weight, 2)
+    module = _backend(weight, backend)
+    if weight.numel() == 0:
+        specs = packed_spec(fmt, *weight.shape).values()
+        return Packed(*(torch.empty(s, dtype=d, device=weight.device) for d, s in specs))
+    return module.quantize_pack(weight.detach().contiguous(), fmt)
+
+
+def dequantize(
+    packed: Packed,
+    fmt: Format,
+    in_features: int,
+    dtype: torch.dtype = torch.float32,
+    backend: str | None = None,
+) -> Tensor:
+    """The [N, K] values of a packed weight in `dtype`; `in_features` is K."""
+    device = packed.weight_packed.device
+    _check_packed(packed, fmt, in_features, device)
+    out_shape = (packed.weight_packed.shape[0], in_features)
+    if dtype not in _DTYPES:
+        raise TypeError(f"dtype must be bfloat16, float16 or float32: got {dtype}")
+    module = _backend(packed.weight_packed, backend)
+    if 0 in out_shape:
+        return torch.empty(out_shape, dtype=dtype, device=device)
+    return module.dequantize(_contiguous(packed), fmt, in_features, dtype)
+
+
+def _no_statistics(weight: Tensor, formats: Sequence[Format]) -> Tensor:
+    shape = (len(formats), -(-weight.shape[1] // 32))
+    return torch.zeros(shape, dtype=torch.float64, device=weight.device)
+
+
+def fisher_statistics(
+    weight: Tensor,
+    row_weight: Tensor,
+    column_weight: Tensor,
+    formats: Sequence[Format],
+    backend: str | None = None,
+) -> Tensor:
+    """float64 [formats, slabs]: sum of row_weight_n column_weight_k (W - Q(W))_nk^2 per slab.
+
+    weight [N, K], row_weight [N] and column_weight [K] of any float dtype; a slab is 32 columns;
+    Q is fake-quantization in float32. The result does not depend on the number of threads.
+    """
+    _check_values("weight", weight, 2)
+    for name, vector, length in (
+        ("row_weight", row_weight, weight.shape[0]),
+        ("column_weight", column_weight, weight.shape[1]),
+    ):
+        _check_shape(name, vector, (length,))
+        _check_device(name, vector, weight.device)
+        if not vector.is_floating_point():
+            raise TypeError(f"{name} must be of a float dtype: got {vector.dtype}")
+    module = _backend(weight, backend)
+    if weight.numel() == 0 or not formats:
+        return _no_statistics(weight, formats)
+    vectors = (row_weight.detach().contiguous(), column_weight.detach().contiguous())
+    return module.fisher_statistics(weight.detach().contiguous(), *vectors, list(formats))
+
+
+def gradient_statistics(
+    weight: Tensor, gradient: Tensor, formats: Sequence[Format], backend: str | None = None
+) -> Tensor:
+    """float64 [formats, slabs]: sum of |g_nk (W - Q(W))_nk| per slab of 32 columns.
+
+    weight and gradient are [N, K], each of its own dtype; Q is fake-quantization in float32. The
+    result does not depend on the number of threads.
+    """
+    _check_values("weight", weight, 2)
+    _check_values("gradient", gradient, 2)
+    _check_shape("gradient", gradient, tuple(weight.shape))
+    _check_device("gradient", gradient, weight.device)
+    module = _backend(weight, backend)
+    if weight.numel() == 0 or not formats:
+        return _no_statistics(weight, formats)
+    tensors = (weight.detach().contiguous(), gradient.detach().contiguous())
+    return module.gradient_statistics(*tensors, list(formats))
+
+
+def packed_matmul(
+    x: Tensor,
+    packed: Packed,
+    fmt: Format,
+    activation: Format | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """x [M, K] times the packed weight [N, K] transposed -> [M, N] in x's dtype.
+
+    With `activation`, x is fake-quantized to it first. Sums are in float32; backends differ in
+    their order only.
+    """
+    if torch.compiler.is_compiling():
+        act = 0 if activation is None else activation.code
+        return torch.ops.mixbits.packed_matmul(x, *packed, fmt.code, act, backend)
+    _check_values("x", x, 2)
+    _check_packed(packed, fmt, x.shape[1], x.device)
+    return packed_matmul_unchecked(x, _contiguous(packed), fmt, activation, backend)
+
+
+def packed_matmul_unchecked(
+    x: Tensor,
+    packed: Packed,
+    fmt: Format,
+    activation: Format | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """`packed_matmul` for a caller that has checked the weight before, once for many calls.
+
+    The packed tensors must be contiguous and fit K = x.shape[1]: nothing looks again, and memory
+    beyond theirs would be read.
+    """
+    if torch.compiler.is_compiling():
+        act = 0 if activation is None else activation.code
+        return torch.ops.mixbits.packed_matmul(x, *packed, fmt.code, act, backend)
+    module = _backend(x, backend)
+    if x.numel() == 0 or packed[0].numel() == 0:
+        return x.new_zeros((x.shape[0], packed[0].shape[0]))
+    return module.packed_matmul(x.contiguous(), packed, fmt, activation)
+
+
+# --- torch.ops.mixbits: what torch.compile sees ------------------------------------------------
+
+_library = torch.library.Library("mixbits", "DEF")
+_library.define("fake_quantize(Tensor x, int format, str? backend=None) -> Tensor")
+_library.define(
+    "packed_matmul(Tensor x, Tensor weight_packed, Tensor weight_scale, "
+    "Tensor? weight_zero_point, int format, int activation, str? backend=None) -> Tensor"
+)
+
+
+@functools.cache
+def _format(code: int) -> Format:
+    return Format.from_code(code)
+
+
+def _fake_quantize_impl(x: Tensor, code: int, backend: str | None = None) -> Tensor:
+    return fake_quantize(x, _format(code), backend)
+
+
+def _packed_matmul_impl(
+    x: Tensor,
+    weight_packed: Tensor,
+    weight_scale: Tensor,
+    weight_zero_point: Tensor | None,
+    code: int,
+    activation: int,
+    backend: str | None = None,
+) -> Tensor:
+    packed = Packed(weight_packed, weight_scale, weight_zero_point)
+    return packed_matmul(
+        x, packed, _format(code), _format(activation) if activation else None, backend
+    )
+
+
+def _fake_quantize_meta(x: Tensor, code: int, backend: str | None = None) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _packed_matmul_meta(
+    x: Tensor,
+    weight_packed: Tensor,
+    weight_scale: Tensor,
+    weight_zero_point: Tensor | None,
+    code: int,
+    activation: int,
+    backend: str | None = None,
+) -> Tensor:
+    return x.new_empty((x.shape[0], weight_packed.shape[0]))
+
+
+_library.impl("fake_quantize", _fake_quantize_impl, "CompositeExplicitAutograd")
+_library.impl("packed_matmul", _packed_matmul_impl, "CompositeExplicitAutograd")
+torch.library.register_fake("mixbits::fake_quantize", _fake_quantize_meta, lib=_library)
+torch.library.register_fake("mixbits::packed_matmul", _packed_matmul_meta, lib=_library)

@@ -1,0 +1,91 @@
+"""What every test shares: the environment, the formats, hard inputs, and exact comparison."""
+
+import os
+
+# Before torch is imported: waiting threads must not spin on cores that other work needs.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from mixbits.backends import cpu
+from mixbits.formats import INT_GROUPS, INTEGERS, MINIFLOATS, SCALE_MODES, Format
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+MX_FORMATS = [Format(e, 32, scale_mode=mode) for e in MINIFLOATS for mode in SCALE_MODES]
+INT_FORMATS = [
+    Format(e, group, symmetric=symmetric)
+    for e in INTEGERS
+    for group in INT_GROUPS
+    for symmetric in (True, False)
+]
+FORMATS = MX_FORMATS + INT_FORMATS
+
+
+def format_id(fmt: Format) -> str:
+    if fmt.is_mx:
+        return f"{fmt.element}-{fmt.scale_mode}"
+    return f"{fmt.element}-g{fmt.group_size}-{'sym' if fmt.symmetric else 'asym'}"
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory() -> Iterator[None]:
+    """torch.empty gives NaN (integers: the largest), so that an unwritten output cannot pass."""
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=["avx512vnni", "avx2", "scalar"])
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs the test once with every instruction set that this CPU has."""
+    if request.param not in cpu.available_isas():
+        pytest.skip(cpu.why_unavailable() or f"this CPU has no {request.param}")
+    before = cpu.isa()
+    cpu.set_isa(request.param)
+    yield request.param
+    cpu.set_isa(before)
+
+
+def hard_rows(columns: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
+    """Rows [16, columns] on which rounding goes wrong if it can: see the comments."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(16, columns, generator=generator)
+    x[1] *= torch.exp2(torch.randint(-60, 60, (columns,), generator=generator).float())
+    x[2] = torch.randint(-24, 25, (columns,), generator=generator) / 4  # ties of e2m1
+    x[3] = torch.randint(-32, 33, (columns,), generator=generator) / 2  # ties of integers
+    x[4] = 0.0
+    x[5] = -0.0
+    x[6] *= 2.0**-127  # float32 subnormals, and scales at e8m0's lower end
+    x[7] *= 2.0**-145
+    x[8] = x[8].sign() * torch.finfo(dtype).max
+    x[9] *= 1e-6  # around the floor of integer scales
+    x[10] = x[10].abs()  # one sign only: asymmetric zero points at an end
+    x[11] = -x[11].abs()
+    x[12, columns // 2] = torch.nan
+    x[13, columns // 2] = torch.inf
+    x[14, -1] = -torch.inf
+    x[15] = torch.nextafter(torch.exp2(x[15].round()), torch.zeros(()))  # just below 2^k
+    return x.to(dtype)
+
+
+def assert_same_bits(actual: Tensor, expected: Tensor) -> None:
+    """Equal to the bit, zeros' signs included; any NaN equals any NaN."""
+    assert actual.dtype == expected.dtype
+    assert actual.shape == expected.shape
+    if not actual.is_floating_point():
+        differ = actual != expected
+    else:
+        same = (actual == expected) & (torch.signbit(actual) == torch.signbit(expected))
+        differ = ~(same | (actual.isnan() & expected.isnan()))
+    if differ.any():
+        where = tuple(differ.nonzero()[0].tolist())
+        raise AssertionError(
+            f"{int(differ.sum())} of {differ.numel()} differ, first at {where}: "
+            f"{actual[where].item()!r}, expected {expected[where].item()!r}"
+        )

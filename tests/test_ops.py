@@ -1,0 +1,395 @@
+"""Every backend that runs on CPU tensors through the same tests; the native library with every
+instruction set that this CPU has."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import (
+    DTYPES,
+    FORMATS,
+    INT_FORMATS,
+    MX_FORMATS,
+    assert_same_bits,
+    format_id,
+    hard_rows,
+)
+
+from mixbits import ops, reference
+from mixbits.backends import cpu
+from mixbits.formats import SCALE_MODES, Format, UsageError, parse_scheme
+from mixbits.pack import Packed, pack
+
+COLUMNS = [1, 31, 33, 172, 192]
+MXFP4 = Format("e2m1", 32)
+MXFP8 = Format("e4m3", 32)
+INT4 = Format("int4", 128)
+by_format = pytest.mark.parametrize("fmt", FORMATS, ids=format_id)
+by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+
+
+def misaligned(x):
+    """The same values at an address that is a multiple of the element's size only."""
+    storage = torch.empty(x.numel() + 1, dtype=x.dtype)
+    storage[1:] = x.flatten()
+    return storage[1:].view(x.shape)
+
+
+# --- rounding and packing: equal to the reference, bit for bit -----------------------------------
+
+
+@by_dtype
+@by_format
+def test_fake_quantize(isa, fmt, dtype):
+    for columns in COLUMNS:
+        x = hard_rows(columns, dtype)
+        expected = reference.fake_quantize(x, fmt)
+        assert_same_bits(ops.fake_quantize(x, fmt, "cpu"), expected)
+        assert_same_bits(ops.fake_quantize(misaligned(x), fmt, "cpu"), expected)
+
+
+@by_dtype
+@by_format
+def test_quantize_pack_and_dequantize(isa, fmt, dtype):
+    for columns in COLUMNS:
+        weight = hard_rows(columns, dtype, seed=columns)
+        expected = pack(reference.quantize(weight, fmt), fmt)
+        packed = ops.quantize_pack(misaligned(weight), fmt, "cpu")
+        for got, want in zip(packed, expected, strict=True):
+            assert got is want is None or assert_same_bits(got, want) is None
+        values = ops.dequantize(packed, fmt, columns, dtype, "cpu")
+        assert_same_bits(values, ops.dequantize(packed, fmt, columns, dtype, "reference"))
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 33), (1, 1, 1, 64), (96,), (130, 1)])
+def test_fake_quantize_of_any_shape(isa, shape):
+    x = torch.randn(shape)
+    assert_same_bits(ops.fake_quantize(x, MXFP8, "cpu"), reference.fake_quantize(x, MXFP8))
+
+
+def test_fake_quantize_across_threads(isa):
+    x = torch.randn(300, 1056)  # more runs than one thread takes alone
+    assert_same_bits(ops.fake_quantize(x, INT4, "cpu"), reference.fake_quantize(x, INT4))
+
+
+@pytest.mark.parametrize("element", ["e2m1", "e4m3", "e5m2"])
+@by_dtype
+def test_dequantize_every_code_with_every_scale(isa, element, dtype):
+    fmt = Format(element, 32)
+    codes = torch.arange(256, dtype=torch.int32).to(torch.uint8).repeat(256, 1)  # packed already
+    columns = 256 * 8 // fmt.bits
+    scale = torch.arange(256, dtype=torch.int32).to(torch.uint8)[:, None]
+    packed = Packed(codes, scale.repeat(1, columns // 32))
+    got = ops.dequantize(packed, fmt, columns, dtype, "cpu")
+    assert_same_bits(got, ops.dequantize(packed, fmt, columns, dtype, "reference"))
+
+
+@pytest.mark.parametrize("fmt", INT_FORMATS, ids=format_id)
+def test_dequantize_every_code_with_every_float16_scale(isa, fmt):
+    columns = fmt.group_size
+    codes = torch.arange(fmt.packed_bytes(columns), dtype=torch.int32).to(torch.uint8)
+    scale = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(torch.float16)[:, None]
+    zero_point = None
+    if not fmt.symmetric:
+        top = (1 << fmt.bits) - 1
+        zero_point = (torch.arange(65536) & top).to(torch.uint8)[:, None]
+    packed = Packed(codes.repeat(65536, 1), scale, zero_point)
+    got = ops.dequantize(packed, fmt, columns, torch.float32, "cpu")
+    assert_same_bits(got, ops.dequantize(packed, fmt, columns, torch.float32, "reference"))
+
+
+def test_non_contiguous_input(isa):
+    x = torch.randn(70, 40).T
+    assert_same_bits(ops.fake_quantize(x, MXFP4, "cpu"), reference.fake_quantize(x, MXFP4))
+    packed = ops.quantize_pack(x, MXFP4, "cpu")
+    assert torch.equal(packed.weight_packed, ops.quantize_pack(x.contiguous(), MXFP4)[0])
+    wide = Packed(packed[0].repeat(1, 2)[:, : packed[0].shape[1]], packed[1])
+    expected = ops.dequantize(packed, MXFP4, 70)
+    assert torch.equal(ops.dequantize(wide, MXFP4, 70, backend="cpu"), expected)
+    y = ops.packed_matmul(x, wide, MXFP4, backend="cpu")
+    assert torch.equal(y, ops.packed_matmul(x.contiguous(), packed, MXFP4, backend="cpu"))
+
+
+# --- statistics ------------------------------------------------------------------------------
+
+
+@by_dtype
+def test_statistics(isa, dtype):
+    for rows, columns in ((1, 1), (3, 33), (65, 172), (200, 320)):
+        weight = (torch.randn(rows, columns) * 2.0 ** torch.randint(-30, 3, (rows, 1))).to(dtype)
+        row, column = torch.rand(rows), torch.rand(columns, dtype=torch.float64)
+        got = ops.fisher_statistics(weight, row, column, FORMATS, "cpu")
+        expected = reference.fisher_statistics(weight, row, column, FORMATS)
+        torch.testing.assert_close(got, expected, rtol=1e-6, atol=0)
+        for gradient_dtype in DTYPES:
+            gradient = torch.randn(rows, columns).to(gradient_dtype)
+            got = ops.gradient_statistics(weight, gradient, FORMATS, "cpu")
+            expected = reference.gradient_statistics(weight, gradient, FORMATS)
+            torch.testing.assert_close(got, expected, rtol=1e-6, atol=0)
+
+
+def test_statistics_do_not_depend_on_threads_or_company(isa):
+    weight, gradient = torch.randn(300, 520), torch.randn(300, 520)
+    row, column = torch.rand(300), torch.rand(520)
+    before = torch.get_num_threads()
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        fisher = ops.fisher_statistics(weight, row, column, FORMATS, "cpu")
+        results.append((fisher, ops.gradient_statistics(weight, gradient, FORMATS, "cpu")))
+    torch.set_num_threads(before)
+    for fisher, gradients in results[1:]:
+        assert torch.equal(fisher, results[0][0])
+        assert torch.equal(gradients, results[0][1])
+    alone = ops.fisher_statistics(weight, row, column, FORMATS[3:4], "cpu")
+    assert torch.equal(alone[0], results[0][0][3])
+
+
+def test_statistics_of_nan_are_nan_in_their_slab_only(isa):
+    weight = torch.ones(4, 96)
+    weight[2, 40] = torch.nan
+    got = ops.gradient_statistics(weight, torch.ones(4, 96), [MXFP4], "cpu")
+    assert got.isnan().tolist() == [[False, True, False]]
+
+
+# --- matmul ----------------------------------------------------------------------------------
+
+
+def check_matmul(x, weight, fmt, activation, backend):
+    """Error against float64 at most twice that of torch's matmul in x's dtype."""
+    packed = ops.quantize_pack(weight, fmt, "reference")
+    values = ops.dequantize(packed, fmt, x.shape[1], torch.float32, "reference")
+    rounded = x if activation is None else reference.fake_quantize(x, activation)
+    exact = rounded.double() @ values.double().T
+    # Weights as torch would have them: where x's dtype cannot hold them, that rounding is torch's
+    # error and not ours. The product of float32 copies, rounded, is the better of torch's two.
+    torchs = (rounded.float() @ values.T).to(x.dtype).double()
+    got = ops.packed_matmul(x, packed, fmt, activation, backend)
+    assert got.dtype == x.dtype and got.shape == exact.shape
+    # Torch may be exact by luck in a small case. Any sum rounded to the dtype is off by up to half
+    # a unit in the last place (eps / 2), and float32 sums of K terms by about sqrt(K) roundings
+    # of the largest partial sum, which the sum of magnitudes bounds.
+    magnitudes = rounded.double().abs() @ values.double().abs().T
+    floor = torch.finfo(x.dtype).eps * exact.abs() + 2.0**-23 * magnitudes
+    error, allowed = (got.double() - exact).abs(), 2 * (torchs - exact).abs() + floor
+    assert (error <= allowed).all(), (error / allowed).max().item()
+    if exact.numel() > 100:
+        assert error.norm() <= 2 * (torchs - exact).norm() + 2.0**-24 * exact.norm()
+
+
+@by_format
+@pytest.mark.parametrize("tokens", [1, 2, 3, 17, 118])
+def test_matmul(isa, fmt, tokens):
+    activation = fmt if fmt.is_mx else None
+    for number, columns in enumerate([1, 31, 32, 96, 172, 192]):
+        for rows in (1, 15, 16, 17, 100):
+            dtype = DTYPES[(number + rows) % 3]
+            x, weight = torch.randn(tokens, columns).to(dtype), torch.randn(rows, columns)
+            check_matmul(x, weight, fmt, activation if rows % 2 else None, "cpu")
+
+
+@pytest.mark.parametrize("scheme", ["MXFP4", "MXFP4A16", "MXFP8", "W4A16", "W2A16G32ASYM"])
+@by_dtype
+def test_matmul_of_many_columns(isa, scheme, dtype):
+    scheme = parse_scheme(scheme)
+    weight = torch.randn(100, 4096)
+    for tokens in (1, 5, 17):
+        x = torch.randn(tokens, 4096).to(dtype)
+        check_matmul(x, weight, scheme.weight, scheme.activation, "cpu")
+
+
+@pytest.mark.parametrize("fmt", [MXFP4, MXFP8, INT4], ids=format_id)
+def test_matmul_does_not_depend_on_threads(isa, fmt):
+    packed = ops.quantize_pack(torch.randn(130, 416), fmt)
+    before = torch.get_num_threads()
+    for tokens in (1, 40):
+        x = torch.randn(tokens, 416)
+        results = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(ops.packed_matmul(x, packed, fmt, backend="cpu"))
+        torch.set_num_threads(before)
+        assert all(torch.equal(result, results[0]) for result in results)
+
+
+@pytest.mark.parametrize("activation", [None, *MX_FORMATS[:3]], ids=lambda f: f and format_id(f))
+@by_dtype
+@pytest.mark.parametrize("tokens", [1, 7])
+def test_matmul_of_extreme_scales(isa, activation, dtype, tokens):
+    """Weights and tokens near the ends of their ranges, whose products are ordinary numbers."""
+    columns = 128
+    # The first weights have the scale 2^-127, which is subnormal in float32.
+    for power, inverse in (
+        (-126, 110),
+        (-100, 100),
+        (-14, 14),
+        (14, -14),
+        (100, -100),
+        (120, -120),
+    ):
+        if dtype == torch.float16 and abs(inverse) > 12:
+            continue
+        x = (torch.randn(tokens, columns) * 2.0**inverse).to(dtype)
+        check_matmul(x, torch.randn(33, columns) * 2.0**power, MXFP4, activation, "cpu")
+
+
+@pytest.mark.parametrize("tokens", [1, 7])
+@pytest.mark.parametrize("exponent", [-25, -24, -23, -22, -20, 12, 13, 14, 15])
+@pytest.mark.parametrize("mode", SCALE_MODES)
+def test_matmul_of_float16_tokens_that_round_in_float16(isa, tokens, exponent, mode):
+    """A block's values may lie among float16's subnormals, or beyond its largest number."""
+    x = ((torch.rand(tokens, 128) * 3.8 - 1.9) * 2.0**exponent).half()
+    packed = ops.quantize_pack(torch.randn(20, 128) * 2.0**-exponent, MXFP4)
+    activation = Format("e2m1", 32, scale_mode=mode)
+    got = ops.packed_matmul(x, packed, MXFP4, activation, "cpu")
+    expected = ops.packed_matmul(x, packed, MXFP4, activation, "reference")
+    # Both add in float32 before they round; cancellation leaves 2^-24 of the largest terms.
+    torch.testing.assert_close(got, expected, rtol=2e-3, atol=2e-3, equal_nan=True)
+
+
+@pytest.mark.parametrize("fmt", [MXFP4, MXFP8, INT4], ids=format_id)
+@pytest.mark.parametrize("tokens", [1, 9])
+@pytest.mark.parametrize("bad_token", [False, True])
+def test_matmul_passes_nan_on(isa, fmt, tokens, bad_token):
+    x, weight = torch.randn(tokens, 160), torch.randn(10, 160)
+    weight[3, 7] = torch.nan
+    expected = torch.zeros(tokens, 10, dtype=torch.bool)
+    expected[:, 3] = True
+    if bad_token:
+        x[0, 150] = torch.inf
+        expected[0] = True
+    got = ops.packed_matmul(x, ops.quantize_pack(weight, fmt), fmt, MXFP4, "cpu")
+    assert torch.equal(got.isnan(), expected)
+
+
+@pytest.mark.parametrize(("tokens", "rows", "columns"), [(0, 3, 64), (3, 0, 64), (3, 5, 0)])
+def test_empty(isa, tokens, rows, columns):
+    for fmt in (MXFP4, Format("int4", 32, symmetric=False)):
+        packed = ops.quantize_pack(torch.randn(rows, columns), fmt, "cpu")
+        y = ops.packed_matmul(torch.randn(tokens, columns), packed, fmt, backend="cpu")
+        assert torch.equal(y, torch.zeros(tokens, rows))
+        assert ops.dequantize(packed, fmt, columns, backend="cpu").shape == (rows, columns)
+        assert ops.fake_quantize(torch.randn(tokens, columns), fmt).shape == (tokens, columns)
+        weight = torch.randn(tokens, columns)[:rows]
+        sums = ops.gradient_statistics(weight, weight, [fmt], "cpu")
+        if weight.numel() == 0:
+            assert torch.equal(sums, torch.zeros(1, -(-columns // 32), dtype=torch.float64))
+
+
+# --- arguments -------------------------------------------------------------------------------
+
+
+def test_refused_arguments():
+    weight = torch.randn(4, 64)
+    packed = ops.quantize_pack(weight, MXFP4)
+    with pytest.raises(TypeError, match=r"x must be bfloat16, float16 or float32: got torch.int64"):
+        ops.fake_quantize(torch.arange(64), MXFP4)
+    with pytest.raises(ValueError, match=r"got a scalar"):
+        ops.fake_quantize(torch.tensor(1.0), MXFP4)
+    with pytest.raises(ValueError, match=r"weight must have 2 dimensions: got shape \(64,\)"):
+        ops.quantize_pack(weight[0], MXFP4)
+    with pytest.raises(ValueError, match=r"weight_packed of in_features=65, e2m1 must have shape"):
+        ops.packed_matmul(torch.randn(2, 65), packed, MXFP4)
+    with pytest.raises(ValueError, match=r"must have shape \(4, 64\): got \(4, 32\)"):
+        ops.packed_matmul(torch.randn(2, 64), packed, MXFP8)
+    with pytest.raises(ValueError, match=r"x must have 2 dimensions"):
+        ops.packed_matmul(torch.randn(2, 2, 64), packed, MXFP4)
+    with pytest.raises(TypeError, match=r"weight_scale must be torch.uint8: got torch.int32"):
+        ops.dequantize(packed._replace(weight_scale=packed[1].int()), MXFP4, 64)
+    with pytest.raises(ValueError, match=r"weight_zero_point is not part of the format"):
+        ops.dequantize(packed._replace(weight_zero_point=packed[1]), MXFP4, 64)
+    asymmetric = Format("int4", 32, symmetric=False)
+    with pytest.raises(ValueError, match=r"weight_zero_point is missing"):
+        ops.dequantize(
+            ops.quantize_pack(weight, asymmetric)._replace(weight_zero_point=None), asymmetric, 64
+        )
+    with pytest.raises(TypeError, match=r"dtype must be .*: got torch.float64"):
+        ops.dequantize(packed, MXFP4, 64, torch.float64)
+    with pytest.raises(ValueError, match=r"row_weight must have shape \(4,\): got \(5,\)"):
+        ops.fisher_statistics(weight, torch.ones(5), torch.ones(64), [MXFP4])
+    with pytest.raises(TypeError, match=r"column_weight must be of a float dtype: got torch.int64"):
+        ops.fisher_statistics(weight, torch.ones(4), torch.ones(64, dtype=torch.int64), [MXFP4])
+    with pytest.raises(ValueError, match=r"gradient must have shape \(4, 64\): got \(64, 4\)"):
+        ops.gradient_statistics(weight, weight.T, [MXFP4])
+    with pytest.raises(ValueError, match=r"gradient must be on cpu as the other tensors: got meta"):
+        ops.gradient_statistics(weight, weight.to("meta"), [MXFP4])
+
+
+def test_backend_choice(monkeypatch):
+    x = torch.randn(2, 64)
+    assert set(ops.backends()) == {"cuda", "triton", "cpu", "reference"}
+    assert ops.backends()["reference"] is None
+    assert ops.choose_backend("cpu", "reference") == "reference"
+    assert ops.choose_backend("meta", None) == "reference"
+    with pytest.raises(UsageError, match=r"backend must be one of cuda, .*: got 'tpu'"):
+        ops.fake_quantize(x, MXFP4, "tpu")
+    monkeypatch.setenv("MIXBITS_BACKEND", "tpu")
+    with pytest.raises(UsageError, match=r"got 'tpu'"):
+        ops.fake_quantize(x, MXFP4)
+    assert ops.fake_quantize(x, MXFP4, "reference").shape == x.shape  # the argument comes first
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU makes these backends usable")
+def test_forced_backend_says_why_not():
+    with pytest.raises(UsageError, match=r"backend 'cuda' cannot be used: .+"):
+        ops.fake_quantize(torch.randn(2, 64), MXFP4, "cuda")
+
+
+def run_python(code, **env):
+    return subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **env}, capture_output=True, text=True
+    )
+
+
+def test_isa_from_the_environment():
+    if not cpu.available_isas():
+        pytest.skip(str(cpu.why_unavailable()))
+    code = "from mixbits.backends import cpu; print(cpu.isa())"
+    assert run_python(code, MIXBITS_ISA="scalar").stdout.strip() == "scalar"
+    error = run_python(code, MIXBITS_ISA="neon").stderr
+    assert "instruction set must be one of" in error and "got neon" in error
+    with pytest.raises(UsageError, match=r"instruction set must be one of .*scalar: got mmx"):
+        cpu.set_isa("mmx")
+
+
+def test_without_the_native_library():
+    code = (
+        "import sys; sys.modules['mixbits._cpu'] = None\n"
+        "import torch\n"
+        "from mixbits import ops\n"
+        "from mixbits.formats import Format\n"
+        "print(ops.backends()['cpu'], '|', ops.choose_backend('cpu', None))\n"
+        "print(ops.fake_quantize(torch.ones(1, 3), Format('e2m1', 32)).tolist())"
+    )
+    result = run_python(code)
+    assert result.returncode == 0, result.stderr
+    why, values = result.stdout.strip().splitlines()
+    assert "not built" in why and why.endswith("| reference")
+    assert values == "[[1.0, 1.0, 1.0]]"
+
+
+# --- torch.library -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fmt", [MXFP4, Format("int4", 32, symmetric=False)], ids=format_id)
+def test_opcheck(fmt):
+    x, packed = torch.randn(3, 64), ops.quantize_pack(torch.randn(5, 64), fmt)
+    torch.library.opcheck(torch.ops.mixbits.fake_quantize.default, (x, fmt.code))
+    torch.library.opcheck(
+        torch.ops.mixbits.packed_matmul.default, (x, *packed, fmt.code, MXFP4.code)
+    )
+
+
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+def test_compiled_without_graph_breaks(backend):
+    torch._dynamo.reset()
+    packed = ops.quantize_pack(torch.randn(5, 64), MXFP4)
+
+    def function(x):
+        return ops.packed_matmul(ops.fake_quantize(x + 1, MXFP8), packed, MXFP4, MXFP4) * 2
+
+    x = torch.randn(3, 64)
+    compiled = torch.compile(function, fullgraph=True, backend=backend)
+    assert torch.equal(compiled(x), function(x))
