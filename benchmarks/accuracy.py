@@ -59,9 +59,7 @@ class Subject:
         with tempfile.TemporaryDirectory() as folder:
             modes = {k: plan.data[k] for k in ("weight_scale_mode", "act_scale_mode")}
             path, model = Path(folder), self.model
-            size = checkpoint.save(
-                path, self.source, model, self.linears, plan.assignment, modes
-            )
+            size = checkpoint.save(path, self.source, model, self.linears, plan.assignment, modes)
             quantized = StreamedModel(checkpoint.load(path))
             figures = compare(StreamedModel(model), quantized, self.held_out.ids)
         return {**figures, "bytes": size, "predicted_bytes": self.predicted(plan)}
@@ -112,7 +110,9 @@ def main() -> None:
     lines = [heading]
     for strategy in dict.fromkeys(r["strategy"] for r in rows):
         mine = [r for r in rows if r["strategy"] == strategy]
-        lines.append([strategy, *(f"{r['kl'] * 1e3:.1f} ± {r['kl_stderr'] * 1e3:.1f}" for r in mine)])
+        lines.append(
+            [strategy, *(f"{r['kl'] * 1e3:.1f} ± {r['kl_stderr'] * 1e3:.1f}" for r in mine)]
+        )
     print("\nKL to the original, 1e-3 nats per token")
     print(table(lines))
     if args.csv is not None:

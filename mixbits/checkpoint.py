@@ -16,6 +16,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 from collections.abc import Iterator, Sequence
@@ -30,19 +31,31 @@ from torch import Tensor, nn
 
 from .formats import UsageError
 from .linear import pack_weight
-from .model import LinearInfo, output_head, split_expert_name, weight_of
+from .model import (
+    LinearInfo,
+    find_linears,
+    head_is_tied,
+    meta_model,
+    output_head,
+    split_expert_name,
+    weight_of,
+)
 from .pack import packed_spec
 from .plan import Assignment
-from .source import Source
-from .streaming import head_is_tied
+from .source import Source, open_source
 
 SHARD_BYTES = 2 << 30
 LAYOUT = 1  # of the packed tensors; mixbits.pack says what it is
-_DTYPE_NAMES = {
+_DTYPE_NAMES = {  # in the order of safetensors, which stores the last first
+    torch.bool: "BOOL",
     torch.uint8: "U8",
+    torch.int8: "I8",
+    torch.int16: "I16",
     torch.float16: "F16",
     torch.bfloat16: "BF16",
+    torch.int32: "I32",
     torch.float32: "F32",
+    torch.float64: "F64",
     torch.int64: "I64",
 }
 
@@ -74,10 +87,10 @@ def tensor_specs(
         for name, (kind, shape) in packed_spec(fmt, info.out_features, info.in_features).items():
             specs.append(TensorSpec(f"{info.name}.{name}", kind, shape, info))
     for info in linears:  # experts that were left alone beside packed ones
-        if info.is_expert and info.name not in packed:
-            if split_expert_name(info.name)[0] in split_modules:
-                shape = (info.out_features, info.in_features)
-                specs.append(TensorSpec(f"{info.name}.weight_plain", dtype, shape, info))
+        left = info.is_expert and info.name not in packed
+        if left and split_expert_name(info.name)[0] in split_modules:
+            shape = (info.out_features, info.in_features)
+            specs.append(TensorSpec(f"{info.name}.weight_plain", dtype, shape, info))
     gone = {f"{name}.weight" for name in packed} | _tied_copies(model)
     gone |= {f"{m}.{p}" for m in split_modules for p in ("gate_up_proj", "down_proj")}
     for name, tensor in model.state_dict().items():
@@ -109,9 +122,9 @@ class Shard:
 
 def _header_bytes(specs: Sequence[TensorSpec]) -> int:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    # safetensors stores wide dtypes first, then by name.
+    rank = {dtype: -index for index, dtype in enumerate(_DTYPE_NAMES)}
     offset = 0
-    for spec in sorted(specs, key=lambda s: (-s.dtype.itemsize, s.name)):
+    for spec in sorted(specs, key=lambda s: (rank[s.dtype], s.name)):
         header[spec.name] = {
             "dtype": _DTYPE_NAMES[spec.dtype],
             "shape": list(spec.shape),
@@ -122,12 +135,12 @@ def _header_bytes(specs: Sequence[TensorSpec]) -> int:
     return 8 + text + -text % 8
 
 
-def make_shards(specs: Sequence[TensorSpec], limit: int = SHARD_BYTES) -> list[Shard]:
-    """Cut the tensors, in order, into files of at most `limit` bytes (or one tensor)."""
+def make_shards(specs: Sequence[TensorSpec]) -> list[Shard]:
+    """Cut the tensors, in order, into files of at most `SHARD_BYTES` of data (or one tensor)."""
     groups: list[list[TensorSpec]] = [[]]
     size = 0
     for spec in specs:
-        if groups[-1] and size + spec.nbytes > limit:
+        if groups[-1] and size + spec.nbytes > SHARD_BYTES:
             groups.append([])
             size = 0
         groups[-1].append(spec)
@@ -236,16 +249,19 @@ def atomic_folder(destination: Path, overwrite: bool = False, needs: int = 0) ->
     On any error, and on SIGTERM or Ctrl-C, nothing is left. `needs` is the room to ask for
     first. Raises UsageError for an existing destination or a full disk.
     """
+    destination = destination.resolve()
     check_destination(destination, overwrite)
-    parent = destination.absolute().parent
+    parent, pid = destination.parent, os.getpid()
     parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(parent).free
     if free < needs:
         raise UsageError(f"{parent} has {free:,} bytes free: {needs:,} are needed")
-    for stale in parent.glob(f".{destination.name}.partial-*"):
-        if not _is_alive(int(stale.name.rpartition("-")[2])):
-            shutil.rmtree(stale, ignore_errors=True)
-    partial = parent / f".{destination.name}.partial-{os.getpid()}"
+    ours = re.compile(re.escape(f".{destination.name}.") + r"(?:partial|replaced)-(\d+)")
+    for path in parent.iterdir():  # left by processes that were killed, perhaps with our number
+        match = ours.fullmatch(path.name)
+        if match and (int(match[1]) == pid or not _is_alive(int(match[1]))):
+            shutil.rmtree(path, ignore_errors=True)
+    partial, old = (parent / f".{destination.name}.{k}-{pid}" for k in ("partial", "replaced"))
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise SystemExit(128 + number)
@@ -256,19 +272,24 @@ def atomic_folder(destination: Path, overwrite: bool = False, needs: int = 0) ->
         yield partial
         _sync(partial)
         if destination.exists():
-            old = partial.with_suffix(".old")
             destination.rename(old)
-            partial.rename(destination)
-            shutil.rmtree(old)
-        else:
-            partial.rename(destination)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        partial.rename(destination)
+        shutil.rmtree(old, ignore_errors=True)
+    except BaseException as error:
+        if old.exists() and not destination.exists():
+            old.rename(destination)
+        if not _is_disk_full(error):
             raise
         raise UsageError(f"the disk is full ({parent}); nothing was written") from None
     finally:
         signal.signal(signal.SIGTERM, before)
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _is_disk_full(error: BaseException) -> bool:
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    return "os error 28" in str(error) or "No space left" in str(error)  # of safetensors
 
 
 def _is_alive(pid: int) -> bool:
@@ -286,13 +307,16 @@ def _sync(folder: Path) -> None:
 
 
 def check_destination(destination: Path, overwrite: bool) -> None:
-    """Raise UsageError if `destination` exists and may not be replaced."""
+    """Raise UsageError if `destination` exists and may not be replaced, or cannot be made."""
     if not destination.exists():
+        above = next(p for p in destination.absolute().parents if p.exists())
+        if not above.is_dir() or not os.access(above, os.W_OK):
+            raise UsageError(f"--out must lie in a writable folder: {above} is none")
         return
     if not overwrite:
         raise UsageError(f"{destination} exists: pass --overwrite, or another --out")
-    is_ours = (destination / "plan.json").is_file() or not any(destination.iterdir())
-    if not destination.is_dir() or not is_ours:
+    is_ours = (destination / "plan.json").is_file()
+    if not destination.is_dir() or not (is_ours or not any(destination.iterdir())):
         raise UsageError(f"{destination} is no mixbits output: --overwrite does not remove it")
 
 
@@ -309,12 +333,7 @@ def save(
     Raises UsageError that names the tensor for weights that cannot be packed.
     """
     shards = make_shards(tensor_specs(model, linears, assignment, source.dtype))
-    try:
-        _write_weights(folder, model, shards, assignment)
-    except Exception as error:
-        if "No space left" in str(error) or "os error 28" in str(error):
-            raise OSError(errno.ENOSPC, "No space left on device") from None
-        raise
+    _write_weights(folder, model, shards, assignment)
     head = output_head(model)[0]
     untie = head_is_tied(model) and _is_packed(head, assignment)
     quantization = quantization_config(assignment, provenance)
@@ -345,6 +364,46 @@ def save_fake(
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
+def _stored_tensors(folder: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Name -> (dtype, shape) of every tensor in a folder's weight files, from their headers."""
+    from safetensors import SafetensorError, safe_open
+
+    found = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 (a safetensors file is no dict)
+                    part = file.get_slice(name)
+                    found[name] = part.get_dtype(), tuple(part.get_shape())
+        except (SafetensorError, OSError) as error:
+            raise UsageError(f"cannot read {path}: {error}; is the file complete?") from None
+    return found
+
+
+def _check_tensors(folder: Path, schemes: Assignment, trust_remote_code: bool) -> None:
+    """The files hold the tensors that config.json says, in their dtypes and shapes, and no more."""
+    source = open_source(str(folder), trust_remote_code, quantized=True)
+    model = meta_model(source.config, trust_remote_code=trust_remote_code)
+    linears = find_linears(model, include_head=True)
+    unknown = sorted(set(schemes) - {info.name for info in linears})
+    if unknown:
+        raise UsageError(
+            f"quantization_config names a linear that the model lacks: {unknown[0]} ({folder})"
+        )
+    specs = tensor_specs(model, linears, schemes, source.dtype)
+    expected = {s.name: (_DTYPE_NAMES[s.dtype], s.shape) for s in specs}
+    found = _stored_tensors(folder)
+    for name in sorted(expected.keys() | found.keys()):
+        wanted, got = (
+            f"{t[name][0]} {list(t[name][1])}" if name in t else "none" for t in (expected, found)
+        )
+        if wanted != got:
+            raise UsageError(
+                f"the tensors of a checkpoint must be those that config.json says: {name} must be "
+                f"{wanted}: got {got} ({folder})"
+            )
+
+
 def load(
     folder: str | Path,
     backend: str | None = None,
@@ -368,6 +427,7 @@ def load(
     config = transformers_quantizer.read_config(folder)
     if backend is not None:
         ops.choose_backend(torch.device(device).type, backend)
+    _check_tensors(folder, config.schemes(), trust_remote_code)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -391,5 +451,3 @@ def load(
     for name in config.modules:
         model.get_submodule(name).backend = backend
     return model.to(device).eval().requires_grad_(False)
-
-

@@ -73,9 +73,7 @@ class Format:
 
     def __post_init__(self) -> None:
         if self.element not in MINIFLOATS and self.element not in INTEGERS:
-            raise UsageError(
-                f"element must be one of {', '.join(ELEMENTS)}: got {self.element!r}"
-            )
+            raise UsageError(f"element must be one of {', '.join(ELEMENTS)}: got {self.element!r}")
         if self.scale_mode not in SCALE_MODES:
             raise UsageError(
                 f"scale mode must be one of {', '.join(SCALE_MODES)}: got {self.scale_mode!r}"

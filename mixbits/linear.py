@@ -8,6 +8,7 @@ to the order of summation.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -118,7 +119,9 @@ class PackedLinear(nn.Module):
         return self
 
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, {self.scheme.name}"
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, {self.scheme.name}"
+        )
 
 
 class PlainLinear(nn.Module):
@@ -202,10 +205,9 @@ def swap_linears(model: nn.Module, names: list[str], make: MakeLinear) -> None:
         model.set_submodule(parent, _as_modules(model.get_submodule(parent), parent, chosen, make))
 
 
-def _as_modules(module: nn.Module, parent: str, chosen: set[str], make: MakeLinear) -> Experts:
+def _as_modules(module: Any, parent: str, chosen: set[str], make: MakeLinear) -> Experts:
     linears: dict[str, nn.Module] = {}
-    assert isinstance(module.down_proj, Tensor) and callable(module.act_fn)
-    for expert in range(module.down_proj.shape[0]):
+    for expert in range(len(module.down_proj)):
         for projection in EXPERT_PROJECTIONS:
             weight = expert_slice(module, expert, projection)
             name = f"{parent}.{expert}.{projection}"

@@ -13,11 +13,14 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from .formats import UsageError
+
+CausalLM: TypeAlias = Any  # a transformers model; its methods come from untyped mixins
 
 EXPERT_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 FUSED_GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -62,13 +65,15 @@ def is_experts(module: nn.Module) -> bool:
     return gate_up.shape == (down.shape[0], 2 * intermediate, hidden)
 
 
-def expert_slice(module: nn.Module, expert: int, projection: str) -> Tensor:
+def expert_slice(module: Any, expert: int, projection: str) -> Tensor:
     """The [N, K] view of one expert's projection in the 3-D parameters of `module`."""
-    assert isinstance(module.gate_up_proj, Tensor) and isinstance(module.down_proj, Tensor)
+    weight: Tensor
     if projection == "down_proj":
-        return module.down_proj[expert]
-    gate, up = module.gate_up_proj[expert].chunk(2, dim=0)
-    return gate if projection == "gate_proj" else up
+        weight = module.down_proj[expert]
+    else:
+        gate, up = module.gate_up_proj[expert].chunk(2, dim=0)
+        weight = gate if projection == "gate_proj" else up
+    return weight
 
 
 def split_expert_name(name: str) -> tuple[str, int, str]:
@@ -79,7 +84,7 @@ def split_expert_name(name: str) -> tuple[str, int, str]:
     return match["module"], int(match["expert"]), match["projection"]
 
 
-def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+def decoder_blocks(model: CausalLM) -> tuple[str, nn.ModuleList]:
     """Name and list of the decoder blocks. Raises UsageError where there is none."""
     layers = getattr(model.config.get_text_config(), "num_hidden_layers", None)
     for name, module in model.named_modules():
@@ -91,13 +96,19 @@ def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     )
 
 
-def output_head(model: nn.Module) -> tuple[str, nn.Linear]:
+def output_head(model: CausalLM) -> tuple[str, nn.Linear]:
     """Name and module of the linear that makes logits."""
     head = model.get_output_embeddings()
     for name, module in model.named_modules():
         if module is head and isinstance(module, nn.Linear):
             return name, module
     raise UsageError(f"{type(model).__name__} has no linear output head")
+
+
+def head_is_tied(model: CausalLM) -> bool:
+    """Whether the head shares its weight with the embedding."""
+    head = output_head(model)[1]
+    return bool(head.weight is model.get_input_embeddings().weight)
 
 
 def _linears_in(prefix: str, block: nn.Module, index: int) -> Iterator[LinearInfo]:
@@ -112,7 +123,7 @@ def _linears_in(prefix: str, block: nn.Module, index: int) -> Iterator[LinearInf
                     yield LinearInfo(full, rows, columns, index, is_expert=True)
 
 
-def find_linears(model: nn.Module, include_head: bool = False) -> list[LinearInfo]:
+def find_linears(model: CausalLM, include_head: bool = False) -> list[LinearInfo]:
     """All quantizable linears in the model's order, the head last. Works on a meta model."""
     prefix, blocks = decoder_blocks(model)
     found = [
@@ -188,7 +199,7 @@ def match_units(units: Sequence[Unit], pattern: str) -> list[int]:
     return found
 
 
-def meta_model(config: object, **kwargs: object) -> nn.Module:
+def meta_model(config: Any, **kwargs: Any) -> CausalLM:
     """The model that `config` describes, with shapes and no storage."""
     from transformers import AutoModelForCausalLM
 

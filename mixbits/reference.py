@@ -68,7 +68,7 @@ def mx_scale(block_max: Tensor, fmt: Format) -> Tensor:
     bits = block_max.float().contiguous().view(torch.int32)
     exponent, mantissa = bits >> 23, bits & 0x7FFFFF
     if fmt.scale_mode == "rceil":
-        top = torch.tensor(element.max_value).view(torch.int32).item() & 0x7FFFFF
+        top = int(torch.tensor(element.max_value).view(torch.int32).item()) & 0x7FFFFF
         round_up = mantissa > top
     else:
         round_up = mantissa >= 0x600000 if fmt.scale_mode == "even" else torch.zeros_like(bits)

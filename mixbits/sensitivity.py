@@ -55,14 +55,14 @@ def probed(model: nn.Module, linears: Sequence[LinearInfo], probe: Probe) -> Ite
     def plain(name: str, linear: nn.Linear) -> Callable[[Tensor], Tensor]:
         return lambda x: probe(name, x, linear.weight, linear.bias)
 
-    def routed(name: str, module: nn.Module) -> Callable[..., Tensor]:
+    def routed(name: str, module: Any) -> Callable[..., Tensor]:
         def linear(expert: int, projection: str, x: Tensor) -> Tensor:
             weight = expert_slice(module, expert, projection)
             return probe(f"{name}.{expert}.{projection}", x, weight, None)
 
         def run(hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-            count = module.down_proj.shape[0]  # type: ignore[union-attr,index]
-            return run_experts(hidden, index, weights, module.act_fn, linear, count)  # type: ignore[arg-type]
+            count = len(module.down_proj)
+            return run_experts(hidden, index, weights, module.act_fn, linear, count)
 
         return run
 
@@ -105,7 +105,7 @@ class _FisherLinear(torch.autograd.Function):
     """A linear that records second moments, and computes no gradient of its weight."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         x: Tensor,
         weight: Tensor,
@@ -158,22 +158,19 @@ def _fill_idle_experts(linears: Sequence[LinearInfo], moments: dict[str, _Moment
             groups.setdefault((module, projection), []).append(info.name)
     for names in groups.values():
         active = [moments[n] for n in names if moments[n].tokens]
-        if not active:
-            continue
+        idle = [n for n in names if not moments[n].tokens]
+        moments.update(dict.fromkeys(idle, _mean(active)) if active else {})
 
-        def mean(pick: Callable[[_Moments], Any], active: list[_Moments] = active) -> Any:
-            return sum(pick(m) for m in active) / len(active)
 
-        average = _Moments(
-            tokens=max(1, round(mean(lambda m: m.tokens))),
-            x=mean(lambda m: m.x),
-            g=mean(lambda m: m.g),
-            gw=mean(lambda m: m.gw),
-            dx={f: mean(lambda m, f=f: m.dx[f]) for f in active[0].dx},
-        )
-        for name in names:
-            if not moments[name].tokens:
-                moments[name] = average
+def _mean(parts: Sequence[_Moments]) -> _Moments:
+    count = len(parts)
+    return _Moments(
+        tokens=max(1, round(sum(m.tokens for m in parts) / count)),
+        x=sum(m.x for m in parts) / count,
+        g=sum(m.g for m in parts) / count,
+        gw=sum(m.gw for m in parts) / count,
+        dx={fmt: sum(m.dx[fmt] for m in parts) / count for fmt in parts[0].dx},
+    )
 
 
 def _fisher_scores(
@@ -235,7 +232,7 @@ class _DeltaLossLinear(torch.autograd.Function):
     """A fully quantized linear, straight-through, that records |g dW| and |gX dX|."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, scheme: Scheme, record: Tensor
     ) -> Tensor:
         rounded, rounded_x = _rounded(x, weight, scheme)

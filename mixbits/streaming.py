@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .model import decoder_blocks, output_head
+from .model import CausalLM, decoder_blocks
 
 Progress = Callable[[], None]
 
@@ -69,7 +69,7 @@ class StreamedModel:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: CausalLM,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
@@ -176,10 +176,3 @@ class StreamedModel:
             gradient = hidden.grad
             progress()
         return float(value.detach())
-
-
-def head_is_tied(model: nn.Module) -> bool:
-    """Whether the head shares its weight with the embedding."""
-    head = output_head(model)[1]
-    return head.weight is model.get_input_embeddings().weight
-

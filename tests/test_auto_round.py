@@ -2,13 +2,13 @@
 
 | where | AutoRound | mixbits | why |
 |---|---|---|---|
-| a block of zeros | scale byte 126 (e2m1), 120 (e4m3), rceil 128 | 0 | OCP and microxcaling; equal values |
+| a block of zeros | byte 126 (e2m1), 120 (e4m3), rceil 128 | 0 | as microxcaling; equal values |
 | exact -0.0 | +0.0 | -0.0 | torch's float8 casts keep the sign; equal values |
 | float32 maximum 1-7 ulp below 2^k | exponent one too large | exact | it takes log2 in float32 |
 | NaN or Inf in a block | all NaN, exponent undefined | all NaN, byte 255 | e8m0 has a NaN |
 | int, fp16 input | divides in fp16 | in float32 | a quotient is rounded once, not twice |
 | int asym, bf16/fp16 input | range in bf16/fp16 | in float32 | the same |
-| int asym, scale below 6e-5 | zero point may pass 2^bits - 1 | clamped | it would not fit its bits |
+| int asym, scale below 6e-5 | zero point may pass 2^bits - 1 | clamped | it must fit its bits |
 | int, NaN or Inf | NaN or arbitrary | NaN scale, NaN values | never a plausible number |
 
 A bfloat16 or float16 maximum cannot be within 7 float32 ulp of a power of two, so log2 is exact
@@ -21,6 +21,7 @@ import math
 
 import pytest
 import torch
+
 from mixbits import ops
 from mixbits.formats import Format
 from mixbits.reference import mx_scale, quantize
@@ -43,7 +44,9 @@ def million(dtype: torch.dtype) -> torch.Tensor:
     return x.to(dtype)
 
 
-def their_mx(x: torch.Tensor, element: str, mode: str = "floor") -> tuple[torch.Tensor, torch.Tensor]:
+def their_mx(
+    x: torch.Tensor, element: str, mode: str = "floor"
+) -> tuple[torch.Tensor, torch.Tensor]:
     data_type, bits = DATA_TYPES[element]
     function = quant_mx if mode == "floor" else quant_mx_rceil
     values, exponent, _ = function(x.clone(), bits=bits, group_size=32, data_type=data_type)
@@ -132,7 +135,9 @@ def test_difference_scale_of_zero_blocks(element, byte):
 
 def test_difference_sign_of_zero():
     x = block(4.0, -0.0)
-    assert torch.signbit(our_mx(x, "e2m1")[0, 1]) and not torch.signbit(their_mx(x, "e2m1")[0][0, 1])
+    assert torch.signbit(our_mx(x, "e2m1")[0, 1]) and not torch.signbit(
+        their_mx(x, "e2m1")[0][0, 1]
+    )
 
 
 def test_difference_maximum_just_below_a_power_of_two():

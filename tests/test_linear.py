@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tiny import KINDS, make_model
+
 from mixbits.backends import cpu
 from mixbits.formats import UsageError, parse_scheme
 from mixbits.linear import (
@@ -16,8 +18,6 @@ from mixbits.linear import (
 )
 from mixbits.model import find_linears, weight_of
 from mixbits.source import open_source
-
-from tiny import KINDS, make_model
 
 SCHEMES = ["MXFP4", "MXFP8", "MXFP8E5M2", "MXFP4A16", "MXFP8A16", "MXFP8E5M2A16"]
 SCHEMES += ["W2A16", "W4A16", "W8A16", "W4A16G32", "W2A16G64ASYM", "W4A16ASYM", "W8A16ASYM"]

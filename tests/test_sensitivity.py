@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tiny import make_model
+
 from mixbits import reference
 from mixbits.calibration import tokenize
 from mixbits.demo import MODEL_DIR, training_files
@@ -14,8 +16,6 @@ from mixbits.model import find_linears, weight_of
 from mixbits.sensitivity import measure
 from mixbits.source import open_source
 from mixbits.streaming import StreamedModel
-
-from tiny import make_model
 
 SCHEMES = [parse_scheme(n) for n in ("MXFP4", "MXFP8", "W4A16", "MXFP4A16", "BF16")]
 
@@ -99,7 +99,7 @@ def test_deltaloss_equals_its_definition(tmp_path):
             rounded = reference.fake_quantize(module.weight.detach(), scheme.weight)
             leaf = rounded.clone().requires_grad_()
 
-            def forward(x, name=info.name, leaf=leaf, bias=module.bias):
+            def forward(x, name=info.name, leaf=leaf, bias=module.bias, record=record):
                 # straight-through: the value is rounded, the gradient passes as if it were not
                 xq = x + (reference.fake_quantize(x, scheme.activation) - x).detach()
                 xq.retain_grad()

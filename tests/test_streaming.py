@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tiny import KINDS, make_model
+
 from mixbits.model import find_linears, weight_of
 from mixbits.sensitivity import probed
 from mixbits.source import open_source
 from mixbits.streaming import StreamedModel, patched, resident
-
-from tiny import KINDS, make_model
 
 
 def _model(folder, kind="llama"):
@@ -101,11 +101,14 @@ def _slice_grad(model, info):
 def test_resident_and_patched_undo_themselves_on_errors():
     linear = torch.nn.Linear(4, 4).bfloat16()
     before = linear.weight.data_ptr()
-    with pytest.raises(RuntimeError, match="boom"):
-        with patched(linear, lambda x: x), resident(linear, torch.float32, torch.device("cpu")):
-            assert linear.weight.dtype == torch.float32
-            assert linear(3) == 3
-            raise RuntimeError("boom")
+    with (
+        pytest.raises(RuntimeError, match="boom"),
+        patched(linear, lambda x: x),
+        resident(linear, torch.float32, torch.device("cpu")),
+    ):
+        assert linear.weight.dtype == torch.float32
+        assert linear(3) == 3
+        raise RuntimeError("boom")
     assert linear.weight.dtype == torch.bfloat16 and linear.weight.data_ptr() == before
     assert linear(torch.ones(1, 4, dtype=torch.bfloat16)).shape == (1, 4)
 
