@@ -39,6 +39,7 @@ from .formats import MX_GROUP, Format, Scheme, UsageError
 from .model import LinearInfo, expert_slice, is_experts, split_expert_name, weight_of
 from .streaming import Progress, StreamedModel, patched
 
+LABEL_CHUNK = 512  # tokens whose probabilities are held at once while labels are drawn
 METHODS = ("fisher", "deltaloss")
 SlabScores = dict[str, dict[str, list[float]]]  # linear -> scheme -> score per 32-column slab
 
@@ -138,10 +139,13 @@ def _sampled_label_loss(generator: torch.Generator) -> Callable[[Tensor, Tensor]
 
     def loss(logits: Tensor, ids: Tensor) -> Tensor:
         flat = logits.flatten(0, -2).float()
-        with torch.no_grad():
-            probabilities = flat.softmax(-1).cpu()
-            labels = torch.multinomial(probabilities, 1, generator=generator).squeeze(-1)
-        return torch.nn.functional.cross_entropy(flat, labels.to(flat.device), reduction="sum")
+        with torch.no_grad():  # in parts: sampling holds several copies of the probabilities
+            parts = [
+                torch.multinomial(part.softmax(-1).cpu(), 1, generator=generator)
+                for part in flat.split(LABEL_CHUNK)
+            ]
+        labels = torch.cat(parts).squeeze(-1).to(flat.device)
+        return torch.nn.functional.cross_entropy(flat, labels, reduction="sum")
 
     return loss
 
