@@ -22,6 +22,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -117,7 +118,7 @@ def relax(items: Sequence[Item], budget: int) -> tuple[list[int], float, float]:
     steps = [
         (-_slope(item, a, b), i, a, b)
         for i, (item, hull) in enumerate(zip(items, hulls, strict=True))
-        for a, b in zip(hull, hull[1:], strict=False)
+        for a, b in pairwise(hull)
     ]
     cost, loss = total(items, choice)
     price, bound = 0.0, None
@@ -170,12 +171,13 @@ def optimal(items: Sequence[Item], budget: int) -> Allocation:
 
 def _one_option(items: Sequence[Item], budget: int, seed: int) -> list[int]:
     """Every unit takes the same option: the dearest one that fits."""
-    common = min(len(item.costs) for item in items)
-    if any(len(item.costs) != common for item in items):
-        # Fixed units have one option only; the others vary together.
-        common = max(len(item.costs) for item in items)
+    # Fixed units have one option only; the others vary together.
+    common = max(len(item.costs) for item in items)
     plans = [[min(o, len(item.costs) - 1) for item in items] for o in range(common)]
     fitting = [p for p in plans if total(items, p)[0] <= budget]
+    if not fitting:  # though a mixed plan would fit
+        costs = [total(items, plan)[0] for plan in plans]
+        raise BudgetError(budget, min(costs), max(costs))
     return max(fitting, key=lambda p: total(items, p)[0])
 
 

@@ -49,12 +49,14 @@ def _jsonl_texts(path: Path) -> Iterator[str]:
                 continue
             try:
                 text = json.loads(line)["text"]
+                if not isinstance(text, str):
+                    raise TypeError
             except (json.JSONDecodeError, KeyError, TypeError):
                 raise UsageError(
                     f"every line of a jsonl dataset must be an object with a field 'text': "
                     f"got {line[:60]!r} ({path}, line {number})"
                 ) from None
-            yield str(text)
+            yield text
 
 
 def _hub_texts(name: str) -> Iterator[str]:
@@ -85,9 +87,13 @@ def _token_ids(path: Path) -> Tensor:
             array = np.load(path, allow_pickle=False)
         else:
             rows = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(rows, list):
+                raise TypeError(f"must be a list, or a list of lists: got {type(rows).__name__}")
             nested = bool(rows) and isinstance(rows[0], list)
             array = np.array([i for row in rows for i in row] if nested else rows)
-    except (ValueError, OSError, TypeError, json.JSONDecodeError) as error:
+        if not isinstance(array, np.ndarray):
+            raise TypeError("must be one array")
+    except (ValueError, OSError, TypeError, EOFError) as error:
         raise UsageError(f"cannot read token ids ({path}): {error}") from None
     if array.size and not np.issubdtype(array.dtype, np.integer):
         raise UsageError(f"token ids must be integers: got {array.dtype} ({path})")
@@ -97,18 +103,17 @@ def _token_ids(path: Path) -> Tensor:
 def _texts(source: str) -> Iterator[str]:
     path = Path(source)
     if not path.is_file():
-        if path.suffix in {".txt", ".jsonl", ".json", ".npy"} or path.is_dir():
-            raise UsageError(f"--dataset must be a file or a dataset name: {source} is no file")
         yield from _hub_texts(source)
-    elif path.suffix == ".jsonl":
-        yield from _jsonl_texts(path)
-    else:
-        try:
+        return
+    try:
+        if path.suffix == ".jsonl":
+            yield from _jsonl_texts(path)
+        else:
             with path.open(encoding="utf-8") as file:
                 while chunk := file.read(1 << 20):
                     yield chunk
-        except UnicodeDecodeError as error:
-            raise UsageError(f"a text dataset must be UTF-8: {error} ({path})") from None
+    except UnicodeDecodeError as error:
+        raise UsageError(f"a text dataset must be UTF-8: {error} ({path})") from None
 
 
 def tokenize(tokenizer: Any, text: str) -> Tensor:
@@ -120,7 +125,10 @@ def tokenize(tokenizer: Any, text: str) -> Tensor:
 def read_tokens(source: str, tokenizer: Any, count: int) -> Tensor:
     """About the first `count` token ids (or more) of a dataset; fewer if it has no more."""
     path = Path(source)
-    if path.suffix in {".npy", ".json"} and path.is_file():
+    looks_like_file = path.suffix in {".txt", ".jsonl", ".json", ".npy"} or path.is_dir()
+    if looks_like_file and not path.is_file():
+        raise UsageError(f"--dataset must be a file or a dataset name: {source} is no file")
+    if path.suffix in {".npy", ".json"}:
         return _token_ids(path)
     if tokenizer is None:
         raise UsageError("the model has no tokenizer: --dataset must be a .npy or .json of ids")
@@ -146,7 +154,7 @@ def cut(stream: Tensor, seqlen: int, source: str, vocab_size: int) -> Sequences:
     if len(stream) and not 0 <= int(stream.min()) <= int(stream.max()) < vocab_size:
         raise UsageError(
             f"token ids must be in 0..{vocab_size - 1}, the model's vocabulary: got "
-            f"{int(stream.min())}..{int(stream.max())} ({source}); is the tokenizer another model's?"
+            f"{int(stream.min())}..{int(stream.max())} ({source}); is it another model's tokenizer?"
         )
     rows = len(stream) // seqlen
     return Sequences(stream[: rows * seqlen].reshape(rows, seqlen), source)
@@ -157,7 +165,9 @@ def split(pool: Sequences, nsamples: int, held_out: int) -> tuple[Sequences, Seq
     have, seqlen = pool.ids.shape
     if have < nsamples + held_out:
         what = f"{nsamples} for calibration" if nsamples else ""
-        what += (" and " if what and held_out else "") + (f"{held_out} held out" if held_out else "")
+        what += (" and " if what and held_out else "") + (
+            f"{held_out} held out" if held_out else ""
+        )
         raise UsageError(
             f"need {nsamples + held_out} sequences of {seqlen} tokens ({what}): got {have} from "
             f"{pool.source}; give more text, or lower --nsamples, --eval-nsamples or --seqlen"

@@ -345,7 +345,7 @@ def save(
 def save_fake(
     folder: Path,
     source: Source,
-    model: nn.Module,
+    model: Any,
     linears: Sequence[LinearInfo],
     assignment: Assignment,
 ) -> int:
@@ -429,7 +429,7 @@ def load(
         ops.choose_backend(torch.device(device).type, backend)
     _check_tensors(folder, config.schemes(), trust_remote_code)
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype or "auto",
             use_safetensors=True,
@@ -441,6 +441,7 @@ def load(
     except Exception as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UsageError(f"cannot load the checkpoint in {folder}: {first}") from None
+    model, info = loaded
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[kind]:
             names = ", ".join(sorted(map(str, info[kind]))[:3])

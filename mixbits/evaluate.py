@@ -73,6 +73,28 @@ def compare(
     return result
 
 
+def task_manager(tasks: Sequence[str], include_path: str | None = None) -> Any:
+    """lm-eval's index of tasks: ours, those in `include_path`, and its own where those are needed.
+
+    Raises UsageError for unknown tasks.
+    """
+    from lm_eval.tasks import TaskManager
+
+    if include_path and not Path(include_path).is_dir():
+        raise UsageError(f"--include-path must be a folder: {include_path} is none")
+    paths = [str(TASKS_DIR)] + ([include_path] if include_path else [])
+    local = TaskManager(include_path=paths, include_defaults=False)
+    known_here = all(task in local.all_tasks for task in tasks)
+    manager = local if known_here else TaskManager(include_path=paths)
+    unknown = [task for task in tasks if task not in manager.all_tasks]
+    if unknown:
+        raise UsageError(
+            f"--tasks must name lm-eval tasks: {', '.join(unknown)} is none of its "
+            f"{len(manager.all_tasks)} tasks; --include-path adds a folder of your own"
+        )
+    return manager
+
+
 def run_tasks(
     model: nn.Module,
     tokenizer: Any,
@@ -87,20 +109,12 @@ def run_tasks(
     The bundled tasks are always known; `include_path` is a folder with more. `average` is the
     mean of the tasks' acc. Raises UsageError for unknown tasks or data that cannot be had.
     """
+    from unittest.mock import patch
+
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
 
-    paths = [str(TASKS_DIR)] + ([include_path] if include_path else [])
-    local = TaskManager(include_path=paths, include_defaults=False)
-    known_here = all(task in local.all_tasks for task in tasks)
-    manager = local if known_here else TaskManager(include_path=paths)
-    unknown = [task for task in tasks if task not in manager.all_tasks]
-    if unknown:
-        raise UsageError(
-            f"--tasks must name lm-eval tasks: {', '.join(unknown)} is none of its "
-            f"{len(manager.all_tasks)} tasks; --include-path adds a folder of your own"
-        )
+    manager = task_manager(tasks, include_path)
     lm = HFLM(
         pretrained=model,
         tokenizer=tokenizer,
@@ -109,14 +123,16 @@ def run_tasks(
         device=str(next(model.parameters()).device),
     )
     try:
-        raw = simple_evaluate(
-            model=lm,
-            tasks=list(tasks),
-            task_manager=manager,
-            limit=limit,
-            bootstrap_iters=1000,  # 0 would drop every standard error
-            log_samples=False,
-        )
+        # lm-eval asks git for the commit of whatever folder this runs in, which may be none.
+        with patch("lm_eval.evaluator.get_git_commit_hash", return_value=None):
+            raw = simple_evaluate(
+                model=lm,
+                tasks=list(tasks),
+                task_manager=manager,
+                limit=limit,
+                bootstrap_iters=1000,  # 0 would drop every standard error
+                log_samples=False,
+            )
     except (ConnectionError, OSError, ValueError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UsageError(

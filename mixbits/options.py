@@ -5,7 +5,10 @@ from __future__ import annotations
 import argparse
 import math
 import re
+import shlex
+import sys
 from pathlib import Path
+from typing import NoReturn
 
 from .allocate import STRATEGIES
 from .formats import SCALE_MODES, SCHEME_NAMES, UsageError
@@ -73,7 +76,9 @@ def _input_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--overwrite", action="store_true", help="replace an earlier output")
     group.add_argument("--fake", action="store_true", help="write a plain model, weights rounded")
     group.add_argument("--solve-only", action="store_true", help="stop at scores.json, plan.json")
-    group.add_argument("--dry-run", action="store_true", help="print shapes and sizes, write nothing")
+    group.add_argument(
+        "--dry-run", action="store_true", help="print shapes and sizes, write nothing"
+    )
     group.add_argument("--trust-remote-code", action="store_true", help="run the model's own code")
 
 
@@ -130,17 +135,20 @@ def _run_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--tasks", help="lm-eval tasks, separated by commas")
     group.add_argument("--limit", type=_positive, help="documents per task")
     group.add_argument("--include-path", help="folder with lm-eval tasks of your own")
-    group.add_argument(
-        "--add-bos-token", action=argparse.BooleanOptionalAction, help="for lm-eval"
-    )
+    group.add_argument("--add-bos-token", action=argparse.BooleanOptionalAction, help="for lm-eval")
     group.add_argument("--eval-original", action="store_true", help="run the tasks on it as well")
     group.add_argument("--prompt", help="generate from this text at the end")
     group.add_argument("--backend", help="force cuda, triton, cpu or reference kernels")
     group.add_argument("--device", help="where to compute (default: cuda where there is one)")
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message)  # one sentence, as for any other bad input
+
+
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="python -m mixbits.quantize",
         description="Quantize a language model to mixed precision, pack it, and score it.",
         epilog=_EXAMPLES,
@@ -164,7 +172,7 @@ def _demo_defaults(parser: argparse.ArgumentParser) -> None:
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """Parse and check. Exits with 2 on wrong usage; raises UsageError for wrong combinations."""
+    """Parse and check. Raises UsageError; `command` is what was typed."""
     parser = make_parser()
     if parser.parse_known_args(argv)[0].demo:
         _demo_defaults(parser)
@@ -173,13 +181,19 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("MODEL is required: a model folder, a Hugging Face name, or --demo")
     if args.eval_nsamples < 0:
         parser.error(f"--eval-nsamples must be at least 0: got {args.eval_nsamples}")
+    if args.seqlen < 2:
+        parser.error(f"--seqlen must be at least 2: got {args.seqlen}")
     if args.avg_bits is None and args.size is None and args.plan is None:
         args.avg_bits = 4.5
     if args.ignore_scale_bits and args.avg_bits is None:
         raise UsageError("--ignore-scale-bits counts for --avg-bits only")
-    if args.strategy != "optimal" and args.plan is not None:
-        raise UsageError("--strategy makes a plan: it cannot go with --plan")
+    for option in ("strategy", "scores", "keep", "fuse", "per_expert") if args.plan else ():
+        if getattr(args, option) != parser.get_default(option):
+            name = option.replace("_", "-")
+            raise UsageError(f"--{name} helps to make a plan: it cannot go with --plan")
     if args.out is None:
         budget = "plan" if args.plan else f"{args.size}B" if args.size else f"{args.avg_bits:g}bit"
         args.out = Path(f"{Path(args.model).resolve().name}-mixbits-{budget}")
+    words = sys.argv[1:] if argv is None else argv
+    args.command = shlex.join(["python", "-m", "mixbits.quantize", *words])
     return args

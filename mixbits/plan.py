@@ -1,7 +1,7 @@
 """plan.json: which unit gets which scheme, and what that costs.
 
     {"mixbits_plan": 1, "strategy", "budget", "weight_scale_mode", "act_scale_mode",
-     "predicted_loss", "lower_bound", ..., 
+     "predicted_loss", "lower_bound", ...,
      "units": [{"unit": name, "scheme": "MXFP4", "linears": {name: "all", ...}}, ...]}
 
 The file may be edited: change a scheme and pass it back with `--plan`. A linear that no unit
@@ -63,7 +63,9 @@ def parse_keep(text: str, modes: tuple[ScaleMode, ScaleMode]) -> tuple[str, Sche
     """`PATTERN=SCHEME` of a `--keep` option."""
     pattern, equals, name = text.rpartition("=")
     if not equals or not pattern:
-        raise UsageError(f"--keep must be PATTERN=SCHEME, such as '*.down_proj=MXFP8': got {text!r}")
+        raise UsageError(
+            f"--keep must be PATTERN=SCHEME, such as '*.down_proj=MXFP8': got {text!r}"
+        )
     return pattern, parse_scheme(name, *modes)
 
 
@@ -96,14 +98,17 @@ class Plan:
 
     @classmethod
     def read(cls, path: Path, linears: Sequence[LinearInfo]) -> Plan:
-        """Raises UsageError for a linear that the model lacks, or a part of one."""
+        """Raises UsageError for a linear that the model lacks, a part of one, or one twice."""
         data = read_json(path, "mixbits_plan")
-        known = {info.name for info in linears}
+        known, seen = {info.name for info in linears}, set()
         try:
             for unit in data["units"]:
                 for name, slabs in unit["linears"].items():
                     if name not in known:
                         raise UsageError(f"the model has no linear {name} ({path})")
+                    if name in seen:
+                        raise UsageError(f"two units of a plan share linear {name} ({path})")
+                    seen.add(name)
                     if slabs != "all":
                         raise UsageError(
                             f"a scheme must cover 'all' slabs of {name}: got {slabs!r} ({path})"
@@ -120,6 +125,11 @@ class Plan:
         write_text(path, dump(self.data))
 
 
+def _bits_up(bits: int, elements: int) -> float:
+    """Bits per weight, rounded up to what an error message shows."""
+    return math.ceil(bits / elements * 1e4) / 1e4
+
+
 def _out_of_reach(
     error: BudgetError, budget: Budget, elements: int, fixed_bytes: int
 ) -> UsageError:
@@ -130,8 +140,7 @@ def _out_of_reach(
             f"--size must be at least {low:,} bytes for these schemes ({high:,} at most are of "
             f"use, {fixed_bytes:,} are not to be quantized): got {budget.size_bytes:,}"
         )
-    low_bits = math.ceil(error.lowest / elements * 1e4) / 1e4
-    high_bits = math.floor(error.highest / elements * 1e4) / 1e4
+    low_bits, high_bits = (_bits_up(b, elements) for b in (error.lowest, error.highest))
     return UsageError(
         f"--avg-bits must be between {low_bits:g} and {high_bits:g} for these schemes: "
         f"got {budget.avg_bits:g}"
@@ -170,8 +179,9 @@ def solve(
         # A hair more, so that 4.25 bits of a size that is no power of two still buy 4.25 bits.
         bits = math.floor((budget.avg_bits or 0.0) * elements + 1e-6)
     try:
-        if budget.avg_bits is not None and bits > cost_range(items)[1]:
-            raise BudgetError(bits, *cost_range(items))
+        lowest, highest = cost_range(items)
+        if budget.avg_bits is not None and budget.avg_bits > _bits_up(highest, elements):
+            raise BudgetError(bits, lowest, highest)
         allocation = allocate(items, bits, strategy, seed)
     except BudgetError as error:
         raise _out_of_reach(error, budget, elements, fixed_bytes) from None

@@ -235,15 +235,17 @@ def _load_result(run: Run) -> Any:
     return model
 
 
-def _evaluate(run: Run, original: Any, quantized: Any, tokenizer: Any, held_out: Any) -> Any:
-    """Held-out scores, lm-eval's, and a sample: the `evaluation` of report.json."""
+def _evaluate(
+    run: Run, original: Any, quantized: Any, tokenizer: Any, held_out: Any, result: dict[str, Any]
+) -> None:
+    """Held-out scores, lm-eval's, and a sample, into `result`: `evaluation` of report.json."""
     from .evaluate import compare, run_tasks
     from .streaming import StreamedModel
 
-    args, result = run.args, {}
+    args = run.args
     if len(held_out.ids):
-        pair = [StreamedModel(m, device=args.device) for m in (original, quantized)]
-        scores = compare(*pair, held_out.ids, args.batch_size)
+        p, q = (StreamedModel(m, device=args.device) for m in (original, quantized))
+        scores = compare(p, q, held_out.ids, args.batch_size)
         result["held_out"] = {**held_out.describe(), **scores}
     if args.tasks:
         tasks = args.tasks.split(",")
@@ -254,7 +256,6 @@ def _evaluate(run: Run, original: Any, quantized: Any, tokenizer: Any, held_out:
                 result[name] = run_tasks(model, tokenizer, tasks, *options)
     if args.prompt:
         result["sample"] = _generate(quantized, tokenizer, args)
-    return result
 
 
 def _generate(model: Any, tokenizer: Any, args: argparse.Namespace) -> str:
@@ -383,11 +384,15 @@ def quantize(run: Run) -> None:
     if args.solve_only:
         print(f"  plan and scores are in {args.out}")
         return
-    with stages.run("evaluate", args.tasks or "held-out text"):
-        if args.fake:  # its weights were rounded in place
-            model = run.source.load()
-        evaluation = _evaluate(run, model, _load_result(run), tokenizer, held_out)
-    finish(evaluation)
+    judges = ["held-out text"] * bool(args.eval_nsamples) + [args.tasks] * bool(args.tasks)
+    evaluation: dict[str, Any] = {}
+    try:
+        with stages.run("evaluate", ", ".join(judges) or "nothing asked for"):
+            if args.fake:  # its weights were rounded in place
+                model = run.source.load()
+            _evaluate(run, model, _load_result(run), tokenizer, held_out, evaluation)
+    finally:  # a task that fails takes nothing else with it
+        finish(evaluation)
     _print_results(before, after, evaluation)
     print(f"\n  everything is in {args.out}; scores and timings in {report_path}")
 

@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,22 +57,26 @@ def read_json(path: Path, kind: str) -> dict[str, Any]:
     return data
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
 def dump(data: dict[str, Any]) -> str:
-    """JSON for people: indented, but lists of numbers on one line."""
+    """JSON for people: indented, lists of numbers on one line, null for what is no number."""
     lists: list[str] = []
 
     def fold(value: Any) -> Any:
         if isinstance(value, dict):
             return {k: fold(v) for k, v in value.items()}
-        if isinstance(value, list) and all(isinstance(x, (int, float)) for x in value):
+        if isinstance(value, list) and all(_is_number(x) for x in value):
             lists.append(json.dumps(value))
-            return f"@list{len(lists) - 1}@"
+            return f"\0{len(lists) - 1}"
+        if isinstance(value, float) and not math.isfinite(value):
+            return None  # JSON has no NaN, such as the standard error of one sequence
         return [fold(v) for v in value] if isinstance(value, list) else value
 
     text = json.dumps(fold(data), indent=1, ensure_ascii=False)
-    for index in reversed(range(len(lists))):
-        text = text.replace(f'"@list{index}@"', lists[index], 1)
-    return text + "\n"
+    return re.sub(r'"\\u0000(\d+)"', lambda match: lists[int(match[1])], text) + "\n"
 
 
 def _digest(data: dict[str, Any]) -> str:

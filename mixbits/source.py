@@ -17,7 +17,7 @@ from torch import nn
 from .formats import UsageError
 from .linear import check_finite
 
-_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer*", "*.model", "*.jinja"]
+_FILES = ["*.safetensors", "*.json", "tokenizer*", "*.model", "*.jinja"]
 
 
 @dataclass
@@ -46,11 +46,15 @@ class Source:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
         return digest.hexdigest()
 
+    @property
+    def has_tokenizer(self) -> bool:
+        return any(self.path.glob("tokenizer*")) or any(self.path.glob("*.model"))
+
     def tokenizer(self) -> Any:
         """The model's tokenizer, or None where it has none."""
         from transformers import AutoTokenizer
 
-        if not any(self.path.glob("tokenizer*")) and not any(self.path.glob("*.model")):
+        if not self.has_tokenizer:
             return None
         try:
             return AutoTokenizer.from_pretrained(
@@ -74,17 +78,20 @@ class Source:
 
         self._check_files()
         try:
-            model, info = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 self.path,
                 dtype=self.dtype,
                 use_safetensors=True,
+                ignore_mismatched_sizes=True,  # they are in `info`
                 output_loading_info=True,
                 trust_remote_code=self.trust_remote_code,
             )
         except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
             first = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise UsageError(f"cannot load the model in {self.path}: {first}") from None
-        missing = sorted(info["missing_keys"]) + sorted(map(str, info["mismatched_keys"]))
+        model: nn.Module
+        model, info = loaded
+        missing = sorted({*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])})
         if missing:
             raise UsageError(
                 f"weights are missing or have another shape than config.json says: "
@@ -105,37 +112,44 @@ class Source:
                 raise UsageError(f"cannot read {path}: {error}; is the file complete?") from None
 
 
-def open_source(model: str, trust_remote_code: bool = False) -> Source:
+def open_source(
+    model: str,
+    trust_remote_code: bool = False,
+    config_only: bool = False,
+    quantized: bool = False,
+) -> Source:
     """Find a model's folder, downloading it where `model` is a Hugging Face name.
+
+    With `config_only`, no weights are fetched; a quantized model is taken with `quantized` only.
 
     Raises UsageError in one sentence: no such folder or name, no configuration, already quantized.
     """
     path = Path(model)
     if not path.is_dir():
-        path = _download(model)
+        path = _download(model, _FILES[1:] if config_only else _FILES)
     if not (path / "config.json").is_file():
         raise UsageError(f"a model folder must hold config.json: {path} does not")
     from transformers import AutoConfig
 
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # transformers raises many kinds
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UsageError(f"cannot read {path / 'config.json'}: {first}") from None
-    if getattr(config, "quantization_config", None) is not None:
+    if getattr(config, "quantization_config", None) is not None and not quantized:
         raise UsageError(f"the model in {path} is quantized already: pass the original")
     if not hasattr(config.get_text_config(), "num_hidden_layers"):
         raise UsageError(f"{path / 'config.json'} does not describe a decoder-only language model")
     return Source(model, path, config, trust_remote_code)
 
 
-def _download(model: str) -> Path:
+def _download(model: str, patterns: list[str]) -> Path:
     if model.startswith((".", "/", "~")) or model.count("/") > 1 or Path(model).exists():
         raise UsageError(f"MODEL must be a folder or a Hugging Face name: {model} is no folder")
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(model, allow_patterns=_FILES))
+        return Path(snapshot_download(model, allow_patterns=patterns))
     except Exception as error:  # the hub client raises dozens of kinds
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UsageError(

@@ -1,4 +1,4 @@
-"""Let transformers load a packed checkpoint: `from_pretrained` after `import mixbits`.
+"""Let transformers load a packed checkpoint: `from_pretrained`, once this module is imported.
 
 transformers builds the model without storage, asks the quantizer to put packed linears where
 the configuration names them, and then fills every buffer from the files.
@@ -34,7 +34,7 @@ class MixbitsConfig(QuantizationConfigMixin):
         act_scale_mode: str = "floor",
         **provenance: Any,
     ) -> None:
-        self.quant_method = "mixbits"
+        self.quant_method = "mixbits"  # type: ignore[assignment]
         self.layout = layout
         self.weight_scale_mode, self.act_scale_mode = weight_scale_mode, act_scale_mode
         provenance.pop("quant_method", None)
@@ -49,13 +49,14 @@ class MixbitsConfig(QuantizationConfigMixin):
 
 
 @register_quantizer("mixbits")
-class MixbitsQuantizer(HfQuantizer):  # type: ignore[misc]
+class MixbitsQuantizer(HfQuantizer):
     """Puts `PackedLinear` and `Experts` into a model that transformers is about to fill."""
 
     requires_calibration = True
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
-        config: MixbitsConfig = self.quantization_config
+        config: Any = self.quantization_config
+        _check_layout(config.layout)
         schemes = config.schemes()
 
         def make(name: str, weight: Any, bias: nn.Parameter | None) -> nn.Module:
@@ -81,21 +82,28 @@ class MixbitsQuantizer(HfQuantizer):  # type: ignore[misc]
         return True
 
 
-def read_config(folder: Path) -> MixbitsConfig:
-    """The quantization_config of a checkpoint folder. Raises UsageError if it is none of ours."""
+def _check_layout(layout: object) -> None:
     from .checkpoint import LAYOUT
 
+    if layout != LAYOUT:
+        raise UsageError(f"this mixbits reads checkpoints of layout {LAYOUT}: got {layout}")
+
+
+def read_config(folder: Path) -> MixbitsConfig:
+    """The quantization_config of a checkpoint folder. Raises UsageError if it is none of ours."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(f"cannot read {folder / 'config.json'}: {error.strerror}") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"{folder / 'config.json'} is not JSON: {error}") from None
-    found = config.get("quantization_config", {})
-    if found.get("quant_method") != "mixbits":
-        raise UsageError(f"{folder} is no mixbits checkpoint: config.json has no quant_method mixbits")
-    if found.get("layout") != LAYOUT:
+    found = config.get("quantization_config") if isinstance(config, dict) else None
+    if not isinstance(found, dict) or found.get("quant_method") != "mixbits":
         raise UsageError(
-            f"this mixbits reads checkpoints of layout {LAYOUT}: got {found.get('layout')} ({folder})"
+            f"{folder} is no mixbits checkpoint: config.json has no quant_method mixbits"
         )
+    _check_layout(found.get("layout"))
+    modules = found.get("modules")
+    if not isinstance(modules, dict) or not all(isinstance(s, str) for s in modules.values()):
+        raise UsageError(f"modules of quantization_config must name schemes ({folder})")
     return MixbitsConfig(**found)

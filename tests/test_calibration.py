@@ -1,0 +1,186 @@
+"""Token sequences: where they come from, that none is used twice, and what is refused."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from mixbits.calibration import Sequences, cut, load_sequences, read_tokens, split
+from mixbits.formats import UsageError
+
+
+class Letters:
+    """A tokenizer of one token per character."""
+
+    def __call__(self, text: str, add_special_tokens: bool, verbose: bool) -> dict[str, list[int]]:
+        assert not add_special_tokens
+        return {"input_ids": [ord(c) for c in text]}
+
+
+def read(source: Path | str, count: int = 1000) -> list[int]:
+    return read_tokens(str(source), Letters(), count).tolist()
+
+
+def as_text(ids: list[int]) -> str:
+    return "".join(map(chr, ids))
+
+
+def test_a_text_file_is_one_stream(tmp_path: Path) -> None:
+    for name in ("a.txt", "a.py", "a"):
+        path = tmp_path / name
+        path.write_text("Grün\n\nist", encoding="utf-8")
+        assert as_text(read(path)) == "Grün\n\nist"
+
+
+def test_jsonl_texts_are_joined_by_an_empty_line(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "one"}\n\n{"text": "two", "id": 3}\n')
+    assert as_text(read(path)) == "one\n\ntwo"
+
+
+def test_token_ids_from_npy_and_json(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.array([[1, 2], [3, 4]], dtype=np.uint16))
+    (tmp_path / "flat.json").write_text("[1, 2, 3, 4]")
+    (tmp_path / "nested.json").write_text("[[1, 2, 3], [4]]")
+    for name in ("a.npy", "flat.json", "nested.json"):
+        ids = read_tokens(str(tmp_path / name), None, 4)
+        assert ids.tolist() == [1, 2, 3, 4]
+        assert ids.dtype == torch.int64
+
+
+def test_long_text_is_read_as_far_as_needed(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"text": "x" * 400}) + "\nnot json\n")
+    assert len(read(path, count=10)) == 400  # the second line is never looked at
+    with pytest.raises(UsageError, match="line 2"):
+        read(path, count=1000)
+
+
+def test_sequences_are_consecutive_and_disjoint() -> None:
+    pool = cut(torch.arange(103), 10, "ids", 103)
+    assert pool.ids.shape == (10, 10)
+    first, held = split(pool, 4, 5)
+    assert first.ids.flatten().tolist() == list(range(40))
+    assert held.ids.flatten().tolist() == list(range(40, 90))
+
+
+def test_the_same_ids_have_the_same_hash() -> None:
+    ids = torch.arange(6).reshape(2, 3)
+    expected = hashlib.sha256(np.arange(6, dtype="<i8").tobytes()).hexdigest()
+    described = Sequences(ids, "here").describe()
+    assert described == {"source": "here", "nsamples": 2, "seqlen": 3, "sha256": expected}
+    assert Sequences(ids + 1, "here").sha256 != expected
+
+
+def test_calibration_does_not_depend_on_how_much_is_held_out(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.arange(100))
+    some = load_sequences(str(tmp_path / "a.npy"), None, 100, 3, 0, 10)[0]
+    more = load_sequences(str(tmp_path / "a.npy"), None, 100, 3, 7, 10)
+    assert some.sha256 == more[0].sha256
+    assert more[1].ids.shape == (7, 10)
+
+
+@pytest.mark.parametrize(
+    ("nsamples", "held_out", "message"),
+    [
+        (8, 3, r"need 11 sequences of 10 tokens \(8 for calibration and 3 held out\): got 10"),
+        (11, 0, r"need 11 sequences of 10 tokens \(11 for calibration\)"),
+        (0, 11, r"need 11 sequences of 10 tokens \(11 held out\)"),
+    ],
+)
+def test_too_short(nsamples: int, held_out: int, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        split(cut(torch.zeros(100, dtype=torch.int64), 10, "ids", 1), nsamples, held_out)
+
+
+@pytest.mark.parametrize("bad", [-1, 50, 2**40])
+def test_ids_outside_the_vocabulary(bad: int) -> None:
+    with pytest.raises(
+        UsageError, match=rf"must be in 0\.\.49, the model's vocabulary: got .*{bad}"
+    ):
+        cut(torch.tensor([1, bad, 2]), 1, "ids", 50)
+
+
+def _npz(path: Path) -> None:
+    with path.open("wb") as file:
+        np.savez(file, a=np.arange(3), b=np.arange(3))
+
+
+def _pickle(path: Path) -> None:
+    np.save(path, np.array([{"a": 1}], dtype=object), allow_pickle=True)
+
+
+BROKEN: dict[str, tuple[str, Any, str]] = {
+    "empty npy": ("a.npy", b"", "cannot read token ids"),
+    "not npy": ("a.npy", b"text", "cannot read token ids"),
+    "pickle": ("a.npy", _pickle, "cannot read token ids"),
+    "npz": ("a.npy", _npz, "cannot read token ids"),
+    "float npy": ("a.npy", lambda p: np.save(p, np.ones(3)), "must be integers: got float64"),
+    "not json": ("a.json", b"[1, 2", "cannot read token ids"),
+    "object": ("a.json", b'{"ids": [1]}', "cannot read token ids"),
+    "string": ("a.json", b'"abc"', "cannot read token ids"),
+    "number": ("a.json", b"7", "cannot read token ids"),
+    "strings": ("a.json", b'["a"]', "must be integers"),
+    "mixed": ("a.json", b"[[1], 2]", "cannot read token ids"),
+    "floats": ("a.json", b"[1.5]", "must be integers"),
+    "no text": ("a.jsonl", b'{"content": "x"}\n', "with a field 'text'.*line 1"),
+    "null text": ("a.jsonl", b'{"text": null}\n', "with a field 'text'.*line 1"),
+    "list": ("a.jsonl", b'{"text": "x"}\n["x"]\n', "with a field 'text'.*line 2"),
+    "no jsonl": ("a.jsonl", b"plain\n", "with a field 'text'.*line 1"),
+    "jsonl not utf-8": ("a.jsonl", b'{"text": "\xff"}\n', "must be UTF-8"),
+    "text not utf-8": ("a.txt", b"abc\xff\xfe", "must be UTF-8"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_broken_files(case: str, tmp_path: Path) -> None:
+    name, content, message = BROKEN[case]
+    path = tmp_path / name
+    if callable(content):
+        content(path)
+    else:
+        path.write_bytes(content)
+    with pytest.raises(UsageError, match=message) as caught:
+        read(path)
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["no.txt", "no.jsonl", "no.json", "no.npy", "."])
+@pytest.mark.parametrize("tokenizer", [None, Letters()])
+def test_a_file_that_is_not_there(name: str, tokenizer: Any, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="is no file"):
+        read_tokens(str(tmp_path / name), tokenizer, 10)
+
+
+def test_text_needs_a_tokenizer(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("text")
+    with pytest.raises(UsageError, match="the model has no tokenizer"):
+        read_tokens(str(tmp_path / "a.txt"), None, 10)
+
+
+def test_a_hub_dataset_is_streamed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_dataset(name: str, split: str, streaming: bool) -> Any:
+        assert (name, split, streaming) == ("someone/some", "train", True)
+        yield {"text": "a" * 2000}
+        yield {"text": "b"}
+        raise AssertionError("read further than needed")
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    assert as_text(read("someone/some", count=100)) == "a" * 2000
+    with pytest.raises(UsageError, match=r"could be fetched .read further than needed"):
+        read("someone/some", count=5000)
+
+
+def test_a_hub_dataset_without_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = SimpleNamespace(load_dataset=lambda *_, **__: [{"prompt": "a", "id": 1}])
+    monkeypatch.setitem(sys.modules, "datasets", fake)
+    with pytest.raises(UsageError, match=r"no column 'text' but \['id', 'prompt'\]"):
+        read("someone/some")

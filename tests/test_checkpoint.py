@@ -1,0 +1,399 @@
+"""What is written is what was predicted, what is read is what was written, and nothing is half."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import VOCAB, add_tokenizer, make_model
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+import mixbits
+from mixbits import checkpoint, transformers_quantizer
+from mixbits.checkpoint import atomic_folder, make_shards, predicted_bytes, save, tensor_specs
+from mixbits.formats import UsageError, parse_scheme
+from mixbits.linear import PackedLinear, swap_linears
+from mixbits.model import LinearInfo, find_linears, meta_model
+from mixbits.source import Source, open_source
+
+MIX = ["MXFP4", "MXFP8", "W4A16", "BF16", "W2A16G32ASYM", "MXFP8E5M2A16", "W8A16G64ASYM"]
+
+
+assert transformers_quantizer  # its import is what makes transformers know packed checkpoints
+
+
+def mixed(linears: list[LinearInfo]) -> dict[str, Any]:
+    """Every scheme in turn."""
+    return {info.name: parse_scheme(MIX[i % len(MIX)]) for i, info in enumerate(linears)}
+
+
+def saved(
+    tmp_path: Path, kind: str = "llama", head: bool = False, **overrides: object
+) -> tuple[Source, Any, list[LinearInfo], dict[str, Any], Path]:
+    """A model, its linears, an assignment, and the folder that it was saved into."""
+    source = open_source(str(make_model(tmp_path / "model", kind, **overrides)))
+    add_tokenizer(source.path)
+    model = source.load()
+    linears = find_linears(model, include_head=head)
+    assignment = mixed(linears)
+    folder = tmp_path / "packed"
+    folder.mkdir()
+    save(folder, source, model, linears, assignment, {"note": "kept"})
+    return source, model, linears, assignment, folder
+
+
+def on_disk(folder: Path) -> int:
+    return sum(p.stat().st_size for p in folder.glob("*.safetensors"))
+
+
+def packed_in_place(model: Any, assignment: dict[str, Any]) -> Any:
+    """The model with packed linears, never saved."""
+    names = [n for n, s in assignment.items() if s.weight is not None]
+
+    def make(name: str, weight: Tensor, bias: Any) -> PackedLinear:
+        return PackedLinear.from_weight(weight, assignment[name], bias, name)
+
+    swap_linears(model, names, make)
+    return model
+
+
+# Kinds, heads and ties: (kind, quantize the head, overrides)
+CASES: list[tuple[str, bool, dict[str, Any]]] = [
+    ("llama", False, {}),
+    ("llama", True, {}),
+    ("llama", True, {"tie_word_embeddings": True}),
+    ("qwen2", False, {}),
+    ("qwen3", True, {"vocab_size": 131}),
+    ("gemma", True, {}),
+    ("mistral", False, {"dtype": "float16"}),
+    ("qwen3_moe", True, {}),
+    ("mixtral", False, {}),
+]
+
+
+@pytest.mark.parametrize(("kind", "head", "overrides"), CASES)
+def test_size_tensors_and_logits_are_as_said(
+    kind: str, head: bool, overrides: dict[str, Any], tmp_path: Path
+) -> None:
+    source, model, linears, assignment, folder = saved(tmp_path, kind, head, **overrides)
+    shapes = meta_model(source.config)
+    assert on_disk(folder) == predicted_bytes(shapes, linears, assignment, source.dtype)
+    stored = load_file(folder / "model.safetensors")
+    specs = tensor_specs(shapes, linears, assignment, source.dtype)
+    assert {n: (t.dtype, tuple(t.shape)) for n, t in stored.items()} == {
+        s.name: (s.dtype, s.shape) for s in specs
+    }
+    ids = torch.arange(2 * 24).reshape(2, 24) % VOCAB
+    loaded = mixbits.load(folder)
+    expected = packed_in_place(model, assignment)(ids).logits
+    assert torch.equal(loaded(ids).logits, expected)
+    assert loaded.dtype == source.dtype
+    # The embedding is the original's even where the head was tied to it.
+    assert torch.equal(
+        loaded.get_input_embeddings().weight, source.load().get_input_embeddings().weight
+    )
+
+
+def test_experts_left_alone_beside_packed_ones(tmp_path: Path) -> None:
+    source, _, linears, assignment, folder = saved(tmp_path, "qwen3_moe")
+    stored = load_file(folder / "model.safetensors")
+    plain = [i for i in linears if i.is_expert and assignment[i.name].weight is None]
+    assert plain
+    reference = source.load()
+    for info in plain:
+        value = stored[f"{info.name}.weight_plain"]
+        assert torch.equal(value, checkpoint.weight_of(reference, info))
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "mixtral"])
+def test_a_block_of_experts_left_alone(kind: str, tmp_path: Path) -> None:
+    source = open_source(str(make_model(tmp_path / "model", kind)))
+    model = source.load()
+    linears = find_linears(model)
+    assignment = {i.name: parse_scheme("MXFP8") for i in linears if not i.is_expert}
+    save(tmp_path, source, model, linears, assignment, {})
+    assert on_disk(tmp_path) == predicted_bytes(model, linears, assignment, source.dtype)
+    ids = torch.arange(24)[None]
+    expected = packed_in_place(model, assignment)(ids).logits
+    assert torch.equal(mixbits.load(tmp_path)(ids).logits, expected)
+
+
+def test_several_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "SHARD_BYTES", 20_000)
+    source, model, linears, assignment, folder = saved(tmp_path)
+    files = sorted(p.name for p in folder.glob("*.safetensors"))
+    assert len(files) > 3
+    assert files[0] == f"model-00001-of-{len(files):05}.safetensors"
+    assert on_disk(folder) == predicted_bytes(model, linears, assignment, source.dtype)
+    shards = make_shards(tensor_specs(model, linears, assignment, source.dtype))
+    for shard in shards:
+        assert (folder / shard.file).stat().st_size == shard.nbytes
+        assert len(shard.specs) == 1 or sum(s.nbytes for s in shard.specs) <= 20_000
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    assert index["weight_map"] == {s.name: shard.file for shard in shards for s in shard.specs}
+    assert index["metadata"]["total_size"] == sum(s.nbytes for h in shards for s in h.specs)
+    ids = torch.arange(24)[None]
+    expected = packed_in_place(model, assignment)(ids).logits
+    assert torch.equal(mixbits.load(folder)(ids).logits, expected)
+
+
+def test_twice_the_same_bytes(tmp_path: Path) -> None:
+    source, _, linears, assignment, folder = saved(tmp_path, "qwen3_moe")
+    again = tmp_path / "again"
+    again.mkdir()
+    save(again, source, source.load(), linears, assignment, {"note": "kept"})
+    assert sorted(p.name for p in again.iterdir()) == sorted(p.name for p in folder.iterdir())
+    for path in folder.iterdir():
+        assert path.read_bytes() == (again / path.name).read_bytes(), path.name
+
+
+def test_config_and_companions(tmp_path: Path) -> None:
+    source, _, _, assignment, folder = saved(tmp_path, head=True, tie_word_embeddings=True)
+    config = json.loads((folder / "config.json").read_text())
+    quantization = config["quantization_config"]
+    assert quantization["quant_method"] == "mixbits"
+    assert quantization["mixbits_version"] == mixbits.__version__
+    assert quantization["layout"] == 1 and quantization["note"] == "kept"
+    assert quantization["modules"] == {n: s.name for n, s in assignment.items() if s.weight}
+    assert config["tie_word_embeddings"] is (assignment["lm_head"].weight is None)
+    assert config["dtype"] == "bfloat16" and config["hidden_size"] == 64
+    for name in ("generation_config.json", "tokenizer.json", "tokenizer_config.json"):
+        assert (folder / name).read_bytes() == (source.path / name).read_bytes()
+
+
+# ------------------------------------------------------------------------------ damaged folders
+
+PACKED = "model.layers.0.self_attn.q_proj"
+
+
+def _edit_tensors(change: Any) -> Any:
+    def edit(folder: Path) -> None:
+        path = folder / "model.safetensors"
+        tensors = load_file(path)
+        change(tensors)
+        save_file(tensors, path, metadata={"format": "pt"})
+
+    return edit
+
+
+def _edit_config(change: Any) -> Any:
+    def edit(folder: Path) -> None:
+        path = folder / "config.json"
+        config = json.loads(path.read_text())
+        change(config["quantization_config"])
+        path.write_text(json.dumps(config))
+
+    return edit
+
+
+def _truncate(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def _cast(name: str, dtype: torch.dtype) -> Any:
+    return _edit_tensors(lambda t: t.update({name: t[name].to(dtype)}))
+
+
+DAMAGE: dict[str, tuple[Any, str]] = {
+    "packed missing": (_edit_tensors(lambda t: t.pop(f"{PACKED}.weight_packed")), "weight_packed"),
+    "scale missing": (_edit_tensors(lambda t: t.pop(f"{PACKED}.weight_scale")), "weight_scale"),
+    "norm missing": (_edit_tensors(lambda t: t.pop("model.norm.weight")), "model.norm.weight"),
+    "renamed": (
+        _edit_tensors(lambda t: t.update({f"{PACKED}.codes": t.pop(f"{PACKED}.weight_packed")})),
+        f"{PACKED}.codes must be none",
+    ),
+    "one too many": (_edit_tensors(lambda t: t.update(x=torch.ones(1))), "x must be none: got F32"),
+    "float scale": (_cast(f"{PACKED}.weight_scale", torch.float16), r"must be U8 .* got F16"),
+    "wide codes": (_cast(f"{PACKED}.weight_packed", torch.int32), r"must be U8 .* got I32"),
+    "wide norm": (_cast("model.norm.weight", torch.float32), r"must be BF16 \[64\]: got F32"),
+    "short codes": (
+        _edit_tensors(
+            lambda t: t.update(
+                {f"{PACKED}.weight_packed": t[f"{PACKED}.weight_packed"][:, 1:].clone()}
+            )
+        ),
+        r"must be U8 \[64, 32\]: got U8 \[64, 31\]",
+    ),
+    "truncated": (_truncate, "is the file complete"),
+    "empty file": (lambda f: (f / "model.safetensors").write_bytes(b""), "is the file complete"),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), "got none"),
+    "unknown linear": (
+        _edit_config(lambda q: q["modules"].update({"model.layers.7.mlp.up_proj": "MXFP4"})),
+        "a linear that the model lacks: model.layers.7.mlp.up_proj",
+    ),
+    "not a linear": (
+        _edit_config(lambda q: q["modules"].update({"model.norm": "MXFP4"})),
+        "a linear that the model lacks: model.norm",
+    ),
+    "unknown scheme": (_edit_config(lambda q: q["modules"].update({PACKED: "FP3"})), "FP3"),
+    "other scheme": (_edit_config(lambda q: q["modules"].update({PACKED: "MXFP8"})), "must be U8"),
+    "forgotten linear": (_edit_config(lambda q: q["modules"].pop(PACKED)), f"{PACKED}.weight"),
+    "modules a list": (_edit_config(lambda q: q.update(modules=[PACKED])), "must name schemes"),
+    "bad scale mode": (_edit_config(lambda q: q.update(weight_scale_mode="up")), "scale mode"),
+    "future layout": (_edit_config(lambda q: q.update(layout=2)), "layout 1: got 2"),
+    "other method": (
+        _edit_config(lambda q: q.update(quant_method="gptq")),
+        "no mixbits checkpoint",
+    ),
+    "no method": (_edit_config(lambda q: q.clear()), "no mixbits checkpoint"),
+    "not json": (lambda f: (f / "config.json").write_text("{"), "is not JSON"),
+    "json list": (lambda f: (f / "config.json").write_text("[]"), "no mixbits checkpoint"),
+    "no config": (lambda f: (f / "config.json").unlink(), "cannot read"),
+}
+
+
+@pytest.fixture(scope="module")
+def intact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return saved(tmp_path_factory.mktemp("intact"))[-1]
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_folder_is_refused_in_one_sentence(
+    damage: str, intact: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "damaged"
+    shutil.copytree(intact, folder)
+    change, message = DAMAGE[damage]
+    change(folder)
+    with pytest.raises(UsageError, match=message) as caught:
+        mixbits.load(folder)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+
+
+def test_transformers_alone_refuses_a_future_layout(intact: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "damaged"
+    shutil.copytree(intact, folder)
+    AutoModelForCausalLM.from_pretrained(folder)
+    DAMAGE["future layout"][0](folder)
+    with pytest.raises(UsageError, match="layout 1: got 2"):
+        AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_an_unknown_backend_is_refused(intact: Path) -> None:
+    with pytest.raises(UsageError, match="backend must be one of"):
+        mixbits.load(intact, backend="abacus")
+    with pytest.raises(UsageError, match="cannot be used"):
+        mixbits.load(intact, backend="cuda")
+
+
+# -------------------------------------------------------------------------------- atomic writing
+
+
+def entries(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir())
+
+
+def test_a_folder_appears_when_complete(tmp_path: Path) -> None:
+    with atomic_folder(tmp_path / "deep" / "out") as folder:
+        (folder / "a").write_text("a")
+        assert not (tmp_path / "deep" / "out").exists()
+    assert entries(tmp_path / "deep") == ["out"] and entries(tmp_path / "deep" / "out") == ["a"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
+def test_an_exception_leaves_nothing(error: type[BaseException], tmp_path: Path) -> None:
+    with pytest.raises(error), atomic_folder(tmp_path / "out") as folder:
+        (folder / "a").write_text("a")
+        raise error
+    assert entries(tmp_path) == []
+
+
+def ours(folder: Path, text: str) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "plan.json").write_text(text)
+    return folder
+
+
+def test_an_existing_folder_is_replaced_only_if_ours_and_asked(tmp_path: Path) -> None:
+    out = ours(tmp_path / "out", "old")
+    with pytest.raises(UsageError, match="exists: pass --overwrite"), atomic_folder(out):
+        pytest.fail("never reached")
+    with atomic_folder(out, overwrite=True) as folder:
+        (folder / "plan.json").write_text("new")
+        assert (out / "plan.json").read_text() == "old"
+    assert (out / "plan.json").read_text() == "new" and entries(tmp_path) == ["out"]
+    (out / "plan.json").rename(out / "thesis.tex")
+    with pytest.raises(UsageError, match="is no mixbits output"):
+        checkpoint.check_destination(out, overwrite=True)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match="is no mixbits output"):
+        checkpoint.check_destination(tmp_path / "file", overwrite=True)
+    (tmp_path / "empty").mkdir()
+    checkpoint.check_destination(tmp_path / "empty", overwrite=True)
+    with pytest.raises(UsageError, match="must lie in a writable folder"):
+        checkpoint.check_destination(tmp_path / "file" / "out", overwrite=False)
+
+
+def test_a_link_stays_a_link(tmp_path: Path) -> None:
+    ours(tmp_path / "disk" / "real", "old")
+    (tmp_path / "out").symlink_to(tmp_path / "disk" / "real")
+    with atomic_folder(tmp_path / "out", overwrite=True) as folder:
+        (folder / "plan.json").write_text("new")
+    assert (tmp_path / "out").is_symlink()
+    assert (tmp_path / "out" / "plan.json").read_text() == "new"
+    assert entries(tmp_path / "disk") == ["real"]
+
+
+def test_an_error_keeps_the_folder_that_was_to_be_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = ours(tmp_path / "out", "old")
+    rename = Path.rename
+
+    def fail(self: Path, target: Path) -> Path:
+        if ".partial-" in self.name:
+            raise OSError("no")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(OSError, match="no"), atomic_folder(out, overwrite=True):
+        pass
+    assert (out / "plan.json").read_text() == "old" and entries(tmp_path) == ["out"]
+
+
+def dead_pid() -> int:
+    done = subprocess.Popen([sys.executable, "-c", ""])
+    done.wait()
+    return done.pid
+
+
+def test_what_dead_processes_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    dead, alive = dead_pid(), os.getppid()
+    gone = [f".out.partial-{dead}", f".out.replaced-{dead}", f".out.partial-{os.getpid()}"]
+    stay = [f".out.partial-{alive}", f".other.partial-{dead}", ".out.partial-mine", "out2"]
+    for name in gone + stay:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text("")
+    with atomic_folder(tmp_path / "out") as folder:
+        assert entries(folder) == []
+    assert entries(tmp_path) == sorted([*stay, "out"])
+
+
+def test_sigterm_leaves_nothing(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as caught, atomic_folder(tmp_path / "out"):
+        os.kill(os.getpid(), signal.SIGTERM)
+        pytest.fail("never reached")
+    assert caught.value.code == 128 + signal.SIGTERM
+    assert entries(tmp_path) == [] and signal.getsignal(signal.SIGTERM) is before
+
+
+def test_room_is_asked_for_first(tmp_path: Path) -> None:
+    needs = shutil.disk_usage(tmp_path).free * 2
+    with (
+        pytest.raises(UsageError, match=rf"bytes free: {needs:,} are needed"),
+        atomic_folder(tmp_path / "out", needs=needs),
+    ):
+        pytest.fail("never reached")
+    assert entries(tmp_path) == []

@@ -1,0 +1,56 @@
+"""`python -m mixbits.info` says what there is, and why the rest is not."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import mixbits
+from mixbits import info, ops
+
+
+def test_it_prints_versions_and_every_backend(capsys: pytest.CaptureFixture[str]) -> None:
+    info.main()
+    out = capsys.readouterr().out
+    assert out.startswith(f"mixbits {mixbits.__version__}, Python {sys.version.split()[0]}")
+    for package in ("torch", "transformers", "safetensors"):
+        assert re.search(
+            rf"^  {package} +{re.escape(importlib.metadata.version(package))}$", out, re.M
+        )
+    assert f"threads   {torch.get_num_threads()}\n" in out
+    for name, why in ops.backends().items():
+        state = "on" if why is None else re.escape(f"off: {why}")
+        assert re.search(rf"^  {name} +{state}$", out, re.M)
+    assert re.search(r"^  reference +on$", out, re.M)
+
+
+def test_a_package_that_is_missing_is_said_to_be(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(info, "_PACKAGES", ("no-such-package",))
+    info.main()
+    assert "  no-such-package not installed\n" in capsys.readouterr().out
+
+
+def test_a_backend_that_is_off_says_why(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from mixbits.backends import cpu
+
+    monkeypatch.setattr(cpu, "why_unavailable", lambda: "it was not built")
+    info.main()
+    out = capsys.readouterr().out
+    assert re.search(r"^  cpu +off: it was not built$", out, re.M)
+    assert "cpu kernels use" not in out
+
+
+def test_it_runs_as_a_module() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "mixbits.info"], capture_output=True, text=True, check=True
+    )
+    assert "backends\n" in done.stdout and done.stderr == ""
