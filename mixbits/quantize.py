@@ -20,7 +20,7 @@ from typing import Any
 from .formats import Scheme, UsageError, parse_scheme
 from .options import parse_arguments
 
-STAGES = ("open", "calibrate", "measure", "allocate", "pack", "evaluate")
+STAGES = ("open", "calibrate", "measure", "allocate", "write", "evaluate")
 
 
 @dataclass
@@ -202,22 +202,22 @@ def _allocate(run: Run, scores: Any) -> Any:
         fixed += excess  # the header's length depends a little on the plan
 
 
-def _pack(run: Run, folder: Path, model: Any, plan: Any, scores: Any, provenance: Any) -> int:
-    """Write everything but the evaluation into `folder`; returns the bytes of the weights."""
+def _write(
+    run: Run, folder: Path, model: Any, plan: Any, scores: Any, report: dict[str, Any]
+) -> int | None:
+    """Write all but report.json into `folder`; returns the bytes of the weight files, if any."""
     from . import checkpoint
 
-    assignment = plan.assignment
     plan.write(folder / "plan.json")
     if scores is not None:
         scores.write(folder / "scores.json")
     if run.args.solve_only:
-        return 0
+        return None
+    common = folder, run.source, model, run.linears, plan.assignment
     if run.args.fake:
-        return checkpoint.save_fake(folder, run.source, model, run.linears, assignment)
+        return checkpoint.save_fake(*common)
     modes = {k: plan.data[k] for k in ("weight_scale_mode", "act_scale_mode")}
-    return checkpoint.save(
-        folder, run.source, model, run.linears, assignment, {**modes, **provenance}
-    )
+    return checkpoint.save(*common, {**modes, **{k: report[k] for k in ("source", "calibration")}})
 
 
 def _load_result(run: Run) -> Any:
@@ -316,85 +316,85 @@ def _print_plan(run: Run, plan: Any, reached: dict[str, Any]) -> None:
     )
 
 
-def _print_results(before: int, after: int, evaluation: dict[str, Any]) -> None:
-    from . import report
+def _print_results(report: dict[str, Any], evaluation: dict[str, Any]) -> None:
+    from .report import result_table, task_table
 
-    print("\n" + report.result_table(before, after, evaluation.get("held_out")))
+    sizes = report["bytes_before"], report["bytes_after"]
+    print("\n" + result_table(*sizes, evaluation.get("held_out")))
     if "tasks" in evaluation:
-        print("\n" + report.task_table(evaluation.get("original_tasks"), evaluation["tasks"]))
+        print("\n" + task_table(evaluation.get("original_tasks"), evaluation["tasks"]))
     if "sample" in evaluation:
         print("\n  the quantized model writes:\n")
         print("\n".join("    " + line for line in evaluation["sample"].splitlines()))
+
+
+def _open(run: Run) -> tuple[Any, str, Any]:
+    """The original model, its hash, and its tokenizer."""
+    return run.source.load(), run.source.sha256(), run.source.tokenizer()
+
+
+def _report(run: Run, sha256: str, scores: Any, plan: Any) -> dict[str, Any]:
+    """report.json as far as it is known before anything is packed."""
+    from .report import environment
+
+    return {
+        "mixbits_report": 1,
+        "command": run.args.command,
+        "environment": environment(),
+        "source": {"name": run.source.name, "sha256": sha256},
+        "calibration": None if scores is None else scores.data["calibration"],
+        # An edited plan still says what it was once made for.
+        "budget": None if scores is None else plan.data["budget"],
+        "reached": _reached(run, plan),
+        "predicted_loss": None if scores is None else plan.data["predicted_loss"],
+        "bytes_before": sum(path.stat().st_size for path in run.source.weight_files()),
+    }
 
 
 def quantize(run: Run) -> None:
     """All stages, in order. Raises UsageError; leaves a complete output folder or none."""
     from .checkpoint import atomic_folder
     from .plan import Plan
-    from .report import Stages, environment
+    from .report import Stages
     from .scores import dump, write_text
 
-    args, stages = run.args, Stages(STAGES[:-2] if run.args.solve_only else STAGES)
-    with stages.run("open", f"{run.source.name}"):
-        model, sha256 = run.source.load(), run.source.sha256()
-        tokenizer = run.source.tokenizer()
-        before = sum(path.stat().st_size for path in run.source.weight_files())
+    args, stages, scores = run.args, Stages(STAGES[: -1 if run.args.solve_only else None]), None
+    with stages.run("open", run.source.name):
+        model, sha256, tokenizer = _open(run)
     with stages.run("calibrate", "its own text" if args.demo else args.dataset):
         sequences, held_out = _calibrate(run, tokenizer)
-    scores = None
     if args.plan is None:
         what = f"reuse {args.scores}" if args.scores else f"{args.method}, {args.schemes}"
         with stages.run("measure", what):
             scores = _measure(run, model, sequences, sha256)
     with stages.run("allocate", str(args.plan or args.strategy)):
         plan = Plan.read(args.plan, run.linears) if scores is None else _allocate(run, scores)
-    reached = _reached(run, plan)
-    _print_plan(run, plan, reached)
-    provenance = {
-        "source": {"name": run.source.name, "sha256": sha256},
-        "calibration": scores.data["calibration"] if scores is not None else None,
-    }
-    report: dict[str, Any] = {
-        "mixbits_report": 1,
-        "command": args.command,
-        "environment": environment(),
-        **provenance,
-        # An edited plan still says what it was once made for.
-        "budget": None if scores is None else plan.data["budget"],
-        "reached": reached,
-        "predicted_loss": None if scores is None else plan.data["predicted_loss"],
-        "bytes_before": before,
-    }
-    report_path = args.out / "report.json"
+    report = _report(run, sha256, scores, plan)
+    _print_plan(run, plan, report["reached"])
 
-    def finish(evaluation: Any, path: Path = report_path) -> None:
+    def write_report(folder: Path, evaluation: dict[str, Any] | None) -> None:
         report.update(evaluation=evaluation, stages=stages.rows)
-        write_text(path, dump(report))
+        write_text(folder / "report.json", dump(report))
 
-    needs = 0 if args.solve_only else reached["predicted_bytes"]
+    needs = 0 if args.solve_only else report["reached"]["predicted_bytes"]
     with atomic_folder(args.out, args.overwrite, needs) as folder:
-        if args.solve_only:
-            _pack(run, folder, model, plan, scores, provenance)
-            finish(None, folder / "report.json")
-        else:
-            with stages.run("pack", str(args.out)):
-                after = _pack(run, folder, model, plan, scores, provenance)
-                report["bytes_after"] = after
-                finish(None, folder / "report.json")
+        with stages.run("write", str(args.out)):
+            report["bytes_after"] = _write(run, folder, model, plan, scores, report)
+        write_report(folder, None)
     if args.solve_only:
         print(f"  plan and scores are in {args.out}")
         return
-    judges = ["held-out text"] * bool(args.eval_nsamples) + [args.tasks] * bool(args.tasks)
     evaluation: dict[str, Any] = {}
+    judges = ["held-out text"] * bool(args.eval_nsamples) + [args.tasks] * bool(args.tasks)
     try:
         with stages.run("evaluate", ", ".join(judges) or "nothing asked for"):
             if args.fake:  # its weights were rounded in place
                 model = run.source.load()
             _evaluate(run, model, _load_result(run), tokenizer, held_out, evaluation)
     finally:  # a task that fails takes nothing else with it
-        finish(evaluation)
-    _print_results(before, after, evaluation)
-    print(f"\n  everything is in {args.out}; scores and timings in {report_path}")
+        write_report(args.out, evaluation)
+    _print_results(report, evaluation)
+    print(f"\n  everything is in {args.out}; scores and timings in {args.out / 'report.json'}")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -5,12 +5,15 @@ import os
 # Before torch is imported: waiting threads must not spin on cores that other work needs.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
+from tiny import SMALL, add_tokenizer, make_model, write_ids
 from torch import Tensor
 
+from mixbits import quantize
 from mixbits.backends import cpu
 from mixbits.formats import INT_GROUPS, INTEGERS, MINIFLOATS, SCALE_MODES, Format
 
@@ -89,3 +92,23 @@ def assert_same_bits(actual: Tensor, expected: Tensor) -> None:
             f"{int(differ.sum())} of {differ.numel()} differ, first at {where}: "
             f"{actual[where].item()!r}, expected {expected[where].item()!r}"
         )
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `llama` (and its tokenizer) and `ids.npy`; tests only read it."""
+    folder = tmp_path_factory.mktemp("shared")
+    add_tokenizer(make_model(folder / "llama"))
+    write_ids(folder / "ids.npy")
+    return folder
+
+
+@pytest.fixture
+def run(shared: Path, tmp_path: Path) -> Callable[..., int]:
+    """`run(*options, model=, out=)`: quantize with little text, into tmp_path/out."""
+
+    def call(*options: object, model: object = shared / "llama", out: str = "out") -> int:
+        words = [model, "--out", tmp_path / out, "--dataset", shared / "ids.npy", *SMALL, *options]
+        return quantize.main([str(word) for word in words])
+
+    return call

@@ -5,9 +5,12 @@ Sizes are awkward on purpose: no group size divides 172 or 48, and heads share k
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -41,6 +44,7 @@ _KINDS = {
     "mixtral": ("mixtral", {**_MOE, "intermediate_size": 48, "num_local_experts": 4}),
 }
 KINDS = tuple(_KINDS)
+SMALL = ["--nsamples", "4", "--seqlen", "32", "--eval-nsamples", "4"]  # options for little text
 MOE_KINDS = ("qwen3_moe", "mixtral")
 
 
@@ -86,3 +90,11 @@ def write_ids(path: Path, count: int = 4096, vocab_size: int = VOCAB, seed: int 
     ids = np.random.Generator(np.random.PCG64(seed)).integers(0, vocab_size, count)
     np.save(path, ids.astype(np.int32))
     return path
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"), parse_constant=pytest.fail)
+
+
+def entries(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir())

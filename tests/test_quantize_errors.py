@@ -1,0 +1,439 @@
+"""The command line on bad input, full disks and sudden ends: what it says and what it leaves."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import SMALL, VOCAB, entries, make_model, read, write_ids
+
+import mixbits
+from mixbits import checkpoint, quantize
+
+KILLS = int(os.environ.get("MIXBITS_TEST_KILLS", "4"))
+
+
+def refused(code: int, capsys: pytest.CaptureFixture[str]) -> str:
+    """The error, after checking that it is one sentence and nothing else is on stderr."""
+    captured = capsys.readouterr()
+    assert code == 2
+    lines = [line for line in captured.err.replace("\r", "\n").splitlines() if "|" not in line]
+    message = "".join(lines[-1:])
+    assert message.startswith("error: ")
+    assert [line for line in lines if line.strip()] == [message]
+    return message
+
+
+def _without(pattern: str) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        for path in folder.glob(pattern):
+            path.unlink()
+
+    return change
+
+
+def _poison(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = torch.nan
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _forget(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _pickle_only(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def _config(**changes: Any) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        path = folder / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+    return change
+
+
+def _truncate(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+BAD_MODELS: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "no config": (_without("config.json"), "must hold config.json"),
+    "config no json": (lambda f: (f / "config.json").write_text('{"a": '), "config.json"),
+    "config a list": (lambda f: (f / "config.json").write_text("[1]"), "config.json"),
+    "config of nothing": (lambda f: (f / "config.json").write_text("{}"), "config.json"),
+    "unknown type": (_config(model_type="no_such_model"), "no_such_model"),
+    "an encoder-decoder": (_config(model_type="t5"), "model"),
+    "nonsense in config": (_config(hidden_size="wide"), "config.json"),
+    "other sizes": (_config(intermediate_size=176), "another shape than config.json says"),
+    "no safetensors": (_without("*.safetensors"), "no *.safetensors file in"),
+    "pickle only": (_pickle_only, "pytorch_model.bin is a pickle and is not loaded"),
+    "truncated": (_truncate, "is the file complete?"),
+    "empty": (lambda f: (f / "model.safetensors").write_bytes(b""), "is the file complete?"),
+    "NaN": (_poison, "model.layers.1.mlp.up_proj.weight"),
+    "a tensor missing": (_forget, "model.layers.1.mlp.up_proj.weight"),
+    "quantized": (_config(quantization_config={"quant_method": "gptq"}), "is quantized already"),
+    "bad tokenizer": (lambda f: (f / "tokenizer.json").write_text("{"), "tokenizer"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_MODELS)
+def test_bad_models(
+    case: str,
+    run: Callable[..., int],
+    shared: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    shutil.copytree(shared / "llama", tmp_path / "model")
+    change, expected = BAD_MODELS[case]
+    change(tmp_path / "model")
+    code = run("--avg-bits", 5, model=tmp_path / "model")
+    assert expected in refused(code, capsys)
+    assert entries(tmp_path) == ["model"]
+
+
+TEXTS = {"empty.txt": "", "short.txt": "too short", "notext.jsonl": '{"prompt": "x"}\n'}
+BAD_OPTIONS: dict[str, tuple[list[str], str]] = {
+    "no budget of that kind": (["--avg-bits", "many"], "--avg-bits: must be above 0"),
+    "unknown scheme": (["--schemes", "MXFP4,MXFP5"], "unknown scheme 'MXFP5': known are MXFP4"),
+    "no scheme": (["--schemes", "MXFP4,"], "unknown scheme ''"),
+    "too few bits": (["--avg-bits", "3"], "between 4.2571 and 8.2571"),
+    "too many bits": (["--avg-bits", "12"], "between 4.2571 and 8.2571"),
+    "too small": (["--size", "1kB"], "--size must be at least"),
+    "bad size": (["--size", "much"], "--size: must be a size such as 4.2GB"),
+    "negative size": (["--size", "-1GB"], "--size"),
+    "zero size": (["--size", "0GB"], "--size: must be a size"),
+    "two budgets": (["--size", "1GB", "--avg-bits", "5"], "not allowed with argument"),
+    "bad keep": (["--keep", "down_proj"], "--keep must be PATTERN=SCHEME"),
+    "keep of nothing": (["--keep", "*.no_proj=MXFP8"], "matches no unit"),
+    "bad regex": (["--keep", "re:*=MXFP8"], "is not a regular expression"),
+    "unknown option": (["--avg-bit-width", "5"], "unrecognized arguments"),
+    "unknown strategy": (["--strategy", "best"], "invalid choice: 'best'"),
+    "unknown method": (["--method", "guess"], "invalid choice: 'guess'"),
+    "long sequences": (["--seqlen", "100"], "--seqlen must be at most 64"),
+    "short sequences": (["--seqlen", "1"], "--seqlen must be at least 2"),
+    "no sequences": (["--nsamples", "0"], "--nsamples: must be a whole number"),
+    "negative held-out": (["--eval-nsamples", "-1"], "--eval-nsamples must be at least 0"),
+    "empty text": (["--dataset", "{}/empty.txt"], "got 0 from"),
+    "short text": (["--dataset", "{}/short.txt"], "need 8 sequences of 32 tokens"),
+    "no text field": (["--dataset", "{}/notext.jsonl"], "with a field 'text'"),
+    "no dataset": (["--dataset", "{}/no.txt"], "is no file"),
+    "short held-out": (["--eval-dataset", "{}/short.txt"], "need 4 sequences of 32 tokens"),
+    "large ids": (["--dataset", "{}/large.npy"], "must be in 0..129, the model's vocabulary"),
+    "no scores": (["--scores", "{}/no.json"], "cannot read"),
+    "no plan": (["--plan", "{}/no.json"], "cannot read"),
+    "plan and keep": (["--plan", "{}/no.json", "--keep", "*=MXFP4"], "cannot go with --plan"),
+    "plan and scores": (["--plan", "{}/no.json", "--scores", "x"], "cannot go with --plan"),
+    "plan and fuse": (["--plan", "{}/no.json", "--fuse"], "cannot go with --plan"),
+    "ignored scales": (["--size", "1GB", "--ignore-scale-bits"], "counts for --avg-bits only"),
+    "unknown backend": (["--backend", "abacus"], "backend must be one of"),
+    "unknown device": (["--device", "abacus"], "--device abacus cannot be used"),
+    "unknown task": (["--tasks", "stdlib_next_line,no_such_task"], "no_such_task"),
+    "no task folder": (["--tasks", "x", "--include-path", "{}/no"], "--include-path must be"),
+    "out in a file": (["--out", "{}/short.txt/out"], "must lie in a writable folder"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_OPTIONS)
+def test_bad_options(
+    case: str, run: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, text in TEXTS.items():
+        (tmp_path / name).write_text(text)
+    write_ids(tmp_path / "large.npy", vocab_size=VOCAB + 1)
+    before = entries(tmp_path)
+    options, expected = BAD_OPTIONS[case]
+    code = run(*(word.format(tmp_path) for word in options))
+    assert expected in refused(code, capsys)
+    assert entries(tmp_path) == before
+
+
+def test_no_model(
+    run: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "MODEL is required" in refused(quantize.main([]), capsys)
+    for model in (tmp_path / "nowhere", "./nowhere", "a/b/c"):
+        assert "is no folder" in refused(run(model=model), capsys)
+    assert entries(tmp_path) == []
+
+
+def test_what_needs_a_tokenizer_says_so(
+    run: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = make_model(tmp_path / "model")
+    (tmp_path / "text.txt").write_text("text " * 1000)
+    for option, value in (
+        ("--prompt", "x"),
+        ("--tasks", "x"),
+        ("--dataset", tmp_path / "text.txt"),
+    ):
+        assert "tokenizer" in refused(run(option, value, model=model), capsys)
+    assert entries(tmp_path) == ["model", "text.txt"]
+
+
+def test_an_existing_folder(
+    run: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").write_text("mine")
+    assert "exists: pass --overwrite" in refused(run(), capsys)
+    assert "is no mixbits output" in refused(run("--overwrite"), capsys)
+    assert (tmp_path / "out" / "thesis.tex").read_text() == "mine"
+
+
+def test_its_own_output_is_no_input(
+    run: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("--avg-bits", 5, "--eval-nsamples", 0) == 0
+    capsys.readouterr()
+    code = run("--avg-bits", 5, model=tmp_path / "out", out="again")
+    assert "is quantized already" in refused(code, capsys)
+    assert entries(tmp_path) == ["out"]
+
+
+def command(*words: object) -> list[str]:
+    return [sys.executable, "-m", "mixbits.quantize", *map(str, words)]
+
+
+@pytest.mark.parametrize("what", ["model", "dataset"])
+def test_names_that_cannot_be_fetched(what: str, shared: Path, tmp_path: Path) -> None:
+    model = "nobody/no-such-model" if what == "model" else shared / "llama"
+    done = subprocess.run(
+        command(model, "--dataset", "nobody/no-such-text", "--out", tmp_path / "out", *SMALL),
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub")},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: 'nobody/no-such-")
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert not [name for name in entries(tmp_path) if name != "hub"]
+
+
+def test_a_task_that_fails_leaves_the_rest(
+    run: Callable[..., int],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    lm_eval = pytest.importorskip("lm_eval")
+
+    def fail(**kwargs: Any) -> None:
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(lm_eval, "simple_evaluate", fail)
+    assert "no network" in refused(run("--avg-bits", 5, "--tasks", "stdlib_next_line"), capsys)
+    assert read(tmp_path / "out" / "report.json")["evaluation"]["held_out"]["kl"] > 0
+    mixbits.load(tmp_path / "out")
+
+
+# ---------------------------------------------------------------------------------- a full disk
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 64 KiB: less than a tiny packed model takes."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)]
+    try:
+        subprocess.run(mount, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"a small disk cannot be mounted here: {error}")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.mark.parametrize("options", [[], ["--fake"]])
+def test_a_full_disk_is_seen_before_anything_is_written(
+    options: list[str],
+    run: Callable[..., int],
+    small_disk: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert "bytes free" in refused(run("--avg-bits", 5, *options, out="disk/out"), capsys)
+    assert entries(small_disk) == []
+
+
+@pytest.mark.parametrize("options", [[], ["--fake"], ["--solve-only"]])
+def test_a_disk_that_fills_up_midway(
+    options: list[str],
+    run: Callable[..., int],
+    small_disk: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    plenty = shutil.disk_usage(small_disk)._replace(free=1 << 40)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: plenty)
+    if options == ["--solve-only"]:
+        (small_disk / "filler").write_bytes(bytes(60 << 10))
+    code = run("--avg-bits", 5, *options, out="disk/out")
+    assert "the disk is full" in refused(code, capsys)
+    assert entries(small_disk) in ([], ["filler"])
+
+
+@pytest.mark.parametrize("stage", ["weights", "text"])
+@pytest.mark.parametrize("options", [[], ["--fake"]])
+def test_a_simulated_full_disk(
+    stage: str,
+    options: list[str],
+    run: Callable[..., int],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    import safetensors.torch
+    import transformers.modeling_utils
+    from safetensors import SafetensorError
+
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise SafetensorError("Io error: No space left on device (os error 28)")
+
+    def full_text(*args: Any, **kwargs: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    if stage == "weights":
+        monkeypatch.setattr(safetensors.torch, "save_file", full)
+        monkeypatch.setattr(transformers.modeling_utils, "safe_save_file", full)
+    else:
+        monkeypatch.setattr(shutil, "copyfile", full_text)
+    assert "the disk is full" in refused(run("--avg-bits", 5, *options), capsys)
+    assert entries(tmp_path) == []
+
+
+# ------------------------------------------------------------------------------------- killed
+
+
+def start(shared: Path, tmp_path: Path) -> subprocess.Popen[bytes]:
+    words = [shared / "llama", "--out", tmp_path / "out", "--dataset", shared / "ids.npy"]
+    return subprocess.Popen(
+        command(*words, *SMALL, "--overwrite", "--avg-bits", "5"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    )
+
+
+def whole_or_absent(tmp_path: Path) -> bool:
+    """Whether there is an output, after checking that it is whole."""
+    out = tmp_path / "out"
+    if not out.exists():
+        return False
+    assert torch.isfinite(mixbits.load(out)(torch.arange(8)[None]).logits).all()
+    assert read(out / "report.json")["mixbits_report"] == 1
+    return True
+
+
+def test_sigkill_leaves_all_or_nothing(shared: Path, tmp_path: Path) -> None:
+    """Killed at random moments; MIXBITS_TEST_KILLS sets how many."""
+    begin = time.monotonic()
+    process = start(shared, tmp_path)
+    process.communicate()
+    whole = time.monotonic() - begin
+    assert process.returncode == 0 and whole_or_absent(tmp_path)
+    shutil.rmtree(tmp_path / "out")
+    rng = random.Random(0)
+    for _ in range(KILLS):
+        # Most of the time goes into imports: half of the moments lie where files are written.
+        moment = rng.random() if rng.random() < 0.5 else rng.uniform(0.75, 1)
+        process = start(shared, tmp_path)
+        try:
+            process.wait(moment * whole)
+        except subprocess.TimeoutExpired:
+            process.kill()
+        process.communicate()
+        whole_or_absent(tmp_path)
+    assert start(shared, tmp_path).wait() == 0
+    assert whole_or_absent(tmp_path)
+    assert entries(tmp_path) == ["out"]  # the killed ones' folders are gone too
+
+
+class Killed(BaseException):
+    """In place of SIGKILL: what has been done so far stays, nothing more is done."""
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_killed_at_every_step_of_the_exchange(
+    overwrite: bool, run: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fork dies at each file-system call in turn; the folder is whole or absent afterwards."""
+    if not hasattr(os, "fork"):
+        pytest.skip("needs fork")
+    pattern = tmp_path / "pattern"
+    assert run("--avg-bits", 5, "--eval-nsamples", 0, out="pattern") == 0
+    for step in range(100):
+        out = tmp_path / "out"
+        shutil.rmtree(out, ignore_errors=True)
+        if overwrite:
+            shutil.copytree(pattern, out)
+        pid = os.fork()
+        if pid == 0:
+            left = [step]
+
+            def audit(event: str, arguments: Any, left: list[int] = left) -> None:
+                if event in {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree"}:
+                    if not left[0]:
+                        os.kill(os.getpid(), signal.SIGKILL)
+                    left[0] -= 1
+
+            sys.addaudithook(audit)
+            with checkpoint.atomic_folder(out, overwrite) as folder:
+                for path in pattern.iterdir():
+                    shutil.copyfile(path, folder / path.name)
+            os._exit(0)
+        status = os.waitpid(pid, 0)[1]
+        whole_or_absent(tmp_path)
+        if not os.WIFSIGNALED(status):
+            break
+    assert 0 < step < 99
+    with checkpoint.atomic_folder(out, overwrite=True) as folder:
+        (folder / "plan.json").write_text("{}")
+    assert entries(tmp_path) == ["out", "pattern"]
+
+
+def test_sigterm_leaves_neither_output_nor_partial_folder(shared: Path, tmp_path: Path) -> None:
+    process = start(shared, tmp_path)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith(b"[4/6]"):  # the next thing it does is write
+            break
+    process.send_signal(signal.SIGTERM)
+    process.communicate()
+    assert process.returncode in (143, -15)
+    assert entries(tmp_path) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_files_are_written_leaves_nothing(
+    number: signal.Signals,
+    run: Callable[..., int],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def stop(*args: Any) -> None:
+        assert any(".partial-" in name for name in entries(tmp_path))
+        os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(checkpoint, "copy_companions", stop)
+    if number == signal.SIGINT:
+        assert run("--avg-bits", 5) == 1
+    else:
+        with pytest.raises(SystemExit):
+            run("--avg-bits", 5)
+    assert entries(tmp_path) == []
