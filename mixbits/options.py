@@ -121,7 +121,9 @@ def _measure_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--nsamples", type=_positive, default=64, help="sequences (%(default)s)")
     group.add_argument("--seqlen", type=_positive, default=256, help="tokens each (%(default)s)")
     group.add_argument("--batch-size", type=_positive, default=8, help="sequences (%(default)s)")
-    group.add_argument("--seed", type=int, default=0, help="of sampled labels (%(default)s)")
+    group.add_argument(
+        "--seed", type=int, default=0, help="of sampled labels and text (%(default)s)"
+    )
     group.add_argument("--method", choices=METHODS, default="fisher")
     group.add_argument("--scores", type=Path, help="reuse this scores.json")
 
@@ -137,7 +139,7 @@ def _run_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--include-path", help="folder with lm-eval tasks of your own")
     group.add_argument("--add-bos-token", action=argparse.BooleanOptionalAction, help="for lm-eval")
     group.add_argument("--eval-original", action="store_true", help="run the tasks on it as well")
-    group.add_argument("--prompt", help="generate from this text at the end")
+    group.add_argument("--prompt", help="sample text after this at the end")
     group.add_argument("--backend", help="force cuda, triton, cpu or reference kernels")
     group.add_argument("--device", help="where to compute (default: cuda where there is one)")
 
@@ -167,7 +169,7 @@ def _demo_defaults(parser: argparse.ArgumentParser) -> None:
         out=DEMO_OUT,
         tasks="stdlib_next_line",
         eval_original=True,
-        prompt="def read_config(path):\n",
+        prompt="def read_config(path):",
     )
 
 

@@ -259,10 +259,14 @@ def _evaluate(
 
 
 def _generate(model: Any, tokenizer: Any, args: argparse.Namespace) -> str:
+    """The prompt and 80 tokens after it, drawn with the seed: greedy small models repeat."""
+    import torch
+
+    torch.manual_seed(args.seed)
     inputs = tokenizer(args.prompt, return_tensors="pt").to(args.device)
     inputs.pop("token_type_ids", None)
     model.to(args.device)
-    ids = model.generate(**inputs, max_new_tokens=80, do_sample=False)
+    ids = model.generate(**inputs, max_new_tokens=80, do_sample=True, temperature=0.8, top_p=0.9)
     return str(tokenizer.decode(ids[0], skip_special_tokens=True))
 
 
