@@ -21,7 +21,6 @@ from torch import Tensor
 
 from .formats import UsageError
 
-DEFAULT_DATASET = "NeelNanda/pile-10k"  # AutoRound's default
 CHARS_PER_TOKEN = 16  # more text than this per wanted token is not read at first
 
 

@@ -40,12 +40,11 @@ from .model import (
     split_expert_name,
     weight_of,
 )
-from .pack import packed_spec
+from .pack import LAYOUT, packed_spec
 from .plan import Assignment
 from .source import Source, open_source
 
 SHARD_BYTES = 2 << 30
-LAYOUT = 1  # of the packed tensors; mixbits.pack says what it is
 _DTYPE_NAMES = {  # in the order of safetensors, which stores the last first
     torch.bool: "BOOL",
     torch.uint8: "U8",

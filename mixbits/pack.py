@@ -18,6 +18,8 @@ from torch import Tensor
 from . import reference
 from .formats import Format
 
+LAYOUT = 1  # the number of this layout; a checkpoint records it
+
 
 class Packed(NamedTuple):
     """The packed form of one [N, K] weight; the module docstring gives shapes and dtypes."""

@@ -40,7 +40,6 @@ from .model import LinearInfo, expert_slice, is_experts, split_expert_name, weig
 from .streaming import Progress, StreamedModel, patched
 
 LABEL_CHUNK = 512  # tokens whose probabilities are held at once while labels are drawn
-METHODS = ("fisher", "deltaloss")
 SlabScores = dict[str, dict[str, list[float]]]  # linear -> scheme -> score per 32-column slab
 
 # x [M, K], weight [N, K], bias -> y [M, N], leaving its record behind
@@ -314,6 +313,7 @@ def _deltaloss_pass(
 
 
 _MEASURES = {"fisher": _measure_fisher, "deltaloss": _measure_deltaloss}
+METHODS = tuple(_MEASURES)
 
 
 def measure(

@@ -20,6 +20,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .formats import UsageError, parse_scheme
 from .linear import PackedLinear, swap_linears
+from .pack import LAYOUT
 
 
 @register_quantization_config("mixbits")
@@ -83,8 +84,6 @@ class MixbitsQuantizer(HfQuantizer):
 
 
 def _check_layout(layout: object) -> None:
-    from .checkpoint import LAYOUT
-
     if layout != LAYOUT:
         raise UsageError(f"this mixbits reads checkpoints of layout {LAYOUT}: got {layout}")
 

@@ -6,14 +6,14 @@ import pytest
 import torch
 from tiny import make_model
 
-from mixbits import reference
+from mixbits import options, reference
 from mixbits.calibration import tokenize
 from mixbits.demo import MODEL_DIR, training_files
 from mixbits.evaluate import compare
 from mixbits.formats import UsageError, parse_scheme
 from mixbits.linear import fake_quantize_model
 from mixbits.model import find_linears, weight_of
-from mixbits.sensitivity import measure
+from mixbits.sensitivity import METHODS, measure
 from mixbits.source import open_source
 from mixbits.streaming import StreamedModel
 
@@ -146,6 +146,10 @@ def test_eight_bits_cost_less_than_four_and_bf16_nothing(tmp_path):
         assert sum(row["MXFP8"]) < sum(row["MXFP4"])
         assert sum(row["MXFP4A16"]) < sum(row["MXFP4"])
         assert sum(row["BF16"]) == 0
+
+
+def test_the_command_line_offers_these_methods():
+    assert options.METHODS == METHODS
 
 
 def test_unknown_method_is_refused(tmp_path):
