@@ -209,7 +209,9 @@ def test_a_size_is_never_exceeded_and_well_used(run: Callable[..., int], tmp_pat
     four, eight = ({i.name: parse_scheme(s) for i in linears} for s in ("MXFP4", "MXFP8"))
     lowest, highest = size(four), size(eight)
     sizes = [lowest, highest, *(lowest + (highest - lowest) * i // 7 for i in range(1, 7))]
-    for limit in [*sizes, highest + 10_000]:
+    # One byte less than a plan's size, so that the header's own length decides.
+    sizes += [size({**four, **dict(list(eight.items())[:n])}) - 1 for n in range(1, len(linears))]
+    for limit in [*sizes, highest - 1, highest + 10_000]:
         assert run("--size", limit, *scores) == 0
         data = read(tmp_path / "out" / "plan.json")
         plan = {n: parse_scheme(u["scheme"]) for u in data["units"] for n in u["linears"]}
