@@ -133,7 +133,7 @@ def run_tasks(
                 bootstrap_iters=1000,  # 0 would drop every standard error
                 log_samples=False,
             )
-    except (ConnectionError, OSError, ValueError) as error:
+    except (ConnectionError, OSError, ValueError, AssertionError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UsageError(
             f"lm-eval could not run {', '.join(tasks)} ({first[:160]}); without a network use "

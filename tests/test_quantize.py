@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import KINDS, SMALL, add_tokenizer, entries, make_model, read
 from transformers import AutoModelForCausalLM
 
@@ -103,6 +103,26 @@ def test_single_experts_can_be_kept(kind: str, run: Callable[..., int], tmp_path
     assert {n for n in stored if n.endswith(".weight_plain")} == {f"{n}.weight_plain" for n in kept}
     size = (tmp_path / "out" / "model.safetensors").stat().st_size
     assert read(tmp_path / "out" / "report.json")["reached"]["predicted_bytes"] == size
+
+
+@pytest.mark.parametrize(("stored", "kept"), [("float32", "bfloat16"), ("float16", "float16")])
+def test_models_of_other_dtypes(
+    stored: str, kept: str, run: Callable[..., int], tmp_path: Path
+) -> None:
+    """float16 stays; float32 becomes bfloat16, since budgets count 16 bits for what is left."""
+    model = make_model(tmp_path / "model")
+    weights = load_file(model / "model.safetensors")
+    weights = {name: tensor.to(getattr(torch, stored)) for name, tensor in weights.items()}
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    config = read(model / "config.json")
+    (model / "config.json").write_text(json.dumps({**config, "dtype": stored}))
+    assert run("--avg-bits", 5, model=model) == 0
+    assert read(tmp_path / "out" / "config.json")["dtype"] == kept
+    packed = load_file(tmp_path / "out" / "model.safetensors")
+    assert packed["model.embed_tokens.weight"].dtype == getattr(torch, kept)
+    assert mixbits.load(tmp_path / "out").dtype == getattr(torch, kept)
+    report = read(tmp_path / "out" / "report.json")
+    assert report["bytes_after"] == report["reached"]["predicted_bytes"]
 
 
 @pytest.mark.parametrize("tied", [False, True])
