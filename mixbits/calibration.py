@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .formats import UsageError
+from .formats import UsageError, first_line
 
 CHARS_PER_TOKEN = 16  # more text than this per wanted token is not read at first
 
@@ -73,10 +73,9 @@ def _hub_texts(name: str) -> Iterator[str]:
     except UsageError:
         raise
     except Exception as error:  # the hub client raises dozens of kinds
-        first = str(error).strip().splitlines() or [type(error).__name__]
         raise UsageError(
             f"{name!r} is no file, and no dataset of that name could be fetched "
-            f"({first[0][:120]}): {advice}"
+            f"({first_line(error)}): {advice}"
         ) from None
 
 

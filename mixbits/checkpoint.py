@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .formats import UsageError
+from .formats import UsageError, first_line
 from .linear import pack_weight
 from .model import (
     LinearInfo,
@@ -438,8 +438,7 @@ def load(
     except UsageError:
         raise
     except Exception as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UsageError(f"cannot load the checkpoint in {folder}: {first}") from None
+        raise UsageError(f"cannot load the checkpoint in {folder}: {first_line(error)}") from None
     model, info = loaded
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[kind]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .formats import UsageError
+from .formats import UsageError, first_line
 from .streaming import StreamedModel
 
 CHUNK = 512  # tokens whose float64 log-probabilities are held at once
@@ -134,10 +134,9 @@ def run_tasks(
                 log_samples=False,
             )
     except (ConnectionError, OSError, ValueError, AssertionError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UsageError(
-            f"lm-eval could not run {', '.join(tasks)} ({first[:160]}); without a network use "
-            "--tasks stdlib_next_line, or --include-path with tasks that read local files"
+            f"lm-eval could not run {', '.join(tasks)} ({first_line(error)}); without a network "
+            "use --tasks stdlib_next_line, or --include-path with tasks that read local files"
         ) from None
     return _task_summary(raw, tasks, limit, add_bos_token)
 

@@ -34,6 +34,12 @@ class UsageError(ValueError):
     """Bad input from the user: the command line prints it as one sentence and exits with 2."""
 
 
+def first_line(error: BaseException, limit: int = 160) -> str:
+    """What another library's error says, short enough to stand inside one sentence of ours."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:limit]
+
+
 @dataclass(frozen=True)
 class Minifloat:
     """A floating-point element of at most 8 bits: sign, exponent, mantissa.

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .formats import Scheme, UsageError, parse_scheme
+from .formats import Scheme, UsageError, first_line, parse_scheme
 from .options import parse_arguments
 
 STAGES = ("open", "calibrate", "measure", "allocate", "write", "evaluate")
@@ -65,9 +65,8 @@ def _prepare(args: argparse.Namespace) -> Run:
     try:
         shapes = meta_model(source.config, trust_remote_code=args.trust_remote_code)
     except Exception as error:  # transformers raises many kinds
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UsageError(
-            f"no causal language model is described in {source.path}: {first}"
+            f"no causal language model is described in {source.path}: {first_line(error)}"
         ) from None
     linears = find_linears(shapes, include_head=args.quantize_lm_head)
     units = make_units(linears, args.fuse, args.per_expert)
@@ -99,8 +98,7 @@ def _check_device(args: argparse.Namespace) -> None:
     try:
         torch.empty(0, device=args.device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise UsageError(f"--device {args.device} cannot be used: {first}") from None
+        raise UsageError(f"--device {args.device} cannot be used: {first_line(error)}") from None
     choose_backend(torch.device(args.device).type, args.backend)
 
 
@@ -121,10 +119,9 @@ def _calibrate(run: Run, tokenizer: Any) -> tuple[Any, Any]:
         return _demo_sequences(args, tokenizer, vocab)
     if args.eval_dataset is None:
         # Held-out sequences follow the calibration ones even where those are not needed now.
-        pair = load_sequences(
+        return load_sequences(
             args.dataset, tokenizer, vocab, _calibrated(args), held_count, args.seqlen
         )
-        return pair
     held = load_sequences(args.eval_dataset, tokenizer, vocab, 0, held_count, args.seqlen)[1]
     return load_sequences(args.dataset, tokenizer, vocab, count, 0, args.seqlen)[0], held
 

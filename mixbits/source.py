@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .formats import UsageError
+from .formats import UsageError, first_line
 from .linear import check_finite
 
 _FILES = ["*.safetensors", "*.json", "tokenizer*", "*.model", "*.jinja"]
@@ -87,8 +87,7 @@ class Source:
                 trust_remote_code=self.trust_remote_code,
             )
         except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
-            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise UsageError(f"cannot load the model in {self.path}: {first}") from None
+            raise UsageError(f"cannot load the model in {self.path}: {first_line(error)}") from None
         model: nn.Module
         model, info = loaded
         missing = sorted({*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])})
@@ -134,8 +133,7 @@ def open_source(
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises many kinds
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UsageError(f"cannot read {path / 'config.json'}: {first}") from None
+        raise UsageError(f"cannot read {path / 'config.json'}: {first_line(error)}") from None
     if getattr(config, "quantization_config", None) is not None and not quantized:
         raise UsageError(f"the model in {path} is quantized already: pass the original")
     if not hasattr(config.get_text_config(), "num_hidden_layers"):
@@ -151,8 +149,7 @@ def _download(model: str, patterns: list[str]) -> Path:
     try:
         return Path(snapshot_download(model, allow_patterns=patterns))
     except Exception as error:  # the hub client raises dozens of kinds
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UsageError(
             f"{model!r} is no folder, and no model of that name could be fetched "
-            f"({first[:120]}): pass the folder of a downloaded model"
+            f"({first_line(error)}): pass the folder of a downloaded model"
         ) from None
