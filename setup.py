@@ -25,9 +25,12 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 CXX_FLAGS = "-std=c++17 -O3 -fPIC -fopenmp -fvisibility=hidden -ffp-contract=off -fno-math-errno"
 NVCC_FLAGS = "-std=c++17 -O3 -cudart static --threads 0 -Xcompiler -fPIC,-fvisibility=hidden"
+AVX2 = "-mavx2 -mfma -mf16c"
+AVX512VNNI = f"{AVX2} -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni"
 X86 = {
-    "avx512vnni": "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni",
-    "avx2": "-mavx2 -mfma -mf16c",
+    "avx512bf16": f"{AVX512VNNI} -mavx512bf16 -mavx512vbmi",
+    "avx512vnni": AVX512VNNI,
+    "avx2": AVX2,
     "scalar": "",
 }
 IS_X86 = platform.machine().lower() in ("x86_64", "amd64")

@@ -62,12 +62,23 @@ void gradient_statistics(uintptr_t weight, uintptr_t gradient, uintptr_t out, in
                                      gradient_dtype, int(formats.size())}));
 }
 
-void packed_matmul(uintptr_t x, uintptr_t codes, uintptr_t scales, uintptr_t zero_points,
-                   uintptr_t out, int64_t tokens, int64_t rows, int64_t columns, int dtype,
-                   int format, int activation) {
+// `targets` are seven numbers each: the members of MatmulTarget in order.
+void packed_matmul(uintptr_t x, int64_t tokens, int64_t columns, int dtype, bool int8_activations,
+                   const std::vector<uintptr_t>& targets) {
+  constexpr size_t members = 7;
+  if (targets.size() % members != 0) throw py::value_error("targets must be seven numbers each");
+  std::vector<MatmulTarget> list;
+  for (size_t i = 0; i < targets.size(); i += members) {
+    const uintptr_t* t = targets.data() + i;
+    list.push_back({pointer<uint8_t>(t[0]), pointer<uint8_t>(t[1]), pointer<uint8_t>(t[2]),
+                    pointer(t[3]), int64_t(t[4]), int(t[5]), int(t[6])});
+  }
   check_memory(kernels().packed_matmul(
-      {pointer(x), pointer<uint8_t>(codes), pointer<uint8_t>(scales), pointer<uint8_t>(zero_points),
-       pointer(out), tokens, rows, columns, dtype, format, activation}));
+      {pointer(x), list.data(), tokens, columns, dtype, int(list.size()), int8_activations}));
+}
+
+uint64_t sum_words(uintptr_t data, int64_t bytes) {
+  return kernels().sum_words(pointer(data), bytes);
 }
 
 std::vector<std::string> available_isas() {
@@ -98,8 +109,9 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("gradient_statistics", &gradient_statistics, release(),
         "weight, gradient -> out float64 [formats, ceil(columns / 32)]");
   m.def("packed_matmul", &packed_matmul, release(),
-        "x [tokens, columns], packed weight [rows, columns] -> out [tokens, rows]; activation is "
-        "a format or 0");
+        "x [tokens, columns], targets (codes, scales, zero_points or 0, out [tokens, rows], rows, "
+        "format, activation's format or 0; one after the other) -> every out");
+  m.def("sum_words", &sum_words, release(), "sum of the 64-bit words of `bytes` bytes at data");
   m.def("isa", [] { return kernels().name; }, "name of the instruction set in use");
   m.def("available_isas", &available_isas, "names that this CPU can run, best first");
   m.def("set_isa", &force_isa, "use this instruction set; ValueError names those there are");

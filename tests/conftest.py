@@ -44,7 +44,7 @@ def poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture(params=["avx512vnni", "avx2", "scalar"])
+@pytest.fixture(params=["avx512bf16", "avx512vnni", "avx2", "scalar"])
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Runs the test once with every instruction set that this CPU has."""
     if request.param not in cpu.available_isas():

@@ -20,6 +20,10 @@ bool has_avx512vnni() {
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
          __builtin_cpu_supports("avx512vnni");
 }
+bool has_avx512bf16() {
+  return has_avx512vnni() && __builtin_cpu_supports("avx512bf16") &&
+         __builtin_cpu_supports("avx512vbmi");
+}
 #endif
 
 struct Isa {
@@ -30,6 +34,7 @@ struct Isa {
 // Best first.
 const Isa kIsas[] = {
 #ifdef MB_X86
+    {has_avx512bf16, avx512bf16_kernels},
     {has_avx512vnni, avx512vnni_kernels},
     {has_avx2, avx2_kernels},
 #endif

@@ -1,6 +1,8 @@
 // fake_quantize: every element through its code and back, in the tensor's own dtype.
 //
-// Memory-bound: a run of 128 columns is loaded to float32, rounded, and stored while it is in L1.
+// Memory-bound: elements are read twice, the second time from L1, and written once. An output
+// larger than the caches is written past them: it would be gone before anyone reads it, and
+// stores to lines that are not there would read them first, half as much traffic again.
 #include "group.h"
 #include "kernels.h"
 #include "ops.h"
@@ -8,21 +10,61 @@
 namespace mixbits {
 namespace MB_ISA {
 
-bool fake_quantize(const FakeQuantizeArgs& a) {
-  const Format format = decode_format(a.format);
-  const int64_t runs = group_count(a.columns, kRun), work = a.rows * runs;
-  const int size = dtype_bytes(a.dtype);
-#pragma omp parallel for schedule(static) if (work > kSerialRuns)
-  for (int64_t item = 0; item < work; ++item) {
-    const int64_t first = item % runs * kRun;
-    const int count = int(min64(a.columns - first, kRun));
-    const int64_t at = (item / runs * a.columns + first) * size;
-    alignas(64) float x[kRun], q[kRun];
-    if (count < kRun) memset(x, 0, sizeof(x));
-    load_row(static_cast<const char*>(a.x) + at, count, a.dtype, x);
-    fake_run(x, q, int(round_up(count, format.group_size)), format);
-    store_row(q, count, a.dtype, static_cast<char*>(a.out) + at);
+constexpr int64_t kStreamBytes = 32 << 20;
+constexpr int64_t kChunk = 32 * kBatch;  // columns of one item of work
+
+// At most kChunk columns of one row, beginning at a group.
+template <int ELEMENT, int DTYPE, bool STREAM>
+static void fake_columns(const char* x, char* out, int64_t count, const Format format) {
+  constexpr int size = dtype_bytes(DTYPE);
+  const int group = columns_of_group<ELEMENT>(format), groups = int(count / group);
+  if (groups > 0) fake_groups<ELEMENT, DTYPE, STREAM>(x, out, groups, format);
+  const int64_t done = int64_t(groups) * group;
+  if (done < count) {
+    alignas(64) char rest[kRun * size] = {}, rounded[kRun * size];
+    memcpy(rest, x + done * size, (count - done) * size);
+    fake_groups<ELEMENT, DTYPE, false>(rest, rounded, 1, format);
+    memcpy(out + done * size, rounded, (count - done) * size);
   }
+}
+
+template <int ELEMENT, int DTYPE, bool STREAM>
+static void fake_rows(const FakeQuantizeArgs& a, const Format format) {
+  constexpr int size = dtype_bytes(DTYPE);
+  const char* x = static_cast<const char*>(a.x);
+  char* out = static_cast<char*>(a.out);
+  const int64_t chunks = group_count(a.columns, kChunk), work = a.rows * chunks;
+  const bool serial = a.rows * group_count(a.columns, kRun) <= kSerialRuns;
+#pragma omp parallel if (!serial)
+  {
+#pragma omp for schedule(static)
+    for (int64_t item = 0; item < work; ++item) {
+      const int64_t first = item % chunks * kChunk;
+      const int64_t at = (item / chunks * a.columns + first) * size;
+      fake_columns<ELEMENT, DTYPE, STREAM>(x + at, out + at, min64(a.columns - first, kChunk),
+                                           format);
+    }
+#if defined(__AVX2__)
+    if (STREAM) _mm_sfence();
+#endif
+  }
+}
+
+bool fake_quantize(const FakeQuantizeArgs& args) {
+  FakeQuantizeArgs a = args;
+  const Format format = decode_format(a.format);
+  if (a.columns % format.group_size == 0) {  // groups ignore rows, and so may we
+    a.columns *= a.rows;
+    a.rows = 1;
+  }
+  const bool aligned = a.rows == 1 && reinterpret_cast<uintptr_t>(a.out) % 64 == 0;
+  const bool stream = aligned && a.rows * a.columns * dtype_bytes(a.dtype) >= kStreamBytes;
+  with_element(format.element, [&](auto element) {
+    with_dtype(a.dtype, [&](auto dtype) {
+      constexpr int e = decltype(element)::value, d = decltype(dtype)::value;
+      stream ? fake_rows<e, d, true>(a, format) : fake_rows<e, d, false>(a, format);
+    });
+  });
   return true;
 }
 

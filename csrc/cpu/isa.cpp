@@ -1,4 +1,6 @@
 // The table of one instruction set's operations.
+#include <string.h>
+
 #include "kernels.h"
 #include "ops.h"
 
@@ -9,12 +11,28 @@
 
 namespace mixbits {
 
-// scalar_kernels, avx2_kernels or avx512vnni_kernels
+namespace MB_ISA {
+
+uint64_t sum_words(const void* data, int64_t bytes) {
+  const char* p = static_cast<const char*>(data);
+  const int64_t words = bytes / 8;
+  uint64_t sum = 0;
+#pragma omp parallel for schedule(static) reduction(+ : sum)
+  for (int64_t i = 0; i < words; ++i) {
+    uint64_t word;
+    memcpy(&word, p + i * 8, 8);
+    sum += word;
+  }
+  return sum;
+}
+
+}  // namespace MB_ISA
+
+// scalar_kernels, avx2_kernels and so on
 const Kernels* MB_JOIN(MB_ISA, _kernels)() {
-  static const Kernels table = {
-      MB_TEXT(MB_ISA),    MB_ISA::fake_quantize, MB_ISA::quantize_pack,
-      MB_ISA::dequantize, MB_ISA::statistics,    MB_ISA::packed_matmul,
-  };
+  static const Kernels table = {MB_TEXT(MB_ISA),       MB_ISA::sum_words,  MB_ISA::fake_quantize,
+                                MB_ISA::quantize_pack, MB_ISA::dequantize, MB_ISA::statistics,
+                                MB_ISA::packed_matmul};
   return &table;
 }
 

@@ -46,19 +46,29 @@ struct StatisticsArgs {
   int dtype, gradient_dtype, format_count;
 };
 
-struct MatmulArgs {
-  const void* x;  // [tokens, columns] of dtype
+// One of several weights that multiply the same x.
+struct MatmulTarget {
   const uint8_t* codes;
   const uint8_t* scales;
   const uint8_t* zero_points;  // null for formats without
-  void* out;                   // [tokens, rows] of dtype
-  int64_t tokens, rows, columns;
-  int dtype, format;
+  void* out;                   // [tokens, rows] of x's dtype
+  int64_t rows;
+  int format;
   int activation;  // format of x, or 0 to leave it as it is
+};
+
+struct MatmulArgs {
+  const void* x;  // [tokens, columns] of dtype
+  const MatmulTarget* targets;
+  int64_t tokens, columns;
+  int dtype, target_count;
+  bool int8_activations;  // round what has no format to 8-bit integers: faster, not exact
 };
 
 struct Kernels {
   const char* name;
+  // The sum of all whole 64-bit words: what reading memory costs at least, for benchmarks.
+  uint64_t (*sum_words)(const void* data, int64_t bytes);
   bool (*fake_quantize)(const FakeQuantizeArgs&);
   bool (*quantize_pack)(const PackArgs&);
   bool (*dequantize)(const DequantizeArgs&);
@@ -69,6 +79,7 @@ struct Kernels {
 const Kernels* scalar_kernels();
 const Kernels* avx2_kernels();  // x86 only, as the next
 const Kernels* avx512vnni_kernels();
+const Kernels* avx512bf16_kernels();
 
 // The table in use: at first the best that this CPU can run.
 const Kernels& kernels();

@@ -39,7 +39,8 @@ typedef uint8_t vb __attribute__((vector_size(kLanes)));
 // Doubles come in halves of a float vector.
 typedef double vd __attribute__((vector_size(kLanes * 4)));
 
-#define MB_INLINE static inline __attribute__((always_inline))
+#define MB_METHOD inline __attribute__((always_inline))
+#define MB_INLINE static MB_METHOD
 
 MB_INLINE vf splat(float x) { return x - (vf){}; }
 MB_INLINE vi splat_i(int32_t x) { return x - (vi){}; }
@@ -115,6 +116,54 @@ MB_INLINE vb narrow_to_bytes(vi v) {
 #endif
 }
 
+#if defined(__AVX2__)
+// To the nearest integer, ties to even; values beyond int32 are undefined.
+MB_INLINE vi round_to_int(vf v) {
+#if defined(__AVX512F__)
+  return (vi)_mm512_cvtps_epi32((__m512)v);
+#else
+  return (vi)_mm256_cvtps_epi32((__m256)v);
+#endif
+}
+
+MB_INLINE vf int_to_float(vi v) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_cvtepi32_ps((__m512i)v);
+#else
+  return (vf)_mm256_cvtepi32_ps((__m256i)v);
+#endif
+}
+
+// Lane i of the result is lane indices[i] of `v`.
+MB_INLINE vf permute(vf v, vi indices) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_permutexvar_ps((__m512i)indices, (__m512)v);
+#else
+  return (vf)_mm256_permutevar8x32_ps((__m256)v, (__m256i)indices);
+#endif
+}
+
+// Byte i of the result is entry number (byte i of `indices`, at most 15) of the table.
+MB_INLINE vi look_up(vi indices, __m128i table) {
+#if defined(__AVX512F__)
+  return (vi)_mm512_shuffle_epi8(_mm512_broadcast_i32x4(table), (__m512i)indices);
+#else
+  return (vi)_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(table), (__m256i)indices);
+#endif
+}
+
+// Each lane: acc + the sum of four products of an unsigned byte of `u` and a signed one of `s`.
+// Without VNNI, the products of two neighbours must add up to less than 2^15.
+MB_INLINE vi dot_bytes(vi acc, vi u, vi s) {
+#if defined(__AVX512VNNI__)
+  return (vi)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)u, (__m512i)s);
+#else
+  const __m256i pairs = _mm256_maddubs_epi16((__m256i)u, (__m256i)s);
+  return acc + (vi)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+#endif
+}
+#endif
+
 // The first or second half of the lanes, as doubles.
 MB_INLINE vd widen_to_double(vf v, int half) {
 #if defined(__AVX512F__)
@@ -130,14 +179,29 @@ MB_INLINE vd widen_to_double(vf v, int half) {
 #endif
 }
 
-// Sum of the lanes, always in the same order.
+// Sum of the lanes, always in the same order: halves onto each other.
 MB_INLINE float sum_lanes(vf v) {
-  float lane[kLanes];
-  store(lane, v);
-  for (int width = kLanes / 2; width > 0; width /= 2) {
-    for (int i = 0; i < width; ++i) lane[i] += lane[i + width];
-  }
-  return lane[0];
+#if defined(__AVX2__)
+#if defined(__AVX512F__)
+  const __m256 upper = _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd((__m512)v), 1));
+  const __m256 eight = _mm512_castps512_ps256((__m512)v) + upper;
+#else
+  const __m256 eight = (__m256)v;
+#endif
+  const __m128 four = _mm256_castps256_ps128(eight) + _mm256_extractf128_ps(eight, 1);
+  const __m128 two = four + _mm_movehl_ps(four, four);
+  return two[0] + two[1];
+#else
+  return (v[0] + v[2]) + (v[1] + v[3]);
+#endif
+}
+
+// The value in a register, so that the compiler does not load it once for every use.
+MB_INLINE vi in_register(vi v) {
+#if defined(__AVX2__)
+  asm("" : "+v"(v));
+#endif
+  return v;
 }
 
 // --- loading and storing rows of any dtype ----------------------------------------------------

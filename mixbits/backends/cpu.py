@@ -130,21 +130,16 @@ def gradient_statistics(weight: Tensor, gradient: Tensor, formats: Sequence[Form
 
 def packed_matmul(x: Tensor, packed: Packed, fmt: Format, activation: Format | None) -> Tensor:
     """x [M, K], fake-quantized to `activation` if given, times packed [N, K] -> [M, N]."""
-    tokens, columns = x.shape
     codes, scale, zero_point = packed
-    rows = codes.shape[0]
-    out = torch.empty((tokens, rows), dtype=x.dtype)
-    _native.packed_matmul(
-        x.data_ptr(),
+    out = torch.empty((x.shape[0], codes.shape[0]), dtype=x.dtype)
+    target = (
         codes.data_ptr(),
         scale.data_ptr(),
         0 if zero_point is None else zero_point.data_ptr(),
         out.data_ptr(),
-        tokens,
-        rows,
-        columns,
-        DTYPE_NUMBERS[x.dtype],
+        codes.shape[0],
         fmt.code,
         0 if activation is None else activation.code,
     )
+    _native.packed_matmul(x.data_ptr(), *x.shape, DTYPE_NUMBERS[x.dtype], False, target)
     return out

@@ -1,0 +1,118 @@
+// What the ways to multiply packed weights share.
+//
+// A path is one way: how a token is prepared, and how rows of a weight are multiplied with all
+// prepared tokens. matmul.cpp chooses a path per weight and call, prepares every token once per
+// path, and deals the rows of all weights out to the threads as items of work.
+//
+//   path     tokens      activations                                     weights
+//   float    1-4, any    float32                                         float32
+//   dot      1-4         1 to 3 signed bytes per value, a scale per 32   unsigned bytes
+//   bf16 dot 1-4         bfloat16                                        bfloat16 (e4m3, e5m2)
+//   gemm     5 and up    int8, int16 or bfloat16                         the same
+//
+// The order of additions depends on the path and the shape, and never on the number of threads.
+#pragma once
+
+#include "group.h"
+#include "kernels.h"
+
+namespace mixbits {
+namespace MB_ISA {
+
+constexpr int kFewTokens = 4;
+constexpr int kBlock = 32;  // columns that share an activation scale, in every path that has one
+
+struct Target {
+  PackedWeight weight;
+  void* out;
+  int64_t rows;
+  int activation_code;
+  Format activation;  // meaningful where activation_code is not 0
+
+  int element() const { return weight.format.element; }
+};
+
+// The tokens of one call, or a chunk of them.
+struct Tokens {
+  const char* x;
+  int64_t count, columns;
+  int dtype;
+
+  const char* row(int64_t m) const { return x + m * columns * dtype_bytes(dtype); }
+};
+
+// A weight and tokens prepared for it.
+struct Work {
+  const Target* target;
+  const Tokens* tokens;
+  const char* prepared;  // [tokens, stride] bytes
+  int64_t stride;
+};
+
+struct Path {
+  int64_t (*token_bytes)(const Target& target, int64_t columns);
+  // Prepares token number m. False when this path cannot represent it; `floats` is a buffer for
+  // padded_columns() of them.
+  bool (*prepare)(const Target& target, const Tokens& tokens, int64_t m, float* floats, char* out);
+  int64_t (*scratch_bytes)(const Target& target, const Tokens& tokens);  // for one item
+  int64_t (*item_rows)(const Target& target, const Tokens& tokens);
+  void (*multiply)(const Work& work, int64_t first_row, int64_t last_row, char* scratch);
+};
+
+// The float path does everything; the others return null for what they do not.
+const Path* float_path(int64_t tokens);
+const Path* integer_dot_path(const Target& target, const Tokens& tokens, bool int8_activations);
+const Path* bfloat16_dot_path(const Target& target, const Tokens& tokens);
+const Path* gemm_path(const Target& target, const Tokens& tokens, bool int8_activations);
+
+// --- shared by paths --------------------------------------------------------------------------
+
+MB_INLINE int64_t padded_columns(int64_t columns) { return round_up(columns, kRun) + kRun; }
+
+// Token m as float32, fake-quantized where the target says so and rounded to its dtype, with
+// zeros up to a whole run.
+void float_token(const Target& target, const Tokens& tokens, int64_t m, float* out);
+
+template <int ELEMENT>
+MB_INLINE vf scale_vector(const uint8_t* bytes) {
+  if (!is_mx(ELEMENT)) return to_float(load_raw<vh>(bytes), kFloat16);
+  const vi byte = widen_bytes(load_raw<vb>(bytes));
+  const vi nan = byte == kNanScale, subnormal = splat_i(0x00400000);  // 2^-127
+  const vi bits = byte << 23;
+  return bit_cast<vf>(vi((bits > subnormal ? bits : subnormal) | (nan & subnormal)));
+}
+
+// A row's scales as floats, with zeros up to a multiple of kLanes.
+template <int ELEMENT>
+static void decode_scales(const uint8_t* bytes, int64_t count, float* out) {
+  constexpr int size = scale_bytes(ELEMENT);
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) store(out + i, scale_vector<ELEMENT>(bytes + i * size));
+  if (i == count) return;
+  uint8_t rest[kLanes * size] = {};
+  memcpy(rest, bytes + i * size, (count - i) * size);
+  store(out + i, scale_vector<ELEMENT>(rest));
+  for (int64_t j = count; j < i + kLanes; ++j) out[j] = 0;
+}
+
+// What codes are counted from, per group: zero points, or half the range.
+static inline void decode_offsets(const PackedRow& row, int64_t groups, int bits, int32_t* out) {
+  for (int64_t g = 0; g < groups; ++g) {
+    out[g] = row.zero_points ? unpack_code(row.zero_points, g, bits) : 1 << (bits - 1);
+  }
+}
+
+// Rows of an item for few tokens: enough of them for the prefetcher, which runs ahead of the rows
+// in work, and at least some items per thread to even out their speeds.
+static inline int64_t dot_item_rows(const Target& target, const Tokens& tokens) {
+  constexpr int64_t small = 64 * 1024, large = 1024 * 1024;
+  const int64_t row = packed_bytes(tokens.columns, element_bits(target.element()));
+  int64_t bytes = row * target.rows / 16;
+  bytes = bytes < small ? small : min64(bytes, large);
+  return round_up(bytes / row + 1, 4);
+}
+
+static inline int log2_of(int64_t power_of_two) { return __builtin_ctzll(power_of_two); }
+
+}  // namespace MB_ISA
+}  // namespace mixbits

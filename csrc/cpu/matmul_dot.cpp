@@ -1,0 +1,341 @@
+// The dot path of packed_matmul: few tokens, integer weights, at the speed of memory.
+//
+// Rows are read as they are stored, kRows of them side by side, and every byte is used for all
+// tokens while it is in a register. A step is one vector of packed bytes of a row:
+//
+//   4-bit codes, 512-bit vectors: 128 columns, 4 blocks of 32
+//
+//     byte j      columns 2j (low half, plane 0) and 2j + 1 (high half, plane 1)
+//     lane l      bytes 4l .. 4l+3 of both planes, so columns 8l .. 8l+7, all in block l / 4
+//
+// A plane of unsigned weights meets the same columns of an activation's signed bytes in one
+// vpdpbusd (AVX2: vpmaddubsw, vpmaddwd), which adds without rounding; only a lane's sum over a
+// step becomes a float and meets the scales. With 8 / bits planes the same holds for 2 and 8
+// bits: a lane has 32 / bits columns, and a block `bits` lanes.
+//
+// Weights are unsigned: e2m1 as 2w + 12, integers as their codes. The sum therefore begins with
+// -offset times the sum of the activations that a lane meets, prepared once per token.
+#include "activations.h"
+
+namespace mixbits {
+namespace MB_ISA {
+
+#if !defined(__AVX2__)
+
+const Path* integer_dot_path(const Target&, const Tokens&, bool) { return nullptr; }
+
+#else
+
+namespace {
+
+constexpr int kVector = kLanes * 4;  // bytes
+constexpr int kAhead = 32 * 1024;    // how far ahead of the rows in work others are prefetched
+
+template <int BITS, int PIECES>
+struct Step {
+  static constexpr int kPlanes = 8 / BITS;
+  static constexpr int kColumns = kVector * kPlanes;
+  int8_t plane[PIECES][kPlanes][kVector];
+  // What the sums begin with: of all pieces but the third, and of the third.
+  int32_t start[PIECES == 3 ? 2 : 1][kLanes];
+  float scale[kLanes];  // of the lane's block; 0 beyond the last
+};
+
+template <int BITS>
+constexpr int step_columns() {
+  return Step<BITS, 1>::kColumns;
+}
+
+// --- tokens -------------------------------------------------------------------------------------
+
+// The lanes' sums of one piece.
+template <int PLANES>
+MB_INLINE vi sum_plane(const int8_t (*plane)[kVector]) {
+  const vi ones = splat_i(0x01010101);
+  vi sum = {};
+  for (int p = 0; p < PLANES; ++p) sum = dot_bytes(sum, ones, load_raw<vi>(plane[p]));
+  return sum;
+}
+
+template <int BITS, int PIECES>
+static bool prepare_step(const float* x, int blocks, Integers kind, const Target& target, int dtype,
+                         Step<BITS, PIECES>* out) {
+  constexpr int planes = 8 / BITS, columns = step_columns<BITS>();
+  alignas(64) int8_t natural[PIECES][columns] = {};
+  const float weight_scale = target.element() == kE2M1 ? 0.5f : 1.0f;
+  memset(out->scale, 0, sizeof(out->scale));
+  bool ok = true;
+  for (int b = 0; b < blocks; ++b) {
+    alignas(64) int32_t values[kBlock];
+    float scale;
+    ok = integer_block(x + b * kBlock, kind, target.activation, dtype, values, &scale) && ok;
+    split_pieces<PIECES>(values, columns, natural[0] + b * kBlock);
+    for (int i = 0; i < BITS; ++i) out->scale[b * BITS + i] = scale * weight_scale;
+  }
+  vi sums[PIECES];
+  for (int piece = 0; piece < PIECES; ++piece) {
+    for (int p = 0; p < planes; ++p) {
+      for (int j = 0; j < kVector; ++j) out->plane[piece][p][j] = natural[piece][planes * j + p];
+    }
+    sums[piece] = sum_plane<planes>(out->plane[piece]);
+  }
+  const int32_t offset = target.weight.zero_points ? -1 : -code_offset(target.element());
+  const vi first = PIECES == 1 ? sums[0] : vi((sums[0] << 8) + sums[PIECES == 1 ? 0 : 1]);
+  store_raw(out->start[0], vi(first * offset));
+  if (PIECES == 3) store_raw(out->start[PIECES == 3 ? 1 : 0], vi(sums[PIECES - 1] * offset));
+  return ok;
+}
+
+template <int BITS, int PIECES, int KIND>
+bool prepare(const Target& target, const Tokens& tokens, int64_t m, float* floats, char* out) {
+  constexpr int columns = step_columns<BITS>();
+  load_row(tokens.row(m), tokens.columns, tokens.dtype, floats);
+  const int64_t padded = round_up(tokens.columns, columns);
+  memset(floats + tokens.columns, 0, (padded - tokens.columns) * sizeof(float));
+  auto* step = reinterpret_cast<Step<BITS, PIECES>*>(out);
+  bool ok = true;
+  for (int64_t first = 0; first < tokens.columns; first += columns, ++step) {
+    const int blocks = int(group_count(min64(tokens.columns - first, columns), kBlock));
+    ok = prepare_step(floats + first, blocks, Integers(KIND), target, tokens.dtype, step) && ok;
+  }
+  return ok;
+}
+
+template <int BITS, int PIECES>
+int64_t token_bytes(const Target&, int64_t columns) {
+  return group_count(columns, step_columns<BITS>()) * int64_t(sizeof(Step<BITS, PIECES>));
+}
+
+// --- weights ------------------------------------------------------------------------------------
+
+// e2m1 codes in the low halves of bytes -> 2w + 12. With VBMI what is in the high halves does not
+// matter, as the table has 64 entries and may repeat itself.
+MB_INLINE vi look_up_e2m1(vi codes) {
+  const __m128i table = _mm_setr_epi8(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0);
+#if defined(__AVX512VBMI__)
+  return (vi)_mm512_permutexvar_epi8((__m512i)codes, _mm512_broadcast_i32x4(table));
+#else
+  return look_up(codes & 0x0f0f0f0f, table);
+#endif
+}
+
+// Packed bytes -> unsigned weights, one vector per plane.
+template <int ELEMENT>
+MB_INLINE void split_planes(vi bytes, vi* plane) {
+  constexpr int bits = element_bits(ELEMENT);
+  constexpr int32_t mask = int32_t(0x01010101u * ((1u << bits) - 1));
+  for (int p = 0; p < 8 / bits; ++p) {
+    const vi shifted = p == 0 ? bytes : vi(bytes >> (bits * p));
+    plane[p] = ELEMENT == kE2M1 ? look_up_e2m1(shifted) : bits == 8 ? bytes : vi(shifted & mask);
+  }
+}
+
+// Some rows side by side: where a step of the first row is, and how far the next row is from it.
+struct Rows {
+  const uint8_t* codes;
+  int64_t code_stride;
+  const float* scales;     // per group, readable to a whole vector beyond the last
+  const int32_t* offsets;  // likewise
+  int64_t group_stride;
+};
+
+// Where the groups of a step's lanes are: at `first(step)` plus the lane's entry of `spread`.
+template <int BITS>
+struct Groups {
+  vi spread;
+  int log2_size;
+
+  explicit Groups(int group_size) : log2_size(log2_of(group_size)) {
+    int32_t lanes[kLanes];
+    for (int l = 0; l < kLanes; ++l) lanes[l] = (l * (32 / BITS)) >> log2_size;
+    spread = load_raw<vi>(lanes);
+  }
+  int64_t first(int64_t step) const { return step * step_columns<BITS>() >> log2_size; }
+};
+
+template <int PIECES, int PLANES, class S>
+MB_INLINE vf step_dot(const vi* w, const S& x, const vi* zero_point) {
+  constexpr int second = PIECES > 1 ? 1 : 0, third = PIECES == 3 ? 1 : 0;
+  vi start = load_raw<vi>(x.start[0]);
+  if (zero_point) start *= *zero_point;
+  if (PIECES == 1) {
+    for (int p = 0; p < PLANES; ++p) start = dot_bytes(start, w[p], load_raw<vi>(x.plane[0][p]));
+    return int_to_float(start);
+  }
+  vi high = {};
+  for (int p = 0; p < PLANES; ++p) high = dot_bytes(high, w[p], load_raw<vi>(x.plane[0][p]));
+  vi sum = (high << 8) + start;
+  for (int p = 0; p < PLANES; ++p) sum = dot_bytes(sum, w[p], load_raw<vi>(x.plane[second][p]));
+  if (PIECES == 2) return int_to_float(sum);
+  vi low = load_raw<vi>(x.start[third]);
+  if (zero_point) low *= *zero_point;
+  for (int p = 0; p < PLANES; ++p) low = dot_bytes(low, w[p], load_raw<vi>(x.plane[PIECES - 1][p]));
+  return fma(int_to_float(sum), splat(256.0f), int_to_float(low));
+}
+
+// total += one step of R rows times M tokens. `group` is the number of the step's first group.
+template <int ELEMENT, int PIECES, int M, int R, bool ZERO_POINTS, bool ONE_GROUP, class S>
+MB_INLINE void add_step(const Rows& rows, int64_t group, vi spread, const S* const* x, int64_t step,
+                        vf (*total)[R]) {
+  constexpr int planes = 8 / element_bits(ELEMENT);
+  vi w[R][planes], zero_point[R];
+  vf scale[R];
+  for (int r = 0; r < R; ++r) {
+    const int64_t at = r * rows.group_stride + group;
+    split_planes<ELEMENT>(in_register(load_raw<vi>(rows.codes + r * rows.code_stride)), w[r]);
+    scale[r] = ONE_GROUP ? splat(rows.scales[at]) : permute(load(rows.scales + at), spread);
+    if (ZERO_POINTS) zero_point[r] = bit_cast<vi>(permute(load_raw<vf>(rows.offsets + at), spread));
+  }
+  for (int m = 0; m < M; ++m) {
+    const S& s = x[m][step];
+    for (int r = 0; r < R; ++r) {
+      const vf dot = step_dot<PIECES, planes>(w[r], s, ZERO_POINTS ? &zero_point[r] : nullptr);
+      total[m][r] = fma(dot, scale[r] * load(s.scale), total[m][r]);
+    }
+  }
+}
+
+// R rows times M tokens, all of k. `sums` is [M][R]; `tail` is the last step, if it is not whole.
+template <int ELEMENT, int PIECES, int M, int R, bool ZERO_POINTS, bool ONE_GROUP>
+static void multiply_rows(const Work& work, Rows rows, const uint8_t* tail, float (*sums)[R]) {
+  constexpr int bits = element_bits(ELEMENT);
+  using S = Step<bits, PIECES>;
+  const Groups<bits> groups(work.target->weight.format.group_size);
+  const int64_t whole = work.tokens->columns / S::kColumns;
+  const S* x[M];
+  for (int m = 0; m < M; ++m) {
+    const int64_t token = min64(m, work.tokens->count - 1);
+    x[m] = reinterpret_cast<const S*>(work.prepared + token * work.stride);
+  }
+  vf total[M][R] = {};
+  const uint8_t* ahead = rows.codes + kAhead;
+  for (int64_t step = 0; step < whole; ++step, rows.codes += kVector) {
+    // The hardware follows one stream well, and not R that begin anew every few lines.
+    for (int r = 0; r < R; ++r) __builtin_prefetch(ahead + r * kVector, 0, 2);
+    ahead += R * kVector;
+    add_step<ELEMENT, PIECES, M, R, ZERO_POINTS, ONE_GROUP>(rows, groups.first(step), groups.spread,
+                                                            x, step, total);
+  }
+  if (whole * S::kColumns < work.tokens->columns) {
+    rows.codes = tail;
+    rows.code_stride = kVector;
+    add_step<ELEMENT, PIECES, M, R, ZERO_POINTS, ONE_GROUP>(rows, groups.first(whole),
+                                                            groups.spread, x, whole, total);
+  }
+  for (int m = 0; m < M; ++m) {
+    for (int r = 0; r < R; ++r) sums[m][r] = sum_lanes(total[m][r]);
+  }
+}
+
+// Floats that the scales of a row take in scratch memory.
+static int64_t padded_groups(const Target& target) {
+  return round_up(group_count(target.weight.columns, target.weight.format.group_size), kLanes) +
+         kLanes;
+}
+
+// R rows from row n on.
+template <int ELEMENT, int PIECES, int M, int R>
+static void multiply_some(const Work& work, int64_t n, char* scratch) {
+  constexpr int bits = element_bits(ELEMENT);
+  const Target& target = *work.target;
+  const int64_t width = padded_groups(target), columns = target.weight.columns;
+  const int64_t groups = group_count(columns, target.weight.format.group_size);
+  const int64_t bytes = packed_bytes(columns, bits);
+  const int64_t whole = columns / step_columns<bits>() * kVector;
+  float* scales = reinterpret_cast<float*>(scratch);
+  int32_t* offsets = reinterpret_cast<int32_t*>(scales + R * width);
+  alignas(64) uint8_t tail[R][kVector] = {};
+  for (int r = 0; r < R; ++r) {
+    const PackedRow row = target.weight.row(n + r);
+    decode_scales<ELEMENT>(row.scales, groups, scales + r * width);
+    if (row.zero_points) decode_offsets(row, groups, bits, offsets + r * width);
+    memcpy(tail[r], row.codes + whole, bytes - whole);
+  }
+  const Rows rows = {target.weight.row(n).codes, bytes, scales, offsets, width};
+  float sums[M][R];
+  const bool one_group = target.weight.format.group_size >= step_columns<bits>();
+  if (target.weight.zero_points) {
+    multiply_rows<ELEMENT, PIECES, M, R, true, false>(work, rows, tail[0], sums);
+  } else if (one_group) {
+    multiply_rows<ELEMENT, PIECES, M, R, false, true>(work, rows, tail[0], sums);
+  } else {
+    multiply_rows<ELEMENT, PIECES, M, R, false, false>(work, rows, tail[0], sums);
+  }
+  for (int m = 0; m < M && m < work.tokens->count; ++m) {
+    for (int r = 0; r < R; ++r)
+      store_element(target.out, work.tokens->dtype, m * target.rows + n + r, sums[m][r]);
+  }
+}
+
+template <int ELEMENT, int PIECES, int M, int R>
+static void multiply_item(const Work& work, int64_t first_row, int64_t last_row, char* scratch) {
+  const int64_t width = padded_groups(*work.target);
+  memset(scratch, 0, 2 * R * width * sizeof(float));  // beyond the last group of a row
+  int64_t n = first_row;
+  for (; n + R <= last_row; n += R) multiply_some<ELEMENT, PIECES, M, R>(work, n, scratch);
+  for (; n < last_row; ++n) multiply_some<ELEMENT, PIECES, M, 1>(work, n, scratch);
+}
+
+constexpr int kMaxRows = 4;
+
+template <int ELEMENT, int PIECES>
+void multiply(const Work& work, int64_t first_row, int64_t last_row, char* scratch) {
+  switch (work.tokens->count) {
+    case 1:
+      return multiply_item<ELEMENT, PIECES, 1, kMaxRows>(work, first_row, last_row, scratch);
+    case 2:
+      return multiply_item<ELEMENT, PIECES, 2, 2>(work, first_row, last_row, scratch);
+    default:
+      return multiply_item<ELEMENT, PIECES, 4, 2>(work, first_row, last_row, scratch);
+  }
+}
+
+int64_t scratch_bytes(const Target& target, const Tokens&) {
+  return 2 * kMaxRows * padded_groups(target) * int64_t(sizeof(float));
+}
+
+template <int ELEMENT, int KIND>
+constexpr Path kPath = {
+    token_bytes<element_bits(ELEMENT), pieces_of(Integers(KIND))>,
+    prepare<element_bits(ELEMENT), pieces_of(Integers(KIND)), KIND>,
+    scratch_bytes,
+    dot_item_rows,
+    multiply<ELEMENT, pieces_of(Integers(KIND))>,
+};
+
+template <int ELEMENT>
+const Path* path_of(Integers kind) {
+  switch (kind) {
+    case kE2M1Codes:
+      return &kPath<ELEMENT, kE2M1Codes>;
+    case kInt8Values:
+      return &kPath<ELEMENT, kInt8Values>;
+    case kInt16Values:
+      return &kPath<ELEMENT, kInt16Values>;
+    default:
+      return &kPath<ELEMENT, kInt24Values>;
+  }
+}
+
+}  // namespace
+
+const Path* integer_dot_path(const Target& target, const Tokens& tokens, bool int8_activations) {
+  if (!has_integer_codes(target) || !has_integer_activations(target)) return nullptr;
+  const Integers kind = integers_for(target, tokens.dtype, int8_activations);
+  switch (target.element()) {
+    case kE2M1:
+      return path_of<kE2M1>(kind);
+    case kInt2:
+      return path_of<kInt2>(kind);
+    case kInt4:
+      return path_of<kInt4>(kind);
+    default:
+      // Products of 8-bit codes overflow the 16-bit sums of AVX2.
+      return kLanes == 16 ? path_of<kInt8>(kind) : nullptr;
+  }
+}
+
+#endif
+
+}  // namespace MB_ISA
+}  // namespace mixbits

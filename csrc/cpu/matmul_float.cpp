@@ -1,0 +1,210 @@
+// The float path of packed_matmul: weights become float32 again, for every element and dtype.
+//
+//   few tokens    a row of W is decoded in registers and multiplied there
+//   many tokens   a panel of rows is decoded to float32, of about the size of L2, and multiplied
+//                 with all tokens, kTileM x kTileN outputs at a time in registers
+//
+// Vector lanes run along k in both, so packed rows are read as they are stored, and a sum has
+// kLanes partial sums that are added at the end.
+#include "matmul.h"
+
+namespace mixbits {
+namespace MB_ISA {
+
+void float_token(const Target& target, const Tokens& tokens, int64_t m, float* out) {
+  const int size = dtype_bytes(tokens.dtype);
+  const char* in = tokens.row(m);
+  for (int64_t first = 0; first < tokens.columns; first += kRun) {
+    const int count = int(min64(tokens.columns - first, kRun));
+    if (count < kRun) memset(out + first, 0, kRun * sizeof(float));
+    load_row(in + first * size, count, tokens.dtype, out + first);
+    if (!target.activation_code) continue;
+    alignas(64) float q[kRun];
+    alignas(64) char rounded[kRun * sizeof(float)];
+    fake_run(out + first, q, int(round_up(count, target.activation.group_size)), target.activation);
+    store_row(q, count, tokens.dtype, rounded);
+    load_row(rounded, count, tokens.dtype, out + first);
+  }
+}
+
+namespace {
+
+// As many accumulators as there are registers, less those for operands.
+constexpr int kTileM = 6;
+constexpr int kTileN = kLanes == 16 ? 4 : 2;
+constexpr int64_t kPanelBytes = 512 * 1024;
+
+// A cache line more than whole runs: rows that are a power of two apart would share the few ways
+// of one cache set.
+int64_t padded_stride(int64_t columns) { return round_up(columns, kRun) + 16; }
+
+int64_t token_bytes(const Target&, int64_t columns) {
+  return padded_stride(columns) * int64_t(sizeof(float));
+}
+
+bool prepare(const Target& target, const Tokens& tokens, int64_t m, float*, char* out) {
+  float_token(target, tokens, m, reinterpret_cast<float*>(out));
+  return true;
+}
+
+const float* token(const Work& work, int64_t m) {
+  return reinterpret_cast<const float*>(work.prepared + m * work.stride);
+}
+
+// --- few tokens -----------------------------------------------------------------------------
+
+template <int ELEMENT, int M>
+void dot_row(const Work& work, int64_t n) {
+  constexpr int bits = element_bits(ELEMENT);
+  const Target& target = *work.target;
+  const PackedRow row = target.weight.row(n);
+  const int group_size = target.weight.format.group_size;
+  // Two sums per token, so that one addition need not wait for the last.
+  vf sums[M][2] = {};
+  int64_t g = 0;
+  for (int64_t first = 0; first < work.tokens->columns; first += kRun) {
+    const int count = int(min64(work.tokens->columns - first, kRun));
+    RunBytes bytes;
+    run_bytes<bits>(row, first, count, &bytes);
+    for (int k = 0; k < count; k += group_size, ++g) {
+      const GroupValue group = group_value<ELEMENT>(row, g);
+      for (int i = k; i < k + group_size; i += 2 * kLanes) {
+        for (int half = 0; half < 2; ++half) {
+          const int at = i + half * kLanes;
+          const vi codes = unpack<bits>(bytes.data + at * bits / 8);
+          const vf w = decode<ELEMENT>(codes, group.offset) * group.scale;
+          for (int m = 0; m < M; ++m) {
+            sums[m][half] = fma(w, load(token(work, m) + first + at), sums[m][half]);
+          }
+        }
+      }
+    }
+  }
+  for (int m = 0; m < M; ++m)
+    store_element(target.out, work.tokens->dtype, m * target.rows + n,
+                  sum_lanes(sums[m][0] + sums[m][1]));
+}
+
+template <int ELEMENT>
+void dot_rows(const Work& work, int64_t first_row, int64_t last_row) {
+  for (int64_t n = first_row; n < last_row; ++n) {
+    switch (work.tokens->count) {
+      case 1:
+        dot_row<ELEMENT, 1>(work, n);
+        break;
+      case 2:
+        dot_row<ELEMENT, 2>(work, n);
+        break;
+      case 3:
+        dot_row<ELEMENT, 3>(work, n);
+        break;
+      default:
+        dot_row<ELEMENT, 4>(work, n);
+    }
+  }
+}
+
+void multiply_few(const Work& work, int64_t first_row, int64_t last_row, char*) {
+  with_element(work.target->element(),
+               [&](auto tag) { dot_rows<decltype(tag)::value>(work, first_row, last_row); });
+}
+
+// --- many tokens ----------------------------------------------------------------------------
+
+// M tokens times kTileN panel rows, all of k.
+template <int M>
+void multiply_tile(const Work& work, const float* panel, int64_t m, int64_t n, int rows) {
+  const int64_t stride = work.stride / int64_t(sizeof(float));
+  const float* x = token(work, m);
+  vf sums[M][kTileN] = {};
+  for (int64_t k = 0; k < work.tokens->columns; k += kLanes) {
+    vf w[kTileN];
+    for (int j = 0; j < kTileN; ++j) w[j] = load(panel + j * stride + k);
+    for (int i = 0; i < M; ++i) {
+      const vf v = load(x + i * stride + k);
+      for (int j = 0; j < kTileN; ++j) sums[i][j] = fma(v, w[j], sums[i][j]);
+    }
+  }
+  for (int i = 0; i < M; ++i) {
+    for (int j = 0; j < rows; ++j)
+      store_element(work.target->out, work.tokens->dtype, (m + i) * work.target->rows + n + j,
+                    sum_lanes(sums[i][j]));
+  }
+}
+
+void multiply_panel(const Work& work, const float* panel, int64_t first, int64_t rows) {
+  const int64_t stride = work.stride / int64_t(sizeof(float));
+  for (int64_t m = 0; m < work.tokens->count; m += kTileM) {
+    for (int64_t j = 0; j < rows; j += kTileN) {
+      const float* w = panel + j * stride;
+      const int tile_rows = int(min64(rows - j, kTileN));
+      switch (min64(work.tokens->count - m, kTileM)) {
+        case 1:
+          multiply_tile<1>(work, w, m, first + j, tile_rows);
+          break;
+        case 2:
+          multiply_tile<2>(work, w, m, first + j, tile_rows);
+          break;
+        case 3:
+          multiply_tile<3>(work, w, m, first + j, tile_rows);
+          break;
+        case 4:
+          multiply_tile<4>(work, w, m, first + j, tile_rows);
+          break;
+        case 5:
+          multiply_tile<5>(work, w, m, first + j, tile_rows);
+          break;
+        default:
+          multiply_tile<6>(work, w, m, first + j, tile_rows);
+      }
+    }
+  }
+}
+
+template <int ELEMENT>
+void decode_panel(const PackedWeight& weight, int64_t first, int64_t rows, int64_t stride,
+                  float* panel) {
+  for (int64_t j = 0; j < rows; ++j) {
+    const PackedRow row = weight.row(first + j);
+    for (int64_t k = 0; k < weight.columns; k += kRun) {
+      const int count = int(min64(weight.columns - k, kRun));
+      decode_run<ELEMENT>(row, weight.format.group_size, k, count, panel + j * stride + k);
+    }
+  }
+}
+
+void multiply_many(const Work& work, int64_t first_row, int64_t last_row, char* scratch) {
+  const int64_t stride = work.stride / int64_t(sizeof(float));
+  float* panel = reinterpret_cast<float*>(scratch);
+  // A tile beyond the last row reads what lies there, and its sums are dropped.
+  const int64_t rows = last_row - first_row, tiled = round_up(rows, kTileN);
+  memset(panel + rows * stride, 0, (tiled - rows) * work.stride);
+  with_element(work.target->element(), [&](auto tag) {
+    decode_panel<decltype(tag)::value>(work.target->weight, first_row, rows, stride, panel);
+  });
+  multiply_panel(work, panel, first_row, rows);
+}
+
+// A multiple of kTileN, of about kPanelBytes, and enough panels for a few threads.
+int64_t panel_rows(const Target& target, const Tokens& tokens) {
+  const int64_t fit = kPanelBytes / token_bytes(target, tokens.columns);
+  const int64_t share = min64(fit, (target.rows + 7) / 8);
+  return share < kTileN ? kTileN : share / kTileN * kTileN;
+}
+
+int64_t panel_bytes(const Target& target, const Tokens& tokens) {
+  return panel_rows(target, tokens) * token_bytes(target, tokens.columns);
+}
+
+int64_t no_scratch(const Target&, const Tokens&) { return 0; }
+int64_t few_rows(const Target&, const Tokens&) { return 16; }
+
+constexpr Path kFew = {token_bytes, prepare, no_scratch, few_rows, multiply_few};
+constexpr Path kMany = {token_bytes, prepare, panel_bytes, panel_rows, multiply_many};
+
+}  // namespace
+
+const Path* float_path(int64_t tokens) { return tokens <= kFewTokens ? &kFew : &kMany; }
+
+}  // namespace MB_ISA
+}  // namespace mixbits

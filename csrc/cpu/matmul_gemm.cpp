@@ -1,0 +1,565 @@
+// The gemm path of packed_matmul: many tokens, with 512-bit dot products of 8 or 16 bits.
+//
+// An item of work is a panel of 32 rows. It is decoded, some thousand columns at a time, into a
+// buffer that stays in L2, and multiplied there with all tokens. Lanes are rows:
+//
+//   panel    [dword][32 rows] of 4 bytes: four int8, two int16 or two bfloat16 of one row
+//   token    [dword]          of 4 bytes: the same columns, broadcast to all lanes
+//
+// so one instruction adds 16 rows x (2 or 4) columns for one token, and no sum is across lanes.
+// Which columns share a dword follows from how codes are packed: a dword of a packed row holds
+// 32 / bits of them, and after a shift its bytes (or words) have one code each,
+//
+//   bits 4, bytes    columns 0 2 4 6 | 1 3 5 7            (2 dwords)
+//   bits 4, words    columns 0 4 | 1 5 | 2 6 | 3 7        (4 dwords)
+//
+// Integers are summed within a block of 32 columns and then meet the scales of rows and token.
+// bfloat16 tokens have no scale, and int8 weights are unsigned (see matmul_dot.cpp).
+#include "activations.h"
+#include "bfloat16.h"
+
+namespace mixbits {
+namespace MB_ISA {
+
+#if !defined(__AVX512VNNI__)
+
+const Path* gemm_path(const Target&, const Tokens&, bool) { return nullptr; }
+
+#else
+
+namespace {
+
+constexpr int kPanelRows = 32;
+constexpr int kChunkBlocks = 128;  // a panel has this many blocks of 32 columns at a time
+constexpr int kTileM = 6;          // 12 sums, 12 totals and operands fill the 32 registers
+constexpr int kRowVectors = kPanelRows / 16;
+
+// --- arithmetic ---------------------------------------------------------------------------------
+
+struct Int8 {
+  static constexpr int kWidth = 1;  // bytes of an element
+  using Sum = __m512i;
+  static Sum start(const int32_t* p) { return _mm512_set1_epi32(*p); }
+  static Sum dot(Sum sum, __m512i w, __m512i x) { return _mm512_dpbusd_epi32(sum, w, x); }
+};
+
+struct Int16 {
+  static constexpr int kWidth = 2;
+  using Sum = __m512i;
+  static Sum start(const int32_t*) { return _mm512_setzero_si512(); }
+  static Sum dot(Sum sum, __m512i w, __m512i x) { return _mm512_dpwssd_epi32(sum, w, x); }
+};
+
+MB_INLINE __m512 add_scaled(__m512i sum, __m512 row_scale, float token_scale, __m512 total) {
+  const __m512 factor = _mm512_mul_ps(row_scale, _mm512_set1_ps(token_scale));
+  return _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), factor, total);
+}
+
+#if defined(MB_BFLOAT16)
+struct Bf16 {
+  static constexpr int kWidth = 2;
+  using Sum = __m512;
+  static Sum start(const int32_t*) { return _mm512_setzero_ps(); }
+  static Sum dot(Sum sum, __m512i w, __m512i x) { return dot_bfloat16(sum, w, x); }
+};
+
+MB_INLINE __m512 add_scaled(__m512 sum, __m512 row_scale, float, __m512 total) {
+  return _mm512_fmadd_ps(sum, row_scale, total);
+}
+#endif
+
+template <class A>
+constexpr int block_dwords() {
+  return kBlock * A::kWidth / 4;
+}
+
+// --- tokens -------------------------------------------------------------------------------------
+
+// A prepared token: dwords of all blocks, then scales, then starts.
+template <class A>
+struct Token {
+  const int32_t* dwords;
+  const float* scales;
+  const int32_t* starts;
+
+  Token(const char* p, int64_t blocks) {
+    dwords = reinterpret_cast<const int32_t*>(p);
+    scales = reinterpret_cast<const float*>(dwords + blocks * block_dwords<A>());
+    starts = reinterpret_cast<const int32_t*>(scales + blocks);
+  }
+};
+
+template <class A>
+int64_t token_bytes(const Target&, int64_t columns) {
+  // A cache line more: tokens that are a power of two apart would share cache sets.
+  return round_up(group_count(columns, kBlock) * (block_dwords<A>() + 2) * 4, 64) + 64;
+}
+
+// The order of a block's elements that shifted dwords of `BITS`-bit codes have.
+template <int BITS, class T>
+MB_INLINE void order_block(const T* in, T* out) {
+  constexpr int parts = 4 / int(sizeof(T)), shifts = 8 * int(sizeof(T)) / BITS;
+  for (int first = 0; first < kBlock; first += parts * shifts) {
+    for (int i = 0; i < shifts; ++i) {
+      for (int t = 0; t < parts; ++t) out[first + i * parts + t] = in[first + i + t * shifts];
+    }
+  }
+}
+
+// Integers of a block in the order of `A`; the sum of them.
+template <class A, int BITS>
+MB_INLINE int32_t store_integers(const int32_t* values, int32_t* out) {
+  alignas(64) int16_t natural[kBlock], ordered[kBlock];
+  int32_t sum = 0;
+  for (int i = 0; i < kBlock; ++i) {
+    natural[i] = int16_t(values[i]);
+    sum += values[i];
+  }
+  if (A::kWidth == 2) {
+    order_block<BITS>(natural, ordered);
+    memcpy(out, ordered, sizeof(ordered));
+  } else {
+    alignas(64) int8_t bytes[kBlock], ordered_bytes[kBlock];
+    for (int i = 0; i < kBlock; ++i) bytes[i] = int8_t(values[i]);
+    order_block<BITS>(bytes, ordered_bytes);
+    memcpy(out, ordered_bytes, sizeof(ordered_bytes));
+  }
+  return sum;
+}
+
+template <class A, int BITS, int KIND>
+bool prepare_integers(const Target& target, const Tokens& tokens, int64_t m, float* floats,
+                      char* out) {
+  load_row(tokens.row(m), tokens.columns, tokens.dtype, floats);
+  const int64_t blocks = group_count(tokens.columns, kBlock);
+  memset(floats + tokens.columns, 0, (blocks * kBlock - tokens.columns) * sizeof(float));
+  const Token<A> token(out, blocks);
+  const float weight_scale = target.element() == kE2M1 ? 0.5f : 1.0f;
+  const int32_t offset = -code_offset(target.element());
+  bool ok = true;
+  for (int64_t b = 0; b < blocks; ++b) {
+    alignas(64) int32_t values[kBlock];
+    float scale;
+    ok = integer_block(floats + b * kBlock, Integers(KIND), target.activation, tokens.dtype, values,
+                       &scale) &&
+         ok;
+    int32_t* dwords = const_cast<int32_t*>(token.dwords) + b * block_dwords<A>();
+    const int32_t sum = store_integers<A, BITS>(values, dwords);
+    const_cast<float*>(token.scales)[b] = scale * weight_scale;
+    const_cast<int32_t*>(token.starts)[b] = offset * sum;
+  }
+  return ok;
+}
+
+// --- panels -------------------------------------------------------------------------------------
+
+// rows[i] becomes the i-th dwords of the 16 vectors.
+MB_INLINE void transpose(__m512i* rows) {
+  __m512i t[16];
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {
+    rows[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+    rows[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+    rows[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+    rows[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+  }
+  for (int i = 0; i < 4; ++i) {
+    t[i] = _mm512_shuffle_i32x4(rows[i], rows[i + 4], 0x88);
+    t[i + 4] = _mm512_shuffle_i32x4(rows[i], rows[i + 4], 0xdd);
+    t[i + 8] = _mm512_shuffle_i32x4(rows[i + 8], rows[i + 12], 0x88);
+    t[i + 12] = _mm512_shuffle_i32x4(rows[i + 8], rows[i + 12], 0xdd);
+  }
+  for (int i = 0; i < 4; ++i) {
+    rows[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+    rows[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
+    rows[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
+    rows[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
+  }
+}
+
+MB_INLINE __m512i and_mask(__m512i v, uint32_t mask) {
+  return _mm512_and_si512(v, _mm512_set1_epi32(int32_t(mask)));
+}
+
+// One dword of codes of 16 rows -> the dwords of a panel, `stride` vectors apart. `offset` is what
+// integer codes are counted from, in both halves of every lane.
+template <class A, int ELEMENT>
+struct Decoder;
+
+template <int ELEMENT>
+struct Decoder<Int8, ELEMENT> {
+  MB_METHOD void store(__m512i codes, __m512i, __m512i* out, int stride) const {
+    constexpr int bits = element_bits(ELEMENT);
+    for (int p = 0; p < 8 / bits; ++p) {
+      __m512i v = bits == 8 ? codes
+                            : and_mask(_mm512_srli_epi32(codes, bits * p),
+                                       0x01010101u * ((1u << bits) - 1));
+      if (ELEMENT == kE2M1)
+        v = (__m512i)look_up(
+            (vi)v, _mm_setr_epi8(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0));
+      _mm512_store_si512(out + p * stride, v);
+    }
+  }
+};
+
+template <int ELEMENT>
+struct Decoder<Int16, ELEMENT> {
+  __m512i table;
+  Decoder() {
+    alignas(64) int16_t twice[32] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
+    table = _mm512_load_si512(twice);
+  }
+  MB_METHOD void store(__m512i codes, __m512i offset, __m512i* out, int stride) const {
+    constexpr int bits = element_bits(ELEMENT);
+    for (int i = 0; i < 16 / bits; ++i) {
+      const __m512i v =
+          and_mask(_mm512_srli_epi32(codes, bits * i), 0x00010001u * ((1u << bits) - 1));
+      _mm512_store_si512(out + i * stride, ELEMENT == kE2M1 ? _mm512_permutexvar_epi16(v, table)
+                                                            : _mm512_sub_epi16(v, offset));
+    }
+  }
+};
+
+#if defined(MB_BFLOAT16)
+// Codes of up to 4 bits: a table of 32 bfloat16, of e2m1 codes or of the integers from -16 on.
+template <int ELEMENT>
+struct Decoder<Bf16, ELEMENT> {
+  __m512i table;
+  Decoder() {
+    alignas(64) uint16_t values[32];
+    for (int i = 0; i < 32; ++i) {
+      const float value = ELEMENT == kE2M1
+                              ? minifloat_decode<float, int32_t>(i & 15, minifloat(kE2M1))
+                              : float(i - 16);
+      values[i] = uint16_t(bit_cast<uint32_t>(value) >> 16);
+    }
+    table = _mm512_load_si512(values);
+  }
+  MB_METHOD void store(__m512i codes, __m512i offset, __m512i* out, int stride) const {
+    constexpr int bits = element_bits(ELEMENT);
+    for (int i = 0; i < 16 / bits; ++i) {
+      __m512i v = and_mask(_mm512_srli_epi32(codes, bits * i), 0x00010001u * ((1u << bits) - 1));
+      if (ELEMENT != kE2M1)
+        v = _mm512_sub_epi16(_mm512_add_epi16(v, _mm512_set1_epi16(16)), offset);
+      _mm512_store_si512(out + i * stride, _mm512_permutexvar_epi16(v, table));
+    }
+  }
+};
+
+template <>
+struct Decoder<Bf16, kInt8> {
+  MB_METHOD void store(__m512i codes, __m512i offset, __m512i* out, int stride) const {
+    const __m512i byte = _mm512_set1_epi32(0xff),
+                  count_from = _mm512_and_si512(offset, _mm512_set1_epi32(0xffff));
+    const auto to_float = [&](int shift) {
+      const __m512i code = _mm512_and_si512(_mm512_srli_epi32(codes, shift), byte);
+      return _mm512_castps_si512(_mm512_cvtepi32_ps(_mm512_sub_epi32(code, count_from)));
+    };
+    for (int i = 0; i < 2; ++i) {
+      const __m512i first = _mm512_srli_epi32(to_float(8 * i), 16);
+      const __m512i second = and_mask(to_float(8 * i + 16), 0xffff0000u);
+      _mm512_store_si512(out + i * stride, _mm512_or_si512(first, second));
+    }
+  }
+};
+
+template <int ELEMENT>
+struct ByteDecoder {
+  ByteTables tables = byte_tables<ELEMENT>();
+  MB_METHOD void store(__m512i codes, __m512i, __m512i* out, int stride) const {
+    __m512i high, low;
+    look_up_bytes(tables, codes, &high, &low);
+    const __m512i even = _mm512_or_si512(and_mask(low, 0x00ff00ffu),
+                                         _mm512_slli_epi32(and_mask(high, 0x00ff00ffu), 8));
+    const __m512i odd = _mm512_or_si512(and_mask(_mm512_srli_epi32(low, 8), 0x00ff00ffu),
+                                        and_mask(high, 0xff00ff00u));
+    _mm512_store_si512(out, even);
+    _mm512_store_si512(out + stride, odd);
+  }
+};
+template <>
+struct Decoder<Bf16, kE4M3> : ByteDecoder<kE4M3> {};
+template <>
+struct Decoder<Bf16, kE5M2> : ByteDecoder<kE5M2> {};
+#endif
+
+// What an item of work needs beside the prepared tokens, in its scratch memory.
+struct Panel {
+  __m512i* dwords;   // [kChunkBlocks * dwords per block][kRowVectors]
+  float* scales;     // [blocks][kPanelRows]
+  int32_t* offsets;  // [groups][kPanelRows], each twice in 16 bits; only with zero points
+  float* row;        // [blocks], of one row
+  float* totals;     // [tokens][kPanelRows]
+};
+
+template <class A>
+Panel lay_out(char* p, int64_t padded_blocks, int64_t* bytes) {
+  Panel panel;
+  char* const start = p;
+  const auto take = [&p](int64_t size) {
+    char* at = p;
+    p += round_up(size, 64);
+    return at;
+  };
+  panel.dwords =
+      reinterpret_cast<__m512i*>(take(int64_t(kChunkBlocks) * block_dwords<A>() * kPanelRows * 4));
+  panel.scales = reinterpret_cast<float*>(take(padded_blocks * kPanelRows * 4));
+  panel.offsets = reinterpret_cast<int32_t*>(take(padded_blocks * kPanelRows * 4));
+  panel.row = reinterpret_cast<float*>(take(padded_blocks * 4));
+  panel.totals = reinterpret_cast<float*>(p);
+  *bytes = p - start;
+  return panel;
+}
+
+int64_t padded_blocks(int64_t columns) { return round_up(group_count(columns, kBlock), 16); }
+
+template <class A>
+int64_t scratch_bytes(const Target&, const Tokens& tokens) {
+  int64_t bytes;
+  lay_out<A>(nullptr, padded_blocks(tokens.columns), &bytes);
+  return bytes + tokens.count * kPanelRows * int64_t(sizeof(float));
+}
+
+// 16 rows of values per block, given per group -> [block][kPanelRows], at `out` of row 0.
+MB_INLINE void transpose_scales(const float* rows, int64_t stride, int64_t blocks, float* out) {
+  for (int64_t b = 0; b < blocks; b += 16) {
+    __m512i v[16];
+    for (int r = 0; r < 16; ++r) v[r] = _mm512_loadu_si512(rows + r * stride + b);
+    transpose(v);
+    for (int i = 0; i < 16; ++i) _mm512_store_si512(out + (b + i) * kPanelRows, v[i]);
+  }
+}
+
+template <int ELEMENT>
+void decode_panel_scales(const Target& target, int64_t first, int64_t last, const Panel& panel) {
+  const Format format = target.weight.format;
+  const int64_t groups = group_count(target.weight.columns, format.group_size);
+  const int64_t blocks = group_count(target.weight.columns, kBlock);
+  const int per_group = format.group_size / kBlock;
+  for (int r = 0; r < kPanelRows; ++r) {
+    const PackedRow row = target.weight.row(min64(first + r, last - 1));
+    decode_scales<ELEMENT>(row.scales, groups, panel.row);
+    for (int64_t b = 0; b < blocks; ++b)
+      panel.scales[b * kPanelRows + r] = panel.row[b / per_group];
+    if (!row.zero_points) continue;
+    for (int64_t g = 0; g < groups; ++g) {
+      const int zero_point = unpack_code(row.zero_points, g, element_bits(ELEMENT));
+      panel.offsets[g * kPanelRows + r] = zero_point << 16 | zero_point;
+    }
+  }
+}
+
+// Codes of the blocks [first_block, ...) of 32 rows -> panel.dwords.
+template <class A, int ELEMENT>
+void decode_panel(const Target& target, int64_t first, int64_t last, int64_t first_block,
+                  int64_t blocks, const Decoder<A, ELEMENT>& decoder, const Panel& panel) {
+  constexpr int bits = element_bits(ELEMENT), per_dword = A::kWidth * 8 / bits;
+  const int64_t row_bytes = packed_bytes(target.weight.columns, bits);
+  const int64_t begin = first_block * kBlock * bits / 8;
+  const int64_t bytes = min64(blocks * kBlock * bits / 8, row_bytes - begin);
+  const int64_t padded = blocks * kBlock * bits / 8;  // a short last block goes on with zeros
+  const int group_dwords = target.weight.format.group_size * bits / 32;
+  const int half = is_mx(ELEMENT) ? 0 : 1 << (bits - 1);
+  for (int vector = 0; vector < kRowVectors; ++vector) {
+    __m512i offset = _mm512_set1_epi32(half << 16 | half);
+    for (int64_t at = 0; at < bytes; at += 64) {
+      const __mmask64 valid = bytes - at >= 64 ? ~0ull : (1ull << (bytes - at)) - 1;
+      __m512i codes[16];
+      for (int r = 0; r < 16; ++r) {
+        const int64_t n = min64(first + vector * 16 + r, last - 1);
+        codes[r] = _mm512_maskz_loadu_epi8(valid, target.weight.codes + n * row_bytes + begin + at);
+      }
+      transpose(codes);
+      __m512i* out = panel.dwords + at / 4 * per_dword * kRowVectors + vector;
+      for (int i = 0; i < 16 && at + i * 4 < padded; ++i) {
+        if (target.weight.zero_points) {
+          const int64_t group = ((begin + at) / 4 + i) / group_dwords;
+          offset = _mm512_load_si512(panel.offsets + group * kPanelRows + vector * 16);
+        }
+        decoder.store(codes[i], offset, out + i * per_dword * kRowVectors, kRowVectors);
+      }
+    }
+  }
+}
+
+// --- multiplication -----------------------------------------------------------------------------
+
+// totals[M][kPanelRows] += M tokens times the panel's blocks, which are `first` and following.
+template <class A, int M>
+void multiply_tile(const Work& work, int64_t m, const Panel& panel, int64_t first, int64_t blocks) {
+  constexpr int dwords = block_dwords<A>();
+  const int64_t all = group_count(work.tokens->columns, kBlock);
+  const int32_t* x[M];
+  const int64_t scales_at = all * dwords, starts_at = scales_at + all;
+  for (int i = 0; i < M; ++i) {
+    x[i] = Token<A>(work.prepared + (m + i) * work.stride, all).dwords;
+  }
+  float* totals = panel.totals + m * kPanelRows;
+  __m512 total[M][kRowVectors];
+  for (int i = 0; i < M; ++i) {
+    for (int v = 0; v < kRowVectors; ++v)
+      total[i][v] = _mm512_loadu_ps(totals + i * kPanelRows + v * 16);
+  }
+  const __m512i* w = panel.dwords;
+  for (int64_t b = first; b < first + blocks; ++b) {
+    typename A::Sum sum[M][kRowVectors];
+    for (int i = 0; i < M; ++i) {
+      for (int v = 0; v < kRowVectors; ++v) sum[i][v] = A::start(x[i] + starts_at + b);
+    }
+    for (int d = 0; d < dwords; ++d, w += kRowVectors) {
+      for (int i = 0; i < M; ++i) {
+        const __m512i token = _mm512_set1_epi32(x[i][b * dwords + d]);
+        for (int v = 0; v < kRowVectors; ++v) sum[i][v] = A::dot(sum[i][v], w[v], token);
+      }
+    }
+    for (int v = 0; v < kRowVectors; ++v) {
+      const __m512 scale = _mm512_loadu_ps(panel.scales + b * kPanelRows + v * 16);
+      for (int i = 0; i < M; ++i) {
+        const float token_scale = bit_cast<float>(x[i][scales_at + b]);
+        total[i][v] = add_scaled(sum[i][v], scale, token_scale, total[i][v]);
+      }
+    }
+  }
+  for (int i = 0; i < M; ++i) {
+    for (int v = 0; v < kRowVectors; ++v)
+      _mm512_storeu_ps(totals + i * kPanelRows + v * 16, total[i][v]);
+  }
+}
+
+template <class A>
+void multiply_tokens(const Work& work, const Panel& panel, int64_t first, int64_t blocks) {
+  // Tiles of nearly equal height, rather than a last one that is nearly empty.
+  const int64_t tiles = (work.tokens->count + kTileM - 1) / kTileM;
+  for (int64_t tile = 0; tile < tiles; ++tile) {
+    const int64_t m = tile * work.tokens->count / tiles;
+    switch ((tile + 1) * work.tokens->count / tiles - m) {
+      case 1:
+        multiply_tile<A, 1>(work, m, panel, first, blocks);
+        break;
+      case 2:
+        multiply_tile<A, 2>(work, m, panel, first, blocks);
+        break;
+      case 3:
+        multiply_tile<A, 3>(work, m, panel, first, blocks);
+        break;
+      case 4:
+        multiply_tile<A, 4>(work, m, panel, first, blocks);
+        break;
+      case 5:
+        multiply_tile<A, 5>(work, m, panel, first, blocks);
+        break;
+      default:
+        multiply_tile<A, kTileM>(work, m, panel, first, blocks);
+    }
+  }
+}
+
+template <class A, int ELEMENT>
+void multiply(const Work& work, int64_t first_row, int64_t last_row, char* scratch) {
+  const Target& target = *work.target;
+  const int64_t blocks = group_count(work.tokens->columns, kBlock);
+  int64_t bytes;
+  const Panel panel = lay_out<A>(scratch, padded_blocks(work.tokens->columns), &bytes);
+  const Decoder<A, ELEMENT> decoder;
+  decode_panel_scales<ELEMENT>(target, first_row, last_row, panel);
+  memset(panel.totals, 0, work.tokens->count * kPanelRows * sizeof(float));
+  for (int64_t first = 0; first < blocks; first += kChunkBlocks) {
+    const int64_t count = min64(blocks - first, kChunkBlocks);
+    decode_panel<A, ELEMENT>(target, first_row, last_row, first, count, decoder, panel);
+    multiply_tokens<A>(work, panel, first, count);
+  }
+  const int size = dtype_bytes(work.tokens->dtype);
+  for (int64_t m = 0; m < work.tokens->count; ++m) {
+    store_row(panel.totals + m * kPanelRows, last_row - first_row, work.tokens->dtype,
+              static_cast<char*>(target.out) + (m * target.rows + first_row) * size);
+  }
+}
+
+int64_t panel_rows(const Target&, const Tokens&) { return kPanelRows; }
+
+template <class A, int ELEMENT, int KIND>
+constexpr Path kIntegers = {
+    token_bytes<A>,       prepare_integers<A, element_bits(ELEMENT), KIND>,
+    scratch_bytes<A>,     panel_rows,
+    multiply<A, ELEMENT>,
+};
+
+#if defined(MB_BFLOAT16)
+template <int BITS>
+bool prepare_bfloat16(const Target& target, const Tokens& tokens, int64_t m, float* floats,
+                      char* out) {
+  float_token(target, tokens, m, floats);
+  const int64_t padded = round_up(tokens.columns, kBlock);
+  uint16_t* natural = reinterpret_cast<uint16_t*>(floats);  // behind what has been read
+  if (!narrow_to_bfloat16(floats, padded, natural)) return false;
+  for (int64_t k = 0; k < padded; k += kBlock) {
+    uint16_t ordered[kBlock];
+    order_block<BITS>(natural + k, ordered);
+    memcpy(out + k * 2, ordered, sizeof(ordered));
+  }
+  return true;
+}
+
+template <int ELEMENT>
+constexpr Path kBf16 = {
+    token_bytes<Bf16>,       prepare_bfloat16<element_bits(ELEMENT)>,
+    scratch_bytes<Bf16>,     panel_rows,
+    multiply<Bf16, ELEMENT>,
+};
+
+template <int ELEMENT>
+const Path* bfloat16_path() {
+  return &kBf16<ELEMENT>;
+}
+#else
+template <int ELEMENT>
+const Path* bfloat16_path() {
+  return nullptr;
+}
+#endif
+
+bool can_be_bfloat16(const Target& target, int dtype) {
+#if defined(MB_BFLOAT16)
+  return has_bfloat16_activations(target, dtype);
+#else
+  (void)target, (void)dtype;
+  return false;
+#endif
+}
+
+template <int ELEMENT>
+const Path* path_of(const Target& target, const Tokens& tokens, bool int8_activations) {
+  constexpr bool integer = ELEMENT == kE2M1 || !is_mx(ELEMENT);
+  if constexpr (integer) {
+    if (has_integer_activations(target)) {
+      const Integers kind = integers_for(target, tokens.dtype, int8_activations);
+      // Unsigned bytes cannot be counted from a zero point.
+      if (!target.weight.zero_points) {
+        if (kind == kE2M1Codes) return &kIntegers<Int8, ELEMENT, kE2M1Codes>;
+        if (kind == kInt8Values) return &kIntegers<Int8, ELEMENT, kInt8Values>;
+      }
+      if (can_be_bfloat16(target, tokens.dtype)) return bfloat16_path<ELEMENT>();
+      if (!target.activation_code && tokens.dtype != kFloat32)
+        return &kIntegers<Int16, ELEMENT, kInt16Values>;
+    }
+  }
+  return can_be_bfloat16(target, tokens.dtype) ? bfloat16_path<ELEMENT>() : nullptr;
+}
+
+}  // namespace
+
+const Path* gemm_path(const Target& target, const Tokens& tokens, bool int8_activations) {
+  const Path* path = nullptr;
+  with_element(target.element(), [&](auto tag) {
+    path = path_of<decltype(tag)::value>(target, tokens, int8_activations);
+  });
+  return path;
+}
+
+#endif
+
+}  // namespace MB_ISA
+}  // namespace mixbits
