@@ -409,11 +409,14 @@ def load(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     trust_remote_code: bool = False,
+    int8_activations: bool = False,
 ) -> Any:
     """A transformers model with packed linears, ready for `generate`.
 
-    backend  forces one of `mixbits.ops.backends()`; otherwise the best for the device.
-    dtype    of activations and unquantized weights; the checkpoint's own by default.
+    backend           forces one of `mixbits.ops.backends()`; otherwise the best for the device.
+    dtype             of activations and unquantized weights; the checkpoint's own by default.
+    int8_activations  lets ...A16 schemes round activations to 8 bits on a CPU: faster prefill,
+                      results that are no longer those of the float computation.
 
     Raises UsageError if the folder is no mixbits checkpoint, or any tensor is missing,
     unexpected or of another shape or dtype.
@@ -448,5 +451,6 @@ def load(
                 f"{kind.replace('_', ' ')} {names} ({folder})"
             )
     for name in config.modules:
-        model.get_submodule(name).backend = backend
+        linear = model.get_submodule(name)
+        linear.backend, linear.int8_activations = backend, int8_activations
     return model.to(device).eval().requires_grad_(False)

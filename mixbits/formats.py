@@ -19,6 +19,7 @@ Sources: OCP Microscaling Formats v1.0 (MX); AutoRound's data_type/int.py and da
 
 from __future__ import annotations
 
+import functools
 import re
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -104,7 +105,7 @@ class Format:
         """Bits of one group's scale."""
         return 8 if self.is_mx else 16
 
-    @property
+    @functools.cached_property
     def code(self) -> int:
         """The format as one integer for native code; csrc/formats.h reads it.
 

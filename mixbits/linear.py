@@ -7,6 +7,7 @@ to the order of summation.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,7 @@ from .experts import run_experts
 from .formats import Scheme, UsageError
 from .model import (
     EXPERT_PROJECTIONS,
+    FUSED_GROUPS,
     LinearInfo,
     expert_slice,
     is_experts,
@@ -55,7 +57,8 @@ class PackedLinear(nn.Module):
     """y = x Q(W)^T + bias from packed weights; x [..., K] -> y [..., N] in x's dtype.
 
     Buffers as in `mixbits.pack`, empty until a checkpoint or `PackedLinear.from_weight` fills
-    them. `backend` forces one of `mixbits.ops.backends()`.
+    them. `backend` forces one of `mixbits.ops.backends()`; `int8_activations` is explained at
+    `mixbits.ops.packed_matmul`.
     """
 
     weight_packed: Tensor
@@ -75,6 +78,8 @@ class PackedLinear(nn.Module):
             raise ValueError(f"{scheme.name} does not pack weights")
         self.in_features, self.out_features, self.scheme = in_features, out_features, scheme
         self.backend: str | None = None
+        self.int8_activations = False
+        self.siblings: SharedInput | None = None
         self.register_buffer("weight_zero_point", None)
         for name, (dtype, shape) in packed_spec(scheme.weight, out_features, in_features).items():
             self._buffers[name] = torch.empty(shape, dtype=dtype, device=device)
@@ -92,21 +97,21 @@ class PackedLinear(nn.Module):
         return linear
 
     @property
-    def packed(self) -> Packed:
-        return Packed(self.weight_packed, self.weight_scale, self.weight_zero_point)
+    def operand(self) -> ops.Operand:
+        assert self.scheme.weight is not None
+        packed = Packed(self.weight_packed, self.weight_scale, self.weight_zero_point)
+        return ops.Operand(packed, self.scheme.weight, self.scheme.activation)
 
     def forward(self, x: Tensor) -> Tensor:
-        assert self.scheme.weight is not None
-        y = ops.packed_matmul_unchecked(
-            x.reshape(-1, self.in_features),
-            self.packed,
-            self.scheme.weight,
-            self.scheme.activation,
-            backend=self.backend,
-        )
-        if self.bias is not None:
-            y = y + self.bias.to(y.dtype)
-        return y.reshape(*x.shape[:-1], self.out_features)
+        y = None if self.siblings is None else self.siblings.product(self, x)
+        if y is None:
+            rows = x.reshape(-1, self.in_features)
+            y = self.multiply(rows, [self.operand])[0].reshape(*x.shape[:-1], self.out_features)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def multiply(self, x: Tensor, operands: list[ops.Operand]) -> list[Tensor]:
+        """x [M, K] times weights of this linear's K, in the way this linear is told to."""
+        return ops.packed_matmuls_unchecked(x, operands, self.backend, self.int8_activations)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
         # `.to(bfloat16)` must not round float16 scales: they travel as integers.
@@ -122,6 +127,50 @@ class PackedLinear(nn.Module):
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, {self.scheme.name}"
         )
+
+
+class SharedInput:
+    """Packed linears that a module calls one after the other with the same tensor.
+
+    The first call multiplies x with the weights of all, so that x is prepared and the threads
+    are woken once; the others find their products waiting. Products are kept per thread, for the
+    very tensor object that they belong to, until each is taken. A module that does not call all
+    of its linears with one tensor makes that a waste: after some such calls it is given up.
+    """
+
+    def __init__(self, linears: list[PackedLinear]) -> None:
+        self.linears = linears
+        self.misses_left = 3
+        self._waiting: dict[int, tuple[Tensor, dict[PackedLinear, Tensor]]] = {}
+
+    def product(self, linear: PackedLinear, x: Tensor) -> Tensor | None:
+        """x times the weight of `linear`, without its bias; None to leave it to the linear."""
+        if torch.compiler.is_compiling() or x.device.type != "cpu" or self.misses_left == 0:
+            return None
+        thread = threading.get_ident()
+        owner, products = self._waiting.pop(thread, (None, {}))
+        if owner is not x or linear not in products:
+            self.misses_left -= bool(products)
+            rows = x.reshape(-1, linear.in_features)
+            outs = linear.multiply(rows, [other.operand for other in self.linears])
+            shaped = [out.view(*x.shape[:-1], out.shape[1]) for out in outs]
+            products = dict(zip(self.linears, shaped, strict=True))
+        y = products.pop(linear)
+        if products:
+            self._waiting[thread] = (x, products)
+        return y
+
+
+def share_inputs(model: nn.Module) -> None:
+    """Let q/k/v, and gate/up, of every module be multiplied in one call where both are packed."""
+    for module in model.modules():
+        for names in FUSED_GROUPS:
+            linears = [getattr(module, name, None) for name in names]
+            group = [linear for linear in linears if isinstance(linear, PackedLinear)]
+            if len(group) > 1 and len({linear.in_features for linear in group}) == 1:
+                shared = SharedInput(group)
+                for linear in group:
+                    linear.siblings = shared
 
 
 class PlainLinear(nn.Module):

@@ -7,6 +7,7 @@
     fisher_statistics     weight [N, K], row [N], column [K]   float64 [formats, ceil(K / 32)]
     gradient_statistics   weight [N, K], gradient [N, K]       float64 [formats, ceil(K / 32)]
     packed_matmul         x [M, K], Packed [N, K]              [M, N], x's dtype
+    packed_matmuls        x [M, K], Operands [N_i, K]          list of [M, N_i]
 
 What each means is said in `mixbits.reference`. Values may be bfloat16, float16 or float32, need
 not be contiguous, and lie on one device. No gradient flows through any of these.
@@ -23,7 +24,7 @@ import functools
 import importlib
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -221,45 +222,76 @@ def gradient_statistics(
     return module.gradient_statistics(*tensors, list(formats))
 
 
+class Operand(NamedTuple):
+    """A packed weight [N, K], its format, and the format that x is rounded to (None: as it is)."""
+
+    packed: Packed
+    format: Format
+    activation: Format | None = None
+
+
 def packed_matmul(
     x: Tensor,
     packed: Packed,
     fmt: Format,
     activation: Format | None = None,
     backend: str | None = None,
+    int8_activations: bool = False,
 ) -> Tensor:
     """x [M, K] times the packed weight [N, K] transposed -> [M, N] in x's dtype.
 
-    With `activation`, x is fake-quantized to it first. Sums are in float32; backends differ in
-    their order only.
+    With `activation`, x is fake-quantized to it first. Sums are in float32 or exact integers;
+    backends differ in their order only. Where x is left as it is, the CPU may turn it into
+    integers: of 24 bits in a block of 32 for float32, of 16 bits for bfloat16 and float16, whose
+    results have fewer digits than that. `int8_activations` allows 8 bits, for speed; a backend
+    that has nothing to gain ignores it.
     """
-    if torch.compiler.is_compiling():
-        act = 0 if activation is None else activation.code
-        return torch.ops.mixbits.packed_matmul(x, *packed, fmt.code, act, backend)
-    _check_values("x", x, 2)
-    _check_packed(packed, fmt, x.shape[1], x.device)
-    return packed_matmul_unchecked(x, _contiguous(packed), fmt, activation, backend)
+    return packed_matmuls(x, [Operand(packed, fmt, activation)], backend, int8_activations)[0]
 
 
-def packed_matmul_unchecked(
+def packed_matmuls(
     x: Tensor,
-    packed: Packed,
-    fmt: Format,
-    activation: Format | None = None,
+    operands: Sequence[Operand],
     backend: str | None = None,
-) -> Tensor:
-    """`packed_matmul` for a caller that has checked the weight before, once for many calls.
+    int8_activations: bool = False,
+) -> list[Tensor]:
+    """x [M, K] times several packed weights [N_i, K], as `packed_matmul` does one -> [M, N_i].
+
+    What x must go through is done once for all operands that agree on it.
+    """
+    _check_values("x", x, 2)
+    for operand in operands:
+        _check_packed(operand.packed, operand.format, x.shape[1], x.device)
+    contiguous = [operand._replace(packed=_contiguous(operand.packed)) for operand in operands]
+    return packed_matmuls_unchecked(x, contiguous, backend, int8_activations)
+
+
+def packed_matmuls_unchecked(
+    x: Tensor,
+    operands: Sequence[Operand],
+    backend: str | None = None,
+    int8_activations: bool = False,
+) -> list[Tensor]:
+    """`packed_matmuls` for a caller that has checked the weights before, once for many calls.
 
     The packed tensors must be contiguous and fit K = x.shape[1]: nothing looks again, and memory
     beyond theirs would be read.
     """
     if torch.compiler.is_compiling():
-        act = 0 if activation is None else activation.code
-        return torch.ops.mixbits.packed_matmul(x, *packed, fmt.code, act, backend)
+        return [_compiled_matmul(x, operand, backend, int8_activations) for operand in operands]
     module = _backend(x, backend)
-    if x.numel() == 0 or packed[0].numel() == 0:
-        return x.new_zeros((x.shape[0], packed[0].shape[0]))
-    return module.packed_matmul(x.contiguous(), packed, fmt, activation)
+    if x.numel() == 0:
+        return [x.new_zeros((x.shape[0], operand.packed[0].shape[0])) for operand in operands]
+    x = x.contiguous()
+    if hasattr(module, "packed_matmuls"):
+        outs: list[Tensor] = module.packed_matmuls(x, operands, int8_activations)
+        return outs
+    return [
+        module.packed_matmul(x, *operand)
+        if operand.packed[0].numel()
+        else x.new_zeros((x.shape[0], 0))
+        for operand in operands
+    ]
 
 
 # --- torch.ops.mixbits: what torch.compile sees ------------------------------------------------
@@ -268,8 +300,20 @@ _library = torch.library.Library("mixbits", "DEF")
 _library.define("fake_quantize(Tensor x, int format, str? backend=None) -> Tensor")
 _library.define(
     "packed_matmul(Tensor x, Tensor weight_packed, Tensor weight_scale, "
-    "Tensor? weight_zero_point, int format, int activation, str? backend=None) -> Tensor"
+    "Tensor? weight_zero_point, int format, int activation, str? backend=None, "
+    "bool int8_activations=False) -> Tensor"
 )
+
+
+def _compiled_matmul(
+    x: Tensor, operand: Operand, backend: str | None, int8_activations: bool
+) -> Tensor:
+    packed, fmt, activation = operand
+    code = 0 if activation is None else activation.code
+    out: Tensor = torch.ops.mixbits.packed_matmul(
+        x, *packed, fmt.code, code, backend, int8_activations
+    )
+    return out
 
 
 @functools.cache
@@ -289,11 +333,11 @@ def _packed_matmul_impl(
     code: int,
     activation: int,
     backend: str | None = None,
+    int8_activations: bool = False,
 ) -> Tensor:
     packed = Packed(weight_packed, weight_scale, weight_zero_point)
-    return packed_matmul(
-        x, packed, _format(code), _format(activation) if activation else None, backend
-    )
+    act = _format(activation) if activation else None
+    return packed_matmul(x, packed, _format(code), act, backend, int8_activations)
 
 
 def _fake_quantize_meta(x: Tensor, code: int, backend: str | None = None) -> Tensor:
@@ -308,6 +352,7 @@ def _packed_matmul_meta(
     code: int,
     activation: int,
     backend: str | None = None,
+    int8_activations: bool = False,
 ) -> Tensor:
     return x.new_empty((x.shape[0], weight_packed.shape[0]))
 

@@ -19,7 +19,7 @@ from transformers.quantizers import (
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .formats import UsageError, parse_scheme
-from .linear import PackedLinear, swap_linears
+from .linear import PackedLinear, share_inputs, swap_linears
 from .pack import LAYOUT
 
 
@@ -70,6 +70,9 @@ class MixbitsQuantizer(HfQuantizer):
             raise UsageError(
                 f"quantization_config names a linear that the model lacks: {error}"
             ) from None
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        share_inputs(model)
 
     def is_serializable(self) -> bool:
         return True

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from tiny import KINDS, make_model
 
+from mixbits import ops
 from mixbits.backends import cpu
 from mixbits.formats import UsageError, parse_scheme
 from mixbits.linear import (
@@ -14,6 +17,7 @@ from mixbits.linear import (
     fake_quantize_model,
     pack_weight,
     round_weights,
+    share_inputs,
     swap_linears,
 )
 from mixbits.model import find_linears, weight_of
@@ -91,6 +95,60 @@ def test_packed_model_equals_fake_model(tmp_path, kind, name, dtype):
     assert own > 0
     # Both stray from float64 by about `own`, independently: twice that separates them at most.
     assert gap <= 2 * own
+
+
+def shared_pair(schemes=("MXFP4", "W4A16")):
+    parent = torch.nn.Module()
+    for name, scheme in zip(("gate_proj", "up_proj"), schemes, strict=True):
+        bias = torch.nn.Parameter(torch.randn(24), requires_grad=False)
+        linear = PackedLinear.from_weight(torch.randn(24, 64), parse_scheme(scheme), bias)
+        parent.add_module(name, linear)
+    alone = [(linear, linear(torch.ones(1, 2, 64))) for linear in parent.children()]
+    share_inputs(parent)
+    return parent, alone
+
+
+def test_linears_with_one_input_are_multiplied_in_one_call(monkeypatch):
+    parent, alone = shared_pair()
+    calls = []
+    original = ops.packed_matmuls_unchecked
+    monkeypatch.setattr(
+        ops, "packed_matmuls_unchecked", lambda *a: calls.append(len(a[1])) or original(*a)
+    )
+    for _ in range(2):
+        x = torch.ones(1, 2, 64)
+        for linear, expected in alone:
+            assert torch.equal(linear(x), expected)
+    assert calls == [2, 2]
+    assert not parent.gate_proj.siblings._waiting  # nothing is kept
+
+
+def test_linears_with_inputs_of_their_own_give_sharing_up():
+    parent, alone = shared_pair()
+    for _ in range(5):
+        for linear, expected in alone:
+            assert torch.equal(linear(torch.ones(1, 2, 64)), expected)
+    assert parent.gate_proj.siblings.misses_left == 0
+    assert torch.equal(
+        parent.up_proj(2 * torch.ones(1, 2, 64)), parent.up_proj(torch.full((1, 2, 64), 2.0))
+    )
+
+
+def test_shared_inputs_of_several_threads():
+    parent, _ = shared_pair()
+    inputs = [torch.randn(1, 3, 64) for _ in range(4)]
+    expected = [(parent.gate_proj(x), parent.up_proj(x)) for x in inputs]
+
+    def run(number):
+        for _ in range(200):
+            x = inputs[number].clone()
+            got = parent.gate_proj(x), parent.up_proj(x)
+            if not all(map(torch.equal, got, expected[number])):
+                return False
+        return True
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(run, range(4)))
 
 
 def test_to_bfloat16_keeps_scales():

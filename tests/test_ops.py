@@ -195,7 +195,7 @@ def check_matmul(x, weight, fmt, activation, backend):
 
 
 @by_format
-@pytest.mark.parametrize("tokens", [1, 2, 3, 17, 118])
+@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 17, 118])
 def test_matmul(isa, fmt, tokens):
     activation = fmt if fmt.is_mx else None
     for number, columns in enumerate([1, 31, 32, 96, 172, 192]):
@@ -205,14 +205,56 @@ def test_matmul(isa, fmt, tokens):
             check_matmul(x, weight, fmt, activation if rows % 2 else None, "cpu")
 
 
-@pytest.mark.parametrize("scheme", ["MXFP4", "MXFP4A16", "MXFP8", "W4A16", "W2A16G32ASYM"])
+@pytest.mark.parametrize(
+    "scheme", ["MXFP4", "MXFP4A16", "MXFP8", "MXFP8A16", "W4A16", "W8A16", "W2A16G32ASYM"]
+)
 @by_dtype
 def test_matmul_of_many_columns(isa, scheme, dtype):
     scheme = parse_scheme(scheme)
     weight = torch.randn(100, 4096)
-    for tokens in (1, 5, 17):
+    for tokens in (1, 5, 17, 512):
         x = torch.randn(tokens, 4096).to(dtype)
         check_matmul(x, weight, scheme.weight, scheme.activation, "cpu")
+
+
+MIXED = ["MXFP4", "MXFP8", "W4A16", "MXFP4A16", "W8A16G32ASYM", "W2A16", "MXFP8E5M2", "W4A16G32"]
+
+
+def operands_of(names, columns):
+    for number, name in enumerate(names):
+        scheme = parse_scheme(name)
+        packed = ops.quantize_pack(torch.randn(17 + number, columns), scheme.weight)
+        yield ops.Operand(packed, scheme.weight, scheme.activation)
+
+
+@by_dtype
+@pytest.mark.parametrize("tokens", [0, 1, 3, 40, 300])
+def test_several_weights_in_one_call(isa, tokens, dtype):
+    x = torch.randn(tokens, 192).to(dtype)
+    operands = list(operands_of([*MIXED, *MIXED[:3]], 192))
+    together = ops.packed_matmuls(x, operands, "cpu")
+    for operand, got in zip(operands, together, strict=True):
+        assert torch.equal(got, ops.packed_matmul(x, *operand, "cpu"))
+    for got, want in zip(ops.packed_matmuls(x[:3], operands, "reference"), together, strict=True):
+        torch.testing.assert_close(got, want[:3], rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("scheme", ["MXFP4A16", "W4A16", "W8A16", "W4A16ASYM"])
+@pytest.mark.parametrize("tokens", [1, 3, 40])
+def test_int8_activations_err_by_their_rounding(isa, scheme, tokens):
+    fmt, columns = parse_scheme(scheme).weight, 512
+    x, packed = torch.randn(tokens, columns), ops.quantize_pack(torch.randn(50, columns), fmt)
+    values = ops.dequantize(packed, fmt, columns, backend="cpu")
+    exact = x.double() @ values.double().T
+    got = ops.packed_matmul(x, packed, fmt, backend="cpu", int8_activations=True).double()
+    error = (got - exact).norm() / exact.norm()
+    # A step is 1/127 of a block's largest value, about 2.3 standard deviations here; rounding is
+    # off by a step over sqrt(12).
+    assert error < 1.2 * 2.3 / 127 / 12**0.5
+    blocks = x.unflatten(1, (-1, 32))
+    steps = blocks.abs().amax(-1, keepdim=True) / 127
+    bound = (0.505 * steps.expand_as(blocks).flatten(1)).double() @ values.double().abs().T
+    assert ((got - exact).abs() <= bound).all()
 
 
 @pytest.mark.parametrize("fmt", [MXFP4, MXFP8, INT4], ids=format_id)

@@ -5,7 +5,8 @@
     fake_quantize(x, fmt), quantize_pack(weight, fmt), dequantize(packed, fmt, in_features, dtype)
     fisher_statistics(weight, row_weight, column_weight, formats)
     gradient_statistics(weight, gradient, formats)
-    packed_matmul(x, packed, fmt, activation)
+    packed_matmul(x, packed, fmt, activation), or, to do several at a time,
+    packed_matmuls(x, operands, int8_activations)
 
 Tensors arrive checked, contiguous and on one device. What an operation means is said once, in
 `mixbits.reference`.

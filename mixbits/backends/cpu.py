@@ -128,18 +128,31 @@ def gradient_statistics(weight: Tensor, gradient: Tensor, formats: Sequence[Form
     return out
 
 
-def packed_matmul(x: Tensor, packed: Packed, fmt: Format, activation: Format | None) -> Tensor:
-    """x [M, K], fake-quantized to `activation` if given, times packed [N, K] -> [M, N]."""
-    codes, scale, zero_point = packed
-    out = torch.empty((x.shape[0], codes.shape[0]), dtype=x.dtype)
-    target = (
-        codes.data_ptr(),
-        scale.data_ptr(),
-        0 if zero_point is None else zero_point.data_ptr(),
-        out.data_ptr(),
-        codes.shape[0],
-        fmt.code,
-        0 if activation is None else activation.code,
+def packed_matmuls(
+    x: Tensor, operands: Sequence[tuple[Packed, Format, Format | None]], int8_activations: bool
+) -> list[Tensor]:
+    """x [M, K] times each packed weight [N_i, K] -> [M, N_i], in one call.
+
+    An operand is a packed weight, its format, and that of x or None. Operands of one kind share
+    the tokens that are prepared for them. `int8_activations` lets tokens that have no format
+    become 8-bit integers, 32 of them with one scale.
+    """
+    tokens, columns = x.shape
+    outs: list[Tensor] = []
+    targets: list[int] = []
+    for (codes, scale, zero_point), fmt, activation in operands:
+        out = torch.empty((tokens, codes.shape[0]), dtype=x.dtype)
+        outs.append(out)
+        targets += (
+            codes.data_ptr(),
+            scale.data_ptr(),
+            0 if zero_point is None else zero_point.data_ptr(),
+            out.data_ptr(),
+            codes.shape[0],
+            fmt.code,
+            0 if activation is None else activation.code,
+        )
+    _native.packed_matmul(
+        x.data_ptr(), tokens, columns, DTYPE_NUMBERS[x.dtype], int8_activations, targets
     )
-    _native.packed_matmul(x.data_ptr(), *x.shape, DTYPE_NUMBERS[x.dtype], False, target)
-    return out
+    return outs
