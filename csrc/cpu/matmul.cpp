@@ -14,7 +14,7 @@ namespace MB_ISA {
 namespace {
 
 constexpr int kMaxTargets = 8;         // of one pass; more weights take several passes
-constexpr int64_t kChunkTokens = 256;  // keeps prepared tokens small; decoding is 1/256 then
+constexpr int64_t kChunkTokens = 512;  // keeps prepared tokens small; decoding is 1/512 then
 constexpr int64_t kSerialProducts = 32 * 1024;
 
 struct Job {

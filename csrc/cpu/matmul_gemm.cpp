@@ -291,7 +291,7 @@ struct Panel {
   __m512i* dwords;   // [kChunkBlocks * dwords per block][kRowVectors]
   float* scales;     // [blocks][kPanelRows]
   int32_t* offsets;  // [groups][kPanelRows], each twice in 16 bits; only with zero points
-  float* row;        // [blocks], of one row
+  float* rows;       // [16][blocks], the scales of 16 rows
   float* totals;     // [tokens][kPanelRows]
 };
 
@@ -308,7 +308,7 @@ Panel lay_out(char* p, int64_t padded_blocks, int64_t* bytes) {
       reinterpret_cast<__m512i*>(take(int64_t(kChunkBlocks) * block_dwords<A>() * kPanelRows * 4));
   panel.scales = reinterpret_cast<float*>(take(padded_blocks * kPanelRows * 4));
   panel.offsets = reinterpret_cast<int32_t*>(take(padded_blocks * kPanelRows * 4));
-  panel.row = reinterpret_cast<float*>(take(padded_blocks * 4));
+  panel.rows = reinterpret_cast<float*>(take(padded_blocks * 16 * 4));
   panel.totals = reinterpret_cast<float*>(p);
   *bytes = p - start;
   return panel;
@@ -323,7 +323,7 @@ int64_t scratch_bytes(const Target&, const Tokens& tokens) {
   return bytes + tokens.count * kPanelRows * int64_t(sizeof(float));
 }
 
-// 16 rows of values per block, given per group -> [block][kPanelRows], at `out` of row 0.
+// The scales of 16 rows, per block -> [block][kPanelRows].
 MB_INLINE void transpose_scales(const float* rows, int64_t stride, int64_t blocks, float* out) {
   for (int64_t b = 0; b < blocks; b += 16) {
     __m512i v[16];
@@ -333,17 +333,26 @@ MB_INLINE void transpose_scales(const float* rows, int64_t stride, int64_t block
   }
 }
 
+// A row's scales, one per block. `out` has room for padded_blocks().
+template <int ELEMENT>
+MB_INLINE void decode_block_scales(const PackedRow& row, int64_t blocks, int group_size,
+                                   float* out) {
+  decode_scales<ELEMENT>(row.scales, group_count(blocks * kBlock, group_size), out);
+  const int shift = log2_of(group_size / kBlock);
+  if (shift == 0) return;
+  for (int64_t b = blocks - 1; b > 0; --b) out[b] = out[b >> shift];
+}
+
 template <int ELEMENT>
 void decode_panel_scales(const Target& target, int64_t first, int64_t last, const Panel& panel) {
-  const Format format = target.weight.format;
-  const int64_t groups = group_count(target.weight.columns, format.group_size);
+  const int group_size = target.weight.format.group_size;
   const int64_t blocks = group_count(target.weight.columns, kBlock);
-  const int per_group = format.group_size / kBlock;
+  const int64_t stride = padded_blocks(target.weight.columns);
+  const int64_t groups = group_count(target.weight.columns, group_size);
   for (int r = 0; r < kPanelRows; ++r) {
     const PackedRow row = target.weight.row(min64(first + r, last - 1));
-    decode_scales<ELEMENT>(row.scales, groups, panel.row);
-    for (int64_t b = 0; b < blocks; ++b)
-      panel.scales[b * kPanelRows + r] = panel.row[b / per_group];
+    decode_block_scales<ELEMENT>(row, blocks, group_size, panel.rows + r % 16 * stride);
+    if (r % 16 == 15) transpose_scales(panel.rows, stride, blocks, panel.scales + r - 15);
     if (!row.zero_points) continue;
     for (int64_t g = 0; g < groups; ++g) {
       const int zero_point = unpack_code(row.zero_points, g, element_bits(ELEMENT));
