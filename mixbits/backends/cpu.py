@@ -71,6 +71,11 @@ def _pointers(packed: Packed) -> tuple[int, int, int]:
     return codes.data_ptr(), scale.data_ptr(), pointer
 
 
+def sum_words(data: Tensor) -> int:
+    """Sum of the int64 elements of `data`, modulo 2^64: reads memory as fast as it can be read."""
+    return int(_native.sum_words(data.data_ptr(), data.nbytes))
+
+
 def fake_quantize(x: Tensor, fmt: Format) -> Tensor:
     """Round trip of x [..., K] through codes, in x's own dtype."""
     out = torch.empty_like(x)

@@ -1,0 +1,101 @@
+"""What a contender of the benchmarks is: a `Peer`, the `Multiplication` it makes, and helpers."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from mixbits import ops
+from mixbits.formats import Format
+from mixbits.pack import unpack
+
+Packing = TypeVar("Packing")
+
+
+@dataclass
+class Multiplication:
+    """y = x W^T, ready to run: called with i, it multiplies by the i-th weight.
+
+    run           i -> y [M, N] in the peer's own dtype; the next call may overwrite it
+    weight_bytes  of one packed weight, scales included
+    x             [M, K], the activations that are multiplied: cast, and rounded where the peer
+                  fake-quantizes them
+    weight        () -> [N, K], the values that the first packed weight stands for
+    note          what a reader of the figures should know
+    """
+
+    run: Callable[[int], Tensor]
+    weight_bytes: int
+    x: Tensor
+    weight: Callable[[], Tensor]
+    note: str = ""
+
+    def __call__(self, i: int) -> Tensor:
+        return self.run(i)
+
+    def relative_error(self) -> float:
+        """|y - exact| / |exact| of the first weight (Frobenius), exact being float64 on `weight`.
+
+        The error of quantizing the weights is thus left out, and that of rounding activations
+        inside the multiplication (8 bits in ggml) is not.
+        """
+        exact = self.x.double() @ self.weight().double().T
+        return float((self.run(0).double() - exact).norm() / exact.norm())
+
+
+Make = Callable[[Sequence[Tensor], Tensor, int], Multiplication]
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A way to multiply.
+
+    make(weights, x, threads): `weights` are float32 [N, K], one or several, so many that together
+    they exceed the cache; `x` is [M, K]; `threads` is set for the whole process where a library
+    knows no other way. A tensor may stand in `weights` several times: it is packed once, and
+    every mention gets its own copy in memory.
+    """
+
+    name: str
+    make: Make
+
+
+def pack_all(weights: Sequence[Tensor], pack: Callable[[Tensor], Packing]) -> list[Packing]:
+    """pack(weight) of each; the packing of a tensor that stood before is copied, not repeated."""
+    packed: dict[int, Packing] = {}
+    result = []
+    for weight in weights:
+        if (key := id(weight)) in packed:
+            result.append(copy.deepcopy(packed[key]))
+        else:
+            packed[key] = pack(weight)
+            result.append(packed[key])
+    return result
+
+
+def nbytes(*tensors: Tensor | None) -> int:
+    return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+
+def codes_and_scale(weight: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
+    """Symmetric integers: codes int8 [N, K] around zero, scales float32 [N, groups]."""
+    q = unpack(ops.quantize_pack(weight, fmt), fmt, weight.shape[1])
+    return (q.codes.int() - (1 << (fmt.bits - 1))).to(torch.int8), q.scale.float()
+
+
+def decode(codes: Tensor, scale: Tensor) -> Tensor:
+    """codes [N, K], scale [N, groups] -> float32 [N, K]."""
+    return codes.float() * scale.float().repeat_interleave(codes.shape[1] // scale.shape[1], 1)
+
+
+@dataclass(frozen=True)
+class FakeQuantizer:
+    """A round trip of activations through MXFP4 (floor). load() -> function x [M, K] -> [M, K]."""
+
+    name: str
+    load: Callable[[], Callable[[Tensor], Tensor]]

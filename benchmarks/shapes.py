@@ -1,0 +1,25 @@
+"""Shapes [N, K] of the linears that benchmarks multiply."""
+
+from __future__ import annotations
+
+# out_features, in_features of the linears of a block; gate and up are alike, as are q and o.
+SHAPES = {
+    "llama-3.1-8b": [(4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336)],
+    "qwen3-8b": [(4096, 4096), (1024, 4096), (12288, 4096), (4096, 12288)],
+    # Large and a power of two: how fast a kernel is when nothing but the kernel matters.
+    "ideal": [(16384, 8192)],
+}
+
+
+def parse_shapes(text: str) -> list[tuple[int, int]]:
+    """Names of SHAPES and pairs NxK, separated by commas -> shapes, each once."""
+    shapes: list[tuple[int, int]] = []
+    for word in text.split(","):
+        if word in SHAPES:
+            shapes += SHAPES[word]
+            continue
+        rows, _, columns = word.partition("x")
+        if not (rows.isdigit() and columns.isdigit()):
+            raise SystemExit(f"--shapes takes {', '.join(SHAPES)} or NxK: got {word!r}")
+        shapes.append((int(rows), int(columns)))
+    return list(dict.fromkeys(shapes))

@@ -1,0 +1,91 @@
+"""What the benchmarks share: the machine, the yardsticks, and medians of interleaved contenders."""
+
+from __future__ import annotations
+
+import csv
+import os
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from mixbits.backends import cpu
+from mixbits.report import environment
+
+
+def machine() -> str:
+    """The machine and its setting in one line, for the head of a table."""
+    model = platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next(
+            (li.split(":")[1].strip() for li in lines if li.startswith("model name")), model
+        )
+    about = environment()
+    waiting = os.environ.get("OMP_WAIT_POLICY", "default")
+    return (
+        f"{model}, {about['cpus']} cores, {about['threads']} threads, OMP_WAIT_POLICY={waiting}, "
+        f"torch {about['torch']}, mixbits {about['mixbits']} ({cpu.isa()})"
+    )
+
+
+def percentile(values: Sequence[float], percent: int) -> float:
+    """The nearest-rank percentile: 50 is the median."""
+    return sorted(values)[min(len(values) - 1, len(values) * percent // 100)]
+
+
+class Yardstick:
+    """Reading or copying an array far larger than any cache, with torch's number of threads."""
+
+    def __init__(self, name: str, size: int, run: Callable[[], object]) -> None:
+        self.name, self.bytes, self._run = name, size, run
+
+    def __call__(self, number: int) -> None:
+        self._run()
+
+
+_LARGE = 256 << 20  # bytes
+
+
+def read_bandwidth() -> Yardstick:
+    """Reads each byte once."""
+    data = torch.ones(_LARGE // 8, dtype=torch.int64)
+    return Yardstick("read", data.nbytes, lambda: cpu.sum_words(data))
+
+
+def copy_bandwidth() -> Yardstick:
+    """memcpy: its bytes are those read and those written."""
+    data = torch.ones(_LARGE // 8, dtype=torch.int64)
+    target = torch.empty_like(data)
+    return Yardstick("copy", 2 * data.nbytes, lambda: target.copy_(data))
+
+
+def interleave(
+    contenders: Mapping[str, Callable[[int], object]], rounds: int
+) -> dict[str, list[float]]:
+    """Seconds of every call. Contenders take turns, so that what disturbs one disturbs all.
+
+    Each is called with the number of the round; one round before the first is not counted.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for number in range(-1, rounds):
+        for name, run in contenders.items():
+            start = time.perf_counter()
+            run(number)
+            if number >= 0:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
+    """Rows with four digits, each with the machine."""
+    about = machine()
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*keys, "machine"], lineterminator="\n")
+        writer.writeheader()
+        for row in rows:
+            short = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()}
+            writer.writerow({**short, "machine": about})
