@@ -424,6 +424,7 @@ def load(
     from transformers import AutoModelForCausalLM
 
     from . import ops, transformers_quantizer
+    from .attention import use_grouped_attention
 
     folder = Path(folder)
     config = transformers_quantizer.read_config(folder)
@@ -453,4 +454,5 @@ def load(
     for name in config.modules:
         linear = model.get_submodule(name)
         linear.backend, linear.int8_activations = backend, int8_activations
+    use_grouped_attention(model)
     return model.to(device).eval().requires_grad_(False)

@@ -31,7 +31,7 @@ LAYERS = [
     {"backends"},
     {"pack"},
     {"reference"},
-    {"model"},
+    {"model", "attention"},
     {"options"},
     {"allocate"},
     {"demo"},

@@ -153,23 +153,34 @@ struct Groups {
   int64_t first(int64_t step) const { return step * step_columns<BITS>() >> log2_size; }
 };
 
+// sum + the products of all planes of weights with one piece of a token.
+template <int PLANES>
+MB_INLINE vi dot_planes(vi sum, const vi* w, const int8_t (*x)[kVector]) {
+#if defined(__AVX512VNNI__)
+  for (int p = 0; p < PLANES; ++p) sum = dot_bytes(sum, w[p], load_raw<vi>(x[p]));
+  return sum;
+#else
+  // Planes are added in 16 bits: four products of at most 24 * 128, or eight of 3 * 128, fit.
+  __m256i pairs = _mm256_setzero_si256();
+  for (int p = 0; p < PLANES; ++p) {
+    pairs = _mm256_add_epi16(pairs, _mm256_maddubs_epi16((__m256i)w[p], load_raw<__m256i>(x[p])));
+  }
+  return sum + (vi)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+#endif
+}
+
 template <int PIECES, int PLANES, class S>
 MB_INLINE vf step_dot(const vi* w, const S& x, const vi* zero_point) {
   constexpr int second = PIECES > 1 ? 1 : 0, third = PIECES == 3 ? 1 : 0;
   vi start = load_raw<vi>(x.start[0]);
   if (zero_point) start *= *zero_point;
-  if (PIECES == 1) {
-    for (int p = 0; p < PLANES; ++p) start = dot_bytes(start, w[p], load_raw<vi>(x.plane[0][p]));
-    return int_to_float(start);
-  }
-  vi high = {};
-  for (int p = 0; p < PLANES; ++p) high = dot_bytes(high, w[p], load_raw<vi>(x.plane[0][p]));
-  vi sum = (high << 8) + start;
-  for (int p = 0; p < PLANES; ++p) sum = dot_bytes(sum, w[p], load_raw<vi>(x.plane[second][p]));
+  if (PIECES == 1) return int_to_float(dot_planes<PLANES>(start, w, x.plane[0]));
+  const vi high = dot_planes<PLANES>(vi{}, w, x.plane[0]);
+  const vi sum = dot_planes<PLANES>(vi((high << 8) + start), w, x.plane[second]);
   if (PIECES == 2) return int_to_float(sum);
-  vi low = load_raw<vi>(x.start[third]);
-  if (zero_point) low *= *zero_point;
-  for (int p = 0; p < PLANES; ++p) low = dot_bytes(low, w[p], load_raw<vi>(x.plane[PIECES - 1][p]));
+  start = load_raw<vi>(x.start[third]);
+  if (zero_point) start *= *zero_point;
+  const vi low = dot_planes<PLANES>(start, w, x.plane[PIECES - 1]);
   return fma(int_to_float(sum), splat(256.0f), int_to_float(low));
 }
 
@@ -178,19 +189,16 @@ template <int ELEMENT, int PIECES, int M, int R, bool ZERO_POINTS, bool ONE_GROU
 MB_INLINE void add_step(const Rows& rows, int64_t group, vi spread, const S* const* x, int64_t step,
                         vf (*total)[R]) {
   constexpr int planes = 8 / element_bits(ELEMENT);
-  vi w[R][planes], zero_point[R];
-  vf scale[R];
   for (int r = 0; r < R; ++r) {
     const int64_t at = r * rows.group_stride + group;
-    split_planes<ELEMENT>(in_register(load_raw<vi>(rows.codes + r * rows.code_stride)), w[r]);
-    scale[r] = ONE_GROUP ? splat(rows.scales[at]) : permute(load(rows.scales + at), spread);
-    if (ZERO_POINTS) zero_point[r] = bit_cast<vi>(permute(load_raw<vf>(rows.offsets + at), spread));
-  }
-  for (int m = 0; m < M; ++m) {
-    const S& s = x[m][step];
-    for (int r = 0; r < R; ++r) {
-      const vf dot = step_dot<PIECES, planes>(w[r], s, ZERO_POINTS ? &zero_point[r] : nullptr);
-      total[m][r] = fma(dot, scale[r] * load(s.scale), total[m][r]);
+    vi w[planes], zero_point = {};
+    split_planes<ELEMENT>(in_register(load_raw<vi>(rows.codes + r * rows.code_stride)), w);
+    const vf scale = ONE_GROUP ? splat(rows.scales[at]) : permute(load(rows.scales + at), spread);
+    if (ZERO_POINTS) zero_point = bit_cast<vi>(permute(load_raw<vf>(rows.offsets + at), spread));
+    for (int m = 0; m < M; ++m) {
+      const S& s = x[m][step];
+      const vf dot = step_dot<PIECES, planes>(w, s, ZERO_POINTS ? &zero_point : nullptr);
+      total[m][r] = fma(dot, scale * load(s.scale), total[m][r]);
     }
   }
 }
@@ -211,7 +219,7 @@ static void multiply_rows(const Work& work, Rows rows, const uint8_t* tail, floa
   const uint8_t* ahead = rows.codes + kAhead;
   for (int64_t step = 0; step < whole; ++step, rows.codes += kVector) {
     // The hardware follows one stream well, and not R that begin anew every few lines.
-    for (int r = 0; r < R; ++r) __builtin_prefetch(ahead + r * kVector, 0, 2);
+    for (int at = 0; at < R * kVector; at += 64) __builtin_prefetch(ahead + at, 0, 2);
     ahead += R * kVector;
     add_step<ELEMENT, PIECES, M, R, ZERO_POINTS, ONE_GROUP>(rows, groups.first(step), groups.spread,
                                                             x, step, total);
