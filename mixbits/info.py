@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
 
 _PACKAGES = ("torch", "triton", "transformers", "safetensors", "lm-eval", "auto-round", "datasets")
@@ -24,7 +25,8 @@ def main() -> None:
     print(f"mixbits {__version__}, Python {platform.python_version()}, {platform.platform()}")
     for package in _PACKAGES:
         print(f"  {package:<13} {_version(package)}")
-    print(f"threads   {torch.get_num_threads()}")
+    waiting = os.environ.get("OMP_WAIT_POLICY", "not set: threads spin between kernels")
+    print(f"threads   {torch.get_num_threads()} (OMP_WAIT_POLICY {waiting})")
     print(f"gpu       {torch.cuda.get_device_name() if torch.cuda.is_available() else 'none'}")
     print("backends")
     for name, why in ops.backends().items():

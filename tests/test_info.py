@@ -22,7 +22,7 @@ def test_it_prints_versions_and_every_backend(capsys: pytest.CaptureFixture[str]
         assert re.search(
             rf"^  {package} +{re.escape(importlib.metadata.version(package))}$", out, re.M
         )
-    assert f"threads   {torch.get_num_threads()}\n" in out
+    assert f"threads   {torch.get_num_threads()} (OMP_WAIT_POLICY passive)\n" in out
     for name, why in ops.backends().items():
         state = "on" if why is None else re.escape(f"off: {why}")
         assert re.search(rf"^  {name} +{state}$", out, re.M)
