@@ -5,7 +5,8 @@
 //   scales       uint8 (e8m0) or float16 [N, groups]
 //   zero points  uint8 [N, ceil(groups * bits / 8)]   asymmetric integers only, packed as codes
 //
-// Rows begin at a byte, and nothing is aligned to more than that.
+// Rows begin at a byte, and nothing is aligned to more than that. What is left of a row's last byte
+// is zero.
 #pragma once
 
 #include "formats.h"

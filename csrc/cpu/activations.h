@@ -74,20 +74,20 @@ MB_INLINE bool e2m1_block(const float* x, const Format format, int dtype, int32_
   return is_exact(byte, dtype);
 }
 
-// Integers and scale of 32 values; false when they are not finite, or too small for a scale.
+// Integers and scale of 32 values; false, and zeros, when they are not finite, or too small for a
+// scale.
 MB_INLINE bool integer_block(const float* x, Integers kind, const Format format, int dtype,
                              int32_t* out, float* scale) {
   if (kind == kE2M1Codes) return e2m1_block(x, format, dtype, out, scale);
   const int32_t top = largest_magnitude(x, kBlock);
-  if (top == 0) {
-    memset(out, 0, kBlock * sizeof(int32_t));
-    *scale = 0.0f;
-    return true;
-  }
   // The exponent of the power of two above which the largest value lies, or just below it where
   // it is nearly the next power: what then exceeds the bytes' range.
   const int exponent = (top >> 23) + ((top & 0x7fffff) >= 0x7e0000);
-  if (exponent < 64 || exponent >= 254) return false;
+  if (exponent < 64 || exponent >= 254) {
+    memset(out, 0, kBlock * sizeof(int32_t));
+    *scale = 0.0f;
+    return top == 0;
+  }
   if (kind == kInt8Values) {
     const float largest = bit_cast<float>(top);
     *scale = largest / 127.0f;

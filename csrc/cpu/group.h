@@ -108,7 +108,7 @@ MB_INLINE void put(char* p, vi v) {
 // its lower 16 bits are 0, which holds for those of bfloat16 tensors and of our scales.
 MB_INLINE vi round_to_upper_half(vf x) {
   const vi bits = bit_cast<vi>(x);
-  return bits + 0x7fff + ((bits >> 16) & 1);
+  return wrapping_add(bits, 0x7fff + ((bits >> 16) & 1));
 }
 
 // EXACT says that the values are bfloat16 numbers already.

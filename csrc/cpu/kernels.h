@@ -60,7 +60,7 @@ struct MatmulTarget {
 struct MatmulArgs {
   const void* x;  // [tokens, columns] of dtype
   const MatmulTarget* targets;
-  int64_t tokens, columns;
+  int64_t tokens, columns;  // columns > 0
   int dtype, target_count;
   bool int8_activations;  // round what has no format to 8-bit integers: faster, not exact
 };

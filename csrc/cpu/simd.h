@@ -34,6 +34,7 @@ constexpr int kLanes = 4;
 
 typedef float vf __attribute__((vector_size(kLanes * 4)));
 typedef int32_t vi __attribute__((vector_size(kLanes * 4)));
+typedef uint32_t vu __attribute__((vector_size(kLanes * 4)));
 typedef uint16_t vh __attribute__((vector_size(kLanes * 2)));
 typedef uint8_t vb __attribute__((vector_size(kLanes)));
 // Doubles come in halves of a float vector.
@@ -44,6 +45,9 @@ typedef double vd __attribute__((vector_size(kLanes * 4)));
 
 MB_INLINE vf splat(float x) { return x - (vf){}; }
 MB_INLINE vi splat_i(int32_t x) { return x - (vi){}; }
+
+// Modulo 2^32: for the bits of floats, where those of a NaN may go beyond int32.
+MB_INLINE vi wrapping_add(vi a, vi b) { return vi(vu(a) + vu(b)); }
 
 template <class V>
 MB_INLINE V load_raw(const void* p) {
@@ -222,7 +226,7 @@ MB_INLINE vf to_float(vh h, int dtype) {
 MB_INLINE vh from_float(vf x, int dtype) {
   if (dtype == kBFloat16) {
     const vi bits = bit_cast<vi>(x);
-    const vi rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    const vi rounded = wrapping_add(bits, 0x7fff + ((bits >> 16) & 1)) >> 16;
     const vi nan = splat_i(0x7fc0);
     return narrow_to_halves(((bits & 0x7fffffff) > 0x7f800000 ? nan : rounded) & 0xffff);
   }

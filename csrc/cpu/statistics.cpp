@@ -219,7 +219,8 @@ MB_INLINE vf round_magnitude(vi bits) {
   constexpr Minifloat element = minifloat(ELEMENT);
   const vi lowest = splat_i((127 + element.min_exponent) << 23), top = splat_i(element.max_value);
   const vi exponent = max_of<vi>(bits & 0x7f800000, lowest);
-  const vf magic = bit_cast<vf>(vi(exponent + ((23 - element.mantissa_bits) << 23)));
+  const vf magic =
+      bit_cast<vf>(wrapping_add(exponent, splat_i((23 - element.mantissa_bits) << 23)));
   const vi rounded = bit_cast<vi>(vf((bit_cast<vf>(bits) + magic) - magic));
   return bit_cast<vf>(vi(rounded < top ? rounded : top));
 }

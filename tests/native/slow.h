@@ -1,0 +1,189 @@
+// The slow twins: every operation once more, one number at a time, in double, after the comments
+// of csrc/formats.h.
+#pragma once
+
+#include <float.h>
+
+#include <algorithm>
+
+#include "support.h"
+
+namespace mixbits {
+namespace test {
+
+// --- minifloats ---------------------------------------------------------------------------------
+
+inline double decode_minifloat(int code, int element) {
+  return double(minifloat_decode<float, int32_t>(code, minifloat(element)));
+}
+
+inline double largest_of(int element) {
+  return double(bit_cast<float>(minifloat(element).max_value));
+}
+
+// The values of all magnitudes of an element, in order; those beyond the largest are no numbers.
+inline const std::vector<double>& grid(int element) {
+  static const std::vector<std::vector<double>> grids = [] {
+    std::vector<std::vector<double>> all(3);
+    for (int e = kE2M1; e <= kE5M2; ++e) {
+      for (int code = 0; code < 1 << (element_bits(e) - 1); ++code) {
+        if (decode_minifloat(code, e) <= largest_of(e)) all[e].push_back(decode_minifloat(code, e));
+      }
+    }
+    return all;
+  }();
+  return grids[element];
+}
+
+// The code whose value is nearest to y, which is not NaN: a search through all magnitudes. In a
+// tie the even code wins; beyond the largest, the largest.
+inline int nearest_code(double y, int element) {
+  const std::vector<double>& values = grid(element);
+  int best = 0;
+  double least = fabs(y);
+  for (int code = 1; code < int(values.size()); ++code) {
+    const double error = fabs(fabs(y) - values[code]);
+    if (error < least || (error == least && code % 2 == 0)) {
+      best = code;
+      least = error;
+    }
+  }
+  return signbit(y) ? best | 1 << (element_bits(element) - 1) : best;
+}
+
+// The e8m0 byte of a block whose largest magnitude is `largest`.
+inline int slow_mx_scale(double largest, int element, int scale_mode) {
+  if (!(largest <= FLT_MAX)) return kNanScale;
+  int exponent = 0;
+  const double mantissa = 2 * frexp(largest, &exponent);  // from 1 to 2
+  int shared = exponent - 1 - minifloat(element).max_exponent;
+  // As the exponent of the largest value is max_exponent, both are to be compared as mantissas.
+  const double top = ldexp(largest_of(element), -minifloat(element).max_exponent);
+  if (scale_mode == kRceil) shared += mantissa > top;
+  if (scale_mode == kEven) shared += mantissa >= 1.75;
+  return largest == 0 || shared < -127 ? 0 : shared + 127;
+}
+
+inline double scale_value(int byte) { return byte == kNanScale ? NAN : ldexp(1.0, byte - 127); }
+
+// --- groups -------------------------------------------------------------------------------------
+
+struct SlowGroup {
+  int stored_scale = 0, zero_point = 0;
+  std::vector<int> codes;
+};
+
+inline SlowGroup slow_mx_group(const float* x, int64_t count, const Format& format) {
+  SlowGroup group;
+  double largest = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const double magnitude = fabs(double(x[i]));
+    if (!(magnitude <= largest)) largest = magnitude;
+    if (largest != largest) break;
+  }
+  group.stored_scale = slow_mx_scale(largest, format.element, format.scale_mode);
+  const bool finite = group.stored_scale != kNanScale;
+  const double scale = scale_value(group.stored_scale);
+  for (int64_t i = 0; i < count; ++i) {
+    group.codes.push_back(finite ? nearest_code(double(x[i]) / scale, format.element) : 0);
+  }
+  return group;
+}
+
+// Scale and zero point come from formats.h; vector code has its own (csrc/cpu/group.h).
+inline SlowGroup slow_int_group(const float* x, int64_t count, const Format& format) {
+  const int bits = element_bits(format.element);
+  float low = 0, high = 0;
+  bool finite = true;
+  for (int64_t i = 0; i < count; ++i) {
+    low = x[i] < low ? x[i] : low;
+    high = x[i] > high ? x[i] : high;
+    finite = finite && isfinite(x[i]);
+  }
+  const IntGroup g = int_group(low, high, finite, bits, format.symmetric);
+  SlowGroup group;
+  group.stored_scale = g.scale_half;
+  group.zero_point = int(g.offset);
+  for (int64_t i = 0; i < count; ++i) {
+    const int code = g.finite ? int(int_round<float>(x[i], g.scale, g.offset, bits)) : 0;
+    group.codes.push_back(code);
+  }
+  return group;
+}
+
+inline SlowGroup slow_group(const float* x, int64_t count, const Format& format) {
+  return is_mx(format.element) ? slow_mx_group(x, count, format) : slow_int_group(x, count, format);
+}
+
+// --- packed weights -----------------------------------------------------------------------------
+
+// The value of a code; `scale` is as it is stored.
+inline double code_value(int code, int scale, int zero_point, int element) {
+  if (is_mx(element)) return decode_minifloat(code, element) * scale_value(scale);
+  return double(code - zero_point) * double(half_to_float(uint16_t(scale)));
+}
+
+inline void put_code(uint8_t* row, int64_t k, int bits, int code) {
+  row[k * bits / 8] = uint8_t(row[k * bits / 8] | code << (k * bits % 8));
+}
+
+inline double weight_value(const Weight& w, int64_t n, int64_t k) {
+  const Format format = decode_format(w.format);
+  const int bits = element_bits(format.element);
+  const int64_t g = k / format.group_size;
+  uint16_t scale = 0;
+  memcpy(&scale, w.scale_at(n, g), scale_bytes(format.element));
+  int zero_point = 1 << (bits - 1);
+  if (has_zero_points(w.format)) {
+    zero_point = unpack_code(w.zero_points.data() + n * packed_bytes(w.groups(), bits), g, bits);
+  }
+  const uint8_t* row = w.codes.data() + n * packed_bytes(w.columns, bits);
+  return code_value(unpack_code(row, k, bits), scale, zero_point, format.element);
+}
+
+inline Weight slow_pack(const std::vector<float>& x, int64_t rows, int64_t columns, int code) {
+  const Format format = decode_format(code);
+  const int bits = element_bits(format.element);
+  Weight w(code, rows, columns, 0);
+  w.codes.fill(0);
+  w.zero_points.fill(0);
+  for (int64_t n = 0; n < rows; ++n) {
+    for (int64_t g = 0; g < w.groups(); ++g) {
+      const int64_t first = g * format.group_size;
+      const int64_t count = std::min<int64_t>(format.group_size, columns - first);
+      const SlowGroup group = slow_group(x.data() + n * columns + first, count, format);
+      const uint16_t scale = uint16_t(group.stored_scale);
+      memcpy(w.scale_at(n, g), &scale, scale_bytes(format.element));
+      uint8_t* row = w.codes.data() + n * packed_bytes(columns, bits);
+      for (int64_t i = 0; i < count; ++i) put_code(row, first + i, bits, group.codes[i]);
+      if (!has_zero_points(code)) continue;
+      put_code(w.zero_points.data() + n * packed_bytes(w.groups(), bits), g, bits,
+               group.zero_point);
+    }
+  }
+  return w;
+}
+
+inline std::vector<double> weight_values(const Weight& w) {
+  std::vector<double> values(w.rows * w.columns);
+  for (int64_t n = 0; n < w.rows; ++n) {
+    for (int64_t k = 0; k < w.columns; ++k) values[n * w.columns + k] = weight_value(w, n, k);
+  }
+  return values;
+}
+
+// Rounded to float32, then to `dtype`.
+inline Bytes slow_dequantize(const Weight& w, int dtype) {
+  Bytes out(w.rows * w.columns * dtype_size(dtype));
+  const std::vector<double> values = weight_values(w);
+  for (size_t i = 0; i < values.size(); ++i) set(out, dtype, int64_t(i), float(values[i]));
+  return out;
+}
+
+inline Bytes slow_fake_quantize(const std::vector<float>& x, int64_t rows, int64_t columns,
+                                int dtype, int format) {
+  return slow_dequantize(slow_pack(x, rows, columns, format), dtype);
+}
+
+}  // namespace test
+}  // namespace mixbits

@@ -1,0 +1,196 @@
+"""The CPU kernels without Python: under sanitizers, and fuzzed.
+
+asan    csrc/cpu and tests/native under AddressSanitizer and UndefinedBehaviorSanitizer
+tsan    the same under ThreadSanitizer. It does not see libgomp's barriers, which would look like
+        races; tests/native/tsan_gomp.cpp is a small libgomp that it sees through
+
+MIXBITS_FUZZ_SECONDS fuzzes for longer than a few seconds. Every run has its own seed; on failure
+the input is shown, and tests/native/fuzz.cpp says how to run it again.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+NATIVE = ROOT / "tests" / "native"
+PROGRAMS = ["kernels_test", "fuzz", "races"]
+OWN = [*PROGRAMS, "tsan_gomp"]
+# What a bad pointer reads or writes is AddressSanitizer's to find: checking pointers, too, would
+# take half as long again to compile.
+SANITIZE = {
+    "asan": [
+        "-fsanitize=address,undefined",
+        "-fno-sanitize=null,object-size,pointer-overflow",
+        "-fno-sanitize-recover=all",
+    ],
+    "tsan": ["-fsanitize=thread"],
+}
+OPTIONS = {
+    "ASAN_OPTIONS": "detect_stack_use_after_return=1",
+    "UBSAN_OPTIONS": "print_stacktrace=1",
+    "TSAN_OPTIONS": "halt_on_error=1",
+    "OMP_WAIT_POLICY": "passive",  # threads that wait must not keep others from their core
+}
+
+
+def compiler() -> list[str]:
+    return shlex.split(os.environ.get("CXX", "c++"))
+
+
+def setup_module_of_the_project() -> ModuleType:
+    """setup.py, which has the compiler's flags, imported without building anything."""
+    setuptools = pytest.importorskip("setuptools", reason="setup.py needs setuptools")
+    spec = importlib.util.spec_from_file_location("mixbits_setup", ROOT / "setup.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(setuptools, "setup", lambda **arguments: None)
+        patch.setenv("MIXBITS_CUDA", "0")
+        spec.loader.exec_module(module)
+    return module
+
+
+def objects(sanitizer: str, folder: Path) -> dict[str, list[str]]:
+    """Name of every object file of a sanitizer's programs -> the command that makes it."""
+    setup = setup_module_of_the_project()
+    sources = [
+        (ROOT / path, name, flags.split())
+        for path, name, flags in setup.cpu_objects()
+        if path.startswith("csrc/cpu/")
+    ]
+    sources += [(NATIVE / f"{name}.cpp", name, []) for name in OWN]
+    # Lines are all that reports need of -g; the rest takes as long to compile as the code.
+    common = [flag for flag in setup.CXX_FLAGS.split() if flag != "-O3"]
+    common += ["-O1", "-g1", "-Wno-psabi", f"-I{ROOT / 'csrc'}", *SANITIZE[sanitizer]]
+    common += ["-DMB_X86"] if setup.IS_X86 else []
+    # The largest first, so that no core waits for them at the end.
+    sources.sort(key=lambda one: -one[0].stat().st_size)
+    return {
+        name: [*compiler(), *common, *flags, "-c", str(source), "-o", str(folder / f"{name}.o")]
+        for source, name, flags in sources
+    }
+
+
+def link_command(sanitizer: str, folder: Path, program: str, kernels: list[str]) -> list[str]:
+    parts = [program, *(kernels if program != "races" else [])]
+    parts += ["tsan_gomp"] if sanitizer == "tsan" else []
+    openmp = "-pthread" if sanitizer == "tsan" else "-fopenmp"
+    files = [str(folder / f"{name}.o") for name in parts]
+    return [*compiler(), *SANITIZE[sanitizer], *files, openmp, "-o", str(folder / program)]
+
+
+def build(sanitizer: str, folder: Path) -> None:
+    commands = objects(sanitizer, folder)
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        list(pool.map(compile_or_fail, commands.values()))
+    kernels = [name for name in commands if name not in OWN]
+    for program in PROGRAMS:
+        compile_or_fail(link_command(sanitizer, folder, program, kernels))
+
+
+def execute(command: list[str], folder: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        check=False,
+        cwd=folder,
+        env={**os.environ, **OPTIONS},
+    )
+
+
+def compile_or_fail(command: list[str]) -> None:
+    result = execute(command)
+    assert result.returncode == 0, f"{shlex.join(command)}\n{result.stdout[-4000:]}"
+
+
+def why_not(sanitizer: str, folder: Path) -> str | None:
+    """Why this machine cannot build and run a sanitizer's programs."""
+    if not sys.platform.startswith("linux"):
+        return "the native tests need Linux"
+    if shutil.which(compiler()[0]) is None:
+        return f"no C++ compiler: {compiler()[0]} is not on the PATH"
+    if "clang" in execute([*compiler(), "--version"]).stdout:
+        return "csrc/cpu needs g++: set CXX"
+    source, program = folder / "try.cpp", folder / "try"
+    source.write_text("int main() {}\n")
+    flags = [*SANITIZE[sanitizer], *([] if sanitizer == "tsan" else ["-fopenmp"])]
+    result = execute([*compiler(), *flags, str(source), "-o", str(program)])
+    if result.returncode == 0:
+        result = execute(command_line(program))
+    return f"no {sanitizer} here: {result.stdout[-300:]}" if result.returncode else None
+
+
+def command_line(program: Path, *arguments: object) -> list[str]:
+    """A call with addresses that are not random: ThreadSanitizer needs some of them."""
+    setarch = shutil.which("setarch")
+    works = setarch is not None and execute([setarch, "-R", "true"]).returncode == 0
+    return [*([setarch, "-R"] if setarch and works else []), str(program), *map(str, arguments)]
+
+
+@pytest.fixture(scope="session", params=["asan", "tsan"])
+def sanitized(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, Path]:
+    """A sanitizer and the folder of the programs built with it."""
+    folder = tmp_path_factory.mktemp(request.param)
+    reason = why_not(request.param, folder)
+    if reason is not None:
+        pytest.skip(reason)
+    build(request.param, folder)
+    return request.param, folder
+
+
+def run(folder: Path, program: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    return execute(command_line(folder / program, *arguments), folder)
+
+
+def test_kernels(sanitized: tuple[str, Path]) -> None:
+    sanitizer, folder = sanitized
+    # Races need work for several threads; comparing all numbers is the other sanitizer's part.
+    result = run(folder, "kernels_test", *(["--few"] if sanitizer == "tsan" else []))
+    assert result.returncode == 0, result.stdout[-6000:]
+
+
+def test_fuzz(sanitized: tuple[str, Path]) -> None:
+    _, folder = sanitized
+    seconds = float(os.environ.get("MIXBITS_FUZZ_SECONDS", "5"))
+    result = run(folder, "fuzz", seconds, int.from_bytes(os.urandom(4), "little"))
+    print(result.stdout[-200:])
+    if result.returncode != 0:
+        pytest.fail(f"{result.stdout[-6000:]}\ninput: {(folder / 'fuzz-input').read_bytes()!r}")
+
+
+def test_fuzz_keeps_the_input_that_fails(sanitized: tuple[str, Path]) -> None:
+    _, folder = sanitized
+    (folder / "fuzz-input").unlink(missing_ok=True)
+    assert run(folder, "fuzz", 0.1, 1).returncode == 0
+    assert not (folder / "fuzz-input").exists()
+    assert run(folder, "fuzz", "--fail").returncode != 0
+    kept = (folder / "fuzz-input").read_bytes()
+    assert kept
+    assert run(folder, "fuzz", "fuzz-input").returncode == 0  # nothing is wrong with it
+    assert (folder / "fuzz-input").read_bytes() == kept
+
+
+def test_races_are_seen(sanitized: tuple[str, Path]) -> None:
+    sanitizer, folder = sanitized
+    for kind in ("static", "dynamic", "scratch"):
+        correct = run(folder, "races", "correct", kind)
+        assert correct.returncode == 0, correct.stdout
+        if sanitizer == "tsan":  # the other does not look for them
+            racy = run(folder, "races", "racy", kind)
+            assert racy.returncode != 0 and "data race" in racy.stdout, racy.stdout
