@@ -8,10 +8,9 @@ Sections (--sections, all by default):
     rounding  fake quantization, packing, dequantization and statistics, share of bandwidth
 
 Weights are rotated: every contender has as many copies of its own as exceed four times the
-last-level cache. Contenders take turns and each waits for the cache to be swept before its call,
-so figures are those of weights in memory. Medians, with the 20th and 80th percentile. The
-yardsticks, reading and copying a large array with the same threads, are measured in the same
-turns. Peers that cannot run are named with the reason.
+last-level cache, so that every call finds its weight in memory. Contenders take turns, a few calls
+each. Medians, with the 20th and 80th percentile. The yardsticks, reading and copying a large array
+with the same threads, take their turns too. Peers that cannot run are named with the reason.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 // packed_matmul: out_i[m, n] = sum over k of x[m, k] * W_i[n, k], for some packed W_i at once.
 //
 // matmul.h has the idea. Here are the choice of a path, the preparation of tokens, and the
-// distribution of work: one parallel loop over items of some rows of one weight.
+// distribution of work: one parallel region over items of some rows of one weight.
 #include "matmul.h"
 
 #include <omp.h>
@@ -56,6 +56,11 @@ bool prepare_tokens(const Path& path, const Target& target, const Tokens& tokens
   return ok;
 }
 
+// Items that a thread begins with; another may take from them when it has none left.
+struct alignas(64) Share {
+  int64_t next, end;
+};
+
 struct Pass {
   Job jobs[kMaxTargets];
   Scratch* prepared[kMaxTargets] = {};  // one per job that has tokens of its own
@@ -102,20 +107,34 @@ struct Pass {
       items += jobs[i].items;
     }
     bytes = round_up(bytes, 64) + 64;  // a line between threads
-    const bool parallel = !serial && items > 1;
-    Scratch scratch((parallel ? omp_get_max_threads() : 1) * bytes);
-    if (!scratch.data) return false;
-#pragma omp parallel for schedule(dynamic) if (parallel)
-    for (int64_t item = 0; item < items; ++item) {
-      const Job* job = jobs;
-      int64_t at = item;
-      while (at >= job->items) at -= job++->items;
-      const int64_t first = at * job->item_rows;
-      const int64_t last = min64(first + job->item_rows, job->work.target->rows);
-      char* own = static_cast<char*>(scratch.data) + (parallel ? omp_get_thread_num() : 0) * bytes;
-      job->path->multiply(job->work, first, last, own);
+    const int threads = serial || items == 1 ? 1 : omp_get_max_threads();
+    Scratch scratch(threads * bytes), memory(threads * sizeof(Share));
+    if (!scratch.data || !memory.data) return false;
+    Share* shares = static_cast<Share*>(memory.data);
+    for (int t = 0; t < threads; ++t) shares[t] = {items * t / threads, items * (t + 1) / threads};
+#pragma omp parallel if (threads > 1)
+    {
+      const int me = omp_get_thread_num();
+      char* own = static_cast<char*>(scratch.data) + me * bytes;
+      // Its own share first: neighbouring rows, that the prefetcher has reached. Then the others'.
+      for (int i = 0; i < threads; ++i) {
+        Share& share = shares[(me + i) % threads];
+        for (;;) {
+          const int64_t item = __atomic_fetch_add(&share.next, 1, __ATOMIC_RELAXED);
+          if (item >= share.end) break;
+          multiply_item(item, own);
+        }
+      }
     }
     return true;
+  }
+
+  void multiply_item(int64_t item, char* scratch) const {
+    const Job* job = jobs;
+    while (item >= job->items) item -= job++->items;
+    const int64_t first = item * job->item_rows;
+    const int64_t last = min64(first + job->item_rows, job->work.target->rows);
+    job->path->multiply(job->work, first, last, scratch);
   }
 };
 

@@ -73,12 +73,24 @@ MB_INLINE int64_t padded_columns(int64_t columns) { return round_up(columns, kRu
 // zeros up to a whole run.
 void float_token(const Target& target, const Tokens& tokens, int64_t m, float* out);
 
+// Whether one of kLanes e8m0 bytes is 2^-127 or NaN, whose floats are no mere exponents.
+MB_INLINE bool has_special_scale(vb bytes) {
+#if defined(__AVX512F__)
+  const __m128i next = _mm_add_epi8((__m128i)bytes, _mm_set1_epi8(1));
+  return _mm_cmplt_epu8_mask(next, _mm_set1_epi8(2)) != 0;
+#else
+  (void)bytes;
+  return true;
+#endif
+}
+
 template <int ELEMENT>
 MB_INLINE vf scale_vector(const uint8_t* bytes) {
   if (!is_mx(ELEMENT)) return to_float(load_raw<vh>(bytes), kFloat16);
-  const vi byte = widen_bytes(load_raw<vb>(bytes));
+  const vb packed = load_raw<vb>(bytes);
+  const vi byte = widen_bytes(packed), bits = byte << 23;
+  if (!has_special_scale(packed)) return bit_cast<vf>(bits);
   const vi nan = byte == kNanScale, subnormal = splat_i(0x00400000);  // 2^-127
-  const vi bits = byte << 23;
   return bit_cast<vf>(vi((bits > subnormal ? bits : subnormal) | (nan & subnormal)));
 }
 
@@ -102,14 +114,10 @@ static inline void decode_offsets(const PackedRow& row, int64_t groups, int bits
   }
 }
 
-// Rows of an item for few tokens: enough of them for the prefetcher, which runs ahead of the rows
-// in work, and at least some items per thread to even out their speeds.
+// Rows of an item for few tokens: some 64 KB, so that threads of unequal speed end together.
 static inline int64_t dot_item_rows(const Target& target, const Tokens& tokens) {
-  constexpr int64_t small = 64 * 1024, large = 1024 * 1024;
   const int64_t row = packed_bytes(tokens.columns, element_bits(target.element()));
-  int64_t bytes = row * target.rows / 16;
-  bytes = bytes < small ? small : min64(bytes, large);
-  return round_up(bytes / row + 1, 4);
+  return round_up(64 * 1024 / row + 1, 4);
 }
 
 static inline int log2_of(int64_t power_of_two) { return __builtin_ctzll(power_of_two); }
