@@ -62,7 +62,8 @@ def copy_bandwidth() -> Yardstick:
     return Yardstick("copy", 2 * data.nbytes, lambda: target.copy_(data))
 
 
-_BURST = 4  # counted calls of a turn
+_BURST = 5  # counted calls of a turn
+_WARM = 0.05  # seconds of calls before them
 _ENOUGH = 3.0  # seconds, after which a slow contender sits the rest out
 
 
@@ -72,19 +73,22 @@ def interleave(
     """Seconds of every counted call; `rounds` of them at most for each contender.
 
     Contenders take turns, so that what disturbs one disturbs all. A turn is a burst of calls, as
-    in real use, of which the first is not counted: it meets what the contender before has left,
-    threads asleep on one core and pages to be given back. Each call gets its own number.
+    in real use, whose beginning is not counted: threads that wake up share a core until the
+    scheduler has spread them, and a core that slept does not reach memory at full speed at once.
+    Each call gets its own number.
     """
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for turn in range(-(-rounds // _BURST)):
+    numbers = dict.fromkeys(contenders, 0)
+    for _ in range(-(-rounds // _BURST)):
         for name, run in contenders.items():
-            for call in range(_BURST + 1):
-                if sum(seconds[name]) > _ENOUGH:
-                    break
+            warm, counted = time.perf_counter() + _WARM, 0
+            while counted < _BURST and sum(seconds[name]) < _ENOUGH:
                 start = time.perf_counter()
-                run(turn * (_BURST + 1) + call)
-                if call:
+                run(numbers[name])
+                numbers[name] += 1
+                if start >= warm:
                     seconds[name].append(time.perf_counter() - start)
+                    counted += 1
     return seconds
 
 
