@@ -38,6 +38,7 @@ constexpr int kRowVectors = kPanelRows / 16;
 
 struct Int8 {
   static constexpr int kWidth = 1;  // bytes of an element
+  static constexpr bool kScaledTokens = true;
   using Sum = __m512i;
   static Sum start(const int32_t* p) { return _mm512_set1_epi32(*p); }
   static Sum dot(Sum sum, __m512i w, __m512i x) { return _mm512_dpbusd_epi32(sum, w, x); }
@@ -45,6 +46,7 @@ struct Int8 {
 
 struct Int16 {
   static constexpr int kWidth = 2;
+  static constexpr bool kScaledTokens = true;
   using Sum = __m512i;
   static Sum start(const int32_t*) { return _mm512_setzero_si512(); }
   static Sum dot(Sum sum, __m512i w, __m512i x) { return _mm512_dpwssd_epi32(sum, w, x); }
@@ -58,6 +60,7 @@ MB_INLINE __m512 add_scaled(__m512i sum, __m512 row_scale, float token_scale, __
 #if defined(MB_BFLOAT16)
 struct Bf16 {
   static constexpr int kWidth = 2;
+  static constexpr bool kScaledTokens = false;
   using Sum = __m512;
   static Sum start(const int32_t*) { return _mm512_setzero_ps(); }
   static Sum dot(Sum sum, __m512i w, __m512i x) { return dot_bfloat16(sum, w, x); }
@@ -412,10 +415,13 @@ void multiply_tile(const Work& work, int64_t m, const Panel& panel, int64_t firs
     for (int v = 0; v < kRowVectors; ++v)
       total[i][v] = _mm512_loadu_ps(totals + i * kPanelRows + v * 16);
   }
+  // bfloat16 tokens have no scale, so a sum may go on to the end of a group.
+  const int group = A::kScaledTokens ? 1 : work.target->weight.format.group_size / kBlock;
   const __m512i* w = panel.dwords;
+  typename A::Sum sum[M][kRowVectors];
+  bool begin = true;
   for (int64_t b = first; b < first + blocks; ++b) {
-    typename A::Sum sum[M][kRowVectors];
-    for (int i = 0; i < M; ++i) {
+    for (int i = 0; begin && i < M; ++i) {
       for (int v = 0; v < kRowVectors; ++v) sum[i][v] = A::start(x[i] + starts_at + b);
     }
     for (int d = 0; d < dwords; ++d, w += kRowVectors) {
@@ -424,6 +430,8 @@ void multiply_tile(const Work& work, int64_t m, const Panel& panel, int64_t firs
         for (int v = 0; v < kRowVectors; ++v) sum[i][v] = A::dot(sum[i][v], w[v], token);
       }
     }
+    begin = (b + 1) % group == 0 || b + 1 == first + blocks;
+    if (!begin) continue;
     for (int v = 0; v < kRowVectors; ++v) {
       const __m512 scale = _mm512_loadu_ps(panel.scales + b * kPanelRows + v * 16);
       for (int i = 0; i < M; ++i) {
