@@ -2,7 +2,8 @@
 
 A Llama of about 1B parameters (the shape of Llama-3.2-1B) with random weights, run by
 transformers: in bfloat16, in float32, and packed in mixed precision, the output head included.
-llama.cpp runs the same shape in MXFP4, in a process of its own, where it is installed.
+llama.cpp runs the same shape in MXFP4, in a process of its own and with threads that spin, as its
+users run it, where it is installed.
 
 A prompt of 512 tokens is followed by 128 greedy steps. Contenders take turns, round by round;
 figures are medians over all steps of all rounds, with the 20th and 80th percentile. For the packed
@@ -189,12 +190,15 @@ def packed_model(
 
 def llama_cpp_row(config: LlamaConfig, args: argparse.Namespace) -> dict[str, Any] | None:
     """llama.cpp's figures, or None and the reason printed."""
+    if os.environ["OMP_WAIT_POLICY"].lower() == "active":
+        print("skipped: llama.cpp (the threads of this process would spin beside it)")
+        return None
     try:
         found = llama_cpp.measure(config, "MXFP4", args.threads, args.prefill, args.decode)
     except Exception as error:
         print(f"skipped: llama.cpp ({first_line(error)})")
         return None
-    row = describe(
+    return describe(
         "llama.cpp MXFP4",
         found["prefill_seconds"],
         found["decode_seconds"],
@@ -202,7 +206,6 @@ def llama_cpp_row(config: LlamaConfig, args: argparse.Namespace) -> dict[str, An
         args,
         found["weight_bytes"],
     )
-    return row
 
 
 def add_ratios(rows: list[dict[str, Any]]) -> None:
