@@ -6,9 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+# Simulated layers and the two-step multiplication are far below, and would hide the others.
+_LEFT_OUT = ("dequantize", "auto_round")
+
 
 def plot(rows: Sequence[dict[str, Any]], path: Path, title: str) -> None:
-    """Rows of the matmul sections -> a PNG. Says so, and does nothing, without matplotlib."""
+    """Rows of the matmul sections -> a PNG; a line joins what one contender did at several M.
+
+    Says so, and does nothing, without matplotlib.
+    """
     try:
         import matplotlib
     except ImportError:
@@ -17,25 +23,29 @@ def plot(rows: Sequence[dict[str, Any]], path: Path, title: str) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(9, 6), layout="constrained")
-    families = sorted({row["contender"] for row in rows})
-    for number, name in enumerate(families):
-        points = [row for row in rows if row["contender"] == name]
-        ours = name.startswith("mixbits")
-        axes.plot(
-            [row["gflop_per_s"] / row["gb_per_s"] for row in points],
-            [row["gflop_per_s"] for row in points],
-            linestyle="none",
-            marker="o" if ours else "x",
-            markersize=6,
-            color=pyplot.get_cmap("tab20")(number % 20),
-            label=name,
-        )
+    rows = [row for row in rows if not row["contender"].startswith(_LEFT_OUT)]
+    figure, axes = pyplot.subplots(figsize=(11, 6), layout="constrained")
+    contenders = sorted({row["contender"] for row in rows})
+    colors = {
+        "own": iter(pyplot.get_cmap("tab20").colors),
+        "peer": iter(pyplot.get_cmap("Dark2").colors * 3),
+    }
+    for name in contenders:
+        best: dict[float, float] = {}  # of all shapes, at each intensity
+        for row in rows:
+            if row["contender"] == name:
+                at = round(row["gflop_per_s"] / row["gb_per_s"], 1)
+                best[at] = max(best.get(at, 0.0), row["gflop_per_s"])
+        own = name.startswith("mixbits")
+        style = {"marker": "o", "linestyle": "-"} if own else {"marker": "x", "linestyle": ":"}
+        color = next(colors["own" if own else "peer"])
+        axes.plot(*zip(*sorted(best.items()), strict=True), label=name, color=color, **style)
     slope = sorted(row["read_gb_per_s"] for row in rows)[len(rows) // 2]
     top = max(row["gflop_per_s"] for row in rows)
-    axes.plot([1, top / slope, 1000], [slope, top, top], color="0.6", zorder=0)
-    axes.annotate(f"{slope:.0f} GB/s", (1.1, 1.2 * slope), color="0.4")
+    axes.plot([0.4, top / slope, 4000], [0.4 * slope, top, top], color="0.7", zorder=0)
+    axes.annotate(f"reading, {slope:.0f} GB/s", (0.45, 0.6 * slope), color="0.4", rotation=40)
     axes.set(xscale="log", yscale="log", xlabel="operations per byte of weights", ylabel="GFLOP/s")
-    axes.set_title(title, fontsize=7)
-    axes.legend(fontsize=6, ncols=2)
-    figure.savefig(path, dpi=150)
+    axes.set_title(title, fontsize=8)
+    figure.legend(loc="outside right upper", fontsize=7)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
