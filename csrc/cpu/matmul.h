@@ -114,6 +114,16 @@ static inline void decode_offsets(const PackedRow& row, int64_t groups, int bits
   }
 }
 
+// The dot paths read this many rows side by side, and prefetch what lies so far ahead of them.
+constexpr int kMaxRows = 4;
+constexpr int kAhead = 32 * 1024;
+
+// Room for a row's scales, read a vector at a time from any group on.
+static inline int64_t padded_groups(const Target& target) {
+  const int64_t groups = group_count(target.weight.columns, target.weight.format.group_size);
+  return round_up(groups, kLanes) + kLanes;
+}
+
 // Rows of an item for few tokens: some 64 KB, so that threads of unequal speed end together.
 static inline int64_t dot_item_rows(const Target& target, const Tokens& tokens) {
   const int64_t row = packed_bytes(tokens.columns, element_bits(target.element()));

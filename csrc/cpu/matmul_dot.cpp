@@ -29,7 +29,6 @@ const Path* integer_dot_path(const Target&, const Tokens&, bool) { return nullpt
 namespace {
 
 constexpr int kVector = kLanes * 4;  // bytes
-constexpr int kAhead = 32 * 1024;    // how far ahead of the rows in work others are prefetched
 
 template <int BITS, int PIECES>
 struct Step {
@@ -235,12 +234,6 @@ static void multiply_rows(const Work& work, Rows rows, const uint8_t* tail, floa
   }
 }
 
-// Floats that the scales of a row take in scratch memory.
-static int64_t padded_groups(const Target& target) {
-  return round_up(group_count(target.weight.columns, target.weight.format.group_size), kLanes) +
-         kLanes;
-}
-
 // R rows from row n on.
 template <int ELEMENT, int PIECES, int M, int R>
 static void multiply_some(const Work& work, int64_t n, char* scratch) {
@@ -283,8 +276,6 @@ static void multiply_item(const Work& work, int64_t first_row, int64_t last_row,
   for (; n + R <= last_row; n += R) multiply_some<ELEMENT, PIECES, M, R>(work, n, scratch);
   for (; n < last_row; ++n) multiply_some<ELEMENT, PIECES, M, 1>(work, n, scratch);
 }
-
-constexpr int kMaxRows = 4;
 
 template <int ELEMENT, int PIECES>
 void multiply(const Work& work, int64_t first_row, int64_t last_row, char* scratch) {

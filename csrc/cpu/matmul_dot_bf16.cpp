@@ -22,8 +22,6 @@ const Path* bfloat16_dot_path(const Target&, const Tokens&) { return nullptr; }
 namespace {
 
 constexpr int kStep = 64;
-constexpr int kAhead = 32 * 1024;
-constexpr int kMaxRows = 4;
 
 int64_t token_bytes(const Target&, int64_t columns) { return round_up(columns, kStep) * 2; }
 
@@ -65,15 +63,11 @@ MB_INLINE void add_step(const uint8_t* codes, int64_t code_stride, const float* 
   }
 }
 
-int64_t padded_groups(int64_t columns) {
-  return round_up(group_count(columns, kBlock), kLanes) + kLanes;
-}
-
 // R rows from row n on.
 template <int ELEMENT, int M, int R>
 void multiply_some(const Work& work, const ByteTables& tables, int64_t n, float* scales) {
   const Target& target = *work.target;
-  const int64_t columns = target.weight.columns, width = padded_groups(columns);
+  const int64_t columns = target.weight.columns, width = padded_groups(target);
   const int64_t whole = columns / kStep;
   alignas(64) uint8_t tail[R][kStep] = {};
   for (int r = 0; r < R; ++r) {
@@ -106,7 +100,7 @@ template <int ELEMENT, int M, int R>
 void multiply_item(const Work& work, int64_t first_row, int64_t last_row, char* scratch) {
   static const ByteTables tables = byte_tables<ELEMENT>();
   float* scales = reinterpret_cast<float*>(scratch);
-  memset(scales, 0, R * padded_groups(work.tokens->columns) * sizeof(float));
+  memset(scales, 0, R * padded_groups(*work.target) * sizeof(float));
   int64_t n = first_row;
   for (; n + R <= last_row; n += R) multiply_some<ELEMENT, M, R>(work, tables, n, scales);
   for (; n < last_row; ++n) multiply_some<ELEMENT, M, 1>(work, tables, n, scales);
@@ -124,8 +118,8 @@ void multiply(const Work& work, int64_t first_row, int64_t last_row, char* scrat
   }
 }
 
-int64_t scratch_bytes(const Target&, const Tokens& tokens) {
-  return kMaxRows * padded_groups(tokens.columns) * int64_t(sizeof(float));
+int64_t scratch_bytes(const Target& target, const Tokens&) {
+  return kMaxRows * padded_groups(target) * int64_t(sizeof(float));
 }
 
 template <int ELEMENT>
