@@ -3,8 +3,7 @@
 transformers hands a grouped-query step to torch as 32 heads of one query; torch's CPU kernel then
 reads keys and values once per query head. The heads of a group are as well several queries of one
 key head: with one new token and no mask nothing else tells them apart, and the result is the same
-attention. (Measured for 32 heads on 8, 550 tokens of context, bfloat16: 1072 against 179
-microseconds a layer.)
+attention, for which keys and values are read once.
 """
 
 from __future__ import annotations
