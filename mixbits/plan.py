@@ -99,7 +99,7 @@ def slab_width(schemes: Sequence[Scheme]) -> int:
     return max([MX_GROUP, *(s.weight.group_size for s in schemes if s.weight is not None)])
 
 
-def _ranges(numbers: Sequence[int]) -> str:
+def format_ranges(numbers: Sequence[int]) -> str:
     """Ascending numbers as "0-2,5"."""
     runs: list[list[int]] = []
     for n in numbers:
@@ -110,8 +110,8 @@ def _ranges(numbers: Sequence[int]) -> str:
     return ",".join("-".join(map(str, run)) for run in runs)
 
 
-def _numbers(ranges: str) -> list[int]:
-    """The inverse of `_ranges`, in ascending order."""
+def parse_ranges(ranges: str) -> list[int]:
+    """The inverse of `format_ranges`, in ascending order."""
     found: list[int] = []
     for run in ranges.split(",") if ranges else []:
         first, _, last = run.partition("-")
@@ -131,17 +131,17 @@ def mixed_recipe(
     Raises UsageError unless every slab is there once.
     """
     count = -(-columns // width)
-    if sorted(n for _, numbers in slabs for n in numbers) != list(range(count)):
+    if sorted(n for _, mine in slabs for n in mine) != list(range(count)):
         raise UsageError(f"slabs must hold each of 0-{count - 1} once: got {dict(slabs)}")
-    taken = [(scheme, sorted(numbers)) for scheme, numbers in slabs if numbers]
+    taken = [(scheme, sorted(mine)) for scheme, mine in slabs if mine]
     # A short slab ends its row, or the blocks after it would begin amid a group.
     taken.sort(key=lambda part: part[1][-1] == count - 1)
     base = range(columns) if order is None else order
     segments, places = [], []
-    for scheme, numbers in taken:
-        mine = [c for n in numbers for c in base[n * width : (n + 1) * width]]
-        segments.append((scheme, len(mine)))
-        places += mine
+    for scheme, mine in taken:
+        columns_of = [c for n in mine for c in base[n * width : (n + 1) * width]]
+        segments.append((scheme, len(columns_of)))
+        places += columns_of
     natural = places == list(range(columns))
     if natural and not rotated and len(segments) == 1:
         return segments[0][0]
@@ -171,9 +171,8 @@ class Plan:
             columns, rotated = self.columns[name], name in unit.get("rotated", [])
             if "slabs" in unit:
                 width = self.data["slab_columns"]
-                slabs = [
-                    (parse_scheme(s, *modes), _numbers(text)) for s, text in unit["slabs"].items()
-                ]
+                entries = unit["slabs"].items()
+                slabs = [(parse_scheme(s, *modes), parse_ranges(text)) for s, text in entries]
                 order = unit.get("order")
                 recipes[name] = mixed_recipe(slabs, width, columns, order, rotated)
             else:
@@ -253,7 +252,7 @@ class _Choice:
         first = self.unit.linears[0].name
         if self.slabs:
             entry["slabs"] = {
-                scheme.name: _ranges([i for i, c in enumerate(chosen) if c == number])
+                scheme.name: format_ranges([i for i, c in enumerate(chosen) if c == number])
                 for number, scheme in reversed(list(enumerate(self.options)))
                 if number in chosen
             }

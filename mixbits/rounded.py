@@ -22,7 +22,7 @@ from tqdm import tqdm
 from .arrange import Arrangement, arrangement_of
 from .fake import fake_input
 from .formats import Assignment, Recipe, UsageError
-from .linear import check_packed, pack_recipe, packed_values
+from .linear import check_finite, check_packed, pack_recipe, packed_values
 from .model import LinearInfo, output_head, weight_of
 from .pack import Packed, Rounded, pack
 from .rounding import METHODS, gptq, retarget, search
@@ -135,6 +135,8 @@ def round_model(
     if method not in METHODS:
         raise UsageError(f"--rounding must be one of {', '.join(METHODS)}: got {method!r}")
     chosen = [i for i in linears if i.name in recipes and recipes[i.name].packed]
+    for info in chosen:
+        check_finite(info.name, weight_of(model.model, info))
     rounded: dict[str, list[Packed]] = {}
     if method == "gptq":
         if ids is None or not len(ids):

@@ -1,8 +1,8 @@
 """Choose codes better than rounding each weight to the nearest does, within the same formats.
 
 search  Every group takes, of a few scales, that of least squared error. With an MX block these
-        are the power of two of the format's rule and the next larger one; with integers the
-        group's range and fractions of it.
+        are the power of two of the OCP rule and the next larger one; with integers the group's
+        range and fractions of it.
 
 gptq    Columns are rounded one after the other, and each one's error is made up for by the
         columns still to come, as well as the inputs' second moments allow (GPTQ, Frantar et al.,
@@ -16,6 +16,7 @@ Everything here is exact torch in float32 and float64, on any device, one linear
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -38,14 +39,13 @@ _SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
 
 
 def _candidates(x: Tensor, fmt: Format) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Scales and zero points [N, groups] worth trying for x [N, K], the usual ones first."""
-    scale, zero_point = scales(x, fmt)
-    yield scale, zero_point
+    """Scales and zero points [N, groups] worth trying for x [N, K]."""
     if fmt.is_mx:
-        # Half the scale is never the best; 255 means NaN, which stays.
-        yield torch.where(scale < 254, scale + 1, scale), None
+        scale, _ = scales(x, replace(fmt, scale_mode="floor"))
+        yield scale, None  # less would cut off more than it refines
+        yield torch.where(scale < 254, scale + 1, scale), None  # 255 means NaN, which stays
         return
-    for share in _SHARES[1:]:
+    for share in _SHARES:
         yield scales(x * share, fmt)
 
 
@@ -55,7 +55,7 @@ def search_scales(
     """Per group of x [N, K], the scale (and zero point) [N, groups] of least squared error.
 
     column_weight [K]: how much an error in each column counts, such as E[x_k^2]; all alike
-    without it. Of equals, the usual scale.
+    without it. Of equals, the smallest power of two, or the whole range.
     """
     best_scale, best_zero = scales(x, fmt)
     best_error = torch.full(best_scale.shape, torch.inf, device=x.device)
