@@ -17,6 +17,7 @@ ROOT = PACKAGE.parent
 LAYERS = [
     {"quantize", "info"},
     {"report"},
+    {"report_html"},
     {"evaluate"},
     {"checkpoint"},
     {"transformers_quantizer"},
@@ -33,7 +34,9 @@ LAYERS = [
     {"reference"},
     {"model", "attention"},
     {"options"},
+    {"curve", "quality", "diagnostics"},
     {"allocate"},
+    {"knapsack"},
     {"demo"},
     {"formats"},
 ]
@@ -103,9 +106,10 @@ def test_only_backends_know_the_native_code(path: Path) -> None:
 
 
 def test_the_knapsack_and_the_formats_need_no_torch() -> None:
-    for name in ("allocate", "formats", "options"):
+    pure = "allocate", "knapsack", "diagnostics", "quality", "formats"
+    for name in (*pure, "curve", "options", "report_html"):
         assert not imports(PACKAGE / f"{name}.py") & {".torch", ".transformers"}
-    for name in ("allocate", "formats"):
+    for name in pure:
         calls = ast.walk(ast.parse((PACKAGE / f"{name}.py").read_text(encoding="utf-8")))
         assert not {n.id for n in calls if isinstance(n, ast.Name)} & {"open", "Path", "print"}
 
