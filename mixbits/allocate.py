@@ -4,8 +4,9 @@ Every unit (one linear, several that must agree, or a slab of their columns) tak
 its options; an option has a cost in bits and a predicted loss. We minimise the summed loss under
 a budget on the summed cost: `knapsack` says how.
 
-The result is optimal up to a relative `TOLERANCE` on the loss, and comes with its gap to the
-lower bound of the linear relaxation. Pure: no torch, no files, the same answer on every run.
+The result is optimal up to a relative 1e-9 of the loss, or says that this is not `proven`; either
+way it comes with its gap to the lower bound of the linear relaxation. Pure: no torch, no files,
+the same answer on every run.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ def as_items(items: Sequence[Item] | Items) -> Items:
 class Allocation:
     """`choice[i]` is the option taken for item i; `lower_bound` is that of the relaxation.
 
-    `proven`: no plan within the budget has less loss, up to TOLERANCE.
+    `proven`: no plan within the budget has less loss, up to a relative 1e-9.
     """
 
     choice: tuple[int, ...]

@@ -33,6 +33,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 TOLERANCE = 1e-9  # plans within this share of the loss are not told apart
+NEGLIGIBLE = 1e-6  # a gap, as a share of the loss, that is not worth following STATES for
 STATES = 1 << 16  # deviations that the dynamic program follows at once
 EFFORT = 1 << 22  # and in all: bounds time (a second) and memory (4 bytes each)
 
@@ -205,16 +206,19 @@ def optimum(relaxation: Relaxation, budget: int) -> tuple[Integers, Relaxed, boo
     scale = abs(relaxed.bound) + float(np.abs(items.losses).max(initial=0.0))
     gap = relaxed.price * (relaxed.budget - relaxed.cost) - TOLERANCE * scale
     core = _core(items, relaxed, gap)
-    taken, proven = _search(core, relaxed.budget - relaxed.cost, relaxed.price, gap)
+    enough = NEGLIGIBLE * abs(relaxed.bound)
+    taken, proven = _search(core, relaxed.budget - relaxed.cost, relaxed.price, gap, enough)
     choice = relaxed.choice.copy()
     choice[core.item[taken]] = core.option[taken]
     return choice, relaxed, proven
 
 
-def _search(core: _Core, left: int, price: float, gap: float) -> tuple[list[int], bool]:
+def _search(
+    core: _Core, left: int, price: float, gap: float, enough: float
+) -> tuple[list[int], bool]:
     """The alternatives whose regrets + price * (left - extras) are least, if below `gap`.
 
-    Also whether nothing less exists.
+    Also whether nothing less exists. With many states, what is below `enough` will do.
     """
     first = core.start[:-1]
     least = np.minimum.reduceat(core.regret, first) if len(first) else np.zeros(0)
@@ -228,6 +232,7 @@ def _search(core: _Core, left: int, price: float, gap: float) -> tuple[list[int]
         live = np.flatnonzero((regrets + least[j] < best) & (costs + can_free[j] <= left))
         most = STATES if effort < EFFORT else 0
         if len(live) > most:
+            most = most if best > enough else 0
             rank = live[np.argsort(regrets[live], kind="stable")]
             untried = min(untried, float(regrets[rank[most]] + least[j]))
             live = np.sort(rank[:most])
