@@ -122,7 +122,7 @@ def plot(
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     key = "avg_bits" if table and "avg_bits" in table[0] else "cost_bits"
     shown = [row for row in table if row["predicted_loss"] > 0]
@@ -134,9 +134,12 @@ def plot(
             where = mark[key], mark["predicted_loss"]
             axes.plot(*where, shape, color=color, markersize=9, label=mark["name"])
     axes.set(yscale="log", ylabel=loss_name)
+    axes.yaxis.set_minor_locator(ticker.LogLocator(subs=(2, 3, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
     axes.set_xlabel("bits per weight, everything counted" if key == "avg_bits" else "bits")
     axes.set_title(title, fontsize=9)
-    axes.grid(color="0.9")
+    axes.grid(color="0.9", which="both")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     figure.savefig(path, dpi=150)

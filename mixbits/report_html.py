@@ -251,8 +251,11 @@ def _curve(report: Data, plan: Data) -> str:
         "avg_bits": reached.get("avg_bits"),
         "predicted_loss": report.get("predicted_loss", plan.get("predicted_loss")),
     }
-    named = [chosen, *(report.get("baselines") or [])]
-    named = [m for m in named if _is_number(m["avg_bits"]) and _is_number(m["predicted_loss"])]
+    named = [
+        (kind, m)
+        for kind, m in enumerate([chosen, *(report.get("baselines") or [])])
+        if _is_number(m["avg_bits"]) and _is_number(m["predicted_loss"])
+    ]
     line = [
         (row["avg_bits"], row["predicted_loss"])
         for row in report.get("curve") or []
@@ -265,32 +268,36 @@ def _curve(report: Data, plan: Data) -> str:
             kind,
             f"{m['name']}: {m['avg_bits']:.4f} bits, predicted loss {m['predicted_loss']:.4g}",
         )
-        for kind, m in enumerate(named)
+        for kind, m in named
         if m["predicted_loss"] > 0
     ]
     if not line:
         return ""
-    base = named[0]["predicted_loss"] if named else 0.0
+    base = chosen["predicted_loss"] if _is_number(chosen["predicted_loss"]) else 0.0
     rows = [
         (
             Html(f"{symbol(kind)} {text(m['name'])}"),
             f"{m['avg_bits']:.4f}",
-            f"{m['predicted_loss']:.4g}",
+            f"{m['predicted_loss']:#.4g}",
             f"{m['predicted_loss'] / base:.2f} x" if base > 0 else "-",
         )
-        for kind, m in enumerate(named)
+        for kind, m in named
     ]
     plot = Plot("the curve", "bits per weight, everything counted", "predicted loss", marks, line)
-    rows_of_curve = report["curve"]
-    proven = sum(bool(row.get("proven")) for row in rows_of_curve)
-    worst = max((row["gap"] for row in rows_of_curve if _is_number(row.get("gap"))), default=0.0)
-    said = (
-        f"The best plan of every budget, from one measurement: {len(rows_of_curve)} budgets, "
-        f"{proven} of the plans proven optimal, none more than {worst:.2%} above the lower bound "
-        "of the relaxation."
-    )
+    said = f"The best plan of every budget, from one measurement. {_proof(report['curve'])}"
     legend = _table(["plan", "bits", "predicted loss", "of this plan's"], rows) if rows else ""
     return _section("What every budget buys", _note(said), _figure(plot.draw()), legend)
+
+
+def _proof(curve: Sequence[Data]) -> str:
+    open_gaps = [row["gap"] for row in curve if not row.get("proven")]
+    if not open_gaps:
+        return f"All {len(curve)} plans are proven optimal."
+    worst = max(filter(_is_number, open_gaps), default=0.0)
+    return (
+        f"{len(curve) - len(open_gaps)} of {len(curve)} plans are proven optimal, the others lie "
+        f"within {worst:.2g} of the lower bound, as a share of their loss."
+    )
 
 
 def _fidelity(report: Data) -> str:

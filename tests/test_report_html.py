@@ -141,8 +141,7 @@ def test_every_figure_is_in_the_page() -> None:
         *("Outside the blocks: lm_head 4.25", "8.25 bits"),
         *("Predicted loss of MXFP4", "block 1, k_proj: 5.0e-07 nats per weight"),
         *(
-            f"{len(report['curve'])} budgets",
-            "of the plans proven optimal",
+            f"All {len(report['curve'])} plans are proven optimal.",
             "tail: 4.9500 bits, predicted loss 0.0123",
         ),
         *("+0.01111", "+0.00910 to +0.01310", "chosen"),
@@ -163,6 +162,15 @@ def test_every_linear_has_its_cell() -> None:
     for name in linear_names(4)[:-1]:
         _, _, block, _, module = name.split(".")
         assert f"block {block}, {module}: {bits[name]:.2f} bits" in text
+
+
+def test_plans_that_are_not_proven_are_counted() -> None:
+    report, *_ = made_up()
+    report["curve"][2] |= {"proven": False, "gap": 2e-5}
+    count = len(report["curve"])
+    text = Page(render(report)).text
+    assert f"{count - 1} of {count} plans are proven optimal" in text
+    assert "within 2e-05 of the lower bound" in text
 
 
 def test_swaps_are_listed_with_what_they_save() -> None:
