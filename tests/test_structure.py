@@ -16,6 +16,7 @@ ROOT = PACKAGE.parent
 # From the top down: a module imports only from lines below its own.
 LAYERS = [
     {"quantize", "info"},
+    {"report_html"},
     {"report", "gate"},
     {"evaluate"},
     {"checkpoint"},
@@ -33,7 +34,10 @@ LAYERS = [
     {"reference"},
     {"model", "attention"},
     {"options", "arrange", "recipes"},
+    {"quality"},
+    {"curve", "diagnostics", "charts", "report_style"},
     {"allocate"},
+    {"knapsack"},
     {"demo"},
     {"formats"},
 ]
@@ -103,9 +107,10 @@ def test_only_backends_know_the_native_code(path: Path) -> None:
 
 
 def test_the_knapsack_and_the_formats_need_no_torch() -> None:
-    for name in ("allocate", "formats", "options"):
+    pure = "allocate", "knapsack", "diagnostics", "quality", "charts", "formats"
+    for name in (*pure, "curve", "options"):
         assert not imports(PACKAGE / f"{name}.py") & {".torch", ".transformers"}
-    for name in ("allocate", "formats"):
+    for name in pure:
         calls = ast.walk(ast.parse((PACKAGE / f"{name}.py").read_text(encoding="utf-8")))
         assert not {n.id for n in calls if isinstance(n, ast.Name)} & {"open", "Path", "print"}
 

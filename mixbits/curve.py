@@ -1,0 +1,146 @@
+"""The whole curve: what every budget buys, from one measurement.
+
+Each point is the optimal plan of its budget, with its gap to the lower bound. One relaxation
+serves all of them, so that a curve costs little more than a plan.
+"""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import io
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .allocate import Allocation, Item, as_items, optimal
+from .formats import UsageError
+from .knapsack import Items, Relaxation
+
+BREAKPOINTS = 100  # up to this many, every budget at which the relaxation is exact is a point
+
+# Markers and colours (Okabe and Ito's) that can be told apart without colour vision.
+_MARKS = [("*", "#d55e00"), ("s", "#009e73"), ("^", "#cc79a7"), ("v", "#e69f00"), ("D", "#56b4e9")]
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Point:
+    """A budget in bits, and the plan that it buys."""
+
+    budget: int
+    allocation: Allocation
+
+
+def frontier(items: Sequence[Item] | Items, points: int = 33) -> list[Point]:
+    """Plans from the lowest to the highest budget of use, by rising budget.
+
+    `points` budgets are evenly spaced, both ends among them; where the hulls have few steps,
+    the budgets at which the relaxation is itself a plan are added. No point has more loss than
+    one of a smaller budget.
+    """
+    if points < 2:
+        raise UsageError(f"a curve needs at least 2 points: got {points}")
+    table = as_items(items)
+    if not len(table):
+        return []
+    relaxation = Relaxation(table)
+    ends = int(relaxation.cost[0]), int(relaxation.cost[-1])  # more bits save nothing
+    budgets = {ends[0] + (ends[1] - ends[0]) * i // (points - 1) for i in range(points)}
+    if len(relaxation.cost) <= BREAKPOINTS:
+        budgets |= set(relaxation.cost.tolist())
+    found: list[Point] = []
+    for budget in sorted(budgets):
+        plan = optimal(relaxation, budget)
+        # A search that gave up can miss what a smaller budget found; its own bound still holds.
+        if found and found[-1].allocation.loss < plan.loss:
+            old = found[-1].allocation
+            plan = Allocation(old.choice, old.cost, old.loss, plan.lower_bound, plan.proven)
+        found.append(Point(budget, plan))
+    return found
+
+
+def rows(
+    points: Sequence[Point], describe: Callable[[Allocation], Row] | None = None
+) -> list[dict[str, Any]]:
+    """The curve as a table: budget and cost in bits, what `describe` adds, loss, bound and gap.
+
+    `describe` may give `avg_bits`, `avg_bits_without_scales` and `predicted_bytes` of a plan.
+    """
+    return [
+        {
+            "budget_bits": point.budget,
+            "cost_bits": point.allocation.cost,
+            **(describe(point.allocation) if describe else {}),
+            "predicted_loss": point.allocation.loss,
+            "lower_bound": point.allocation.lower_bound,
+            "gap": point.allocation.gap,
+            "proven": point.allocation.proven,
+        }
+        for point in points
+    ]
+
+
+def to_csv(table: Sequence[Row]) -> str:
+    """The rows with nine digits, under a heading."""
+    keys = list(dict.fromkeys(key for row in table for key in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, keys, lineterminator="\n")
+    writer.writeheader()
+    for row in table:
+        writer.writerow({k: f"{v:.9g}" if isinstance(v, float) else v for k, v in row.items()})
+    return text.getvalue()
+
+
+def check_plotting() -> None:
+    """Raises UsageError without matplotlib: an optional dependency should be missed early."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UsageError(
+            "plotting needs matplotlib, which is not installed: pip install matplotlib"
+        )
+
+
+def plot(
+    table: Sequence[Row],
+    path: Path,
+    title: str,
+    marks: Sequence[Row] = (),
+    loss_name: str = "predicted loss",
+) -> None:
+    """Rows -> a PNG: loss over bits per weight, and `marks` beside the curve.
+
+    A mark is {"name", "avg_bits", "predicted_loss"}, such as the plan chosen or a baseline. Where
+    rows have no `avg_bits`, `cost_bits` takes its place in both. Losses of 0 are left out.
+    Raises UsageError without matplotlib.
+    """
+    check_plotting()
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot, ticker
+
+    key = "avg_bits" if table and "avg_bits" in table[0] else "cost_bits"
+    shown = [row for row in table if row["predicted_loss"] > 0]
+    bits, losses = (np.array([row[k] for row in shown]) for k in (key, "predicted_loss"))
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    axes.plot(bits, losses, color="#0072b2", marker=".", label="optimal")
+    for mark, (shape, color) in zip(marks, itertools.cycle(_MARKS), strict=False):
+        if mark["predicted_loss"] > 0:
+            where = mark[key], mark["predicted_loss"]
+            axes.plot(*where, shape, color=color, markersize=9, label=mark["name"])
+    axes.set(yscale="log", ylabel=loss_name)
+    axes.yaxis.set_minor_locator(ticker.LogLocator(subs=(2, 3, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
+    axes.set_xlabel("bits per weight, everything counted" if key == "avg_bits" else "bits")
+    axes.set_title(title, fontsize=9)
+    axes.grid(color="0.9", which="both")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
