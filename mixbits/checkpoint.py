@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .formats import Assignment, UsageError, first_line
+from .formats import Assignment, Mixed, UsageError, first_line
 from .linear import MixedLinear, PackedLinear, pack_recipe, recipe_tensors
 from .model import (
     LinearInfo,
@@ -163,23 +163,41 @@ def _tensors(
 ) -> dict[str, Tensor]:
     """The values of `specs`, name -> tensor."""
     state = model.state_dict()
+    orders = _row_orders(assignment)
     out: dict[str, Tensor] = {}
     for spec in specs:
         if spec.name in out:
             continue
+        owner = spec.name.rpartition(".")[0] if spec.linear is None else spec.linear.name
+        order = orders.get(owner)
         if spec.linear is None:
-            out[spec.name] = state[spec.name].detach().to(spec.dtype).contiguous()
+            value = state[spec.name].detach()
+            value = value if order is None else value[order]
+            out[spec.name] = value.to(spec.dtype).contiguous()
             continue
         weight = weight_of(model, spec.linear).detach()
         if spec.name.endswith(".weight_plain"):
+            weight = weight if order is None else weight[order]
             out[spec.name] = weight.to(spec.dtype).contiguous()
             continue
-        linear = spec.linear.name
-        recipe = assignment[linear]
-        packed = rounded[linear] if linear in rounded else pack_recipe(linear, weight, recipe)
+        recipe = assignment[owner]
+        packed = rounded[owner] if owner in rounded else pack_recipe(owner, weight, recipe)
+        if order is not None:
+            packed = [part.rows(order) for part in packed]
         for name, value in recipe_tensors(recipe, packed).items():
-            out[f"{linear}.{name}"] = value
+            out[f"{owner}.{name}"] = value
     return out
+
+
+def _row_orders(assignment: Assignment) -> dict[str, Tensor]:
+    """Linear -> order of its rows, where the order of another's columns is folded into them."""
+    orders: dict[str, Tensor] = {}
+    for name, recipe in assignment.items():
+        if isinstance(recipe, Mixed) and recipe.folded and recipe.order is not None:
+            parent = name.rpartition(".")[0]
+            order = torch.tensor(recipe.order)
+            orders |= {f"{parent}.{leaf}": order for leaf in ("gate_proj", "up_proj")}
+    return orders
 
 
 def _write_weights(

@@ -189,6 +189,8 @@ class Mixed:
     segments  schemes with numbers of columns, in the order in which they are stored
     order     place i of that order holds input column order[i]; None: as they come
     rotated   the ordered columns, 32 by 32, are stored in the basis of a Hadamard matrix
+    folded    the linears that make the input make it in this order: their stored rows are
+              ordered instead, and the order is not stored
 
     One segment will do, where it is ordered or rotated.
     """
@@ -196,6 +198,7 @@ class Mixed:
     segments: tuple[tuple[Scheme, int], ...]
     order: tuple[int, ...] | None = None
     rotated: bool = False
+    folded: bool = False
 
     def __post_init__(self) -> None:
         if not self.segments or any(s.weight is None or n < 1 for s, n in self.segments):
@@ -221,7 +224,7 @@ class Mixed:
     @property
     def order_bits(self) -> int:
         """Bits of one stored entry of `order`."""
-        return 0 if self.order is None else 16 if self.in_features <= 1 << 15 else 32
+        return 0 if self.order is None or self.folded else order_bits(self.in_features)
 
     def storage_bits(
         self, out_features: int, in_features: int, ignore_scale_bits: bool = False
@@ -230,6 +233,11 @@ class Mixed:
         parts = self.parts(in_features)
         bits = sum(s.storage_bits(out_features, n, ignore_scale_bits) for s, n in parts)
         return bits if ignore_scale_bits else bits + self.order_bits * in_features
+
+
+def order_bits(in_features: int) -> int:
+    """Bits of one entry of a stored order of columns."""
+    return 8 if in_features <= 1 << 8 else 16 if in_features <= 1 << 15 else 32
 
 
 Recipe: TypeAlias = Scheme | Mixed  # how one linear is stored

@@ -69,7 +69,7 @@ def pack_recipe(name: str, weight: Tensor, recipe: Recipe) -> list[Packed]:
 def recipe_tensors(recipe: Recipe, packed: Sequence[Packed]) -> dict[str, Tensor]:
     """The tensors to store, named as in `mixbits.pack.recipe_spec`."""
     tensors: dict[str, Tensor] = {}
-    if isinstance(recipe, Mixed) and recipe.order is not None:
+    if isinstance(recipe, Mixed) and recipe.order is not None and not recipe.folded:
         tensors["order"] = torch.tensor(recipe.order, dtype=order_dtype(recipe.in_features))
     for number, part in enumerate(packed):
         prefix = f"segments.{number}." if isinstance(recipe, Mixed) else ""
@@ -185,7 +185,7 @@ class MixedLinear(nn.Module):
         self.in_features, self.out_features, self.recipe = recipe.in_features, out_features, recipe
         self.columns = [columns for _, columns in recipe.segments]
         self.register_buffer("order", None)
-        if recipe.order is not None:
+        if recipe.order is not None and not recipe.folded:
             dtype = order_dtype(self.in_features)
             self.order = torch.tensor(recipe.order, dtype=dtype, device=device)
         self.segments = nn.ModuleList(

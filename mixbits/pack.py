@@ -5,9 +5,10 @@
     weight_zero_point  uint8 [N, ceil(groups * bits / 8)], asymmetric formats only, packed alike
 
 A `Mixed` linear has these for each of its segments, of that segment's columns, under
-`segments.<number>.`, and beside them, where its columns have an order of their own,
+`segments.<number>.`, and beside them, where its columns have an order of their own that is not
+folded into the linears before it,
 
-    order              int16 [K], or int32 above 32768 columns
+    order              uint8 [K] up to 256 columns, int16 up to 32768, else int32
 
 For MXFP4 and MXFP8 these are the bytes of compressed-tensors. One layout serves every backend
 and instruction set.
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .formats import Format, Mixed, Recipe
+from .formats import Format, Mixed, Recipe, order_bits
 
 LAYOUT = 1  # the number of this layout; a checkpoint records it
 
@@ -38,6 +39,11 @@ class Packed(NamedTuple):
         codes, scale, zero_point = self
         zero_point = None if zero_point is None else zero_point.to(device)
         return Packed(codes.to(device), scale.to(device), zero_point)
+
+    def rows(self, order: Tensor) -> Packed:
+        """The weight's rows in another order, int64 [N]; they share nothing with each other."""
+        codes, scale, zero_point = self
+        return Packed(codes[order], scale[order], None if zero_point is None else zero_point[order])
 
 
 Rounded: TypeAlias = Mapping[str, Sequence[Packed]]  # linear -> its packed parts
@@ -63,7 +69,7 @@ def recipe_spec(
 ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """`packed_spec` of a whole linear: of a scheme's one weight, or of every segment."""
     spec: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
-    if isinstance(recipe, Mixed) and recipe.order is not None:
+    if isinstance(recipe, Mixed) and recipe.order_bits:
         spec["order"] = (order_dtype(in_features), (in_features,))
     for number, (scheme, columns) in enumerate(recipe.parts(in_features)):
         assert scheme.weight is not None
@@ -74,8 +80,8 @@ def recipe_spec(
 
 
 def order_dtype(in_features: int) -> torch.dtype:
-    """What an order of this many columns is stored as; `Mixed.order_bits` counts the same."""
-    return torch.int16 if in_features <= 1 << 15 else torch.int32
+    """What an order of this many columns is stored as."""
+    return {8: torch.uint8, 16: torch.int16, 32: torch.int32}[order_bits(in_features)]
 
 
 def pack(q: reference.Quantized, fmt: Format) -> Packed:

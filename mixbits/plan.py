@@ -12,7 +12,9 @@ A unit whose columns take several schemes has slabs in the place of one scheme,
     {"unit": name, "slabs": {"MXFP8": "0-2,5", "MXFP4": "3-4,6-7"}, "linears": {...}}
 
 runs of `slab_columns` columns (a key of the plan), counted in the unit's `order` of columns where
-it has one. `rotated` lists the unit's linears whose ordered columns are rotated.
+it has one. The order of a down_proj's columns is folded into the rows of its gate and up
+projections, the others are stored. `rotated` lists the unit's linears whose ordered columns are
+rotated.
 
 Counting. A budget in average bits counts everything stored for the linears that could be
 quantized: codes, scales and zero points, and 16 bits for a linear left alone. Without scale
@@ -23,7 +25,7 @@ weight files.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +40,7 @@ from .formats import (
     ScaleMode,
     Scheme,
     UsageError,
+    order_bits,
     parse_scheme,
 )
 from .model import LinearInfo, Unit, match_units
@@ -125,6 +128,7 @@ def mixed_recipe(
     columns: int,
     order: Sequence[int] | None,
     rotated: bool,
+    folded: bool = False,
 ) -> Recipe:
     """The recipe of a linear with `columns`, from its schemes' slabs of `width` ordered columns.
 
@@ -145,7 +149,15 @@ def mixed_recipe(
     natural = places == list(range(columns))
     if natural and not rotated and len(segments) == 1:
         return segments[0][0]
-    return Mixed(tuple(segments), None if natural else tuple(places), rotated)
+    if natural:
+        return Mixed(tuple(segments), None, rotated)
+    return Mixed(tuple(segments), tuple(places), rotated, folded)
+
+
+def is_foldable(name: str, names: Container[str]) -> bool:
+    """Whether a linear reads what two others make column by column: down_proj, of gate and up."""
+    parent, _, leaf = name.rpartition(".")
+    return leaf == "down_proj" and all(f"{parent}.{n}" in names for n in ("gate_proj", "up_proj"))
 
 
 @dataclass(frozen=True)
@@ -174,7 +186,8 @@ class Plan:
                 entries = unit["slabs"].items()
                 slabs = [(parse_scheme(s, *modes), parse_ranges(text)) for s, text in entries]
                 order = unit.get("order")
-                recipes[name] = mixed_recipe(slabs, width, columns, order, rotated)
+                folded = is_foldable(name, self.columns)
+                recipes[name] = mixed_recipe(slabs, width, columns, order, rotated, folded)
             else:
                 scheme = parse_scheme(unit["scheme"], *modes)
                 whole = [(scheme, [0])]
@@ -298,10 +311,9 @@ def _slab_items(
 
 
 def _order_bits(units: Sequence[Unit]) -> int:
-    """Bits of the stored orders of columns, were every linear to have one."""
-    return sum(
-        i.in_features * (16 if i.in_features <= 1 << 15 else 32) for u in units for i in u.linears
-    )
+    """Bits of the stored orders of columns, were every linear to have one that is not folded."""
+    linears = {info.name: info.in_features for unit in units for info in unit.linears}
+    return sum(k * order_bits(k) for name, k in linears.items() if not is_foldable(name, linears))
 
 
 def solve(

@@ -3,7 +3,7 @@
     "MXFP4"
     {"segments": [["MXFP8", 64], ["MXFP4", 128]], "ordered": true, "rotated": false}
 
-An order itself is a tensor of the weight files (`mixbits.pack`).
+An order itself is a tensor of the weight files (`mixbits.pack`), unless it is folded into others.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def describe(recipe: Recipe) -> Any:
         return recipe.name
     return {
         "segments": [[scheme.name, columns] for scheme, columns in recipe.segments],
-        "ordered": recipe.order is not None,
+        "ordered": bool(recipe.order_bits),
         "rotated": recipe.rotated,
     }
 

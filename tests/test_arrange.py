@@ -77,7 +77,9 @@ def test_an_order_holds_each_column_once(order):
 def test_what_a_mixed_linear_stores_is_counted():
     mixed = Mixed(((MXFP8, 32), (MXFP4, 64)), order=tuple(range(96)))
     bits = 10 * (32 * 8 + 8) + 10 * (64 * 4 + 16)
-    assert mixed.storage_bits(10, 96) == bits + 96 * 16
+    assert mixed.storage_bits(10, 96) == bits + 96 * 8
+    folded = Mixed(mixed.segments, mixed.order, folded=True)
+    assert folded.storage_bits(10, 96) == bits
     assert mixed.storage_bits(10, 96, ignore_scale_bits=True) == 10 * (32 * 8 + 64 * 4)
     assert Mixed(mixed.segments).storage_bits(10, 96) == bits
     with pytest.raises(UsageError, match="96 columns"):

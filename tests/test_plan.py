@@ -358,9 +358,9 @@ def test_slabs_keep_the_budget_with_their_orders_counted(
             plan = solved_slabs(llama, Budget(bits, ignore_scale_bits=ignore), names, order=order)
             reached = average_bits(llama, plan.assignment, ignore)
             assert bits - 0.4 < reached <= bits
-            assert any(
-                isinstance(r, Mixed) and len(r.segments) == 2 for r in plan.assignment.values()
-            )
+            chosen = plan.assignment.values()
+            mixed = [r for r in chosen if isinstance(r, Mixed) and len(r.segments) == 2]
+            assert mixed or slab_width(schemes) > 32  # a slab may be a whole linear then
 
 
 def test_readers_of_one_input_share_slabs_and_order(llama: list[LinearInfo]) -> None:

@@ -36,6 +36,8 @@ def recipes(linears: list[Any]) -> dict[str, Recipe]:
             Mixed(((mxfp4, columns),), None, rotated=True),
             Mixed(((parse_scheme("W8A16G32"), 32), (w4, columns - 32)), order, rotated=True),
         ][number % 5]
+        if info.name.endswith("down_proj"):  # its order goes into the rows of gate and up
+            found[info.name] = Mixed(((mxfp8, 32), (mxfp4, columns - 32)), order, True, folded=True)
     return found
 
 
@@ -76,6 +78,32 @@ def test_what_is_stored_is_what_ran(kind: str, method: str, tmp_path: Path) -> N
     close = (logits - expected).abs() <= 1e-3 * (1 + expected.abs())
     assert close.float().mean() > 0.9
     assert (logits - expected).square().mean() < 1e-3 * expected.square().mean()
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3_moe"])
+@pytest.mark.parametrize("left_alone", ["", "gate_proj"])
+def test_a_folded_order_changes_no_logit(kind: str, left_alone: str, tmp_path: Path) -> None:
+    """Neither where gate is packed nor where it stays plain."""
+    source, model, linears, _, ids = opened(tmp_path / "model", kind)
+    mxfp8 = parse_scheme("MXFP8A16", *MODES)
+    orders = {i.name: tuple(torch.randperm(i.in_features).tolist()) for i in linears}
+    logits = []
+    for folded in (False, True):
+        chosen: dict[str, Recipe] = {}
+        for info in linears:
+            order = orders[info.name]
+            if info.name.endswith("down_proj"):
+                chosen[info.name] = Mixed(((mxfp8, info.in_features),), order, folded=folded)
+            elif not (left_alone and info.name.endswith(left_alone)):
+                chosen[info.name] = mxfp8
+        folder = tmp_path / f"folded {folded}"
+        folder.mkdir()
+        checkpoint.save(folder, source, model, linears, chosen, {})
+        packed = checkpoint.load(folder, dtype=torch.float32)
+        assert any(n.endswith("down_proj.order") for n in packed.state_dict()) != folded
+        logits.append(packed(input_ids=ids, use_cache=False).logits)
+    # Where gate is plain, its product may be summed in another order, row by row.
+    torch.testing.assert_close(logits[0], logits[1], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("scheme", ["MXFP4", "W4A16", "W2A16G32"])
