@@ -6,6 +6,7 @@
     dequantize            Packed, K, dtype                     [N, K]
     fisher_statistics     weight [N, K], row [N], column [K]   float64 [formats, ceil(K / 32)]
     gradient_statistics   weight [N, K], gradient [N, K]       float64 [formats, ceil(K / 32)]
+    square_sums           x [T, K]                             float64 [1 + formats, K]
     packed_matmul         x [M, K], Packed [N, K]              [M, N], x's dtype
     packed_matmuls        x [M, K], Operands [N_i, K]          list of [M, N_i]
 
@@ -29,6 +30,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from . import reference
 from .formats import Format, UsageError
 from .pack import Packed, packed_spec
 
@@ -220,6 +222,23 @@ def gradient_statistics(
         return _no_statistics(weight, formats)
     tensors = (weight.detach().contiguous(), gradient.detach().contiguous())
     return module.gradient_statistics(*tensors, list(formats))
+
+
+def square_sums(x: Tensor, formats: Sequence[Format], backend: str | None = None) -> Tensor:
+    """float64 [1 + formats, K]: sums over the rows of x [T, K] of x_k^2 and (x - Q(x))_k^2.
+
+    Squares are float32; Q is fake-quantization in float32.
+    """
+    _check_values("x", x, 2)
+    module = _backend(x, backend)
+    if x.numel() == 0:
+        shape = (1 + len(formats), x.shape[1])
+        return torch.zeros(shape, dtype=torch.float64, device=x.device)
+    x = x.detach().contiguous()
+    fused = getattr(module, "square_sums", None)
+    if fused is None:
+        return reference.square_sums(x, formats, module.fake_quantize)
+    return fused(x, list(formats))
 
 
 class Operand(NamedTuple):

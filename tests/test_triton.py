@@ -94,6 +94,21 @@ def check_statistics(
         torch.testing.assert_close(got.cpu(), expected, rtol=1e-12, atol=0)
 
 
+def check_square_sums(
+    backend: ModuleType, device: torch.device, columns: int, formats: list[Format] = FORMATS
+) -> None:
+    """Equal but for the order of float64 additions; the same bits every time."""
+    generator = torch.Generator().manual_seed(columns)
+    for dtype in DTYPES:
+        x = torch.randn(41, columns, generator=generator).to(dtype)
+        for some in (formats, formats[:2], []):
+            got = backend.square_sums(x.to(device), some)
+            torch.testing.assert_close(
+                got.cpu(), reference.square_sums(x, some), rtol=1e-12, atol=0
+            )
+            assert torch.equal(got, backend.square_sums(x.to(device), some))
+
+
 def check_matmul(
     backend: ModuleType,
     device: torch.device,
@@ -170,6 +185,25 @@ def test_leading_dimensions(backend):
 @pytest.mark.parametrize("columns", [31, 172])
 def test_statistics(backend, columns):
     check_statistics(backend, DEVICE, columns)
+
+
+@needs_device
+def test_statistics_of_hard_rows(backend):
+    """Errors are exact in float32 for subnormal, huge, clamped and tied values alike."""
+    for dtype in DTYPES:
+        w = hard_rows(172, dtype)
+        w = w[w.isfinite().all(1)]
+        ones = [torch.ones(size) for size in w.shape]
+        finite = [f for f in FORMATS if reference.fake_quantize(w, f).isfinite().all()]
+        expected = reference.fisher_statistics(w, *ones, finite)
+        got = backend.fisher_statistics(*(t.to(DEVICE) for t in (w, *ones)), finite)
+        torch.testing.assert_close(got.cpu(), expected, rtol=1e-12, atol=0)
+
+
+@needs_device
+@pytest.mark.parametrize("columns", [31, 172])
+def test_square_sums(backend, columns):
+    check_square_sums(backend, DEVICE, columns)
 
 
 @needs_device
@@ -300,7 +334,6 @@ def test_statistics_kernels_compile(compile_ptx, architecture):
         constants = {
             "CODES": tuple(fmt.code for fmt in COMPILED_FORMATS),
             "GRADIENT": gradient,
-            "FORMATS": 4,
             "ROWS": launch.TILE_ROWS,
             "COLUMNS": numerics.TILE_COLUMNS,
             "SLAB": MX_GROUP,

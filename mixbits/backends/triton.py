@@ -78,6 +78,11 @@ def gradient_statistics(weight: Tensor, gradient: Tensor, formats: Sequence[Form
     return _kernels("statistics").gradient_statistics(weight, gradient, formats)
 
 
+def square_sums(x: Tensor, formats: Sequence[Format]) -> Tensor:
+    """float64 [1 + formats, K], as `mixbits.reference.square_sums`."""
+    return _kernels("statistics").square_sums(x, formats)
+
+
 def packed_matmul(x: Tensor, packed: Packed, fmt: Format, activation: Format | None) -> Tensor:
     """x [M, K], fake-quantized to `activation` if given, times packed [N, K] -> [M, N]."""
     if activation is not None:
