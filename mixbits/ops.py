@@ -72,6 +72,24 @@ def choose_backend(device_type: str, requested: str | None) -> str:
     return requested
 
 
+def explain_matmul(
+    device_type: str,
+    fmt: Format,
+    m: int,
+    n: int,
+    k: int,
+    dtype: torch.dtype = torch.bfloat16,
+    backend: str | None = None,
+) -> str:
+    """How x [m, k] of `dtype` on `device_type` would meet a packed [n, k]: "backend: way".
+
+    The choice depends on these arguments, MIXBITS_BACKEND and what is installed; nothing runs.
+    """
+    name = choose_backend(device_type, backend or os.environ.get("MIXBITS_BACKEND") or None)
+    explain = getattr(_module(name), "explain_matmul", None)
+    return name if explain is None else f"{name}: {explain(fmt, m, n, k, dtype)}"
+
+
 def _backend(x: Tensor, requested: str | None) -> Any:
     name = requested or os.environ.get("MIXBITS_BACKEND") or None
     return _module(choose_backend(x.device.type, name))
@@ -235,6 +253,8 @@ def square_sums(x: Tensor, formats: Sequence[Format], backend: str | None = None
         shape = (1 + len(formats), x.shape[1])
         return torch.zeros(shape, dtype=torch.float64, device=x.device)
     x = x.detach().contiguous()
+    if x.is_cuda and backend is None and _module("triton").why_unavailable() is None:
+        module = module if hasattr(module, "square_sums") else _module("triton")
     fused = getattr(module, "square_sums", None)
     if fused is None:
         return reference.square_sums(x, formats, module.fake_quantize)

@@ -213,7 +213,9 @@ def test_matmul(backend, fmt):
 
 
 @needs_device
-@pytest.mark.parametrize("shape", [(1, 5, 1), (3, 64, 31), (118, 65, 256)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(1, 5, 1), (3, 64, 31), (118, 65, 256), (1, 70, 1056), (257, 40, 96)], ids=str
+)
 @pytest.mark.parametrize("fmt", [MX_FORMATS[0], INT_FORMATS[-1]], ids=format_id)
 def test_matmul_shapes(backend, fmt, shape):
     check_matmul(backend, DEVICE, fmt, shape)
@@ -260,7 +262,7 @@ TRITON_DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "
 
 @pytest.fixture
 def compile_ptx(tmp_path, monkeypatch):
-    """compile_ptx(kernel, signature, constants, architecture) -> PTX.
+    """compile_ptx(kernel, signature, constants, options, architecture) -> PTX.
 
     Pointers, and integers but for those named in `odd`, are promised to be multiples of 16.
     """
@@ -269,7 +271,7 @@ def compile_ptx(tmp_path, monkeypatch):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    def compile_one(kernel, signature, constants, architecture, odd=("rows", "m", "n")):
+    def compile_one(kernel, signature, constants, options, architecture, odd=("rows",)):
         names = kernel.arg_names
         types = {name: signature.get(name, "constexpr") for name in names}
         assert {name for name, kind in types.items() if kind == "constexpr"} == set(constants)
@@ -280,7 +282,9 @@ def compile_ptx(tmp_path, monkeypatch):
         }
         source = ASTSource(kernel, types, constants, attributes)
         target = GPUTarget("cuda", architecture, 32)
-        compiled = triton.compile(source, target=target, options={"enable_fp_fusion": False})
+        compiled = triton.compile(
+            source, target=target, options={"enable_fp_fusion": False, **options}
+        )
         return compiled.asm["ptx"]
 
     return compile_one
@@ -308,15 +312,15 @@ def test_elementwise_kernels_compile(compile_ptx, architecture):
     for fmt in COMPILED_FORMATS:
         tile = {"CODE": fmt.code, "ROWS": launch.TILE_ROWS, "COLUMNS": numerics.TILE_COLUMNS}
         signature = {"x_ptr": "*bf16", "out_ptr": "*bf16", **size}
-        ptx = compile_ptx(fake_quant.fake_quantize_kernel, signature, tile, architecture)
+        ptx = compile_ptx(fake_quant.fake_quantize_kernel, signature, tile, {}, architecture)
         assert_exact_arithmetic(ptx)
         assert "ld.global.v4.b32" in ptx and "st.global.v4.b32" in ptx
         signature = {**packed_signature(fmt), "out_ptr": "*bf16", **size}
-        ptx = compile_ptx(dequantize.dequantize_kernel, signature, tile, architecture)
+        ptx = compile_ptx(dequantize.dequantize_kernel, signature, tile, {}, architecture)
         assert_exact_arithmetic(ptx)
         signature = {"weight_ptr": "*bf16", **packed_signature(fmt), **size}
         tile["COLUMNS"] = numerics.tile_columns(fmt)
-        ptx = compile_ptx(pack_kernels.quantize_pack_kernel, signature, tile, architecture)
+        ptx = compile_ptx(pack_kernels.quantize_pack_kernel, signature, tile, {}, architecture)
         assert_exact_arithmetic(ptx)
 
 
@@ -324,7 +328,7 @@ def test_elementwise_kernels_compile(compile_ptx, architecture):
 @needs_compiler
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_statistics_kernels_compile(compile_ptx, architecture):
-    from mixbits.kernels import launch, numerics, statistics
+    from mixbits.kernels import numerics, statistics
 
     pointers = dict.fromkeys(("weight_ptr", "gradient_ptr"), "*bf16")
     doubles = ("row_weight_ptr", "column_weight_ptr", "partial_ptr")
@@ -334,14 +338,20 @@ def test_statistics_kernels_compile(compile_ptx, architecture):
         constants = {
             "CODES": tuple(fmt.code for fmt in COMPILED_FORMATS),
             "GRADIENT": gradient,
-            "ROWS": launch.TILE_ROWS,
+            "ROWS": statistics.STATISTICS_ROWS,
             "COLUMNS": numerics.TILE_COLUMNS,
             "SLAB": MX_GROUP,
         }
-        ptx = compile_ptx(statistics.statistics_kernel, signature, constants, architecture)
+        ptx = compile_ptx(statistics.statistics_kernel, signature, constants, {}, architecture)
         assert_exact_arithmetic(ptx)
+        assert "cp.async.cg.shared.global" in ptx  # tiles ahead, 16 bytes per thread
+    constants = {k: v for k, v in constants.items() if k not in ("GRADIENT", "SLAB")}
+    signature = {"x_ptr": "*fp32", "partial_ptr": "*fp64", "rows": "i32", "columns": "i32"}
+    ptx = compile_ptx(statistics.square_sums_kernel, signature, constants, {}, architecture)
+    assert_exact_arithmetic(ptx)
+    assert "cp.async.cg.shared.global" in ptx
     signature = {"partial_ptr": "*fp64", "out_ptr": "*fp64", "parts": "i32", "size": "i32"}
-    assert compile_ptx(statistics.sum_partials_kernel, signature, {"BLOCK": 128}, architecture)
+    assert compile_ptx(statistics.sum_partials_kernel, signature, {"BLOCK": 128}, {}, architecture)
 
 
 @pytest.mark.slow
@@ -350,22 +360,33 @@ def test_statistics_kernels_compile(compile_ptx, architecture):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_gemm_compiles_to_tensor_cores(compile_ptx, architecture, dtype):
     """16-bit inputs use the architecture's matrix instructions, float32 is never TF32."""
-    import triton.language as tl
     from mixbits.kernels import gemm
 
-    name = TRITON_DTYPES[dtype]
     for fmt in (COMPILED_FORMATS[0], COMPILED_FORMATS[2]):
-        config = gemm.choose_config(128, fmt, dtype)
-        signature = {"x_ptr": f"*{name}", "out_ptr": f"*{name}", **packed_signature(fmt)}
-        signature |= {"m": "i32", "n": "i32", "k": "i32"}
-        constants = {"CODE": fmt.code, "dot_dtype": getattr(tl, dtype_name(dtype))}
-        constants |= {field.upper(): value for field, value in config._asdict().items()}
-        ptx = compile_ptx(gemm.packed_matmul_kernel, signature, constants, architecture)
-        assert ".ftz" not in ptx
-        if dtype == torch.float32:
-            assert "tf32" not in ptx
-        else:
-            assert ARCHITECTURES[architecture] in ptx
+        for m in (1, 64):
+            config = gemm.candidates(m, 4096, 4096, fmt, dtype)[0]
+            ptx = compile_ptx(*gemm_case(gemm, fmt, dtype, config), architecture, odd=("m",))
+            assert ".ftz" not in ptx
+            if dtype == torch.bfloat16:  # loads run ahead of use, 16 bytes each
+                assert "cp.async.cg.shared.global" in ptx
+            if dtype == torch.float32:
+                assert "tf32" not in ptx
+            else:
+                assert ARCHITECTURES[architecture] in ptx or (m == 1 and "mma." in ptx)
+
+
+def gemm_case(gemm, fmt, dtype, config):
+    """Kernel, signature, constants, and launch options."""
+    import triton.language as tl
+
+    name = TRITON_DTYPES[dtype]
+    constants = {field.upper(): value for field, value in config._asdict().items()}
+    options = {field.lower(): constants.pop(field) for field in ("NUM_WARPS", "NUM_STAGES")}
+    out = "*fp32" if config.split_k > 1 else f"*{name}"
+    signature = {"x_ptr": f"*{name}", "out_ptr": out, **packed_signature(fmt)}
+    signature |= {"m": "i32", "n": "i32", "k": "i32"}
+    constants |= {"CODE": fmt.code, "dot_dtype": getattr(tl, dtype_name(dtype))}
+    return gemm.packed_matmul_kernel, signature, constants, options
 
 
 def dtype_name(dtype: torch.dtype) -> str:

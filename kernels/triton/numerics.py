@@ -91,6 +91,12 @@ def max_code(code):
 
 
 @triton.constexpr_function
+def has_nan(code):
+    """Whether some codes stand for no finite value."""
+    return max_code(code) < 2 ** (code_bits(code) - 1) - 1
+
+
+@triton.constexpr_function
 def decode_factor(code):
     """A magnitude moved to a float32's exponent and mantissa fields is too small by this."""
     return 2.0 ** (126 + MINIFLOATS[ELEMENTS[code & 0xFF]].min_exponent)
@@ -195,7 +201,7 @@ def _quantize_mx(x, CODE: tl.constexpr):
 @triton.jit
 def _fake_quantize_mx(x, CODE: tl.constexpr):
     """What decoding the codes would give, without making them: float32 [R, G, S]."""
-    byte, exponent, push, pushed = _round_mx(x, CODE)
+    byte, _, push, pushed = _round_mx(x, CODE)
     values = tl.minimum(pushed - push, max_value(CODE)) * e8m0_to_float(byte)[:, :, None]
     sign = x.to(tl.int32, bitcast=True) & -0x80000000
     return (values.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
@@ -272,14 +278,12 @@ def decode(codes, zero_point, CODE: tl.constexpr):
     """
     if is_mx(CODE):
         magnitude = codes & ((1 << (code_bits(CODE) - 1)) - 1)
-        # Subnormal elements become subnormal floats, and the factor makes both kinds right.
-        bits = magnitude << (23 - mantissa_bits(CODE))
-        value = bits.to(tl.float32, bitcast=True) * decode_factor(CODE)
-        value = tl.where(magnitude > max_code(CODE), float("nan"), value)
-        # The sign is put in as a bit: `-value` is 0 - value in some versions of Triton, which
-        # loses the sign of zero.
         sign = (codes >> (code_bits(CODE) - 1)) << 31
-        value = (value.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
+        bits = (magnitude << (23 - mantissa_bits(CODE))) | sign
+        # Subnormal elements become subnormal floats, and the factor makes both kinds right.
+        value = bits.to(tl.float32, bitcast=True) * decode_factor(CODE)
+        if has_nan(CODE):
+            value = tl.where(magnitude > max_code(CODE), float("nan"), value)
     elif is_symmetric(CODE):
         value = (codes - (1 << (code_bits(CODE) - 1))).to(tl.float32)
     else:

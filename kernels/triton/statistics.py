@@ -49,7 +49,7 @@ def add_errors(sums, w, factor, CODES: tl.constexpr, GRADIENT: tl.constexpr):
     for i in tl.static_range(len(CODES)):
         error = quantization_error(w, CODES[i]).to(tl.float64)
         term = tl.abs(factor * error) if GRADIENT else error * error * factor
-        added = added + (sums[i] + term,)
+        added = added + (sums[i] + term,)  # noqa: RUF005
     return added
 
 
@@ -59,7 +59,7 @@ def add_squares(sums, x, CODES: tl.constexpr):
     added = (sums[0] + (x * x).to(tl.float64),)
     for i in tl.static_range(len(CODES)):
         error = quantization_error(x, CODES[i])
-        added = added + (sums[i + 1] + (error * error).to(tl.float64),)
+        added = added + (sums[i + 1] + (error * error).to(tl.float64),)  # noqa: RUF005
     return added
 
 
@@ -68,7 +68,7 @@ def zeros(COUNT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """COUNT float64 tiles [ROWS, COLUMNS]."""
     sums = ()
     for _ in tl.static_range(COUNT):
-        sums = sums + (tl.zeros((ROWS, COLUMNS), tl.float64),)
+        sums = sums + (tl.zeros((ROWS, COLUMNS), tl.float64),)  # noqa: RUF005
     return sums
 
 
