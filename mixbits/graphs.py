@@ -75,15 +75,22 @@ class _CacheMemory:
 
     def give_to(self, cache: Any) -> None:
         """Let `cache` keep its contents here; an owner that is still in use gets a copy of its."""
-        if (owner := self.owner()) is cache:
-            return
-        if owner is not None:
+        owner = self.owner()
+        if owner is not None and owner is not cache and self._holds(owner):
             _attach(owner, [tuple(t.clone() for t in layer) for layer in self.layers])
-        for mine, theirs in zip(self.layers, _layers(cache), strict=True):
-            for target, source in zip(mine, theirs, strict=True):
-                target.copy_(source)
-        _attach(cache, self.layers)
+        if not self._holds(cache):  # a new one, or beam search has put others in their place
+            for mine, theirs in zip(self.layers, _layers(cache), strict=True):
+                for target, source in zip(mine, theirs, strict=True):
+                    target.copy_(source)
+            _attach(cache, self.layers)
         self.owner = weakref.ref(cache)
+
+    def _holds(self, cache: Any) -> bool:
+        return all(
+            ours is theirs
+            for mine, other in zip(self.layers, _layers(cache), strict=True)
+            for ours, theirs in zip(mine, other, strict=True)
+        )
 
 
 def _attach(cache: Any, memory: list[Any]) -> None:
