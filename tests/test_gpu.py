@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 import torch
@@ -26,7 +27,8 @@ SCHEMES = [parse_scheme(name) for name in ("MXFP4", "MXFP8", "W4A16", "BF16")]
 def backend(request):
     why = ops.backends()[request.param]
     if why is not None:
-        pytest.skip(f"{request.param}: {why}")
+        required = os.environ.get("MIXBITS_REQUIRE_GPU") == "1"
+        (pytest.fail if required else pytest.skip)(f"{request.param}: {why}")
     return request.param
 
 
