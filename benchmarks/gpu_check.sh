@@ -18,7 +18,7 @@ cd "$(dirname "$0")/.." || exit 2
 
 STAGES="build tests rounding matmul memcheck racecheck sensitivity generate more_matmul"
 # Seconds that each may take at the most; what the others leave over is not handed on.
-declare -A LIMIT=([build]=150 [tests]=110 [rounding]=45 [matmul]=120 [memcheck]=60
+declare -A LIMIT=([build]=180 [tests]=120 [rounding]=45 [matmul]=120 [memcheck]=60
     [racecheck]=60 [sensitivity]=70 [generate]=70 [more_matmul]=300)
 
 stages=$STAGES seconds=530 python=python3 dry_run=0 folder=${OUT:-gpu-check}

@@ -101,10 +101,11 @@ def test_offsets_beyond_2_to_the_31(backend, fmt):
 
 
 @pytest.mark.parametrize("name", ["MXFP4", "MXFP8", "MXFP8A16", "W2A16", "W4A16", "W8A16"])
-@pytest.mark.parametrize("tokens", [1, 16, 64, 300])
-def test_a_graph_replays_an_operation_to_the_bit(backend, name, tokens):
+@pytest.mark.parametrize("tokens", [1, 16, 64, 128, 300])
+@pytest.mark.parametrize("rows", [256, 16448])
+def test_a_graph_replays_an_operation_to_the_bit(backend, name, tokens, rows):
     scheme = parse_scheme(name)
-    packed = ops.quantize_pack(torch.randn(256, 1024, device="cuda"), scheme.weight, backend)
+    packed = ops.quantize_pack(torch.randn(rows, 1024, device="cuda"), scheme.weight, backend)
     x = torch.randn(tokens, 1024, device="cuda").bfloat16()
 
     def step():

@@ -365,7 +365,9 @@ def test_gemm_compiles_to_tensor_cores(compile_ptx, architecture, dtype):
     for fmt in (COMPILED_FORMATS[0], COMPILED_FORMATS[2]):
         for m in (1, 64):
             config = gemm.candidates(m, 4096, 4096, fmt, dtype)[0]
-            ptx = compile_ptx(*gemm_case(gemm, fmt, dtype, config), architecture, odd=("m",))
+            ptx = compile_ptx(
+                *gemm_case(gemm, fmt, dtype, config), architecture, odd=("m", "split_k")
+            )
             assert ".ftz" not in ptx
             if dtype == torch.bfloat16:  # loads run ahead of use, 16 bytes each
                 assert "cp.async.cg.shared.global" in ptx
@@ -382,9 +384,10 @@ def gemm_case(gemm, fmt, dtype, config):
     name = TRITON_DTYPES[dtype]
     constants = {field.upper(): value for field, value in config._asdict().items()}
     options = {field.lower(): constants.pop(field) for field in ("NUM_WARPS", "NUM_STAGES")}
+    constants.pop("SPLIT_K")
     out = "*fp32" if config.split_k > 1 else f"*{name}"
     signature = {"x_ptr": f"*{name}", "out_ptr": out, **packed_signature(fmt)}
-    signature |= {"m": "i32", "n": "i32", "k": "i32"}
+    signature |= {"m": "i32", "n": "i32", "k": "i32", "split_k": "i32"}
     constants |= {"CODE": fmt.code, "dot_dtype": getattr(tl, dtype_name(dtype))}
     return gemm.packed_matmul_kernel, signature, constants, options
 

@@ -34,16 +34,17 @@ TARGET_PROGRAMS = 256  # about two per multiprocessor of a large GPU
 MAX_SPLIT = 8
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["m", "split_k"])  # else compiled anew for every M
 def packed_matmul_kernel(
     x_ptr,  # [m, k], contiguous
     packed_ptr,  # uint8 [n, packed_bytes]
     scale_ptr,  # uint8 or float16 [n, groups]
     zero_ptr,  # uint8 [n, zero_bytes]; not read for symmetric formats
-    out_ptr,  # [m, n], contiguous; float32 [SPLIT_K, m, n] where SPLIT_K > 1
+    out_ptr,  # [m, n], contiguous; float32 [split_k, m, n] where split_k > 1
     m,
     n,
     k,
+    split_k,
     packed_bytes,
     groups,
     zero_bytes,
@@ -53,7 +54,6 @@ def packed_matmul_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,  # whole groups; exactly one unless SCALE_FIRST
-    SPLIT_K: tl.constexpr,
 ):
     size: tl.constexpr = numerics.group_size(CODE)
     bits: tl.constexpr = numerics.code_bits(CODE)
@@ -67,7 +67,7 @@ def packed_matmul_kernel(
     row_inside = (row < n)[:, None]
     long_row = row.to(tl.int64)[:, None]
     sums = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    for step in range(tl.program_id(2), tl.cdiv(k, BLOCK_K), SPLIT_K):
+    for step in range(tl.program_id(2), tl.cdiv(k, BLOCK_K), split_k):
         column = step * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
         x = tl.load(x_base + column, mask=token_inside[:, None] & (column < k), other=0.0)
         if dot_dtype == tl.float32:
@@ -91,27 +91,26 @@ def packed_matmul_kernel(
         else:
             part = tl.dot(w, tl.trans(x), input_precision="ieee")
             sums += part * tl.reshape(scale, (BLOCK_N, 1))
-    place = token.to(tl.int64)[None, :] * n + row[:, None]
-    if SPLIT_K > 1:
-        place += tl.program_id(2).to(tl.int64) * m * n
+    part_row = tl.program_id(2).to(tl.int64) * m + token[None, :]
+    place = part_row * n + row[:, None]
     out = numerics.from_float32(sums, out_ptr.dtype.element_ty)
     tl.store(out_ptr + place, out, mask=row_inside & token_inside[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["split_k"])
 def sum_splits_kernel(
-    partial_ptr,  # float32 [SPLIT_K, size]
+    partial_ptr,  # float32 [split_k, size]
     out_ptr,  # [size]
     size,
-    SPLIT_K: tl.constexpr,
+    split_k,
     BLOCK: tl.constexpr,
 ):
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = place < size
     total = tl.zeros((BLOCK,), tl.float32)
-    for split in tl.static_range(SPLIT_K):
-        start = partial_ptr + tl.cast(size, tl.int64) * split
-        total += tl.load(start + place, mask=inside, other=0.0)
+    for split in range(split_k):
+        start = tl.cast(split, tl.int64) * size
+        total += tl.load(partial_ptr + start + place, mask=inside, other=0.0)
     tl.store(out_ptr + place, numerics.from_float32(total, out_ptr.dtype.element_ty), mask=inside)
 
 
@@ -192,6 +191,7 @@ def _launch(
         m,
         n,
         k,
+        split,
         fmt.packed_bytes(k),
         fmt.groups(k),
         fmt.zero_point_bytes(k),
@@ -201,11 +201,10 @@ def _launch(
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
-        SPLIT_K=split,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
     if split > 1:
         block = 1024
         grid = (triton.cdiv(m * n, block), 1, 1)
-        sum_splits_kernel[grid](target, out, m * n, SPLIT_K=split, BLOCK=block)
+        sum_splits_kernel[grid](target, out, m * n, split, BLOCK=block)
