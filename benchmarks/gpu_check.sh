@@ -135,7 +135,7 @@ run_stage() {
         return
     fi
     echo "== $stage" | tee -a "$log"
-    timeout -k 5 "$limit" bash -uo pipefail -c "$(declare_state); $stage" >>"$log" 2>&1
+    timeout -s INT -k 8 "$limit" bash -uo pipefail -c "$(declare_state); $stage" >>"$log" 2>&1
     code=$?
     [ "$stage" = tests ] && [ -z "$gpu" ] && [ "$code" = 0 ] && code=skipped
     echo "$stage,$code,$((SECONDS - start))" >>"$folder/stages.csv"

@@ -133,7 +133,9 @@ def stage_lines(stages: Sequence[Row]) -> list[Line]:
     lines = []
     for row in stages:
         code = row["code"]
-        state = {"0": "done", "124": "timed out", "skipped": None}.get(code, f"exit code {code}")
+        state = {"0": "done", "124": "timed out", "137": "timed out", "skipped": None}.get(
+            code, f"exit code {code}"
+        )
         lines.append(Line(row["stage"], "done", state, code == "0", f"{row['seconds']} s"))
     return lines
 

@@ -217,27 +217,45 @@ def why_not(model: Any) -> str | None:
     return None if is_static(cache) else "its cache is not all of one static kind"
 
 
-def use_graphs(model: Any, record: Record = capture) -> str | None:
-    """Let `generate` use a static cache and replay its steps; returns why not, or None.
+# What `generate` is asked for with these is not compatible with a static cache, or is decided.
+_OWN_CACHE = (
+    *("past_key_values", "cache_implementation", "assistant_model", "prompt_lookup_num_tokens"),
+    "custom_generate",
+)
+
+
+def _static_cache(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of `generate`, with a static cache unless they are about the cache themselves.
 
     Nothing is compiled: transformers would else call torch.compile for a static cache.
     """
+    config = kwargs.get("generation_config")
+    decided = any(kwargs.get(n) is not None or getattr(config, n, None) for n in _OWN_CACHE)
+    if decided or kwargs.get("use_cache") is False or getattr(config, "use_cache", True) is False:
+        return kwargs
+    return {"cache_implementation": "static", "disable_compile": True, **kwargs}
+
+
+def use_graphs(model: Any, record: Record = capture) -> str | None:
+    """Let `generate` use a static cache and replay its steps; returns why not, or None."""
     reason = why_not(model)
-    if reason is None:
-        graphed = GraphedForward(model, record)
+    if reason is not None:
+        return reason
+    graphed, plain_generate = GraphedForward(model, record), model.generate
 
-        @functools.wraps(graphed.forward)  # generate looks at the names of its arguments
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            return graphed(*args, **kwargs)
+    @functools.wraps(graphed.forward)  # generate looks at the names of its arguments
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return graphed(*args, **kwargs)
 
-        model.forward = forward
-        model.generation_config.cache_implementation = "static"
-        model.generation_config.disable_compile = True
-    return reason
+    @functools.wraps(plain_generate)
+    def generate(*args: Any, **kwargs: Any) -> Any:
+        return plain_generate(*args, **_static_cache(kwargs))
+
+    model.forward, model.generate = forward, generate
+    return None
 
 
 def drop_graphs(model: nn.Module) -> None:
     """Undo `use_graphs`, and free what it holds."""
-    model.__dict__.pop("forward", None)
-    config: Any = model.generation_config
-    config.cache_implementation, config.disable_compile = None, False
+    for name in ("forward", "generate"):
+        model.__dict__.pop(name, None)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny import make_model
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM, StaticCache
+from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 from mixbits import graphs
 from mixbits.formats import parse_scheme
@@ -166,7 +166,8 @@ def test_models_that_are_left_alone(tmp_path, kind, why):
     model = packed_model(tmp_path, kind)
     before = copy.copy(model.generation_config)
     assert why in graphs.use_graphs(model, Rerun())
-    assert "forward" not in vars(model) and model.generation_config == before
+    assert not {"forward", "generate"} & set(vars(model))
+    assert model.generation_config.to_dict() == before.to_dict()
 
 
 def test_calls_that_are_no_plain_step_are_left_alone(tmp_path):
@@ -189,10 +190,34 @@ def test_it_can_be_undone_and_keeps_its_signature(tmp_path):
     before = inspect.signature(model.forward)
     graphs.use_graphs(model, Rerun())
     assert inspect.signature(model.forward) == before
-    assert model.generation_config.cache_implementation == "static"
+    assert inspect.signature(model.generate) == inspect.signature(
+        type(model).generate.__get__(model)
+    )
     graphs.drop_graphs(model)
-    assert "forward" not in vars(model)
-    assert model.generation_config.cache_implementation is None
+    assert not {"forward", "generate"} & set(vars(model))
+
+
+def test_a_cache_of_the_callers_own_is_left_alone(tmp_path):
+    model, record = packed_model(tmp_path), Rerun()
+    ids = prompt("cpu")
+    expected = model.generate(ids, **OPTIONS)
+    graphs.use_graphs(model, record)
+    config = copy.deepcopy(model.generation_config)
+    config.update(cache_implementation="dynamic")
+    for more in (
+        {"past_key_values": DynamicCache(config=model.config)},
+        {"cache_implementation": "dynamic"},
+        {"use_cache": False},
+        {"prompt_lookup_num_tokens": 2},
+        {"generation_config": config},
+    ):
+        rows = ids[:1] if "prompt_lookup_num_tokens" in more else ids
+        got = model.generate(rows, **OPTIONS, **more)
+        assert torch.equal(got, expected[: len(rows)]), more
+    assert record.recorded == 0
+    mine = StaticCache(config=model.config, max_cache_len=ids.shape[1] + NEW)
+    assert torch.equal(model.generate(ids, **OPTIONS, past_key_values=mine), expected)
+    assert record.recorded == 1  # static, if the caller's own: replayed
 
 
 # The last is torch.tensor(...): on a GPU, a copy from the host.

@@ -318,10 +318,12 @@ def test_elementwise_kernels_compile(compile_ptx, architecture):
         signature = {**packed_signature(fmt), "out_ptr": "*bf16", **size}
         ptx = compile_ptx(dequantize.dequantize_kernel, signature, tile, {}, architecture)
         assert_exact_arithmetic(ptx)
+        assert "st.global.v4.b32" in ptx
         signature = {"weight_ptr": "*bf16", **packed_signature(fmt), **size}
         tile["COLUMNS"] = numerics.tile_columns(fmt)
         ptx = compile_ptx(pack_kernels.quantize_pack_kernel, signature, tile, {}, architecture)
         assert_exact_arithmetic(ptx)
+        assert "ld.global.v4.b32" in ptx
 
 
 @pytest.mark.slow
