@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from .formats import BF16
+from .formats import BF16, Assignment
 from .model import LinearInfo
-from .plan import Assignment, average_bits
+from .plan import average_bits
 
 
 def _reset_peak() -> None:
@@ -109,20 +109,27 @@ def table(rows: Sequence[Sequence[str]], indent: str = "  ") -> str:
 
 
 def scheme_table(linears: Sequence[LinearInfo], assignment: Assignment) -> str:
-    """How many linears of each kind got which scheme, and their average bits, scales counted."""
+    """How many linears of each kind got which scheme, and their average bits, scales counted.
+
+    Where linears are divided among schemes: the share of weights instead.
+    """
     kinds: dict[str, list[LinearInfo]] = {}
     for info in linears:
         leaf = info.name.rpartition(".")[2]
         kinds.setdefault(f"experts.{leaf}" if info.is_expert else leaf, []).append(info)
-    used = [assignment.get(i.name, BF16) for i in linears]
-    schemes = sorted(
-        {s.name: s for s in used}.values(), key=lambda s: (s.storage_bits(128, 4096), s.name)
-    )
-    rows = [["module", *(s.name for s in schemes), "bits"]]
+    parts = {i.name: assignment.get(i.name, BF16).parts(i.in_features) for i in linears}
+    used = {s.name: s for p in parts.values() for s, _ in p}
+    schemes = sorted(used, key=lambda name: (used[name].storage_bits(128, 4096), name))
+    divided = any(len(p) > 1 for p in parts.values())
+    rows = [["module", *schemes, "bits"]]
     for kind, members in [*kinds.items(), ("all", list(linears))]:
-        names = [assignment.get(i.name, BF16).name for i in members]
-        counts = [str(names.count(s.name) or "-") for s in schemes]
-        rows.append([kind, *counts, f"{average_bits(members, assignment):.3f}"])
+        amounts = dict.fromkeys(schemes, 0)
+        for info in members:
+            for scheme, columns in parts[info.name]:
+                amounts[scheme.name] += columns * info.out_features if divided else 1
+        whole = sum(amounts.values())
+        cells = [f"{n / whole:.0%}" if divided and n else str(n or "-") for n in amounts.values()]
+        rows.append([kind, *cells, f"{average_bits(members, assignment):.3f}"])
     return table(rows)
 
 
@@ -137,6 +144,15 @@ def size(nbytes: float) -> str:
 
 def plus_minus(value: float, stderr: float, digits: int = 4) -> str:
     return f"{value:.{digits}f} ± {stderr:.{digits}f}"
+
+
+def gate_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Candidates on held-out text, the one that ships first."""
+    cells = [["candidate", "KL, nats/token", "behind the best, 95 %"]]
+    for row in rows:
+        behind = plus_minus(row["behind"], row["interval"]) if "behind" in row else "-"
+        cells.append([row["name"], f"{row['kl']:.4f}", behind])
+    return table(cells)
 
 
 def result_table(before: int, after: int, scores: dict[str, float] | None) -> str:

@@ -52,33 +52,40 @@ class Staging:
         self._stream: Any = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._slots: list[_Slot] = []
         self._worker = ThreadPoolExecutor(1, "mixbits-staging")
-        self._pending: tuple[frozenset[int], Future[dict[int, Tensor]]] | None = None
+        self._pending: tuple[frozenset[int], Future[dict[int, Tensor]], list[Tensor]] | None = None
 
     def start(self, tensors: Iterable[Tensor]) -> None:
-        """Begin to copy: the next `take` should be for the same tensors."""
+        """Begin to copy what a later `take` will ask for; one thing at a time is begun."""
         found = list(tensors)
-        before: Any = None
-        if self._stream is not None:
-            before = torch.cuda.current_stream(self.device).record_event()
-        future = self._worker.submit(self._copy, found, before)
-        self._pending = frozenset(map(id, found)), future
+        key = frozenset(map(id, found))
+        if found and (self._pending is None or self._pending[0] != key):
+            self._pending = key, self._submit(found), found  # an id is good while it lives
 
     def take(self, tensors: Iterable[Tensor]) -> dict[int, Tensor]:
-        """id of a tensor -> its copy, in its own dtype, that the current stream may use."""
+        """id of a tensor -> its copy, in its own dtype, that the current stream may use.
+
+        What was begun for others stays begun.
+        """
         found = list(tensors)
         if not found:
             return {}
-        if self._pending is None or self._pending[0] != frozenset(map(id, found)):
-            self.start(found)
-        assert self._pending is not None
-        copies = self._pending[1].result()
-        self._pending = None
+        if self._pending is not None and self._pending[0] == frozenset(map(id, found)):
+            future, self._pending = self._pending[1], None
+        else:
+            future = self._submit(found)
+        copies = future.result()
         if self._stream is not None:
             current = torch.cuda.current_stream(self.device)
             current.wait_stream(self._stream)
             for copy in copies.values():
                 copy.record_stream(current)  # its memory is the other stream's
         return copies
+
+    def _submit(self, tensors: list[Tensor]) -> Future[dict[int, Tensor]]:
+        before: Any = None
+        if self._stream is not None:
+            before = torch.cuda.current_stream(self.device).record_event()
+        return self._worker.submit(self._copy, tensors, before)
 
     def _copy(self, tensors: list[Tensor], before: Any) -> dict[int, Tensor]:
         if before is not None:

@@ -21,9 +21,10 @@ from transformers import AutoModelForCausalLM
 import mixbits
 from mixbits import checkpoint, transformers_quantizer
 from mixbits.checkpoint import atomic_folder, make_shards, predicted_bytes, save, tensor_specs
-from mixbits.formats import UsageError, parse_scheme
+from mixbits.fake import FakeLinear
+from mixbits.formats import Mixed, UsageError, parse_scheme
 from mixbits.linear import PackedLinear, swap_linears
-from mixbits.model import LinearInfo, find_linears, meta_model
+from mixbits.model import LinearInfo, find_linears, meta_model, weight_of
 from mixbits.source import Source, open_source
 
 MIX = ["MXFP4", "MXFP8", "W4A16", "BF16", "W2A16G32ASYM", "MXFP8E5M2A16", "W8A16G64ASYM"]
@@ -267,6 +268,57 @@ def test_a_damaged_folder_is_refused_in_one_sentence(
     change, message = DAMAGE[damage]
     change(folder)
     with pytest.raises(UsageError, match=message) as caught:
+        mixbits.load(folder)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+
+
+def test_a_damaged_order_of_columns_is_refused(tmp_path: Path) -> None:
+    """It would otherwise address memory beyond the input."""
+    source = open_source(str(make_model(tmp_path / "model")))
+    model = source.load()
+    linears = find_linears(model)
+    order = tuple(reversed(range(64)))
+    low, high = parse_scheme("MXFP4"), parse_scheme("MXFP8")
+    recipe = Mixed(((high, 32), (low, 32)), order)
+    (tmp_path / "out").mkdir()
+    save(tmp_path / "out", source, model, linears, {PACKED: recipe}, {})
+    x = torch.randn(3, 64)
+    expected = FakeLinear(weight_of(model, linears[0]), recipe)(x)
+    assert linears[0].name == PACKED
+    got = mixbits.load(tmp_path / "out", dtype=torch.float32).get_submodule(PACKED)(x)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    for place, message in ((63, "each of 64 columns once"), (-5, "each of 64 columns once")):
+
+        def change(tensors: dict[str, Any], place: int = place) -> None:
+            tensors[f"{PACKED}.order"][0] = place - 1
+
+        _edit_tensors(change)(tmp_path / "out")
+        with pytest.raises(UsageError, match=message):
+            mixbits.load(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        {"segments": [["MXFP8", 32]], "ordered": False, "rotated": False},
+        {"segments": [["MXFP8", 32], ["MXFP4", 33]], "ordered": False, "rotated": False},
+        {"segments": [["BF16", 64]], "ordered": False, "rotated": False},
+        {"segments": [["MXFP8", -1], ["MXFP4", 65]], "ordered": False, "rotated": False},
+        {"segments": [], "ordered": False, "rotated": False},
+        {"segments": "MXFP4", "ordered": False, "rotated": False},
+        {"segments": [["MXFP4", 64]], "ordered": True, "rotated": False},
+        {"ordered": False},
+        ["MXFP4"],
+        None,
+        7,
+    ],
+    ids=str,
+)
+def test_a_recipe_that_does_not_fit_is_refused(recipe: Any, intact: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "damaged"
+    shutil.copytree(intact, folder)
+    _edit_config(lambda q: q["modules"].update({PACKED: recipe}))(folder)
+    with pytest.raises(UsageError) as caught:
         mixbits.load(folder)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
 

@@ -9,18 +9,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tiny import make_model
 from transformers import AutoConfig
 
-from mixbits.formats import UsageError, parse_scheme
+from mixbits.arrange import Arrangement
+from mixbits.formats import BF16, Mixed, UsageError, parse_scheme
 from mixbits.model import LinearInfo, Unit, find_linears, make_units, meta_model
 from mixbits.plan import (
     Budget,
     Plan,
     average_bits,
+    format_ranges,
+    mixed_recipe,
     parse_keep,
+    parse_ranges,
+    slab_width,
     solve,
-    stored_bits,
     unit_options,
 )
 from mixbits.scores import Scores
@@ -103,7 +108,7 @@ ROWS = 3
 )
 def test_everything_stored_is_counted(name: str, columns: int, bytes_per_row: float) -> None:
     info = LinearInfo("a", ROWS, columns, 0)
-    assert stored_bits(info, parse_scheme(name)) == 8 * ROWS * bytes_per_row
+    assert parse_scheme(name).storage_bits(ROWS, columns) == 8 * ROWS * bytes_per_row
     average = average_bits([info], {"a": parse_scheme(name)})
     assert average == pytest.approx(8 * bytes_per_row / columns, rel=1e-15)
 
@@ -113,8 +118,7 @@ def test_everything_stored_is_counted(name: str, columns: int, bytes_per_row: fl
     [("MXFP4", 4), ("MXFP8", 8), ("W2A16G32ASYM", 2), ("W4A16", 4), ("W8A16", 8), ("BF16", 16)],
 )
 def test_without_scale_bits_elements_are_counted(name: str, bits: int) -> None:
-    info = LinearInfo("a", ROWS, 172, 0)
-    assert stored_bits(info, parse_scheme(name), ignore_scale_bits=True) == bits * ROWS * 172
+    assert parse_scheme(name).storage_bits(ROWS, 172, True) == bits * ROWS * 172
 
 
 def test_the_average_is_weighted_by_size_and_linears_without_a_scheme_count_16() -> None:
@@ -312,3 +316,146 @@ def test_files_that_are_no_plan(tmp_path: Path, llama: list[LinearInfo]) -> None
         path.write_bytes(content)
         with pytest.raises(UsageError, match=message):
             Plan.read(path, llama)
+
+
+# --- slabs -----------------------------------------------------------------------------------
+
+
+def slab_scores(linears: list[LinearInfo], schemes: tuple[str, ...], order: bool) -> Scores:
+    generator = torch.Generator().manual_seed(1)
+    slabs, arrangements = {}, {}
+    for info in linears:
+        count = -(-info.in_features // 32)
+        base = torch.rand(count, generator=generator).double().pow(3)
+        slabs[info.name] = {s: (base / 8**i).tolist() for i, s in enumerate(schemes)}
+        if order:
+            arrangements[info.name] = Arrangement(torch.arange(info.in_features).flip(0))
+    return Scores.build(slabs, linears, "fisher", MODES, {}, {}, arrangements)
+
+
+def solved_slabs(
+    linears: list[LinearInfo],
+    budget: Budget,
+    names: tuple[str, ...] = ("MXFP4", "MXFP8"),
+    **how: Any,
+) -> Plan:
+    units = make_units(linears, fuse=True, by_input=True)
+    options = unit_options(units, [parse_scheme(n, *MODES) for n in names], [])
+    scores = slab_scores(linears, names, how.pop("order", True))
+    return solve(units, options, scores, budget, "optimal", slabs=True, **how)
+
+
+@pytest.mark.parametrize("names", [("MXFP4", "MXFP8"), ("W2A16", "W4A16"), ("W4A16G64", "W8A16")])
+@pytest.mark.parametrize("order", [False, True])
+def test_slabs_keep_the_budget_with_their_orders_counted(
+    llama: list[LinearInfo], names: tuple[str, ...], order: bool
+) -> None:
+    schemes = [parse_scheme(n, *MODES) for n in names]
+    low, high = (average_bits(llama, {i.name: s for i in llama}) for s in schemes)
+    for ignore in (False, True):
+        for part in (0.3, 0.6):
+            bits = low + part * (high - low) - 0.5 * ignore
+            plan = solved_slabs(llama, Budget(bits, ignore_scale_bits=ignore), names, order=order)
+            reached = average_bits(llama, plan.assignment, ignore)
+            assert bits - 0.4 < reached <= bits
+            assert any(
+                isinstance(r, Mixed) and len(r.segments) == 2 for r in plan.assignment.values()
+            )
+
+
+def test_readers_of_one_input_share_slabs_and_order(llama: list[LinearInfo]) -> None:
+    chosen = solved_slabs(llama, Budget(6.0)).assignment
+    for block in (0, 1):
+        prefix = f"model.layers.{block}."
+        for group in (("q", "k", "v"), ("gate", "up")):
+            where = "self_attn" if len(group) == 3 else "mlp"
+            assert len({chosen[f"{prefix}{where}.{leaf}_proj"] for leaf in group}) == 1
+
+
+def test_the_dearer_scheme_goes_where_the_loss_is(llama: list[LinearInfo]) -> None:
+    """The most sensitive of a linear's slabs are its 8-bit ones, and their columns come first."""
+    plan = solved_slabs(llama, Budget(6.0, ignore_scale_bits=True))
+    scores = slab_scores(llama, ("MXFP4", "MXFP8"), order=True)
+    for unit in plan.data["units"]:
+        if len(unit["slabs"]) < 2:
+            continue
+        names = list(unit["linears"])
+        losses = [
+            sum(x) for x in zip(*(scores.slab_scores(n, MX[0], 32) for n in names), strict=True)
+        ]
+        high = parse_ranges(unit["slabs"]["MXFP8"])
+        low = parse_ranges(unit["slabs"]["MXFP4"])
+        assert sorted(high + low) == list(range(len(scores.slab_scores(names[0], MX[0], 32))))
+        recipe = plan.assignment[names[0]]
+        assert isinstance(recipe, Mixed) and recipe.order is not None
+        first, columns = recipe.segments[0]
+        slabs = high if first.name == "MXFP8" else low
+        order = scores.order(names[0]) or []
+        expected = [c for n in slabs for c in order[n * 32 : n * 32 + 32]]
+        assert list(recipe.order[:columns]) == expected
+    # Slabs of units of equal rows compete by loss alone.
+    o_proj = [u for u in plan.data["units"] if u["unit"].endswith("o_proj")]
+    taken, left = [], []
+    for unit in o_proj:
+        losses = scores.slab_scores(unit["unit"], MX[0], 32)
+        taken += [losses[n] for n in parse_ranges(unit["slabs"].get("MXFP8", ""))]
+        left += [losses[n] for n in parse_ranges(unit["slabs"].get("MXFP4", ""))]
+    assert not taken or not left or min(taken) > max(left)
+
+
+def test_ranges_of_slabs() -> None:
+    assert format_ranges([0, 1, 2, 5, 7, 8]) == "0-2,5,7-8"
+    assert parse_ranges("0-2,5,7-8") == [0, 1, 2, 5, 7, 8]
+    assert format_ranges([]) == "" and parse_ranges("") == []
+
+
+def test_a_short_slab_ends_its_linear() -> None:
+    """172 columns: the last slab has 12, and blocks after it would begin amid a group."""
+    recipe = mixed_recipe([(MX[1], [0, 5]), (MX[0], [1, 2, 3, 4])], 32, 172, None, False)
+    assert isinstance(recipe, Mixed)
+    assert recipe.segments == ((MX[0], 128), (MX[1], 44))
+    assert recipe.order == (*range(32, 160), *range(32), *range(160, 172))
+
+
+def test_one_scheme_in_the_natural_order_is_no_mixture() -> None:
+    assert mixed_recipe([(MX[0], range(3))], 32, 96, None, False) == MX[0]
+    rotated = mixed_recipe([(MX[0], range(3))], 32, 96, None, True)
+    assert rotated == Mixed(((MX[0], 96),), None, True)
+
+
+@pytest.mark.parametrize("slabs", [[0, 1], [0, 1, 1], [0, 1, 2, 3]])
+def test_every_slab_is_there_once(slabs: list[int]) -> None:
+    with pytest.raises(UsageError, match="each of 0-2 once"):
+        mixed_recipe([(MX[0], slabs)], 32, 96, None, False)
+
+
+def test_slabs_of_bf16_are_refused() -> None:
+    with pytest.raises(UsageError, match="packed schemes: got BF16"):
+        slab_width([MX[0], BF16])
+    assert slab_width(MX) == 32
+    assert slab_width([parse_scheme("W2A16"), parse_scheme("W4A16G32")]) == 128
+
+
+def test_a_plan_of_slabs_is_read_back_and_can_be_edited(
+    llama: list[LinearInfo], tmp_path: Path
+) -> None:
+    plan = solved_slabs(llama, Budget(6.0))
+    plan.write(tmp_path / "plan.json")
+    read = Plan.read(tmp_path / "plan.json", llama)
+    assert read == plan and read.assignment == plan.assignment
+
+    data = json.loads((tmp_path / "plan.json").read_text())
+    data["units"][0]["slabs"] = {"MXFP4": "0-1"}
+    (tmp_path / "plan.json").write_text(json.dumps(data))
+    chosen = Plan.read(tmp_path / "plan.json", llama).assignment
+    recipe = chosen["model.layers.0.self_attn.q_proj"]
+    assert isinstance(recipe, Mixed) and recipe.segments == ((MX[0], 64),)
+    for slabs in ({"MXFP4": "0"}, {"MXFP4": "0-1", "MXFP8": "1"}, {"MXFP4": "0-2"}):
+        data["units"][0]["slabs"] = slabs
+        (tmp_path / "plan.json").write_text(json.dumps(data))
+        with pytest.raises(UsageError, match="each of 0-1 once"):
+            Plan.read(tmp_path / "plan.json", llama)
+    data["units"][0]["slabs"] = {"MXFP4": "all of them"}
+    (tmp_path / "plan.json").write_text(json.dumps(data))
+    with pytest.raises(UsageError, match="must have scale modes and units"):
+        Plan.read(tmp_path / "plan.json", llama)

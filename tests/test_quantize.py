@@ -69,7 +69,7 @@ def test_everything_is_written_and_the_report_tells_it(
     assert report["predicted_loss"] == read(out / "plan.json")["predicted_loss"] > 0
     printed = capsys.readouterr().out
     for number, stage in enumerate(quantize.STAGES, 1):
-        assert f"[{number}/6] {stage}" in printed
+        assert f"[{number}/{len(quantize.STAGES)}] {stage}" in printed
     assert f"{reached['avg_bits']:.4f} bits per weight with everything counted" in printed
 
 
@@ -300,3 +300,87 @@ def test_the_units_of_the_plan_are_the_models(run: Callable[..., int], tmp_path:
     data = read(tmp_path / "out" / "plan.json")["units"]
     assert [u["unit"] for u in data] == [unit.name for unit in units]
     assert [list(u["linears"]) for u in data] == [[i.name for i in u.linears] for u in units]
+
+
+ARRANGED = {
+    "slab": ["--granularity", "slab"],
+    "free": ["--granularity", "slab", "--free-slabs"],
+    "rotated": ["--rotate", "ffn"],
+    "both": ["--granularity", "slab", "--rotate", "ffn"],
+    "integers": ["--granularity", "slab", "--schemes", "W2A16G32,W4A16G32,W8A16G32"],
+}
+
+
+@pytest.mark.parametrize("how", ARRANGED)
+@pytest.mark.parametrize("kind", ["llama", "qwen3_moe"])
+def test_arranged_columns(
+    kind: str, how: str, run: Callable[..., int], shared: Path, tmp_path: Path
+) -> None:
+    model = make_model(tmp_path / "model", kind) if kind != "llama" else shared / "llama"
+    assert run("--avg-bits", 6, *ARRANGED[how], model=model) == 0
+    report = read(tmp_path / "out" / "report.json")
+    assert report["reached"]["avg_bits"] <= 6
+    weights = (tmp_path / "out" / "model.safetensors").stat().st_size
+    assert report["reached"]["predicted_bytes"] == report["bytes_after"] == weights
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    orders = [name for name in stored if name.endswith(".order")]
+    assert bool(orders) == (how != "rotated")
+    plan = read(tmp_path / "out" / "plan.json")
+    rotated = {name for unit in plan["units"] for name in unit.get("rotated", [])}
+    downs = {n for u in plan["units"] for n in u["linears"] if n.endswith(".down_proj")}
+    assert rotated == (downs if "--rotate" in ARRANGED[how] else set())
+    assert report["evaluation"]["held_out"]["kl"] < 1
+    # The plan alone gives the same file.
+    given = ["--plan", tmp_path / "out" / "plan.json"]
+    assert run(*given, model=model, out="again") == 0
+    again = load_file(tmp_path / "again" / "model.safetensors")
+    assert again.keys() == stored.keys()
+    assert all(torch.equal(again[name], stored[name]) for name in stored)
+
+
+def test_every_rounding_is_recorded_and_compensation_pays(
+    run: Callable[..., int], tmp_path: Path
+) -> None:
+    kl = {}
+    for rounding in ("rtn", "search", "gptq"):
+        options = [
+            "--avg-bits",
+            4.3,
+            "--rounding",
+            rounding,
+            "--nsamples",
+            48,
+            "--eval-nsamples",
+            48,
+        ]
+        assert run(*options, out=rounding) == 0
+        report = read(tmp_path / rounding / "report.json")
+        assert report["rounding"]["method"] == rounding
+        config = read(tmp_path / rounding / "config.json")["quantization_config"]
+        assert config["rounding"] == report["rounding"]
+        kl[rounding] = report["evaluation"]["held_out"]["kl"]
+    assert kl["gptq"] < min(kl["search"], kl["rtn"])
+
+
+@pytest.mark.parametrize("granularity", ["layer", "slab"])
+def test_the_gate_ships_the_best_candidate(
+    granularity: str, run: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("--avg-bits", 5, "--gate", 6, "--granularity", granularity) == 0
+    report = read(tmp_path / "out" / "report.json")
+    gate, printed = report["gate"], capsys.readouterr().out
+    names = {row["name"] for row in gate["candidates"]}
+    first = "slabs" if granularity == "slab" else "optimal"
+    assert {first, f"{first}, correction 0", "uniform", "head"} <= names  # equal plans once
+    kl = [row["kl"] for row in gate["candidates"]]
+    assert kl == sorted(kl)
+    assert all(row["behind"] > 0 and row["interval"] > 0 for row in gate["candidates"][1:])
+    assert gate["candidates"][0]["name"] in printed and "behind the best" in printed
+    # Three texts that share nothing: to calibrate with, to choose by, to judge by.
+    parts = report["calibration"], gate, report["evaluation"]["held_out"]
+    assert len({part["sha256"] for part in parts}) == 3
+    assert [part["nsamples"] for part in parts] == [4, 6, 4]
+    # The plan in the folder is the winner's.
+    assert run("--plan", tmp_path / "out" / "plan.json", out="again") == 0
+    again = read(tmp_path / "again" / "report.json")["reached"]
+    assert again == report["reached"]

@@ -142,6 +142,19 @@ BAD_OPTIONS: dict[str, tuple[list[str], str]] = {
     "plan and keep": (["--plan", "{}/no.json", "--keep", "*=MXFP4"], "cannot go with --plan"),
     "plan and scores": (["--plan", "{}/no.json", "--scores", "x"], "cannot go with --plan"),
     "plan and fuse": (["--plan", "{}/no.json", "--fuse"], "cannot go with --plan"),
+    "no such rounding": (["--rounding", "best"], "invalid choice: 'best'"),
+    "too much correction": (["--correction", "1.5"], "--correction: must be between 0 and 1"),
+    "a gate of -1": (["--gate", "-1"], "--gate must be at least 0: got -1"),
+    "slabs of BF16": (
+        ["--granularity", "slab", "--schemes", "MXFP4,BF16"],
+        "slabs must be of packed schemes: got BF16",
+    ),
+    "slabs by deltaloss": (
+        ["--granularity", "slab", "--method", "deltaloss"],
+        "need --method fisher: got deltaloss",
+    ),
+    "free without slabs": (["--free-slabs"], "--free-slabs helps --granularity slab only"),
+    "a gate without text": (["--gate", "200"], "204 for calibration"),
     "ignored scales": (["--size", "1GB", "--ignore-scale-bits"], "counts for --avg-bits only"),
     "unknown backend": (["--backend", "abacus"], "backend must be one of"),
     "unknown device": (["--device", "abacus"], "--device abacus cannot be used"),
@@ -411,7 +424,7 @@ def test_sigterm_leaves_neither_output_nor_partial_folder(shared: Path, tmp_path
     process = start(shared, tmp_path)
     assert process.stdout is not None
     for line in process.stdout:
-        if line.startswith(b"[4/6]"):  # the next thing it does is write
+        if line.startswith(b"[5/"):  # what is left is short: round, write
             break
     process.send_signal(signal.SIGTERM)
     process.communicate()

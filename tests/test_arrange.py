@@ -1,0 +1,84 @@
+"""Orders and rotations of columns change the basis and nothing else."""
+
+import pytest
+import torch
+
+from mixbits.arrange import Arrangement, arrangement_of, hadamard
+from mixbits.formats import Mixed, UsageError, parse_scheme
+
+MXFP4, MXFP8 = parse_scheme("MXFP4"), parse_scheme("MXFP8")
+ARRANGEMENTS = {
+    "nothing": lambda k: Arrangement(),
+    "ordered": lambda k: Arrangement(torch.randperm(k)),
+    "rotated": lambda k: Arrangement(None, rotated=True),
+    "both": lambda k: Arrangement(torch.randperm(k), rotated=True),
+}
+
+
+def hadamard_matrix(size: int) -> torch.Tensor:
+    """Sylvester's construction: H(2n) = [[H, H], [H, -H]]."""
+    matrix = torch.ones(1, 1)
+    while len(matrix) < size:
+        matrix = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]]), matrix)
+    return matrix
+
+
+@pytest.mark.parametrize("columns", [1, 31, 32, 33, 172, 192])
+def test_hadamard_is_a_product_with_the_matrix_32_columns_at_a_time(columns):
+    x = torch.randn(3, 5, columns, dtype=torch.float64)
+    expected = x.clone()
+    for start in range(0, columns - 31, 32):
+        block = x[..., start : start + 32] @ hadamard_matrix(32).double()
+        expected[..., start : start + 32] = block
+    torch.testing.assert_close(hadamard(x), expected, rtol=1e-14, atol=1e-13)
+
+
+@pytest.mark.parametrize("kind", ARRANGEMENTS)
+@pytest.mark.parametrize("columns", [20, 96, 172])
+def test_the_product_stays_the_same(kind, columns):
+    arrangement = ARRANGEMENTS[kind](columns)
+    x = torch.randn(7, columns, dtype=torch.float64)
+    weight = torch.randn(5, columns, dtype=torch.float64)
+    arranged = arrangement.input(x) @ arrangement.weight(weight).T
+    torch.testing.assert_close(arranged, x @ weight.T, rtol=1e-13, atol=1e-13)
+    restored = arrangement.restore(arrangement.weight(weight))
+    torch.testing.assert_close(restored, weight, rtol=1e-14, atol=1e-14)
+    # In float32 an order alone is exact, and a rotation rounds to float32 at most.
+    assert arrangement.input(x.bfloat16()).dtype == (
+        torch.float32 if arrangement.rotated else torch.bfloat16
+    )
+
+
+@pytest.mark.parametrize("kind", ARRANGEMENTS)
+def test_the_arguments_are_left_as_they_were(kind):
+    weight = torch.randn(4, 64)
+    before = weight.clone()
+    arrangement = ARRANGEMENTS[kind](64)
+    arrangement.restore(arrangement.weight(weight))
+    arrangement.input(weight)
+    assert torch.equal(weight, before)
+
+
+def test_a_recipe_says_its_arrangement():
+    assert arrangement_of(MXFP4) == Arrangement()
+    mixed = Mixed(((MXFP8, 1), (MXFP4, 2)), order=(2, 0, 1), rotated=True)
+    arrangement = arrangement_of(mixed)
+    assert arrangement.order is not None and arrangement.order.tolist() == [2, 0, 1]
+    assert arrangement.rotated
+    assert mixed.name == "MXFP8+MXFP4" and mixed.in_features == 3
+
+
+@pytest.mark.parametrize("order", [(0, 1), (0, 1, 1), (0, 1, 3)])
+def test_an_order_holds_each_column_once(order):
+    with pytest.raises(UsageError, match="each of 3 columns once"):
+        Mixed(((MXFP8, 1), (MXFP4, 2)), order=order)
+
+
+def test_what_a_mixed_linear_stores_is_counted():
+    mixed = Mixed(((MXFP8, 32), (MXFP4, 64)), order=tuple(range(96)))
+    bits = 10 * (32 * 8 + 8) + 10 * (64 * 4 + 16)
+    assert mixed.storage_bits(10, 96) == bits + 96 * 16
+    assert mixed.storage_bits(10, 96, ignore_scale_bits=True) == 10 * (32 * 8 + 64 * 4)
+    assert Mixed(mixed.segments).storage_bits(10, 96) == bits
+    with pytest.raises(UsageError, match="96 columns"):
+        mixed.parts(95)

@@ -1,0 +1,130 @@
+"""A whole model rounded: what runs is what is stored, and compensation is worth its time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import KINDS, MOE_KINDS, make_model
+
+from mixbits import checkpoint
+from mixbits.evaluate import sequence_kl
+from mixbits.fake import fake_quantize_model
+from mixbits.formats import BF16, Mixed, Recipe, UsageError, parse_scheme
+from mixbits.model import find_linears
+from mixbits.rounded import RoundedModel, round_model
+from mixbits.rounding import METHODS
+from mixbits.source import open_source
+from mixbits.streaming import StreamedModel
+
+MODES = "floor", "even"
+
+
+def recipes(linears: list[Any]) -> dict[str, Recipe]:
+    """Every kind of recipe in turn; columns of some are ordered and rotated."""
+    mxfp4, mxfp8, w4 = (parse_scheme(s, *MODES) for s in ("MXFP4", "MXFP8", "W4A16G32"))
+    found: dict[str, Recipe] = {}
+    for number, info in enumerate(linears):
+        columns = info.in_features
+        order = tuple(reversed(range(columns)))
+        found[info.name] = [
+            mxfp4,
+            Mixed(((mxfp8, 32), (mxfp4, columns - 32)), order),
+            w4,
+            Mixed(((mxfp4, columns),), None, rotated=True),
+            Mixed(((parse_scheme("W8A16G32"), 32), (w4, columns - 32)), order, rotated=True),
+        ][number % 5]
+    return found
+
+
+def opened(folder: Path, kind: str) -> tuple[Any, Any, list[Any], dict[str, Recipe], torch.Tensor]:
+    source = open_source(str(make_model(folder, kind)))
+    model = source.load()
+    linears = find_linears(model, include_head=True)
+    ids = torch.randint(0, 130, (12, 32))
+    return source, model, linears, recipes(linears), ids
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nearest_rounding_is_the_fake_model(kind: str, tmp_path: Path) -> None:
+    source, model, linears, chosen, ids = opened(tmp_path / "model", kind)
+    rounded = round_model(StreamedModel(model), linears, chosen, "rtn")
+    logits = RoundedModel(StreamedModel(model), linears, chosen, rounded).logits(ids)
+    fake = source.load()
+    fake_quantize_model(fake, chosen)
+    expected = StreamedModel(fake).logits(ids)
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("method", METHODS)
+def test_what_is_stored_is_what_ran(kind: str, method: str, tmp_path: Path) -> None:
+    source, model, linears, chosen, ids = opened(tmp_path / "model", kind)
+    streamed = StreamedModel(model)
+    rounded = round_model(streamed, linears, chosen, method, ids)
+    assert set(rounded) == {info.name for info in linears}
+    (tmp_path / "out").mkdir()
+    modes = dict(zip(("weight_scale_mode", "act_scale_mode"), MODES, strict=True))
+    written = checkpoint.save(tmp_path / "out", source, model, linears, chosen, modes, rounded)
+    assert written == checkpoint.predicted_bytes(model, linears, chosen, source.dtype)
+    packed = checkpoint.load(tmp_path / "out", dtype=torch.float32)
+    logits = packed(input_ids=ids, use_cache=False).logits
+    expected = RoundedModel(streamed, linears, chosen, rounded).logits(ids)
+    # Where activations are rounded, another order of summation may move one by a whole step.
+    close = (logits - expected).abs() <= 1e-3 * (1 + expected.abs())
+    assert close.float().mean() > 0.9
+    assert (logits - expected).square().mean() < 1e-3 * expected.square().mean()
+
+
+@pytest.mark.parametrize("scheme", ["MXFP4", "W4A16", "W2A16G32"])
+def test_compensation_brings_the_model_nearer_to_the_original(scheme: str, tmp_path: Path) -> None:
+    source = open_source(str(make_model(tmp_path, num_hidden_layers=3)))
+    model = StreamedModel(source.load())
+    linears = find_linears(model.model)
+    chosen = {i.name: parse_scheme(scheme, *MODES) for i in linears}
+    ids = torch.randint(0, 130, (96, 32))
+    fresh = torch.randint(0, 130, (32, 32))
+    kl = {}
+    for method, share in (("rtn", 0.0), ("search", 0.0), ("gptq", 0.0), ("gptq", 0.5)):
+        rounded = round_model(model, linears, chosen, method, ids, share)
+        quantized = RoundedModel(model, linears, chosen, rounded)
+        kl[method, share] = float(sequence_kl(model, quantized, fresh).mean())
+    assert kl["search", 0.0] < kl["rtn", 0.0]
+    assert kl["gptq", 0.0] < 0.9 * kl["search", 0.0]
+    assert kl["gptq", 0.5] < 0.95 * kl["gptq", 0.0]
+
+
+@pytest.mark.parametrize("kind", MOE_KINDS)
+def test_experts_that_no_token_reached_are_rounded_all_the_same(kind: str, tmp_path: Path) -> None:
+    _, model, linears, chosen, _ = opened(tmp_path / "model", kind)
+    one_token = torch.zeros(1, 2, dtype=torch.int64)
+    rounded = round_model(StreamedModel(model), linears, chosen, "gptq", one_token)
+    assert set(rounded) == {info.name for info in linears}
+
+
+def test_linears_without_a_recipe_are_left_alone(tmp_path: Path) -> None:
+    _, model, linears, chosen, ids = opened(tmp_path / "model", "qwen3_moe")
+    expert = next(i.name for i in linears if i.is_expert)
+    del chosen[expert]
+    chosen[linears[0].name] = BF16
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    rounded = round_model(StreamedModel(model), linears, chosen, "gptq", ids)
+    assert set(rounded) == {i.name for i in linears} - {expert, linears[0].name}
+    logits = RoundedModel(StreamedModel(model), linears, chosen, rounded).logits(ids)
+    assert torch.isfinite(logits).all()
+    assert all(torch.equal(before[n], v) for n, v in model.state_dict().items())
+
+
+def test_bad_arguments(tmp_path: Path) -> None:
+    _, model, linears, chosen, ids = opened(tmp_path / "model", "llama")
+    streamed = StreamedModel(model)
+    with pytest.raises(UsageError, match="rtn, search, gptq: got 'best'"):
+        round_model(streamed, linears, chosen, "best", ids)
+    with pytest.raises(UsageError, match="needs calibration text"):
+        round_model(streamed, linears, chosen, "gptq", ids[:0])
+    model.get_submodule(linears[2].name).weight.data[3, 5] = torch.nan
+    for method in METHODS:
+        with pytest.raises(UsageError, match=rf"finite.*{linears[2].name}"):
+            round_model(streamed, linears, chosen, method, ids)
