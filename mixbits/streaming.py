@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -47,14 +47,15 @@ def resident(
     module: nn.Module,
     dtype: torch.dtype | None,
     device: torch.device,
-    staged: Mapping[int, Tensor] | None = None,
+    staged: dict[int, Tensor] | None = None,
 ) -> Iterator[None]:
     """Copy what `module` holds to `device`, its parameters to `dtype` too, for the duration.
 
     Buffers keep their dtype: they are packed codes and scales, and rotary frequencies. `staged`
-    has copies that are on the device already, by the id of parameter or buffer.
+    has copies that are on the device already, by the id of parameter or buffer; it is emptied, so
+    that those in another dtype do not stay.
     """
-    ahead = staged or {}
+    staged = {} if staged is None else staged
     parameters = [(p, p.data) for p in module.parameters()]
     buffers = [
         (owner, name, value)
@@ -64,9 +65,9 @@ def resident(
     ]
     try:
         for parameter, data in parameters:
-            parameter.data = ahead.get(id(parameter), data).to(device, dtype)
+            parameter.data = staged.pop(id(parameter), data).to(device, dtype)
         for owner, name, value in buffers:
-            owner._buffers[name] = ahead.get(id(value), value).to(device)
+            owner._buffers[name] = staged.pop(id(value), value).to(device)
         yield
     finally:
         for parameter, data in parameters:
@@ -119,7 +120,6 @@ class StreamedModel:
             if following is not None:
                 self.staging.start(foreign_tensors(following, self.device))
         with resident(module, dtype, self.device, staged):
-            del staged
             yield
 
     def _block(self, index: int) -> nn.Module | None:
