@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mixbits import ops
-from mixbits.formats import Format
+from mixbits.formats import Format, parse_scheme
 from mixbits.pack import unpack
 
 Packing = TypeVar("Packing")
@@ -91,6 +91,53 @@ def codes_and_scale(weight: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
 def decode(codes: Tensor, scale: Tensor) -> Tensor:
     """codes [N, K], scale [N, groups] -> float32 [N, K]."""
     return codes.float() * scale.float().repeat_interleave(codes.shape[1] // scale.shape[1], 1)
+
+
+def mixbits_peer(
+    scheme_name: str,
+    dtype: torch.dtype,
+    int8_activations: bool = False,
+    backend: str | None = None,
+) -> Peer:
+    """The packed matmul of this library."""
+    scheme = parse_scheme(scheme_name)
+    fmt = scheme.weight
+    assert fmt is not None
+
+    def make(weights: Sequence[Tensor], x: Tensor, threads: int) -> Multiplication:
+        torch.set_num_threads(threads)
+        packed = pack_all(weights, lambda w: ops.quantize_pack(w, fmt, backend))
+        x = x.to(dtype)
+        operands = [[ops.Operand(p, fmt, scheme.activation)] for p in packed]
+
+        def run(i: int) -> Tensor:
+            return ops.packed_matmuls_unchecked(x, operands[i], backend, int8_activations)[0]
+
+        rounded = x if scheme.activation is None else ops.fake_quantize(x, scheme.activation)
+        return Multiplication(
+            run, nbytes(*packed[0]), rounded, lambda: ops.dequantize(packed[0], fmt, x.shape[1])
+        )
+
+    mode = " int8" if int8_activations else ""
+    where = f"{backend} " if backend else ""
+    return Peer(f"mixbits {where}{scheme_name}{mode} {str(dtype).removeprefix('torch.')}", make)
+
+
+class Rotation:
+    """A multiplication and copies of its weight, `total` bytes of them or more; calls go round."""
+
+    def __init__(
+        self, peer: Peer, tile: Tensor, rows: int, x: Tensor, threads: int, total: int
+    ) -> None:
+        weight = tile.repeat(rows // tile.shape[0], 1)
+        one = peer.make([weight], x, threads)
+        self.copies = max(1, -(-total // one.weight_bytes))
+        self.multiplication = (
+            one if self.copies == 1 else peer.make([weight] * self.copies, x, threads)
+        )
+
+    def __call__(self, number: int) -> None:
+        self.multiplication(number % self.copies)
 
 
 @dataclass(frozen=True)

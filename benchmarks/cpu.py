@@ -28,9 +28,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from benchmarks.contender import Multiplication, Peer, nbytes, pack_all
+from benchmarks.contender import Peer, Rotation, mixbits_peer, nbytes
 from benchmarks.peers import (
     available_fake_quantizers,
     available_peers,
@@ -57,30 +56,6 @@ SCHEMES = "MXFP4,MXFP8,MXFP4A16,MXFP8A16,W4A16,W8A16,W2A16"
 Row = dict[str, Any]
 
 
-def mixbits_peer(scheme_name: str, dtype: torch.dtype, int8_activations: bool = False) -> Peer:
-    """The packed matmul of this library."""
-    scheme = parse_scheme(scheme_name)
-    fmt = scheme.weight
-    assert fmt is not None
-
-    def make(weights: Sequence[Tensor], x: Tensor, threads: int) -> Multiplication:
-        torch.set_num_threads(threads)
-        packed = pack_all(weights, lambda w: ops.quantize_pack(w, fmt))
-        x = x.to(dtype)
-        operands = [[ops.Operand(p, fmt, scheme.activation)] for p in packed]
-
-        def run(i: int) -> Tensor:
-            return ops.packed_matmuls_unchecked(x, operands[i], None, int8_activations)[0]
-
-        rounded = x if scheme.activation is None else ops.fake_quantize(x, scheme.activation)
-        return Multiplication(
-            run, nbytes(*packed[0]), rounded, lambda: ops.dequantize(packed[0], fmt, x.shape[1])
-        )
-
-    mode = " int8" if int8_activations else ""
-    return Peer(f"mixbits {scheme_name}{mode} {str(dtype).removeprefix('torch.')}", make)
-
-
 def own_peers(schemes: Sequence[str]) -> list[Peer]:
     """Every scheme with bfloat16 tokens, those of integers in their 8-bit mode too."""
     peers = [mixbits_peer(scheme, torch.bfloat16) for scheme in schemes]
@@ -92,21 +67,6 @@ def own_peers(schemes: Sequence[str]) -> list[Peer]:
 # --- matmul --------------------------------------------------------------------------------------
 
 
-class Rotation:
-    """A multiplication and its copies of the weight; calls go round."""
-
-    def __init__(self, peer: Peer, tile: Tensor, rows: int, x: Tensor, threads: int) -> None:
-        weight = tile.repeat(rows // tile.shape[0], 1)
-        one = peer.make([weight], x, threads)
-        self.copies = max(1, -(-4 * CACHE // one.weight_bytes))
-        self.multiplication = (
-            one if self.copies == 1 else peer.make([weight] * self.copies, x, threads)
-        )
-
-    def __call__(self, number: int) -> None:
-        self.multiplication(number % self.copies)
-
-
 def measure_matmul(
     peers: Sequence[Peer], shape: tuple[int, int], tokens: int, threads: int, rounds: int
 ) -> list[Row]:
@@ -115,7 +75,7 @@ def measure_matmul(
     generator = torch.Generator().manual_seed(0)
     tile = torch.randn(rows // 8, columns, generator=generator)
     x = torch.randn(tokens, columns, generator=generator)
-    rotations = {peer.name: Rotation(peer, tile, rows, x, threads) for peer in peers}
+    rotations = {peer.name: Rotation(peer, tile, rows, x, threads, 4 * CACHE) for peer in peers}
     read, copy = read_bandwidth(), copy_bandwidth()
     calls: dict[str, Callable[[int], object]] = {"read": read, "copy": copy}
     seconds = interleave({**calls, **rotations}, rounds)
@@ -214,44 +174,65 @@ def sweep(args: argparse.Namespace) -> list[Row]:
 # --- rounding ------------------------------------------------------------------------------------
 
 
-def rounding_calls(elements: int) -> dict[str, tuple[Callable[[int], object], int, str]]:
-    """Name -> (call, bytes that it must move, the yardstick that they are compared with)."""
+# A call, the bytes that it must move, and the yardstick that they are compared with.
+Rounding = tuple[Callable[[int], object], int, str]
+
+
+def rounding_calls(
+    elements: int,
+    device: str = "cpu",
+    backend: str | None = None,
+    schemes: Sequence[str] = ("MXFP4", "MXFP8", "W4A16"),
+) -> dict[str, Rounding]:
+    """Name -> call; the statistics are those of `schemes`."""
     columns = 4096
-    x = torch.randn(elements // columns, columns).bfloat16()
+    x = torch.randn(elements // columns, columns, device=device).bfloat16()
     gradient = torch.randn_like(x)
-    row, column = torch.rand(len(x)), torch.rand(columns)
-    calls: dict[str, tuple[Callable[[int], object], int, str]] = {}
+    row, column = torch.rand(len(x), device=device), torch.rand(columns, device=device)
+    calls: dict[str, Rounding] = {}
     for name in ("MXFP4", "MXFP8", "W4A16", "W8A16"):
         fmt = parse_scheme(name).weight
         assert fmt is not None
-        packed = ops.quantize_pack(x, fmt)
+        packed = ops.quantize_pack(x, fmt, backend)
         size = nbytes(*packed)
         calls[f"fake_quantize {name}"] = (
-            lambda _, f=fmt: ops.fake_quantize(x, f),
+            lambda _, f=fmt: ops.fake_quantize(x, f, backend),
             2 * x.nbytes,
             "copy",
         )
         calls[f"quantize_pack {name}"] = (
-            lambda _, f=fmt: ops.quantize_pack(x, f),
+            lambda _, f=fmt: ops.quantize_pack(x, f, backend),
             x.nbytes + size,
             "copy",
         )
         calls[f"dequantize {name}"] = (
-            lambda _, f=fmt, p=packed: ops.dequantize(p, f, columns, torch.bfloat16),
+            lambda _, f=fmt, p=packed: ops.dequantize(p, f, columns, torch.bfloat16, backend),
             x.nbytes + size,
             "copy",
         )
-    formats = [parse_scheme(name).weight for name in ("MXFP4", "MXFP8", "W4A16")]
-    calls["fisher_statistics, 3 schemes"] = (
-        lambda _: ops.fisher_statistics(x, row, column, formats),
+    formats = [parse_scheme(name).weight for name in schemes]
+    calls[f"fisher_statistics, {len(formats)} schemes"] = (
+        lambda _: ops.fisher_statistics(x, row, column, formats, backend),
         x.nbytes,
         "read",
     )
-    calls["gradient_statistics, 3 schemes"] = (
-        lambda _: ops.gradient_statistics(x, gradient, formats),
+    calls[f"gradient_statistics, {len(formats)} schemes"] = (
+        lambda _: ops.gradient_statistics(x, gradient, formats, backend),
         2 * x.nbytes,
         "read",
     )
+    calls[f"square_sums, {len(formats)} schemes"] = (
+        lambda _: ops.square_sums(x, formats, backend),
+        x.nbytes,
+        "read",
+    )
+    return calls
+
+
+def peer_rounding_calls(elements: int) -> dict[str, Rounding]:
+    """Other people's fake quantization, as far as it can run here."""
+    calls: dict[str, Rounding] = {}
+    x = torch.randn(elements // 4096, 4096).bfloat16()
     for quantizer, reason in available_fake_quantizers():
         if reason is not None:
             print(f"skipped: {quantizer.name} ({reason})")
@@ -266,7 +247,7 @@ def rounding_calls(elements: int) -> dict[str, tuple[Callable[[int], object], in
 
 
 def rounding(args: argparse.Namespace) -> list[Row]:
-    calls = rounding_calls(args.elements)
+    calls = {**rounding_calls(args.elements), **peer_rounding_calls(args.elements)}
     read, copy = read_bandwidth(), copy_bandwidth()
     seconds = interleave(
         {"read": read, "copy": copy, **{name: call[0] for name, call in calls.items()}},

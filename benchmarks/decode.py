@@ -38,13 +38,16 @@ from mixbits.model import find_linears
 from mixbits.report import table
 
 
-def random_model(config: LlamaConfig, dtype: torch.dtype) -> LlamaForCausalLM:
+def random_model(
+    config: LlamaConfig, dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> LlamaForCausalLM:
     """A model whose layers repeat one another's values: quick to make, as slow to run as any."""
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
-    model = model.to(dtype).to_empty(device="cpu")
-    model.model.rotary_emb = type(model.model.rotary_emb)(config)
-    tile = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0)).mul_(0.02).to(dtype)
+    model = model.to(dtype).to_empty(device=device)
+    model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)
+    tile = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0)).mul_(0.02)
+    tile = tile.to(device, dtype)
     for parameter in model.parameters():
         flat = parameter.data.view(-1)
         for start in range(0, flat.numel(), tile.numel()):

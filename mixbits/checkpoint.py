@@ -447,6 +447,7 @@ def load(
     device: torch.device | str = "cpu",
     trust_remote_code: bool = False,
     int8_activations: bool = False,
+    cuda_graphs: bool = True,
 ) -> Any:
     """A transformers model with packed linears, ready for `generate`.
 
@@ -454,6 +455,8 @@ def load(
     dtype             of activations and unquantized weights; the checkpoint's own by default.
     int8_activations  lets ...A16 schemes round activations to 8 bits on a CPU: faster prefill,
                       results that are no longer those of the float computation.
+    cuda_graphs       on a GPU, `generate` uses a static cache and replays its one-token steps
+                      (mixbits.graphs), where the model allows it.
 
     Raises UsageError if the folder is no mixbits checkpoint, or any tensor is missing,
     unexpected or of another shape or dtype.
@@ -462,6 +465,7 @@ def load(
 
     from . import ops, transformers_quantizer
     from .attention import use_grouped_attention
+    from .graphs import use_graphs
 
     folder = Path(folder)
     config = transformers_quantizer.read_config(folder)
@@ -494,4 +498,7 @@ def load(
         elif isinstance(module, MixedLinear):
             _check_order(name, module, folder)
     use_grouped_attention(model)
-    return model.to(device).eval().requires_grad_(False)
+    model = model.to(device).eval().requires_grad_(False)
+    if cuda_graphs and model.device.type == "cuda":
+        use_graphs(model)
+    return model

@@ -1,11 +1,18 @@
-"""`python -m mixbits.info`: versions, backends, instruction set, threads, and why each is off."""
+"""`python -m mixbits.info`: versions, backends, instruction set, threads, and why each is off.
+
+With `--matmul 14336x4096`: which way a product with a packed weight of that shape would take, for
+every scheme and several numbers of tokens.
+"""
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import os
 import platform
 
+_SCHEMES = ("MXFP4", "MXFP8", "W2A16", "W4A16", "W8A16")
+_TOKENS = (1, 16, 64, 256, 1024)
 _PACKAGES = ("torch", "triton", "transformers", "safetensors", "lm-eval", "auto-round", "datasets")
 
 
@@ -16,7 +23,31 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def main() -> None:
+def _shape(text: str) -> tuple[int, int]:
+    rows, _, columns = text.partition("x")
+    if not (rows.isdigit() and columns.isdigit()):
+        raise argparse.ArgumentTypeError(f"must be NxK, such as 14336x4096: got {text!r}")
+    return int(rows), int(columns)
+
+
+def print_choices(device_type: str, rows: int, columns: int) -> None:
+    """How x [M, columns] on that kind of device would meet a packed [rows, columns]."""
+    from .formats import parse_scheme
+    from .ops import explain_matmul
+
+    print(f"products with a packed [{rows}, {columns}] on {device_type}")
+    for name in _SCHEMES:
+        fmt = parse_scheme(name).weight
+        assert fmt is not None
+        for tokens in _TOKENS:
+            way = explain_matmul(device_type, fmt, tokens, rows, columns)
+            print(f"  {name:<6} M={tokens:<5} {way}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m mixbits.info")
+    parser.add_argument("--matmul", type=_shape, metavar="NxK", help="explain products with it")
+    args = parser.parse_args(argv)
     import torch
 
     from . import __version__, ops
@@ -33,6 +64,8 @@ def main() -> None:
         print(f"  {name:<13} {'on' if why is None else 'off: ' + why}")
     if cpu.why_unavailable() is None:
         print(f"cpu kernels use {cpu.isa()}; this machine runs {', '.join(cpu.available_isas())}")
+    if args.matmul is not None:
+        print_choices("cuda" if torch.cuda.is_available() else "cpu", *args.matmul)
 
 
 if __name__ == "__main__":

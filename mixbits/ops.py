@@ -6,6 +6,7 @@
     dequantize            Packed, K, dtype                     [N, K]
     fisher_statistics     weight [N, K], row [N], column [K]   float64 [formats, ceil(K / 32)]
     gradient_statistics   weight [N, K], gradient [N, K]       float64 [formats, ceil(K / 32)]
+    square_sums           x [T, K]                             float64 [1 + formats, K]
     packed_matmul         x [M, K], Packed [N, K]              [M, N], x's dtype
     packed_matmuls        x [M, K], Operands [N_i, K]          list of [M, N_i]
 
@@ -29,6 +30,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from . import reference
 from .formats import Format, UsageError
 from .pack import Packed, packed_spec
 
@@ -68,6 +70,24 @@ def choose_backend(device_type: str, requested: str | None) -> str:
     if not _module(requested).supports(torch.device(device_type)):
         raise UsageError(f"backend {requested!r} cannot be used for tensors on {device_type}")
     return requested
+
+
+def explain_matmul(
+    device_type: str,
+    fmt: Format,
+    m: int,
+    n: int,
+    k: int,
+    dtype: torch.dtype = torch.bfloat16,
+    backend: str | None = None,
+) -> str:
+    """How x [m, k] of `dtype` on `device_type` would meet a packed [n, k]: "backend: way".
+
+    The choice depends on these arguments, MIXBITS_BACKEND and what is installed; nothing runs.
+    """
+    name = choose_backend(device_type, backend or os.environ.get("MIXBITS_BACKEND") or None)
+    explain = getattr(_module(name), "explain_matmul", None)
+    return name if explain is None else f"{name}: {explain(fmt, m, n, k, dtype)}"
 
 
 def _backend(x: Tensor, requested: str | None) -> Any:
@@ -220,6 +240,25 @@ def gradient_statistics(
         return _no_statistics(weight, formats)
     tensors = (weight.detach().contiguous(), gradient.detach().contiguous())
     return module.gradient_statistics(*tensors, list(formats))
+
+
+def square_sums(x: Tensor, formats: Sequence[Format], backend: str | None = None) -> Tensor:
+    """float64 [1 + formats, K]: sums over the rows of x [T, K] of x_k^2 and (x - Q(x))_k^2.
+
+    Squares are float32; Q is fake-quantization in float32.
+    """
+    _check_values("x", x, 2)
+    module = _backend(x, backend)
+    if x.numel() == 0:
+        shape = (1 + len(formats), x.shape[1])
+        return torch.zeros(shape, dtype=torch.float64, device=x.device)
+    x = x.detach().contiguous()
+    if x.is_cuda and backend is None and _module("triton").why_unavailable() is None:
+        module = module if hasattr(module, "square_sums") else _module("triton")
+    fused = getattr(module, "square_sums", None)
+    if fused is None:
+        return reference.square_sums(x, formats, module.fake_quantize)
+    return fused(x, list(formats))
 
 
 class Operand(NamedTuple):

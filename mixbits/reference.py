@@ -22,7 +22,7 @@ keep their sign.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -265,3 +265,17 @@ def gradient_statistics(weight: Tensor, gradient: Tensor, formats: Sequence[Form
         error = weight.double() - fake_quantize(weight.float(), fmt).double()
         out.append(_slab_sums((gradient.double() * error).abs()))
     return torch.stack(out)
+
+
+def square_sums(
+    x: Tensor,
+    formats: Sequence[Format],
+    rounding: Callable[[Tensor, Format], Tensor] = fake_quantize,
+) -> Tensor:
+    """float64 [1 + formats, K]: sums over rows of x_tk^2, and of (x - Q(x))_tk^2 per format.
+
+    x is [T, K]; `rounding` is Q, on float32. Squares are float32, their sums float64.
+    """
+    wide = x.float()
+    parts = [wide, *(wide - rounding(wide, fmt) for fmt in formats)]
+    return torch.stack([part.square().sum(0, dtype=torch.float64) for part in parts])

@@ -100,11 +100,6 @@ class _Moments:
     dx: dict[Format, Tensor | float] = field(default_factory=dict)
 
 
-def _square_sum(x: Tensor) -> Tensor:
-    """Column sums of x^2 [T, K] -> float64 [K] on the CPU."""
-    return x.float().square().sum(0, dtype=torch.float64).cpu()
-
-
 class _FisherLinear(torch.autograd.Function):
     """A linear that records second moments, and computes no gradient of its weight."""
 
@@ -120,9 +115,9 @@ class _FisherLinear(torch.autograd.Function):
     ) -> Tensor:
         rows = arrangement.input(x.reshape(-1, x.shape[-1]))
         moments.tokens += rows.shape[0]
-        moments.x = moments.x + _square_sum(rows)
-        for fmt in activations:
-            error = _square_sum(rows - ops.fake_quantize(rows, fmt))
+        squares, *errors = ops.square_sums(rows, activations)
+        moments.x = moments.x + squares
+        for fmt, error in zip(activations, errors, strict=True):
             moments.dx[fmt] = moments.dx.get(fmt, 0.0) + error
         ctx.save_for_backward(weight)
         ctx.moments, ctx.arrangement = moments, arrangement
@@ -133,9 +128,9 @@ class _FisherLinear(torch.autograd.Function):
         (weight,) = ctx.saved_tensors
         gw = grads[0] @ weight
         moments: _Moments = ctx.moments
-        moments.g = moments.g + _square_sum(grads[0].reshape(-1, weight.shape[0]))
+        moments.g = moments.g + ops.square_sums(grads[0].reshape(-1, weight.shape[0]), [])[0]
         arranged = ctx.arrangement.weight(gw.reshape(-1, weight.shape[1]))
-        moments.gw = moments.gw + _square_sum(arranged)
+        moments.gw = moments.gw + ops.square_sums(arranged, [])[0]
         return gw, None, None, None, None, None
 
 
@@ -146,10 +141,10 @@ def _sampled_label_loss(generator: torch.Generator) -> Callable[[Tensor, Tensor]
         flat = logits.flatten(0, -2).float()
         with torch.no_grad():  # in parts: sampling holds several copies of the probabilities
             parts = [
-                torch.multinomial(part.softmax(-1).cpu(), 1, generator=generator)
+                torch.multinomial(part.softmax(-1), 1, generator=generator)
                 for part in flat.split(LABEL_CHUNK)
             ]
-        labels = torch.cat(parts).squeeze(-1).to(flat.device)
+        labels = torch.cat(parts).squeeze(-1)
         return torch.nn.functional.cross_entropy(flat, labels, reduction="sum")
 
     return loss
@@ -187,7 +182,7 @@ def _fisher_scores(
 ) -> dict[str, list[float]]:
     """Scores of one linear, nats per token: {scheme: [slabs]}."""
     slabs = -(-weight.shape[1] // MX_GROUP)
-    zero = torch.zeros(slabs, dtype=torch.float64)
+    zero = torch.zeros(slabs, dtype=torch.float64, device=weight.device)
     formats = list(dict.fromkeys(s.weight for s in schemes if s.weight is not None))
     if not moments.tokens or not formats:
         return {s.name: zero.tolist() for s in schemes}
@@ -224,7 +219,7 @@ def _collect(
         out: Tensor = _FisherLinear.apply(x, weight, bias, moments[name], activations, arrangement)
         return out
 
-    loss = _sampled_label_loss(torch.Generator().manual_seed(seed))
+    loss = _sampled_label_loss(torch.Generator(model.device).manual_seed(seed))
     with probed(model.model, linears, probe):
         for ids in batches:
             model.forward_backward(ids, loss, progress)
@@ -244,7 +239,7 @@ def _measure_fisher(
     moments = _collect(model, linears, schemes, batches, seed, progress, arrangements)
     tokens = sum(ids.numel() for ids in batches)
     scores = {}
-    for info in linears:
+    for info in model.visit(linears):
         weight = weight_of(model.model, info).detach()
         weight = arrangements.get(info.name, Arrangement()).weight(weight)
         scores[info.name] = _fisher_scores(weight, moments[info.name], schemes, tokens)
@@ -254,10 +249,10 @@ def _measure_fisher(
 def _column_scores(weight: Tensor, moments: _Moments, scheme: Scheme) -> Tensor:
     """float64 [K]: what each input column contributes to the linear's score, unscaled."""
     if not moments.tokens or scheme.weight is None:
-        return torch.zeros(weight.shape[1], dtype=torch.float64)
+        return torch.zeros(weight.shape[1], dtype=torch.float64, device=weight.device)
     assert isinstance(moments.g, Tensor) and isinstance(moments.x, Tensor)
     error = (weight.float() - ops.fake_quantize(weight.float(), scheme.weight)).square()
-    score = moments.x * (moments.g.float().to(error.device) @ error).cpu()
+    score = moments.x * (moments.g.float() @ error)
     if scheme.activation is not None:
         score = score + moments.gw * moments.dx[scheme.activation]
     return score / moments.tokens
@@ -279,13 +274,13 @@ def sorted_columns(
     batches = list(ids.split(batch_size))
     with _progress("order of columns", 2 * len(batches) * len(model.blocks)) as bar:
         moments = _collect(model, linears, [scheme], batches, seed, bar.update, {})
+    scores = {
+        info.name: _column_scores(weight_of(model.model, info).detach(), moments[info.name], scheme)
+        for info in model.visit([info for group in readers for info in group])
+    }
     orders: dict[str, Arrangement] = {}
     for group in readers:
-        weights = [weight_of(model.model, info).detach() for info in group]
-        columns = sum(
-            _column_scores(weight, moments[info.name], scheme)
-            for weight, info in zip(weights, group, strict=True)
-        )
+        columns = sum(scores[info.name] for info in group)
         assert isinstance(columns, Tensor)
         order = columns.argsort(descending=True, stable=True).to(model.device)
         orders |= {info.name: Arrangement(order) for info in group}
@@ -313,11 +308,11 @@ class _DeltaLossLinear(torch.autograd.Function):
         grad = grads[0].reshape(-1, weight.shape[0])
         grad_weight = grad.T @ rounded_x.reshape(-1, weight.shape[1])
         record: Tensor = ctx.record
-        record += ops.gradient_statistics(weight, grad_weight, [ctx.scheme.weight])[0].cpu()
+        record += ops.gradient_statistics(weight, grad_weight, [ctx.scheme.weight])[0]
         grad_x = grads[0] @ rounded
         if ctx.scheme.activation is not None:
             moved = (grad_x * (x - rounded_x)).abs().flatten(0, -2)
-            record += _slabs(moved.sum(0, dtype=torch.float64)).cpu()
+            record += _slabs(moved.sum(0, dtype=torch.float64))
         return grad_x, None, None, None, None
 
 
@@ -349,7 +344,9 @@ def _measure_deltaloss(
     scores: SlabScores = {info.name: {} for info in linears}
     for scheme in schemes:
         records = {
-            info.name: torch.zeros(-(-info.in_features // MX_GROUP), dtype=torch.float64)
+            info.name: torch.zeros(
+                -(-info.in_features // MX_GROUP), dtype=torch.float64, device=model.device
+            )
             for info in linears
         }
         if scheme.weight is not None:

@@ -3,7 +3,8 @@
 The weights of a model opened by transformers stay mapped from its files. A *resident* module has
 its parameters copied to the compute dtype and device for as long as it runs; then the copies are
 dropped. So the peak is one block (or the head, where that is larger), its gradients, and the
-activations at the block borders of one batch.
+activations at the block borders of one batch. On a GPU the next block is brought while one runs
+(mixbits.staging), and lies there in its stored dtype besides.
 
 Backward works the same way. The forward pass runs without gradients and keeps each block's
 input; the loss is differentiated down to the last block's output, and then block after block is
@@ -14,14 +15,15 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .model import CausalLM, decoder_blocks
+from .model import CausalLM, LinearInfo, decoder_blocks, output_head
+from .staging import Staging, foreign_tensors
 
 Progress = Callable[[], None]
 
@@ -41,11 +43,19 @@ def patched(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
 
 
 @contextmanager
-def resident(module: nn.Module, dtype: torch.dtype, device: torch.device) -> Iterator[None]:
+def resident(
+    module: nn.Module,
+    dtype: torch.dtype | None,
+    device: torch.device,
+    staged: dict[int, Tensor] | None = None,
+) -> Iterator[None]:
     """Copy what `module` holds to `device`, its parameters to `dtype` too, for the duration.
 
-    Buffers keep their dtype: they are packed codes and scales, and rotary frequencies.
+    Buffers keep their dtype: they are packed codes and scales, and rotary frequencies. `staged`
+    has copies that are on the device already, by the id of parameter or buffer; it is emptied, so
+    that those in another dtype do not stay.
     """
+    staged = {} if staged is None else staged
     parameters = [(p, p.data) for p in module.parameters()]
     buffers = [
         (owner, name, value)
@@ -55,9 +65,9 @@ def resident(module: nn.Module, dtype: torch.dtype, device: torch.device) -> Ite
     ]
     try:
         for parameter, data in parameters:
-            parameter.data = data.to(device, dtype)
+            parameter.data = staged.pop(id(parameter), data).to(device, dtype)
         for owner, name, value in buffers:
-            owner._buffers[name] = value.to(device)
+            owner._buffers[name] = staged.pop(id(value), value).to(device)
         yield
     finally:
         for parameter, data in parameters:
@@ -95,8 +105,39 @@ class StreamedModel:
         device: torch.device | str = "cpu",
     ) -> None:
         self.model = model.eval().requires_grad_(False)
-        self.dtype, self.device = dtype, torch.device(device)
+        self.dtype, self.device = dtype, torch.empty(0, device=device).device  # with its index
         self.blocks = decoder_blocks(model)[1]
+        self.staging = Staging(self.device) if self.device.type == "cuda" else None
+
+    @contextmanager
+    def _resident(
+        self, module: nn.Module, dtype: torch.dtype | None, following: nn.Module | None = None
+    ) -> Iterator[None]:
+        """`module` is resident; meanwhile `following` is brought, which must be the next one."""
+        staged = {}
+        if self.staging is not None:
+            staged = self.staging.take(foreign_tensors(module, self.device))
+            if following is not None:
+                self.staging.start(foreign_tensors(following, self.device))
+        with resident(module, dtype, self.device, staged):
+            yield
+
+    def _block(self, index: int) -> nn.Module | None:
+        return self.blocks[index] if 0 <= index < len(self.blocks) else None
+
+    def visit(self, linears: Sequence[LinearInfo]) -> Iterator[LinearInfo]:
+        """Each of `linears` in the order of blocks, its weight on the device as it is stored."""
+        members: dict[int | None, list[LinearInfo]] = {}
+        for info in linears:
+            members.setdefault(info.block, []).append(info)
+        modules = {
+            index: output_head(self.model)[1] if index is None else self.blocks[index]
+            for index in members
+        }
+        following = [*list(modules.values())[1:], None]
+        for (index, module), after in zip(modules.items(), following, strict=True):
+            with self._resident(module, None, after):
+                yield from members[index]
 
     def _outer_modules(self) -> list[nn.Module]:
         """What runs outside the blocks and holds tensors: rotary embedding, norm and head."""
@@ -131,7 +172,7 @@ class StreamedModel:
         """Become resident when first called, until `stack` closes: a loss may need it again."""
 
         def run(*args: Any, **kwargs: Any) -> Any:
-            stack.enter_context(resident(module, self.dtype, self.device))
+            stack.enter_context(self._resident(module, self.dtype))
             return forward(*args, **kwargs)
 
         return run
@@ -153,7 +194,7 @@ class StreamedModel:
     def run_block(self, index: int, *args: Any, **kwargs: Any) -> Any:
         """A block's own forward, resident for as long as it runs."""
         layer = self.blocks[index]
-        with resident(layer, self.dtype, self.device):
+        with self._resident(layer, self.dtype, self._block(index + 1)):
             return type(layer).forward(layer, *args, **kwargs)
 
     @torch.no_grad()
@@ -189,15 +230,19 @@ class StreamedModel:
             return (tensor, *out[1:]) if isinstance(out, tuple) else tensor
 
         with ExitStack() as stack, torch.enable_grad():
-            value = loss(self._run(ids, stack, block), ids.to(self.device))
+            logits = self._run(ids, stack, block)
+            if self.staging is not None:  # the last block runs again
+                self.staging.start(foreign_tensors(self.blocks[-1], self.device))
+            value = loss(logits, ids.to(self.device))
+            del logits
             value.backward()
         gradient = last[0].grad
         _give_back_memory()
         for index in reversed(range(len(self.blocks))):
             hidden, args, kwargs = inputs.pop()
             hidden.requires_grad_()
-            with torch.enable_grad(), resident(self.blocks[index], self.dtype, self.device):
-                layer = self.blocks[index]
+            layer = self.blocks[index]
+            with torch.enable_grad(), self._resident(layer, self.dtype, self._block(index - 1)):
                 out = type(layer).forward(layer, hidden, *args, **kwargs)
                 (out[0] if isinstance(out, tuple) else out).backward(gradient)
             gradient = hidden.grad

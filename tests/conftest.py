@@ -34,6 +34,13 @@ def format_id(fmt: Format) -> str:
     return f"{fmt.element}-g{fmt.group_size}-{'sym' if fmt.symmetric else 'asym'}"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="no GPU"))
+
+
 @pytest.fixture(autouse=True)
 def poisoned_memory() -> Iterator[None]:
     """torch.empty gives NaN (integers: the largest), so that an unwritten output cannot pass."""

@@ -15,7 +15,7 @@ from mixbits import info, ops
 
 
 def test_it_prints_versions_and_every_backend(capsys: pytest.CaptureFixture[str]) -> None:
-    info.main()
+    info.main([])
     out = capsys.readouterr().out
     assert out.startswith(f"mixbits {mixbits.__version__}, Python {sys.version.split()[0]}")
     for package in ("torch", "transformers", "safetensors"):
@@ -33,7 +33,7 @@ def test_a_package_that_is_missing_is_said_to_be(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(info, "_PACKAGES", ("no-such-package",))
-    info.main()
+    info.main([])
     assert "  no-such-package not installed\n" in capsys.readouterr().out
 
 
@@ -43,10 +43,21 @@ def test_a_backend_that_is_off_says_why(
     from mixbits.backends import cpu
 
     monkeypatch.setattr(cpu, "why_unavailable", lambda: "it was not built")
-    info.main()
+    info.main([])
     out = capsys.readouterr().out
     assert re.search(r"^  cpu +off: it was not built$", out, re.M)
     assert "cpu kernels use" not in out
+
+
+def test_it_says_which_way_a_product_takes(capsys: pytest.CaptureFixture[str]) -> None:
+    info.main(["--matmul", "64x128"])
+    out = capsys.readouterr().out
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    assert f"products with a packed [64, 128] on {device}\n" in out
+    backend = ops.choose_backend(device, None)
+    assert len(re.findall(rf"^  (?:MXFP|W)\w+ +M=\d+ +{backend}", out, re.M)) == 25
+    with pytest.raises(SystemExit):
+        info.main(["--matmul", "64"])
 
 
 def test_it_runs_as_a_module() -> None:

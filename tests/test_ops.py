@@ -130,6 +130,25 @@ def test_statistics(isa, dtype):
             torch.testing.assert_close(got, expected, rtol=1e-6, atol=0)
 
 
+@by_dtype
+def test_square_sums(isa, dtype):
+    x = torch.randn(41, 172).to(dtype)
+    formats = [MXFP4, MXFP8, INT4]
+    for some in (formats, []):
+        expected = reference.square_sums(x, some)
+        assert expected.shape == (1 + len(some), 172)
+        assert torch.equal(ops.square_sums(x[:, None].transpose(0, 1)[0], some, "cpu"), expected)
+        assert torch.equal(ops.square_sums(x, some, "reference"), expected)
+    wide = x.double()
+    torch.testing.assert_close(expected[0], (wide**2).sum(0), rtol=1e-6, atol=0)
+    error = wide - reference.fake_quantize(x.float(), MXFP8).double()
+    got = ops.square_sums(x, formats, "cpu")[2]
+    torch.testing.assert_close(got, (error**2).sum(0), rtol=1e-6, atol=0)
+    assert torch.equal(ops.square_sums(x[:0], formats), torch.zeros(4, 172, dtype=torch.float64))
+    with pytest.raises(ValueError, match="x must have 2 dimensions"):
+        ops.square_sums(x[0], formats)
+
+
 def test_statistics_do_not_depend_on_threads_or_company(isa):
     weight, gradient = torch.randn(300, 520), torch.randn(300, 520)
     row, column = torch.rand(300), torch.rand(520)
@@ -387,6 +406,17 @@ def test_backend_choice(monkeypatch):
     with pytest.raises(UsageError, match=r"got 'tpu'"):
         ops.fake_quantize(x, MXFP4)
     assert ops.fake_quantize(x, MXFP4, "reference").shape == x.shape  # the argument comes first
+
+
+def test_the_way_of_a_product_can_be_asked_for(monkeypatch):
+    assert ops.explain_matmul("cpu", MXFP4, 1, 64, 64, backend="reference") == "reference"
+    monkeypatch.setattr(cpu, "explain_matmul", lambda *args: f"way {args[1:4]}", raising=False)
+    assert ops.explain_matmul("cpu", MXFP4, 1, 64, 32, backend="cpu") == "cpu: way (1, 64, 32)"
+    monkeypatch.setenv("MIXBITS_BACKEND", "reference")
+    assert ops.explain_matmul("cpu", MXFP4, 1, 64, 64) == "reference"
+    monkeypatch.setenv("MIXBITS_BACKEND", "none")
+    with pytest.raises(UsageError, match="backend must be one of"):
+        ops.explain_matmul("cpu", MXFP4, 1, 64, 64)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU makes these backends usable")

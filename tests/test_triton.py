@@ -94,6 +94,21 @@ def check_statistics(
         torch.testing.assert_close(got.cpu(), expected, rtol=1e-12, atol=0)
 
 
+def check_square_sums(
+    backend: ModuleType, device: torch.device, columns: int, formats: list[Format] = FORMATS
+) -> None:
+    """Equal but for the order of float64 additions; the same bits every time."""
+    generator = torch.Generator().manual_seed(columns)
+    for dtype in DTYPES:
+        x = torch.randn(41, columns, generator=generator).to(dtype)
+        for some in (formats, formats[:2], []):
+            got = backend.square_sums(x.to(device), some)
+            torch.testing.assert_close(
+                got.cpu(), reference.square_sums(x, some), rtol=1e-12, atol=0
+            )
+            assert torch.equal(got, backend.square_sums(x.to(device), some))
+
+
 def check_matmul(
     backend: ModuleType,
     device: torch.device,
@@ -173,13 +188,34 @@ def test_statistics(backend, columns):
 
 
 @needs_device
+def test_statistics_of_hard_rows(backend):
+    """Errors are exact in float32 for subnormal, huge, clamped and tied values alike."""
+    for dtype in DTYPES:
+        w = hard_rows(172, dtype)
+        w = w[w.isfinite().all(1)]
+        ones = [torch.ones(size) for size in w.shape]
+        finite = [f for f in FORMATS if reference.fake_quantize(w, f).isfinite().all()]
+        expected = reference.fisher_statistics(w, *ones, finite)
+        got = backend.fisher_statistics(*(t.to(DEVICE) for t in (w, *ones)), finite)
+        torch.testing.assert_close(got.cpu(), expected, rtol=1e-12, atol=0)
+
+
+@needs_device
+@pytest.mark.parametrize("columns", [31, 172])
+def test_square_sums(backend, columns):
+    check_square_sums(backend, DEVICE, columns)
+
+
+@needs_device
 @each_format
 def test_matmul(backend, fmt):
     check_matmul(backend, DEVICE, fmt, (17, 66, 172))
 
 
 @needs_device
-@pytest.mark.parametrize("shape", [(1, 5, 1), (3, 64, 31), (118, 65, 256)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(1, 5, 1), (3, 64, 31), (118, 65, 256), (1, 70, 1056), (257, 40, 96)], ids=str
+)
 @pytest.mark.parametrize("fmt", [MX_FORMATS[0], INT_FORMATS[-1]], ids=format_id)
 def test_matmul_shapes(backend, fmt, shape):
     check_matmul(backend, DEVICE, fmt, shape)
@@ -226,7 +262,7 @@ TRITON_DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "
 
 @pytest.fixture
 def compile_ptx(tmp_path, monkeypatch):
-    """compile_ptx(kernel, signature, constants, architecture) -> PTX.
+    """compile_ptx(kernel, signature, constants, options, architecture) -> PTX.
 
     Pointers, and integers but for those named in `odd`, are promised to be multiples of 16.
     """
@@ -235,7 +271,7 @@ def compile_ptx(tmp_path, monkeypatch):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    def compile_one(kernel, signature, constants, architecture, odd=("rows", "m", "n")):
+    def compile_one(kernel, signature, constants, options, architecture, odd=("rows",)):
         names = kernel.arg_names
         types = {name: signature.get(name, "constexpr") for name in names}
         assert {name for name, kind in types.items() if kind == "constexpr"} == set(constants)
@@ -246,7 +282,9 @@ def compile_ptx(tmp_path, monkeypatch):
         }
         source = ASTSource(kernel, types, constants, attributes)
         target = GPUTarget("cuda", architecture, 32)
-        compiled = triton.compile(source, target=target, options={"enable_fp_fusion": False})
+        compiled = triton.compile(
+            source, target=target, options={"enable_fp_fusion": False, **options}
+        )
         return compiled.asm["ptx"]
 
     return compile_one
@@ -274,23 +312,25 @@ def test_elementwise_kernels_compile(compile_ptx, architecture):
     for fmt in COMPILED_FORMATS:
         tile = {"CODE": fmt.code, "ROWS": launch.TILE_ROWS, "COLUMNS": numerics.TILE_COLUMNS}
         signature = {"x_ptr": "*bf16", "out_ptr": "*bf16", **size}
-        ptx = compile_ptx(fake_quant.fake_quantize_kernel, signature, tile, architecture)
+        ptx = compile_ptx(fake_quant.fake_quantize_kernel, signature, tile, {}, architecture)
         assert_exact_arithmetic(ptx)
         assert "ld.global.v4.b32" in ptx and "st.global.v4.b32" in ptx
         signature = {**packed_signature(fmt), "out_ptr": "*bf16", **size}
-        ptx = compile_ptx(dequantize.dequantize_kernel, signature, tile, architecture)
+        ptx = compile_ptx(dequantize.dequantize_kernel, signature, tile, {}, architecture)
         assert_exact_arithmetic(ptx)
+        assert "st.global.v4.b32" in ptx
         signature = {"weight_ptr": "*bf16", **packed_signature(fmt), **size}
         tile["COLUMNS"] = numerics.tile_columns(fmt)
-        ptx = compile_ptx(pack_kernels.quantize_pack_kernel, signature, tile, architecture)
+        ptx = compile_ptx(pack_kernels.quantize_pack_kernel, signature, tile, {}, architecture)
         assert_exact_arithmetic(ptx)
+        assert "ld.global.v4.b32" in ptx
 
 
 @pytest.mark.slow
 @needs_compiler
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_statistics_kernels_compile(compile_ptx, architecture):
-    from mixbits.kernels import launch, numerics, statistics
+    from mixbits.kernels import numerics, statistics
 
     pointers = dict.fromkeys(("weight_ptr", "gradient_ptr"), "*bf16")
     doubles = ("row_weight_ptr", "column_weight_ptr", "partial_ptr")
@@ -300,15 +340,20 @@ def test_statistics_kernels_compile(compile_ptx, architecture):
         constants = {
             "CODES": tuple(fmt.code for fmt in COMPILED_FORMATS),
             "GRADIENT": gradient,
-            "FORMATS": 4,
-            "ROWS": launch.TILE_ROWS,
+            "ROWS": statistics.STATISTICS_ROWS,
             "COLUMNS": numerics.TILE_COLUMNS,
             "SLAB": MX_GROUP,
         }
-        ptx = compile_ptx(statistics.statistics_kernel, signature, constants, architecture)
+        ptx = compile_ptx(statistics.statistics_kernel, signature, constants, {}, architecture)
         assert_exact_arithmetic(ptx)
+        assert "cp.async.cg.shared.global" in ptx  # tiles ahead, 16 bytes per thread
+    constants = {k: v for k, v in constants.items() if k not in ("GRADIENT", "SLAB")}
+    signature = {"x_ptr": "*fp32", "partial_ptr": "*fp64", "rows": "i32", "columns": "i32"}
+    ptx = compile_ptx(statistics.square_sums_kernel, signature, constants, {}, architecture)
+    assert_exact_arithmetic(ptx)
+    assert "cp.async.cg.shared.global" in ptx
     signature = {"partial_ptr": "*fp64", "out_ptr": "*fp64", "parts": "i32", "size": "i32"}
-    assert compile_ptx(statistics.sum_partials_kernel, signature, {"BLOCK": 128}, architecture)
+    assert compile_ptx(statistics.sum_partials_kernel, signature, {"BLOCK": 128}, {}, architecture)
 
 
 @pytest.mark.slow
@@ -317,22 +362,36 @@ def test_statistics_kernels_compile(compile_ptx, architecture):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_gemm_compiles_to_tensor_cores(compile_ptx, architecture, dtype):
     """16-bit inputs use the architecture's matrix instructions, float32 is never TF32."""
-    import triton.language as tl
     from mixbits.kernels import gemm
 
-    name = TRITON_DTYPES[dtype]
     for fmt in (COMPILED_FORMATS[0], COMPILED_FORMATS[2]):
-        config = gemm.choose_config(128, fmt, dtype)
-        signature = {"x_ptr": f"*{name}", "out_ptr": f"*{name}", **packed_signature(fmt)}
-        signature |= {"m": "i32", "n": "i32", "k": "i32"}
-        constants = {"CODE": fmt.code, "dot_dtype": getattr(tl, dtype_name(dtype))}
-        constants |= {field.upper(): value for field, value in config._asdict().items()}
-        ptx = compile_ptx(gemm.packed_matmul_kernel, signature, constants, architecture)
-        assert ".ftz" not in ptx
-        if dtype == torch.float32:
-            assert "tf32" not in ptx
-        else:
-            assert ARCHITECTURES[architecture] in ptx
+        for m in (1, 64):
+            config = gemm.candidates(m, 4096, 4096, fmt, dtype)[0]
+            ptx = compile_ptx(
+                *gemm_case(gemm, fmt, dtype, config), architecture, odd=("m", "split_k")
+            )
+            assert ".ftz" not in ptx
+            if dtype == torch.bfloat16:  # loads run ahead of use, 16 bytes each
+                assert "cp.async.cg.shared.global" in ptx
+            if dtype == torch.float32:
+                assert "tf32" not in ptx
+            else:
+                assert ARCHITECTURES[architecture] in ptx or (m == 1 and "mma." in ptx)
+
+
+def gemm_case(gemm, fmt, dtype, config):
+    """Kernel, signature, constants, and launch options."""
+    import triton.language as tl
+
+    name = TRITON_DTYPES[dtype]
+    constants = {field.upper(): value for field, value in config._asdict().items()}
+    options = {field.lower(): constants.pop(field) for field in ("NUM_WARPS", "NUM_STAGES")}
+    constants.pop("SPLIT_K")
+    out = "*fp32" if config.split_k > 1 else f"*{name}"
+    signature = {"x_ptr": f"*{name}", "out_ptr": out, **packed_signature(fmt)}
+    signature |= {"m": "i32", "n": "i32", "k": "i32", "split_k": "i32"}
+    constants |= {"CODE": fmt.code, "dot_dtype": getattr(tl, dtype_name(dtype))}
+    return gemm.packed_matmul_kernel, signature, constants, options
 
 
 def dtype_name(dtype: torch.dtype) -> str:

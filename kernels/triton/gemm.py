@@ -9,9 +9,14 @@ Tensor cores multiply in the dtype of x, so the question is where the scale goes
                                         columns, then scale its float32 sum per output column
 
 so no weight is ever rounded, and sums are float32. float32 inputs are multiplied in IEEE
-float32 and not in TF32. This is the portable version; it is not tuned for few rows.
+float32 and not in TF32.
+
+The weight is the left operand: its rows fill the instruction's 64 or 16 rows however few tokens
+there are. Where there are too few tiles for a GPU, several programs share the columns of one, and
+a second kernel adds their float32 sums in order: the same input gives the same bits.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -21,21 +26,25 @@ import triton.language as tl
 from mixbits.formats import Format
 from mixbits.pack import Packed
 
-from . import INTERPRETED, numerics
+from . import INTERPRETED, numerics, tune
 from .dequantize import load_zero_point
 from .launch import device_of
 
+TARGET_PROGRAMS = 256  # about two per multiprocessor of a large GPU
+MAX_SPLIT = 8
 
-@triton.jit
+
+@triton.jit(do_not_specialize=["m", "split_k"])  # else compiled anew for every M
 def packed_matmul_kernel(
     x_ptr,  # [m, k], contiguous
     packed_ptr,  # uint8 [n, packed_bytes]
     scale_ptr,  # uint8 or float16 [n, groups]
     zero_ptr,  # uint8 [n, zero_bytes]; not read for symmetric formats
-    out_ptr,  # [m, n], contiguous
+    out_ptr,  # [m, n], contiguous; float32 [split_k, m, n] where split_k > 1
     m,
     n,
     k,
+    split_k,
     packed_bytes,
     groups,
     zero_bytes,
@@ -50,59 +59,97 @@ def packed_matmul_kernel(
     bits: tl.constexpr = numerics.code_bits(CODE)
     tile_groups: tl.constexpr = BLOCK_K // size
     tile_bytes: tl.constexpr = BLOCK_K * bits // 8
-    x_row = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    x_inside = (x_row < m)[:, None]
-    x_base = x_ptr + x_row.to(tl.int64)[:, None] * k
-    row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    # Tiles of tokens are neighbours, so that a tile of the weight is read from memory once.
+    token = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    token_inside = token < m
+    x_base = x_ptr + token.to(tl.int64)[:, None] * k
+    row = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     row_inside = (row < n)[:, None]
-    row = row.to(tl.int64)[:, None]
-    sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for step in range(tl.cdiv(k, BLOCK_K)):
+    long_row = row.to(tl.int64)[:, None]
+    sums = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    for step in range(tl.program_id(2), tl.cdiv(k, BLOCK_K), split_k):
         column = step * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
-        x = tl.load(x_base + column, mask=x_inside & (column < k), other=0.0)
+        x = tl.load(x_base + column, mask=token_inside[:, None] & (column < k), other=0.0)
         if dot_dtype == tl.float32:
             x = numerics.to_float32(x)
         byte = step * tile_bytes + tl.arange(0, tile_bytes)[None, :]
         byte_inside = row_inside & (byte < packed_bytes)
-        packed = tl.load(packed_ptr + row * packed_bytes + byte, mask=byte_inside, other=0)
+        packed = tl.load(packed_ptr + long_row * packed_bytes + byte, mask=byte_inside, other=0)
         group = step * tile_groups + tl.arange(0, tile_groups)[None, :]
         group_inside = row_inside & (group < groups)
-        scale = tl.load(scale_ptr + row * groups + group, mask=group_inside, other=0)
+        scale = tl.load(scale_ptr + long_row * groups + group, mask=group_inside, other=0)
         scale = numerics.scale_value(scale, CODE)
-        zero_point = load_zero_point(zero_ptr, row, group, zero_bytes, group_inside, CODE)
+        zero_point = load_zero_point(zero_ptr, long_row, group, zero_bytes, group_inside, CODE)
 
         codes = tl.reshape(numerics.unpack_bits(packed, bits), (BLOCK_N, tile_groups, size))
         values = numerics.decode(codes, zero_point[:, :, None], CODE)
         if SCALE_FIRST:
             values = values * scale[:, :, None]
-        w = tl.trans(tl.reshape(values, (BLOCK_N, BLOCK_K)).to(dot_dtype))
+        w = tl.reshape(values, (BLOCK_N, BLOCK_K)).to(dot_dtype)
         if SCALE_FIRST:
-            sums = tl.dot(x, w, sums, input_precision="ieee")
+            sums = tl.dot(w, tl.trans(x), sums, input_precision="ieee")
         else:
-            part = tl.dot(x, w, input_precision="ieee")
-            sums += part * tl.reshape(scale, (1, BLOCK_N))
-    out_column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+            part = tl.dot(w, tl.trans(x), input_precision="ieee")
+            sums += part * tl.reshape(scale, (BLOCK_N, 1))
+    part_row = tl.program_id(2).to(tl.int64) * m + token[None, :]
+    place = part_row * n + row[:, None]
     out = numerics.from_float32(sums, out_ptr.dtype.element_ty)
-    place = out_ptr + x_row.to(tl.int64)[:, None] * n + out_column
-    tl.store(place, out, mask=x_inside & (out_column < n))
+    tl.store(out_ptr + place, out, mask=row_inside & token_inside[None, :])
+
+
+@triton.jit(do_not_specialize=["split_k"])
+def sum_splits_kernel(
+    partial_ptr,  # float32 [split_k, size]
+    out_ptr,  # [size]
+    size,
+    split_k,
+    BLOCK: tl.constexpr,
+):
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = place < size
+    total = tl.zeros((BLOCK,), tl.float32)
+    for split in range(split_k):
+        start = tl.cast(split, tl.int64) * size
+        total += tl.load(partial_ptr + start + place, mask=inside, other=0.0)
+    tl.store(out_ptr + place, numerics.from_float32(total, out_ptr.dtype.element_ty), mask=inside)
 
 
 class Config(NamedTuple):
-    """Compile-time choices of packed_matmul_kernel."""
+    """Compile-time choices of packed_matmul_kernel, and how it is launched."""
 
     scale_first: bool
     block_m: int
     block_n: int
     block_k: int
+    split_k: int
+    num_warps: int
+    num_stages: int
 
 
-def choose_config(m: int, fmt: Format, dtype: torch.dtype) -> Config:
-    """Tile sizes for m rows of x; pure, and independent of N and K."""
+def _config(
+    m: int, n: int, k: int, fmt: Format, dtype: torch.dtype, block_n: int, block_k: int, stages: int
+) -> Config:
     scale_first = fmt.is_mx and dtype != torch.float16
-    block_k = 64 if scale_first else fmt.group_size
-    # Triton 3.6 multiplies float32 tiles of 64 rows in TF32 on sm_100 whatever precision is asked.
-    block_m = 16 if m <= 16 else 32 if m <= 32 or dtype == torch.float32 else 64
-    return Config(scale_first, block_m, 64, block_k)
+    block_k = block_k if scale_first else fmt.group_size
+    largest = 32 if dtype == torch.float32 else 128
+    block_m = next(size for size in (16, 32, 64, 128) if m <= size or size == largest)
+    tiles = -(-m // block_m) * -(-n // block_n)
+    split = min(-(-TARGET_PROGRAMS // tiles), -(-k // block_k), MAX_SPLIT)
+    warps = 8 if block_m * block_n >= 64 * 128 else 4
+    return Config(scale_first, block_m, block_n, block_k, split, warps, stages)
+
+
+@functools.lru_cache(4096)
+def candidates(m: int, n: int, k: int, fmt: Format, dtype: torch.dtype) -> tuple[Config, ...]:
+    """Tile sizes worth trying, the usual choice first. Pure."""
+    if dtype == torch.float32:
+        # Triton 3.6 multiplies float32 tiles of 64 rows in TF32 on sm_100 whatever is asked for.
+        tiles = [(32, 64, 3), (32, 32, 3)]
+    elif m <= 32:
+        tiles = [(64, 128, 4), (64, 256, 3), (32, 256, 4)]
+    else:
+        tiles = [(64, 128, 3), (64, 64, 4), (128, 64, 3)]
+    return tuple(dict.fromkeys(_config(m, n, k, fmt, dtype, *tile) for tile in tiles))
 
 
 def packed_matmul(x: torch.Tensor, packed: Packed, fmt: Format) -> torch.Tensor:
@@ -114,29 +161,50 @@ def packed_matmul(x: torch.Tensor, packed: Packed, fmt: Format) -> torch.Tensor:
     out = x.new_empty((m, n))
     if out.numel() == 0:
         return out
-    config = choose_config(m, fmt, x.dtype)
+    with device_of(x):
+        config = tune.choose(
+            f"gemm {fmt.code} {x.dtype} {n}x{k} m{triton.next_power_of_2(m)}",
+            candidates(m, n, k, fmt, x.dtype),
+            lambda config: _launch(x, packed, fmt, out, config),
+        )
+        _launch(x, packed, fmt, out, config)
+    return out
+
+
+def _launch(
+    x: torch.Tensor, packed: Packed, fmt: Format, out: torch.Tensor, config: Config
+) -> None:
+    (m, k), n = x.shape, out.shape[1]
     dot_dtype = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}.get(x.dtype, tl.float32)
     if INTERPRETED:  # its products of 16-bit tiles are summed in float16, or are of raw bits
         dot_dtype = tl.float32
     zero_point = packed.weight_zero_point
-    with device_of(x):
-        packed_matmul_kernel[(triton.cdiv(n, config.block_n), triton.cdiv(m, config.block_m))](
-            x,
-            packed.weight_packed,
-            packed.weight_scale,
-            packed.weight_packed if zero_point is None else zero_point,
-            out,
-            m,
-            n,
-            k,
-            fmt.packed_bytes(k),
-            fmt.groups(k),
-            fmt.zero_point_bytes(k),
-            CODE=fmt.code,
-            dot_dtype=dot_dtype,
-            SCALE_FIRST=config.scale_first,
-            BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n,
-            BLOCK_K=config.block_k,
-        )
-    return out
+    split = config.split_k
+    target = out if split == 1 else out.new_empty((split, m, n), dtype=torch.float32)
+    grid = (triton.cdiv(m, config.block_m), triton.cdiv(n, config.block_n), split)
+    packed_matmul_kernel[grid](
+        x,
+        packed.weight_packed,
+        packed.weight_scale,
+        packed.weight_packed if zero_point is None else zero_point,
+        target,
+        m,
+        n,
+        k,
+        split,
+        fmt.packed_bytes(k),
+        fmt.groups(k),
+        fmt.zero_point_bytes(k),
+        CODE=fmt.code,
+        dot_dtype=dot_dtype,
+        SCALE_FIRST=config.scale_first,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    if split > 1:
+        block = 1024
+        grid = (triton.cdiv(m * n, block), 1, 1)
+        sum_splits_kernel[grid](target, out, m * n, split, BLOCK=block)

@@ -77,12 +77,23 @@ def max_mantissa(code):
 
 
 @triton.constexpr_function
+def max_value(code):
+    return MINIFLOATS[ELEMENTS[code & 0xFF]].max_value
+
+
+@triton.constexpr_function
 def max_code(code):
     """The code of the largest finite value, without sign."""
     element = MINIFLOATS[ELEMENTS[code & 0xFF]]
     fraction = element.max_value / 2.0**element.max_exponent  # in [1, 2)
     lead = (element.max_exponent - element.min_exponent) << element.mantissa_bits
     return lead + int(fraction * 2**element.mantissa_bits)
+
+
+@triton.constexpr_function
+def has_nan(code):
+    """Whether some codes stand for no finite value."""
+    return max_code(code) < 2 ** (code_bits(code) - 1) - 1
 
 
 @triton.constexpr_function
@@ -160,28 +171,47 @@ def _mx_scale(block_max_bits, CODE: tl.constexpr):
 
 
 @triton.jit
-def _quantize_mx(x, CODE: tl.constexpr):
-    """x float32 [R, G, S] -> codes int32 [R, G, S], e8m0 bytes int32 [R, G]."""
-    bits = x.to(tl.int32, bitcast=True)
-    magnitude_bits = bits & 0x7FFFFFFF
+def _round_mx(x, CODE: tl.constexpr):
+    """x float32 [R, G, S] -> e8m0 bytes int32 [R, G]; of |x| scaled down, [R, G, S]: the exponent
+    that its rounding goes by, the power of two that is added for it, and the sum.
+    """
+    magnitude_bits = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
     byte = _mx_scale(tl.max(magnitude_bits, axis=2), CODE)
     # A finite block has a byte of at most 253, so that the inverse scale is a normal number.
     inverse = ((254 - tl.minimum(byte, 253)) << 23).to(tl.float32, bitcast=True)
     y = magnitude_bits.to(tl.float32, bitcast=True) * inverse[:, :, None]
-    lowest: tl.constexpr = 127 + min_exponent(CODE)
-    exponent = tl.maximum(y.to(tl.int32, bitcast=True) >> 23, lowest)
-    push = (exponent + (23 - mantissa_bits(CODE))) << 23
-    pushed = (y + push.to(tl.float32, bitcast=True)).to(tl.int32, bitcast=True)
+    exponent = tl.maximum(y.to(tl.int32, bitcast=True) >> 23, 127 + min_exponent(CODE))
+    push = ((exponent + (23 - mantissa_bits(CODE))) << 23).to(tl.float32, bitcast=True)
+    return byte, exponent, push, y + push
+
+
+@triton.jit
+def _quantize_mx(x, CODE: tl.constexpr):
+    """x float32 [R, G, S] -> codes int32 [R, G, S], e8m0 bytes int32 [R, G]."""
+    byte, exponent, push, pushed = _round_mx(x, CODE)
     # The mantissa with its leading one carries into the exponent field, as in the reference.
-    magnitude = ((exponent - lowest) << mantissa_bits(CODE)) + (pushed - push)
-    sign = (bits >> 31) & 1
-    codes = tl.minimum(magnitude, max_code(CODE)) | (sign << (code_bits(CODE) - 1))
+    mantissa = pushed.to(tl.int32, bitcast=True) - push.to(tl.int32, bitcast=True)
+    field = exponent - (127 + min_exponent(CODE))
+    magnitude = tl.minimum((field << mantissa_bits(CODE)) + mantissa, max_code(CODE))
+    sign = (x.to(tl.int32, bitcast=True) >> 31) & 1
+    codes = magnitude | (sign << (code_bits(CODE) - 1))
     return tl.where((byte == 255)[:, :, None], 0, codes), byte
 
 
 @triton.jit
-def _quantize_int(x, CODE: tl.constexpr):
-    """x float32 [R, G, S] -> codes int32 [R, G, S], scale float32, zero point int32 [R, G]."""
+def _fake_quantize_mx(x, CODE: tl.constexpr):
+    """What decoding the codes would give, without making them: float32 [R, G, S]."""
+    byte, _, push, pushed = _round_mx(x, CODE)
+    values = tl.minimum(pushed - push, max_value(CODE)) * e8m0_to_float(byte)[:, :, None]
+    sign = x.to(tl.int32, bitcast=True) & -0x80000000
+    return (values.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _round_int(x, CODE: tl.constexpr):
+    """x float32 [R, G, S] -> codes as float32 [R, G, S]; scale and offset float32 [R, G], and
+    whether the group is finite.
+    """
     top: tl.constexpr = (1 << code_bits(CODE)) - 1
     half: tl.constexpr = 1 << (code_bits(CODE) - 1)
     smallest: tl.constexpr = min_int_scale()
@@ -203,10 +233,16 @@ def _quantize_int(x, CODE: tl.constexpr):
     finite = finite & ((scale.to(tl.int32, bitcast=True) & 0x7FFFFFFF) < 0x7F800000)
     divisor, x = tl.broadcast(scale[:, :, None], x)
     codes = round_to_even(tl.div_rn(x, divisor)) + offset[:, :, None]
-    codes = tl.minimum(tl.maximum(codes, 0.0), top).to(tl.int32)
-    codes = tl.where(finite[:, :, None], codes, 0)
-    zero_point = tl.where(finite, offset.to(tl.int32), 0)
-    return codes, tl.where(finite, scale, float("nan")), zero_point
+    codes = tl.minimum(tl.maximum(codes, 0.0), top)
+    return codes, tl.where(finite, scale, float("nan")), offset, finite
+
+
+@triton.jit
+def _quantize_int(x, CODE: tl.constexpr):
+    """x float32 [R, G, S] -> codes int32 [R, G, S], scale float32, zero point int32 [R, G]."""
+    codes, scale, offset, finite = _round_int(x, CODE)
+    codes = tl.where(finite[:, :, None], codes.to(tl.int32), 0)
+    return codes, scale, tl.where(finite, offset.to(tl.int32), 0)
 
 
 @triton.jit
@@ -242,14 +278,12 @@ def decode(codes, zero_point, CODE: tl.constexpr):
     """
     if is_mx(CODE):
         magnitude = codes & ((1 << (code_bits(CODE) - 1)) - 1)
-        # Subnormal elements become subnormal floats, and the factor makes both kinds right.
-        bits = magnitude << (23 - mantissa_bits(CODE))
-        value = bits.to(tl.float32, bitcast=True) * decode_factor(CODE)
-        value = tl.where(magnitude > max_code(CODE), float("nan"), value)
-        # The sign is put in as a bit: `-value` is 0 - value in some versions of Triton, which
-        # loses the sign of zero.
         sign = (codes >> (code_bits(CODE) - 1)) << 31
-        value = (value.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
+        bits = (magnitude << (23 - mantissa_bits(CODE))) | sign
+        # Subnormal elements become subnormal floats, and the factor makes both kinds right.
+        value = bits.to(tl.float32, bitcast=True) * decode_factor(CODE)
+        if has_nan(CODE):
+            value = tl.where(magnitude > max_code(CODE), float("nan"), value)
     elif is_symmetric(CODE):
         value = (codes - (1 << (code_bits(CODE) - 1))).to(tl.float32)
     else:
@@ -259,10 +293,13 @@ def decode(codes, zero_point, CODE: tl.constexpr):
 
 @triton.jit
 def fake_quantize(x, CODE: tl.constexpr):
-    """x float32 [R, G, S] -> its round trip through codes, float32."""
-    codes, scale, zero_point = quantize(x, CODE)
-    values = decode(codes, zero_point[:, :, None], CODE)
-    return values * scale_value(scale, CODE)[:, :, None]
+    """x float32 [R, G, S] -> its round trip through codes, float32; no code is made."""
+    if is_mx(CODE):
+        values = _fake_quantize_mx(x, CODE)
+    else:
+        codes, scale, offset, _ = _round_int(x, CODE)
+        values = (codes - offset[:, :, None]) * scale[:, :, None]
+    return values
 
 
 # --- packed codes ----------------------------------------------------------------------------

@@ -1,14 +1,15 @@
-"""Sums of the quantization error over slabs, for several formats in one pass over the weight.
+"""Column sums for several formats in one pass over a matrix: quantization errors, and squares.
 
-    fisher     sum over rows o and a slab's columns k of  row_o * column_k * (W - Q(W))_ok^2
-    gradient   sum of  |G_ok * (W - Q(W))_ok|
+    fisher     sum over rows o of  row_o * (W - Q(W))_ok^2, then times column_k, per slab
+    gradient   sum of  |G_ok * (W - Q(W))_ok|, per slab
+    squares    sum over tokens t of  x_tk^2, and of  (x - Q(x))_tk^2  per format, per column
 
-The weight and the gradient are read once however many formats there are. A program owns 128
-columns (4 slabs) and a fixed set of row tiles, and writes its sums to its own place of a
-workspace; a second kernel adds the places in their order. No atomics: the same input gives the
-same bits. Errors and sums are float64, as in the reference, from which only the order of the
-additions differs; a handful of double operations per element stay below the memory time on
-data-center GPUs and are affordable elsewhere.
+The matrix is read once however many formats there are. A program owns 128 columns and a fixed set
+of row tiles; it adds tile after tile elementwise in registers, then adds up the tile's rows, and
+writes to its own place of a workspace; a second kernel adds the places in their order. No atomics:
+the same input gives the same bits. An error is exact in float32: both of its sides are multiples
+of a step that it is less than 2^24 of. Sums are float64, as in the reference, from which only the
+order of the additions differs.
 """
 
 from collections.abc import Sequence
@@ -20,18 +21,55 @@ import triton.language as tl
 from mixbits.formats import MX_GROUP, Format
 
 from . import numerics
-from .launch import TILE_ROWS, device_of
+from .launch import device_of
 
+MAX_FORMATS = 4  # of one pass: their sums, 16 registers per thread and format, must all fit
+STATISTICS_ROWS = 8  # of a tile: by 128 columns and 4 warps, 8 elements per thread
+STAGES = tl.constexpr(3)  # row tiles in flight
 MAX_ROW_PROGRAMS = 64  # bounds the workspace; each has its own set of row tiles
 
 
 @triton.jit
 def quantization_error(w, CODE: tl.constexpr):
-    """w float32 [R, C] -> w - Q(w) float64 [R, C]; C is a multiple of the group size."""
+    """w float32 [R, C] -> w - Q(w) float32 [R, C]; C is a multiple of the group size."""
     size: tl.constexpr = numerics.group_size(CODE)
     grouped = tl.reshape(w, (w.shape[0], w.shape[1] // size, size))
-    values = tl.reshape(numerics.fake_quantize(grouped, CODE), w.shape)
-    return w.to(tl.float64) - values.to(tl.float64)
+    return w - tl.reshape(numerics.fake_quantize(grouped, CODE), w.shape)
+
+
+@triton.jit
+def load_tile(base_ptr, offset, inside):
+    return numerics.to_float32(tl.load(base_ptr + offset, mask=inside, other=0.0))
+
+
+@triton.jit
+def add_errors(sums, w, factor, CODES: tl.constexpr, GRADIENT: tl.constexpr):
+    """A float64 [R, C] tile of terms, added to the sums of each format."""
+    added = ()
+    for i in tl.static_range(len(CODES)):
+        error = quantization_error(w, CODES[i]).to(tl.float64)
+        term = tl.abs(factor * error) if GRADIENT else error * error * factor
+        added = added + (sums[i] + term,)  # noqa: RUF005
+    return added
+
+
+@triton.jit
+def add_squares(sums, x, CODES: tl.constexpr):
+    """Squares in float32 of x [R, C] and of each format's error, added to float64 sums."""
+    added = (sums[0] + (x * x).to(tl.float64),)
+    for i in tl.static_range(len(CODES)):
+        error = quantization_error(x, CODES[i])
+        added = added + (sums[i + 1] + (error * error).to(tl.float64),)  # noqa: RUF005
+    return added
+
+
+@triton.jit
+def zeros(COUNT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """COUNT float64 tiles [ROWS, COLUMNS]."""
+    sums = ()
+    for _ in tl.static_range(COUNT):
+        sums = sums + (tl.zeros((ROWS, COLUMNS), tl.float64),)  # noqa: RUF005
+    return sums
 
 
 @triton.jit
@@ -46,37 +84,59 @@ def statistics_kernel(
     slabs,
     CODES: tl.constexpr,  # tuple of format numbers
     GRADIENT: tl.constexpr,
-    FORMATS: tl.constexpr,  # their number, rounded up to a power of two
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     SLAB: tl.constexpr,
 ):
     tile_slabs: tl.constexpr = COLUMNS // SLAB
-    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     column_inside = column < columns
-    format_index = tl.arange(0, FORMATS)[:, None]
-    sums = tl.zeros((FORMATS, tile_slabs), tl.float64)
-    for start in range(tl.program_id(1) * ROWS, rows, tl.num_programs(1) * ROWS):
+    sums = zeros(len(CODES), ROWS, COLUMNS)
+    for start in tl.range(
+        tl.program_id(1) * ROWS, rows, tl.num_programs(1) * ROWS, num_stages=STAGES
+    ):
         row = start + tl.arange(0, ROWS)[:, None]
-        row_inside = row < rows
-        inside = row_inside & column_inside
-        offset = row.to(tl.int64) * columns + column
-        w = numerics.to_float32(tl.load(weight_ptr + offset, mask=inside, other=0.0))
+        inside = (row < rows) & column_inside[None, :]
+        offset = row.to(tl.int64) * columns + column[None, :]
+        w = load_tile(weight_ptr, offset, inside)
         if GRADIENT:
-            factor = numerics.to_float32(tl.load(gradient_ptr + offset, mask=inside, other=0.0))
-            factor = factor.to(tl.float64)
+            factor = load_tile(gradient_ptr, offset, inside).to(tl.float64)
         else:
-            factor = tl.load(row_weight_ptr + row, mask=row_inside, other=0.0)
-            factor *= tl.load(column_weight_ptr + column, mask=column_inside, other=0.0)
-        for i in tl.static_range(len(CODES)):
-            error = quantization_error(w, CODES[i])
-            term = tl.abs(factor * error) if GRADIENT else factor * (error * error)
-            by_slab = tl.reshape(tl.sum(term, axis=0), (tile_slabs, SLAB))
-            sums += tl.where(format_index == i, tl.sum(by_slab, axis=1)[None, :], 0.0)
-    slab = tl.program_id(0) * tile_slabs + tl.arange(0, tile_slabs)[None, :]
-    place = (tl.program_id(1) * len(CODES) + format_index) * slabs + slab
-    inside = (format_index < len(CODES)) & (slab < slabs)
-    tl.store(partial_ptr + place, sums, mask=inside)
+            factor = tl.load(row_weight_ptr + row, mask=row < rows, other=0.0)
+        sums = add_errors(sums, w, factor, CODES, GRADIENT)
+    slab = tl.program_id(0) * tile_slabs + tl.arange(0, tile_slabs)
+    for i in tl.static_range(len(CODES)):
+        by_column = tl.sum(sums[i], axis=0)
+        if not GRADIENT:
+            by_column *= tl.load(column_weight_ptr + column, mask=column_inside, other=0.0)
+        by_slab = tl.sum(tl.reshape(by_column, (tile_slabs, SLAB)), axis=1)
+        place = (tl.program_id(1) * len(CODES) + i) * slabs + slab
+        tl.store(partial_ptr + place, by_slab, mask=slab < slabs)
+
+
+@triton.jit
+def square_sums_kernel(
+    x_ptr,  # [rows, columns], contiguous
+    partial_ptr,  # float64 [row programs, 1 + formats, columns]
+    rows,
+    columns,
+    CODES: tl.constexpr,  # tuple of format numbers
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    column_inside = column < columns
+    sums = zeros(1 + len(CODES), ROWS, COLUMNS)
+    for start in tl.range(
+        tl.program_id(1) * ROWS, rows, tl.num_programs(1) * ROWS, num_stages=STAGES
+    ):
+        row = start + tl.arange(0, ROWS)[:, None]
+        inside = (row < rows) & column_inside[None, :]
+        offset = row.to(tl.int64) * columns + column[None, :]
+        sums = add_squares(sums, load_tile(x_ptr, offset, inside), CODES)
+    for i in tl.static_range(1 + len(CODES)):
+        place = (tl.program_id(1) * (1 + len(CODES)) + i).to(tl.int64) * columns + column
+        tl.store(partial_ptr + place, tl.sum(sums[i], axis=0), mask=column_inside)
 
 
 @triton.jit
@@ -95,6 +155,17 @@ def sum_partials_kernel(
     tl.store(out_ptr + place, total, mask=inside)
 
 
+def _sum_partials(partial: torch.Tensor, out: torch.Tensor) -> None:
+    """partial [parts, *out.shape] -> out, added in the order of the parts."""
+    block = 128
+    grid = (triton.cdiv(out.numel(), block),)
+    sum_partials_kernel[grid](partial, out, len(partial), out.numel(), BLOCK=block)
+
+
+def _row_programs(rows: int) -> int:
+    return min(triton.cdiv(rows, STATISTICS_ROWS), MAX_ROW_PROGRAMS)
+
+
 def _statistics(
     weight: torch.Tensor,
     gradient: torch.Tensor | None,
@@ -105,32 +176,30 @@ def _statistics(
     rows, columns = weight.shape
     slabs = triton.cdiv(columns, MX_GROUP)
     out = torch.zeros((len(formats), slabs), dtype=torch.float64, device=weight.device)
-    if weight.numel() == 0 or not formats:
+    if weight.numel() == 0:
         return out
-    parts = min(triton.cdiv(rows, TILE_ROWS), MAX_ROW_PROGRAMS)
-    partial = out.new_empty((parts, *out.shape))
+    grid = (triton.cdiv(columns, numerics.TILE_COLUMNS), _row_programs(rows))
     with device_of(weight):
-        statistics_kernel[(triton.cdiv(columns, numerics.TILE_COLUMNS), parts)](
-            weight,
-            weight if gradient is None else gradient,
-            row_weight,
-            column_weight,
-            partial,
-            rows,
-            columns,
-            slabs,
-            CODES=tuple(fmt.code for fmt in formats),
-            GRADIENT=gradient is not None,
-            FORMATS=triton.next_power_of_2(len(formats)),
-            ROWS=TILE_ROWS,
-            COLUMNS=numerics.TILE_COLUMNS,
-            SLAB=MX_GROUP,
-            enable_fp_fusion=False,
-        )
-        block = 128
-        sum_partials_kernel[(triton.cdiv(out.numel(), block),)](
-            partial, out, parts, out.numel(), BLOCK=block
-        )
+        for first in range(0, len(formats), MAX_FORMATS):
+            part = formats[first : first + MAX_FORMATS]
+            partial = out.new_empty((grid[1], len(part), slabs))
+            statistics_kernel[grid](
+                weight,
+                weight if gradient is None else gradient,
+                row_weight,
+                column_weight,
+                partial,
+                rows,
+                columns,
+                slabs,
+                CODES=tuple(fmt.code for fmt in part),
+                GRADIENT=gradient is not None,
+                ROWS=STATISTICS_ROWS,
+                COLUMNS=numerics.TILE_COLUMNS,
+                SLAB=MX_GROUP,
+                enable_fp_fusion=False,
+            )
+            _sum_partials(partial, out[first : first + len(part)])
     return out
 
 
@@ -150,3 +219,31 @@ def gradient_statistics(
 ) -> torch.Tensor:
     """weight [N, K], gradient [N, K] -> float64 [formats, ceil(K / 32)]."""
     return _statistics(weight, gradient, weight, weight, formats)
+
+
+def square_sums(x: torch.Tensor, formats: Sequence[Format]) -> torch.Tensor:
+    """x [T, K] -> float64 [1 + formats, K]; in passes of at most MAX_FORMATS formats."""
+    rows, columns = x.shape
+    out = torch.zeros((1 + len(formats), columns), dtype=torch.float64, device=x.device)
+    if x.numel() == 0:
+        return out
+    grid = (triton.cdiv(columns, numerics.TILE_COLUMNS), _row_programs(rows))
+    with device_of(x):
+        for first in range(0, max(1, len(formats)), MAX_FORMATS):
+            part = formats[first : first + MAX_FORMATS]
+            partial = out.new_empty((grid[1], 1 + len(part), columns))
+            square_sums_kernel[grid](
+                x,
+                partial,
+                rows,
+                columns,
+                CODES=tuple(fmt.code for fmt in part),
+                ROWS=STATISTICS_ROWS,
+                COLUMNS=numerics.TILE_COLUMNS,
+                enable_fp_fusion=False,
+            )
+            sums = out.new_empty(partial.shape[1:])
+            _sum_partials(partial, sums)
+            out[0] = sums[0]
+            out[1 + first : 1 + first + len(part)] = sums[1:]
+    return out

@@ -7,6 +7,8 @@
     gradient_statistics(weight, gradient, formats)
     packed_matmul(x, packed, fmt, activation), or, to do several at a time,
     packed_matmuls(x, operands, int8_activations)
+    square_sums(x, formats)                optional: else made of fake_quantize
+    explain_matmul(fmt, m, n, k, dtype)    optional: which way a product would take, in words
 
 Tensors arrive checked, contiguous and on one device. What an operation means is said once, in
 `mixbits.reference`.

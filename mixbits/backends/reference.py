@@ -12,6 +12,7 @@ from ..formats import Format
 from ..pack import Packed, pack, unpack
 
 fake_quantize = reference.fake_quantize
+square_sums = reference.square_sums
 
 
 def why_unavailable() -> str | None:

@@ -18,6 +18,10 @@ from torch import Tensor
 
 from ..formats import Format
 from ..pack import Packed
+from .scratch import matmul_through_scratch
+
+# Beyond, every tile of tokens would decode the weight once more; decoding it once is cheaper.
+MAX_FUSED_TOKENS = 256
 
 
 @functools.cache
@@ -78,8 +82,24 @@ def gradient_statistics(weight: Tensor, gradient: Tensor, formats: Sequence[Form
     return _kernels("statistics").gradient_statistics(weight, gradient, formats)
 
 
+def square_sums(x: Tensor, formats: Sequence[Format]) -> Tensor:
+    """float64 [1 + formats, K], as `mixbits.reference.square_sums`."""
+    return _kernels("statistics").square_sums(x, formats)
+
+
 def packed_matmul(x: Tensor, packed: Packed, fmt: Format, activation: Format | None) -> Tensor:
     """x [M, K], fake-quantized to `activation` if given, times packed [N, K] -> [M, N]."""
     if activation is not None:
         x = fake_quantize(x, activation)
+    if x.shape[0] > MAX_FUSED_TOKENS and x.numel():
+        return matmul_through_scratch(x, packed, fmt, dequantize)
     return _kernels("gemm").packed_matmul(x, packed, fmt)
+
+
+def explain_matmul(fmt: Format, m: int, n: int, k: int, dtype: torch.dtype) -> str:
+    """Which way `packed_matmul` takes for x [m, k] of `dtype` and a weight [n, k]. Pure."""
+    if m > MAX_FUSED_TOKENS:
+        return "dequantize, then torch"
+    config = _kernels("gemm").candidates(m, n, k, fmt, dtype)[0]
+    tile = f"{config.block_n}x{config.block_m}x{config.block_k}"
+    return f"fused, tiles N x M x K of {tile}, K in {config.split_k}"

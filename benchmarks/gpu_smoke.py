@@ -1,0 +1,96 @@
+"""Every GPU kernel once, on awkward shapes: a small program for compute-sanitizer.
+
+    compute-sanitizer --tool racecheck python -m benchmarks.gpu_smoke cuda
+
+Results are compared with mixbits.reference on the CPU, so that it also says whether they are right.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from mixbits import ops, reference
+from mixbits.formats import Format
+from mixbits.pack import Packed, unpack
+
+FORMATS = (
+    Format("e2m1", 32),
+    Format("e4m3", 32, scale_mode="even"),
+    Format("e5m2", 32, scale_mode="rceil"),
+    Format("int2", 32, symmetric=False),
+    Format("int4", 128),
+    Format("int8", 64, symmetric=False),
+)
+ROWS = 70
+COLUMNS = (172, 1056)  # neither is a multiple of 128; the second is long enough to be split
+TOKENS = (1, 3, 17, 70, 300)
+
+
+def _close(got: Tensor, expected: Tensor, tolerance: float) -> bool:
+    error = (got.double().cpu() - expected.double().cpu()).norm()
+    return bool(error <= tolerance * expected.double().norm())
+
+
+def checks(backend: str, device: str) -> Iterator[tuple[str, bool]]:
+    """(operation, whether its result is right)."""
+    for columns in COLUMNS:
+        generator = torch.Generator().manual_seed(columns)
+        weight = torch.randn(ROWS, columns, generator=generator).bfloat16()
+        gradient = torch.randn(ROWS, columns, generator=generator).bfloat16()
+        row, column = weight.float().abs().mean(1), weight.float().abs().mean(0)
+        on = [t.to(device) for t in (weight, row, column, gradient)]
+        formats = list(FORMATS[:2])
+        got = ops.fisher_statistics(*on[:3], formats, backend)
+        expected = reference.fisher_statistics(weight, row, column, formats)
+        yield f"fisher_statistics {columns}", _close(got, expected, 1e-6)
+        got = ops.gradient_statistics(on[0], on[3], formats, backend)
+        expected = reference.gradient_statistics(weight, gradient, formats)
+        yield f"gradient_statistics {columns}", _close(got, expected, 1e-6)
+        got = ops.square_sums(on[0], formats, backend)
+        yield f"square_sums {columns}", _close(got, reference.square_sums(weight, formats), 1e-6)
+        for fmt in FORMATS:
+            yield from _format_checks(weight, fmt, backend, device)
+
+
+def _format_checks(
+    weight: Tensor, fmt: Format, backend: str, device: str
+) -> Iterator[tuple[str, bool]]:
+    name, columns = f"{fmt.element} {weight.shape[1]}", weight.shape[1]
+    rounded = reference.fake_quantize(weight, fmt)
+    there = weight.to(device)
+    got = ops.fake_quantize(there, fmt, backend)
+    yield f"fake_quantize {name}", torch.equal(got.cpu(), rounded)
+    packed = ops.quantize_pack(there, fmt, backend)
+    q = unpack(Packed(*(t if t is None else t.cpu() for t in packed)), fmt, columns)
+    yield f"quantize_pack {name}", torch.equal(q.codes, reference.quantize(weight, fmt).codes)
+    values = ops.dequantize(packed, fmt, columns, torch.bfloat16, backend)
+    yield f"dequantize {name}", torch.equal(values.cpu(), rounded)
+    activation = fmt if fmt.is_mx else None
+    for tokens in TOKENS:
+        x = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(tokens))
+        x = x.bfloat16()
+        expected = reference.matmul(x, q, fmt, activation)
+        y = ops.packed_matmul(x.to(device), packed, fmt, activation, backend)
+        yield f"packed_matmul {name} M={tokens}", _close(y, expected, 1e-2)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_smoke", description=__doc__)
+    parser.add_argument("backend", choices=ops.BACKENDS)
+    parser.add_argument("--device", default="cuda")
+    args = parser.parse_args()
+    results = list(checks(args.backend, args.device))
+    if args.device == "cuda":
+        torch.cuda.synchronize()
+    wrong = [name for name, right in results if not right]
+    print(f"{args.backend}: {len(results) - len(wrong)} of {len(results)} right")
+    if wrong:
+        raise SystemExit("wrong: " + ", ".join(wrong))
+
+
+if __name__ == "__main__":
+    main()

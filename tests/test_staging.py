@@ -1,0 +1,121 @@
+"""What is brought ahead is what would have been copied, once each, in any size of piece."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import make_model
+
+from mixbits import streaming
+from mixbits.sensitivity import measure
+from mixbits.source import open_source
+from mixbits.staging import Staging, foreign_tensors
+from mixbits.streaming import StreamedModel
+
+CPU = torch.device("cpu")
+
+
+class Counting(Staging):
+    """Counts what is copied, and what is taken."""
+
+    def __init__(self) -> None:
+        super().__init__(CPU, piece_bytes=999)
+        self.copied = self.taken = 0
+
+    def _submit(self, tensors):
+        self.copied += 1
+        return super()._submit(tensors)
+
+    def take(self, tensors):
+        self.taken += bool(tensors)
+        return super().take(tensors)
+
+
+@pytest.mark.parametrize("piece_bytes", [1, 7, 64, 1 << 20])
+def test_copies_equal_their_sources(piece_bytes):
+    generator = torch.Generator().manual_seed(0)
+    tensors = [
+        torch.randn(5, 7, generator=generator).bfloat16(),
+        torch.randn(0, 3, generator=generator),
+        torch.randn(4, 6, generator=generator).T,
+        torch.randint(256, (33,), generator=generator).to(torch.uint8),
+        torch.tensor(2.5, dtype=torch.float16),
+    ]
+    staging = Staging(CPU, piece_bytes)
+    for _ in range(2):
+        copies = staging.take(tensors)
+        assert set(copies) == set(map(id, tensors))
+        for tensor in tensors:
+            copy = copies[id(tensor)]
+            assert copy.dtype == tensor.dtype and torch.equal(copy, tensor)
+            assert tensor.numel() == 0 or copy.data_ptr() != tensor.data_ptr()
+
+
+def test_take_gives_what_it_is_asked_for_and_not_what_was_begun():
+    first, second = torch.ones(3), torch.zeros(3)
+    staging = Staging(CPU)
+    staging.start([first])
+    assert torch.equal(staging.take([second])[id(second)], second)
+    assert staging._pending is not None  # what was begun for others stays begun
+    assert torch.equal(staging.take([first])[id(first)], first)
+    assert staging._pending is None and staging.take([]) == {}
+
+
+def test_an_error_of_the_worker_reaches_the_one_who_takes():
+    staging = Staging(CPU)
+    broken = torch.ones(3, device="meta")
+    staging.start([broken])
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        staging.take([broken])
+
+
+def test_what_lies_on_the_device_is_not_foreign():
+    assert foreign_tensors(torch.nn.Linear(2, 2), CPU) == []
+
+
+@pytest.fixture
+def staged(tmp_path, monkeypatch):
+    """A model whose tensors are all brought, as if the device were another one."""
+
+    def everything(module, device):
+        return [*module.parameters(), *module.buffers()]
+
+    monkeypatch.setattr(streaming, "foreign_tensors", everything)
+    make_model(tmp_path, "qwen2")
+    model = StreamedModel(open_source(str(tmp_path)).load())
+    model.staging = Counting()
+    return model, StreamedModel(open_source(str(tmp_path)).load())
+
+
+def _ids():
+    return torch.randint(130, (4, 16), generator=torch.Generator().manual_seed(0))
+
+
+def test_staged_logits_and_scores_are_the_same(staged):
+    from mixbits.formats import parse_scheme
+    from mixbits.model import find_linears
+
+    model, plain = staged
+    assert torch.equal(model.logits(_ids()), plain.logits(_ids()))
+    schemes = [parse_scheme(name) for name in ("MXFP4", "W4A16")]
+    linears = find_linears(plain.model, include_head=True)
+    for method in ("fisher", "deltaloss"):
+        scores = [measure(m, linears, schemes, _ids(), method, 2) for m in staged]
+        assert scores[0] == scores[1]
+    # Nothing is brought in vain.
+    assert model.staging.copied == model.staging.taken > 0
+
+
+def test_blocks_that_run_twice_are_brought_ahead_all_the_same(staged):
+    """Rounding with error compensation runs each block on two streams of hidden states."""
+    model, plain = staged
+
+    def twice(streamed):
+        def block(index, hidden, *args, **kwargs):
+            streamed.run_block(index, hidden, *args, **kwargs)
+            return streamed.run_block(index, hidden, *args, **kwargs)
+
+        return streamed.run(_ids(), block)
+
+    assert torch.equal(twice(model), twice(plain))
+    assert model.staging.copied == model.staging.taken > 0

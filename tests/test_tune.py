@@ -1,0 +1,84 @@
+"""The choice among a few configurations: the first, or the measured one, and what is remembered."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+from mixbits.kernels import gemm, tune
+
+from mixbits.formats import Format
+
+CONFIGS = [("slow", 1), ("fast", 2), ("broken", 3)]
+
+
+@pytest.fixture
+def tuning(tmp_path, monkeypatch):
+    """Tuning is on; returns the configurations that were measured."""
+    measured = []
+
+    def milliseconds(run):
+        run()
+        name = measured[-1][0]
+        return {"slow": 2.0, "fast": 1.0}.get(name, float("inf"))
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(tune, "_winners", {})
+    monkeypatch.setattr(tune, "enabled", lambda: True)
+    monkeypatch.setattr(tune, "_milliseconds", milliseconds)
+    return measured
+
+
+def test_off_it_is_the_first_and_nothing_runs(monkeypatch):
+    monkeypatch.delenv("MIXBITS_AUTOTUNE", raising=False)
+    monkeypatch.setattr(tune, "_winners", {})
+    assert not tune.enabled()
+    assert tune.choose("a", CONFIGS, lambda config: pytest.fail("ran")) == CONFIGS[0]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU can be measured")
+def test_it_needs_a_gpu(monkeypatch):
+    monkeypatch.setenv("MIXBITS_AUTOTUNE", "1")
+    assert not tune.enabled()
+
+
+def test_the_fastest_is_measured_once_and_remembered(tuning, monkeypatch):
+    for _ in range(2):
+        assert tune.choose("a", CONFIGS, tuning.append) == CONFIGS[1]
+    assert tuning == CONFIGS
+    assert tune.choose("b", CONFIGS[:1], tuning.append) == CONFIGS[0]  # nothing to choose from
+    assert tune.choose("c", CONFIGS[::-1], tuning.append) == CONFIGS[1]
+    assert json.loads(tune.cache_file().read_text()) == dict.fromkeys("ac", "('fast', 2)")
+    tuning.clear()
+    monkeypatch.setattr(tune, "_winners", {})  # another process
+    assert tune.choose("a", CONFIGS, tuning.append) == CONFIGS[1]
+    assert tuning == []
+
+
+def test_a_file_that_says_something_else_is_measured_over(tuning):
+    path = tune.cache_file()
+    path.parent.mkdir(parents=True)
+    for text in ("no json", "[]", json.dumps({"a": "('gone', 9)"})):
+        path.write_text(text)
+        tune._winners.clear()
+        assert tune.choose("a", CONFIGS, tuning.append) == CONFIGS[1]
+    assert len(tuning) == 3 * len(CONFIGS)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 4096, 4096), (64, 1024, 4096), (256, 70, 172)])
+@pytest.mark.parametrize("fmt", [Format("e2m1", 32), Format("int4", 128), Format("int2", 64)])
+def test_every_candidate_fits_its_kernel(fmt, shape, dtype):
+    m, n, k = shape
+    configs = gemm.candidates(m, n, k, fmt, dtype)
+    assert 1 <= len(configs) <= 4 and len(set(configs)) == len(configs)
+    for config in configs:
+        assert config.block_k % fmt.group_size == 0
+        assert config.scale_first or config.block_k == fmt.group_size
+        assert 1 <= config.split_k <= max(1, -(-k // config.block_k))
+        assert config.block_m >= min(m, 32) and config.block_m <= 128
+    assert configs is gemm.candidates(m, n, k, fmt, dtype)
