@@ -37,12 +37,21 @@ FIGURES = (
     *("perplexity_reference", "perplexity_reference_stderr"),
     *("top1_agreement", "top1_agreement_stderr"),
 )
-KEY = ("model", "schemes", "scale_modes", "counted", "asked", "rounding", "iters", "nsamples")
+KEY = (
+    "model",
+    "schemes",
+    "scale_modes",
+    "counted",
+    "asked",
+    "rounding",
+    "iters",
+    "calibration_sha256",
+)
 COLUMNS = (
     *KEY,
     *("bits", "bits_without_scales", *FIGURES, "tasks", "differs_from_ours"),
     *(f"{stage}_{meter}" for stage in ("measure", "rounding") for meter in METERS),
-    *("seqlen", "eval_nsamples", "calibration_sha256", "held_out_sha256", "plan"),
+    *("nsamples", "seqlen", "eval_nsamples", "held_out_sha256", "plan"),
 )
 
 
@@ -148,7 +157,7 @@ def run(args: argparse.Namespace, folder: Path, records: Any) -> list[dict[str, 
         "scale_modes": args.scale_modes,
         "counted": "all" if args.count_scales else "elements",
         "iters": args.iters,
-        "nsamples": args.nsamples,
+        "calibration_sha256": text.calibration_sha256[:16],
     }
     wanted = [(b, r) for b in args.bits.split(",") for r in args.roundings.split(",")]
     missing = [p for p in wanted if records.find(**shared, asked=p[0], rounding=p[1]) is None]
@@ -164,8 +173,8 @@ def run(args: argparse.Namespace, folder: Path, records: Any) -> list[dict[str, 
         iters=args.iters,
         device=args.device,
     )
-    hashes = {k: getattr(text, k)[:16] for k in ("calibration_sha256", "held_out_sha256")}
-    sizes = {"seqlen": args.seqlen, "eval_nsamples": args.eval_nsamples, **hashes}
+    sizes = {k: getattr(args, k) for k in ("nsamples", "seqlen", "eval_nsamples")}
+    sizes["held_out_sha256"] = text.held_out_sha256[:16]
     for peer, result in zip(missing, run_worker(job) if missing else [], strict=True):
         result["plan"] = " ".join(f"{n}={s}" for n, s in result["plan"].items())
         records.append({**shared, "asked": peer[0], "rounding": peer[1], **sizes, **result})

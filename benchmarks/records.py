@@ -40,7 +40,8 @@ def provenance() -> dict[str, str]:
     where = environment()
     run = functools.partial(subprocess.run, capture_output=True, text=True)
     commit = run(["git", "rev-parse", "--short", "HEAD"]).stdout.strip()
-    if run(["git", "status", "--porcelain", "--untracked-files=no"]).stdout:
+    code = [".", ":!benchmarks/results"]  # the file that is being written is no code
+    if run(["git", "status", "--porcelain", "--untracked-files=no", *code]).stdout:
         commit += "-dirty"
     return {
         "date": datetime.date.today().isoformat(),
