@@ -31,7 +31,7 @@ from typing import Any
 from mixbits.formats import Scheme, parse_scheme
 
 ROUNDINGS = ("plain", "opt", "tuned")
-METERS = ("seconds", "peak_rss_mb", "peak_anonymous_mb")
+METERS = ("seconds", "cpu_seconds", "peak_rss_mb", "peak_anonymous_mb")
 FIGURES = (
     *("kl", "kl_stderr", "perplexity", "perplexity_stderr"),
     *("perplexity_reference", "perplexity_reference_stderr"),

@@ -21,12 +21,14 @@ def status_bytes(field: str) -> int:
 class Meter:
     """`with Meter() as meter:` fills the fields in; they add up over several uses.
 
+    cpu_seconds     of all threads: what a machine that is busy otherwise disturbs least
     peak_rss        largest resident size, mapped files and libraries included
     peak_anonymous  largest anonymous memory beyond what the process held at the start, so without
                     imports, the open model and mapped weights; sampled every 5 ms
     """
 
     seconds: float = 0.0
+    cpu_seconds: float = 0.0
     peak_rss: int = 0
     peak_anonymous: int = 0
 
@@ -36,7 +38,7 @@ class Meter:
         self._watcher = threading.Thread(target=self._watch, daemon=True)
         Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again
         self._watcher.start()
-        self._start = time.perf_counter()
+        self._start = time.perf_counter(), time.process_time()
         return self
 
     def _watch(self) -> None:
@@ -50,7 +52,8 @@ class Meter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.seconds += time.perf_counter() - self._start
+        self.seconds += time.perf_counter() - self._start[0]
+        self.cpu_seconds += time.process_time() - self._start[1]
         self._done.set()
         self._watcher.join()
         self.peak_rss = max(self.peak_rss, status_bytes("VmHWM"))
@@ -59,6 +62,7 @@ class Meter:
         """Columns of a CSV: seconds, and memory in MB (decimal)."""
         return {
             f"{prefix}_seconds": round(self.seconds, 3),
+            f"{prefix}_cpu_seconds": round(self.cpu_seconds, 3),
             f"{prefix}_peak_rss_mb": round(self.peak_rss / 1e6, 1),
             f"{prefix}_peak_anonymous_mb": round(self.peak_anonymous / 1e6, 1),
         }
