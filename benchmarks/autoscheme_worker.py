@@ -129,7 +129,8 @@ def compressor(job: Job, peer: Peer) -> Any:
         rounding["disable_opt_rtn"] = peer.rounding == "plain"
     sizes = {"nsamples": count, "seqlen": length, "batch_size": job.batch_size}
     # torch.compile costs more than it gives on a small model, and changes no scoring.
-    where = {"device_map": job.device, "enable_torch_compile": False}
+    # With integers and plain rounding, it would leave the model unopened, and AutoScheme unused.
+    where = {"device_map": job.device, "enable_torch_compile": False, "disable_model_free": True}
     return AutoRound(job.model, scheme=scheme, **where, **sizes, **rounding)
 
 
