@@ -133,7 +133,7 @@ def cost_table(medians: dict[str, dict[str, Any]]) -> str:
     return table(lines)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     if sys.argv[1:2] == ["--ours"]:  # a child
         model, ids, schemes, batch_size = sys.argv[2:]
         print(json.dumps(measure_ours(model, ids, schemes, int(batch_size))))
@@ -149,7 +149,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=8, help="AutoScheme's default")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--csv", type=Path, default=Path("cost.csv"))
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
         medians = run(args, Path(folder), Records(args.csv, COLUMNS, COLUMNS[:7]))
     print(cost_table(medians))

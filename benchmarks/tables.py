@@ -13,7 +13,6 @@ Sections:
     mx-mixed    as mx, weights floor and activations rceil: what AutoRound meant by MXFP4 until
                 December 2025, and so what its published tables were made with
     int         W2A16 and W4A16 (groups of 128) at 3 bits, head, tail, and both pure schemes
-    shapes      real shapes with random weights and few layers: seconds and memory of each stage
 
 mixbits' rows are runs of `python -m mixbits.quantize` (packed, loaded back, scored) that share
 one measurement; `--options` adds words to its command line and makes rows of their own, so that
@@ -21,6 +20,10 @@ any option can be compared. AutoScheme's rows come from the installed package, w
 tokens and judged by the same functions (benchmarks/autoscheme.py). Tasks are scored where their
 data can be had; `--lambada FILE` scores LAMBADA from a local jsonl. Rows go to the CSV as they
 are made, and rows that are there are not made again.
+
+`python -m benchmarks.cost` compares what measuring costs, and `python -m benchmarks.real_shapes`
+runs every stage on the shapes of real models; as sections `cost` and `shapes` they run here too,
+on models of their own, into CSVs beside this one's.
 """
 
 from __future__ import annotations
@@ -29,8 +32,6 @@ import argparse
 import json
 import os
 import shlex
-import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -42,6 +43,7 @@ os.environ.setdefault("USE_HUB_KERNELS", "NO")  # no RMSNorm of a hub in transfo
 
 from benchmarks.autoscheme import FIGURES, METERS, Job, add_text_options, run_worker
 from benchmarks.records import Records
+from benchmarks.runs import average_accuracy, costs, figures, quantize
 from benchmarks.text import Text, make_text
 
 PUBLISHED_TASKS = "lambada_openai,hellaswag,piqa,winogrande,mmlu"
@@ -123,6 +125,7 @@ SECTIONS: dict[str, list[Configuration]] = {
     "mx-mixed": _mx("mx-mixed", scale_modes=("floor", "rceil")),
     "int": _int(),
 }
+ALONE = ("cost", "shapes")
 
 
 class Tables:
@@ -202,7 +205,7 @@ class Tables:
             self.text.model, out, [*words, "--scores", str(measured / "scores.json"), "--overwrite"]
         )
         stages = json.loads((measured / "report.json").read_text())["stages"] + report["stages"]
-        row = {**config.describe(), **from_report(report), **from_stages(stages)}
+        row = {**config.describe(), **figures(report), **costs(stages)}
         self._record(key, row)
 
     # --- AutoScheme ---------------------------------------------------------------------------
@@ -240,50 +243,6 @@ class Tables:
                 known["average_acc"] = average_accuracy(json.loads(known["tasks"]))
             key = self._theirs_key(config, rounding)
             self._record(key, {**config.describe(), "strategy": "", **known})
-
-
-def quantize(model: str, out: Path, words: Sequence[str], only: bool = False) -> dict[str, Any]:
-    """Run the command line in a process of its own; returns report.json."""
-    command = [sys.executable, "-m", "mixbits.quantize", model, "--out", str(out), *words]
-    command += ["--solve-only"] if only else []
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{shlex.join(command)} failed: {done.stderr.strip()[-800:]}")
-    report: dict[str, Any] = json.loads((out / "report.json").read_text())
-    return report
-
-
-def average_accuracy(tasks: dict[str, dict[str, float]]) -> float | None:
-    """Mean acc over tasks, as the published tables have it."""
-    values = [metrics["acc"] for metrics in tasks.values() if "acc" in metrics]
-    return sum(values) / len(values) if values else None
-
-
-def from_report(report: dict[str, Any]) -> dict[str, Any]:
-    """A row's figures out of report.json."""
-    evaluation, reached = report["evaluation"], report["reached"]
-    row = {
-        "bits": reached["avg_bits"],
-        "bits_without_scales": reached["avg_bits_without_scales"],
-        "bytes": report["bytes_after"],
-        **{k: evaluation["held_out"][k] for k in FIGURES},
-    }
-    if "tasks" in evaluation:
-        row["tasks"] = json.dumps(evaluation["tasks"]["tasks"])
-        row["average_acc"] = average_accuracy(evaluation["tasks"]["tasks"])
-    return row
-
-
-def from_stages(stages: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Time and memory of a run that measured and of the one that used its scores."""
-    measured = next(s for s in stages if s["stage"] == "measure")
-    return {
-        "measure_seconds": measured["seconds"],
-        "measure_peak_rss_mb": round(measured["peak_memory_bytes"] / 1e6, 1),
-        "all_seconds": round(sum(s["seconds"] for s in stages), 2),
-        "all_peak_rss_mb": round(max(s["peak_memory_bytes"] for s in stages) / 1e6, 1),
-        "stages": json.dumps(stages),
-    }
 
 
 def write_lambada(folder: Path, data: Path) -> None:
@@ -365,6 +324,14 @@ def print_section(tables: Tables, section: str) -> None:
     print(f"\n{section}: {mine['model']}\n\n{figures_table(rows)}\n\n{cost_lines(rows)}")
 
 
+def run_without_model(section: str, args: argparse.Namespace) -> None:
+    """`cost` and `shapes`, with their defaults."""
+    from benchmarks import cost, real_shapes
+
+    module = {"cost": cost, "shapes": real_shapes}[section]
+    module.main(["--csv", str(args.csv.with_name(f"{args.csv.stem}_{section}.csv"))])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tables")
     add_text_options(parser)
@@ -381,9 +348,17 @@ def main() -> None:
     parser.add_argument("--csv", type=Path, default=Path("tables.csv"))
     args = parser.parse_args()
     peers = [] if args.peers == "none" else args.peers.split(",")
+    chosen = args.sections.split(",")
+    unknown = set(chosen) - {*SECTIONS, *ALONE}
+    if unknown:
+        parser.error(f"--sections must be among {', '.join((*SECTIONS, *ALONE))}: got {unknown}")
+    for section in (s for s in chosen if s in ALONE):
+        run_without_model(section, args)
+    sections = [s for s in chosen if s in SECTIONS]
+    if not sections:
+        return
     with tempfile.TemporaryDirectory() as folder:
         tables = Tables(args, Path(folder))
-        sections = args.sections.split(",")
         for section in sections:
             run_section(tables, section, args.options or [""], peers)
         for section in sections:
