@@ -23,8 +23,9 @@ import torch
 from mixbits import ops
 from mixbits.backends import cpu
 from mixbits.calibration import load_sequences
+from mixbits.fake import FakeLinear, fake_quantize_model
 from mixbits.formats import Scheme, parse_scheme
-from mixbits.linear import FakeLinear, PackedLinear, fake_quantize_model, swap_linears
+from mixbits.linear import PackedLinear, swap_linears
 from mixbits.model import find_linears
 from mixbits.report import environment, quiet, table
 from mixbits.source import Source, open_source

@@ -23,14 +23,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
+from types import FrameType, MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .formats import UsageError, first_line
-from .linear import pack_weight
+from .formats import Assignment, UsageError, first_line
+from .linear import MixedLinear, PackedLinear, pack_recipe, recipe_tensors
 from .model import (
     LinearInfo,
     find_linears,
@@ -40,8 +40,8 @@ from .model import (
     split_expert_name,
     weight_of,
 )
-from .pack import LAYOUT, packed_spec
-from .plan import Assignment
+from .pack import LAYOUT, Rounded, recipe_spec
+from .recipes import describe
 from .source import Source, open_source
 
 SHARD_BYTES = 2 << 30
@@ -81,9 +81,8 @@ def tensor_specs(
     split_modules = {split_expert_name(i.name)[0] for i in packed.values() if i.is_expert}
     specs: list[TensorSpec] = []
     for info in packed.values():
-        fmt = assignment[info.name].weight
-        assert fmt is not None
-        for name, (kind, shape) in packed_spec(fmt, info.out_features, info.in_features).items():
+        spec = recipe_spec(assignment[info.name], info.out_features, info.in_features)
+        for name, (kind, shape) in spec.items():
             specs.append(TensorSpec(f"{info.name}.{name}", kind, shape, info))
     for info in linears:  # experts that were left alone beside packed ones
         left = info.is_expert and info.name not in packed
@@ -100,7 +99,7 @@ def tensor_specs(
 
 
 def _is_packed(name: str, assignment: Assignment) -> bool:
-    return name in assignment and assignment[name].weight is not None
+    return name in assignment and assignment[name].packed
 
 
 def _tied_copies(model: nn.Module) -> set[str]:
@@ -159,7 +158,9 @@ def predicted_bytes(
     return sum(s.nbytes for s in make_shards(tensor_specs(model, linears, assignment, dtype)))
 
 
-def _tensors(model: nn.Module, specs: Sequence[TensorSpec], assignment: Assignment) -> Any:
+def _tensors(
+    model: nn.Module, specs: Sequence[TensorSpec], assignment: Assignment, rounded: Rounded
+) -> dict[str, Tensor]:
     """The values of `specs`, name -> tensor."""
     state = model.state_dict()
     out: dict[str, Tensor] = {}
@@ -173,22 +174,27 @@ def _tensors(model: nn.Module, specs: Sequence[TensorSpec], assignment: Assignme
         if spec.name.endswith(".weight_plain"):
             out[spec.name] = weight.to(spec.dtype).contiguous()
             continue
-        packed = pack_weight(spec.linear.name, weight, assignment[spec.linear.name])
-        for name, value in packed._asdict().items():
-            if value is not None:
-                out[f"{spec.linear.name}.{name}"] = value
+        linear = spec.linear.name
+        recipe = assignment[linear]
+        packed = rounded[linear] if linear in rounded else pack_recipe(linear, weight, recipe)
+        for name, value in recipe_tensors(recipe, packed).items():
+            out[f"{linear}.{name}"] = value
     return out
 
 
 def _write_weights(
-    folder: Path, model: nn.Module, shards: Sequence[Shard], assignment: Assignment
+    folder: Path,
+    model: nn.Module,
+    shards: Sequence[Shard],
+    assignment: Assignment,
+    rounded: Rounded,
 ) -> None:
     from safetensors.torch import save_file
 
     places = {}
     for shard in shards:
         wanted = {s.name for s in shard.specs}
-        tensors = _tensors(model, shard.specs, assignment)
+        tensors = _tensors(model, shard.specs, assignment, rounded)
         save_file(
             {n: t for n, t in tensors.items() if n in wanted},
             folder / shard.file,
@@ -210,9 +216,8 @@ def quantization_config(assignment: Assignment, provenance: dict[str, Any]) -> d
         "quant_method": "mixbits",
         "mixbits_version": __version__,
         "layout": LAYOUT,
-        "rounding": "nearest-even",
         **provenance,
-        "modules": {n: s.name for n, s in assignment.items() if s.weight is not None},
+        "modules": {n: describe(r) for n, r in assignment.items() if r.packed},
     }
 
 
@@ -326,13 +331,16 @@ def save(
     linears: Sequence[LinearInfo],
     assignment: Assignment,
     provenance: dict[str, Any],
+    rounded: Rounded = MappingProxyType({}),
 ) -> int:
     """Write a packed checkpoint into an existing folder; returns the bytes of the weight files.
+
+    `rounded` has the linears that are packed already; others are rounded to nearest.
 
     Raises UsageError that names the tensor for weights that cannot be packed.
     """
     shards = make_shards(tensor_specs(model, linears, assignment, source.dtype))
-    _write_weights(folder, model, shards, assignment)
+    _write_weights(folder, model, shards, assignment, rounded)
     head = output_head(model)[0]
     untie = head_is_tied(model) and _is_packed(head, assignment)
     quantization = quantization_config(assignment, provenance)
@@ -347,17 +355,18 @@ def save_fake(
     model: Any,
     linears: Sequence[LinearInfo],
     assignment: Assignment,
+    rounded: Rounded = MappingProxyType({}),
 ) -> int:
     """Write a plain 16-bit model whose weights are rounded but not packed, for any other tool.
 
     The model itself is changed. Activations are not rounded by such a model.
     """
-    from .linear import round_weights
+    from .fake import round_weights
 
     head = output_head(model)[0]
     if head_is_tied(model) and _is_packed(head, assignment):
         model.config.tie_word_embeddings = False
-    round_weights(model, [i for i in linears if i.name in assignment], assignment)
+    round_weights(model, [i for i in linears if i.name in assignment], assignment, rounded)
     model.save_pretrained(folder)
     copy_companions(source.path, folder)
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
@@ -403,6 +412,16 @@ def _check_tensors(folder: Path, schemes: Assignment, trust_remote_code: bool) -
             )
 
 
+def _check_order(name: str, linear: MixedLinear, folder: Path) -> None:
+    """A damaged order would address memory beyond the input."""
+    if linear.order is None:
+        return
+    if linear.order.sort().values.tolist() != list(range(linear.in_features)):
+        raise UsageError(
+            f"{name}.order must hold each of {linear.in_features} columns once ({folder})"
+        )
+
+
 def load(
     folder: str | Path,
     backend: str | None = None,
@@ -430,7 +449,7 @@ def load(
     config = transformers_quantizer.read_config(folder)
     if backend is not None:
         ops.choose_backend(torch.device(device).type, backend)
-    _check_tensors(folder, config.schemes(), trust_remote_code)
+    _check_tensors(folder, config.recipes(), trust_remote_code)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -451,8 +470,10 @@ def load(
                 f"the tensors of a checkpoint must be those that config.json says: "
                 f"{kind.replace('_', ' ')} {names} ({folder})"
             )
-    for name in config.modules:
-        linear = model.get_submodule(name)
-        linear.backend, linear.int8_activations = backend, int8_activations
+    for name, module in model.named_modules():
+        if isinstance(module, PackedLinear):
+            module.backend, module.int8_activations = backend, int8_activations
+        elif isinstance(module, MixedLinear):
+            _check_order(name, module, folder)
     use_grouped_attention(model)
     return model.to(device).eval().requires_grad_(False)

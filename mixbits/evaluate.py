@@ -10,14 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from .formats import UsageError, first_line
-from .streaming import StreamedModel
 
 CHUNK = 512  # tokens whose float64 log-probabilities are held at once
 TASKS_DIR = Path(__file__).parent / "demo" / "tasks"
@@ -46,9 +45,30 @@ def _sequence_means(reference: Tensor, quantized: Tensor, ids: Tensor) -> Tensor
     return torch.stack([torch.cat(kl).mean(), *torch.cat(nll, 1).mean(1), torch.cat(agree).mean()])
 
 
+class Model(Protocol):
+    """What can be compared: anything that gives logits [B, S, V] for token ids [B, S]."""
+
+    def logits(self, ids: Tensor) -> Tensor: ...
+
+
 @torch.no_grad()
+def _per_sequence(reference: Model, quantized: Model, ids: Tensor, batch_size: int) -> Tensor:
+    """float64 [sequences, 4] on the CPU: `_sequence_means` of every sequence."""
+    rows = []
+    for batch in tqdm(ids.split(batch_size), desc="compare", unit="batch", leave=False):
+        p, q = reference.logits(batch), quantized.logits(batch)
+        for index, sequence in enumerate(batch):
+            rows.append(_sequence_means(p[index], q[index], sequence.to(p.device)).cpu())
+    return torch.stack(rows)
+
+
+def sequence_kl(reference: Model, quantized: Model, ids: Tensor, batch_size: int = 8) -> Tensor:
+    """float64 [sequences]: mean KL(reference || quantized) per token, in nats, of each."""
+    return _per_sequence(reference, quantized, ids, batch_size)[:, 0]
+
+
 def compare(
-    reference: StreamedModel, quantized: StreamedModel, ids: Tensor, batch_size: int = 8
+    reference: Model, quantized: Model, ids: Tensor, batch_size: int = 8
 ) -> dict[str, float]:
     """Held-out figures of `quantized` against `reference` on ids [sequences, length].
 
@@ -56,13 +76,7 @@ def compare(
     top1_agreement: share of positions where both find the same token likeliest; each with
     `<name>_stderr`.
     """
-    rows = []
-    batches = ids.split(batch_size)
-    for batch in tqdm(batches, desc="evaluate", unit="batch", leave=False):
-        p, q = reference.logits(batch), quantized.logits(batch)
-        for index, sequence in enumerate(batch):
-            rows.append(_sequence_means(p[index], q[index], sequence.to(p.device)).cpu())
-    kl, nll_p, nll_q, agree = torch.stack(rows, dim=1)
+    kl, nll_p, nll_q, agree = _per_sequence(reference, quantized, ids, batch_size).T
     result: dict[str, float] = {}
     result["kl"], result["kl_stderr"] = _mean_stderr(kl)
     for name, nll in (("perplexity", nll_q), ("perplexity_reference", nll_p)):

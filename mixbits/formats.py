@@ -12,6 +12,7 @@ A `Format` says how one tensor is quantized: rows are cut into groups of `group_
 
 A `Scheme` pairs the format of a linear's weight with that of its input activations; the names
 are those of compressed-tensors and AutoRound. `BF16` is the scheme that leaves a linear alone.
+A `Mixed` divides the input columns of one linear among several schemes.
 
 Sources: OCP Microscaling Formats v1.0 (MX); AutoRound's data_type/int.py and data_type/mxfp.py
 (symmetric integers have a signed scale over the full range, as in llama.cpp).
@@ -21,8 +22,9 @@ from __future__ import annotations
 
 import functools
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, TypeAlias
 
 ScaleMode = Literal["floor", "rceil", "even"]
 
@@ -160,14 +162,78 @@ class Scheme:
         """Bits of one weight without its scale: the published tables' way of counting."""
         return 16 if self.weight is None else self.weight.bits
 
-    def storage_bits(self, out_features: int, in_features: int) -> int:
-        """Bits of a [out_features, in_features] weight with scales and zero points counted."""
-        if self.weight is None:
-            return 16 * out_features * in_features
+    @property
+    def packed(self) -> bool:
+        return self.weight is not None
+
+    def parts(self, in_features: int) -> tuple[tuple[Scheme, int], ...]:
+        """Schemes with the number of columns that each takes, as of a `Mixed`."""
+        return ((self, in_features),)
+
+    def storage_bits(
+        self, out_features: int, in_features: int, ignore_scale_bits: bool = False
+    ) -> int:
+        """Bits of a [out_features, in_features] weight, scales and zero points counted or not."""
+        if self.weight is None or ignore_scale_bits:
+            return self.element_bits * out_features * in_features
         return 8 * out_features * self.weight.row_bytes(in_features)
 
 
 BF16 = Scheme("BF16", None)
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """Several schemes in one linear, each for a run of its input columns.
+
+    segments  schemes with numbers of columns, in the order in which they are stored
+    order     place i of that order holds input column order[i]; None: as they come
+    rotated   the ordered columns, 32 by 32, are stored in the basis of a Hadamard matrix
+
+    One segment will do, where it is ordered or rotated.
+    """
+
+    segments: tuple[tuple[Scheme, int], ...]
+    order: tuple[int, ...] | None = None
+    rotated: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.segments or any(s.weight is None or n < 1 for s, n in self.segments):
+            raise UsageError(f"segments must be packed schemes with columns: got {self.segments}")
+        if self.order is not None and sorted(self.order) != list(range(self.in_features)):
+            raise UsageError(f"an order must hold each of {self.in_features} columns once")
+
+    packed = True
+
+    @property
+    def in_features(self) -> int:
+        return sum(columns for _, columns in self.segments)
+
+    @property
+    def name(self) -> str:
+        return "+".join(dict.fromkeys(scheme.name for scheme, _ in self.segments))
+
+    def parts(self, in_features: int) -> tuple[tuple[Scheme, int], ...]:
+        if in_features != self.in_features:
+            raise UsageError(f"segments of {self.in_features} columns: got {in_features} columns")
+        return self.segments
+
+    @property
+    def order_bits(self) -> int:
+        """Bits of one stored entry of `order`."""
+        return 0 if self.order is None else 16 if self.in_features <= 1 << 15 else 32
+
+    def storage_bits(
+        self, out_features: int, in_features: int, ignore_scale_bits: bool = False
+    ) -> int:
+        """As of a `Scheme`; the stored order counts with the scales."""
+        parts = self.parts(in_features)
+        bits = sum(s.storage_bits(out_features, n, ignore_scale_bits) for s, n in parts)
+        return bits if ignore_scale_bits else bits + self.order_bits * in_features
+
+
+Recipe: TypeAlias = Scheme | Mixed  # how one linear is stored
+Assignment: TypeAlias = Mapping[str, Recipe]  # linear -> its recipe
 
 _MX_NAME = re.compile(r"MXFP(?P<bits>4|8)(?P<element>E4M3|E5M2)?(?P<a16>A16)?")
 _INT_NAME = re.compile(r"W(?P<bits>2|4|8)A16(?:G(?P<group>\d+))?(?P<asym>ASYM)?")

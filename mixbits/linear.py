@@ -1,31 +1,30 @@
-"""Linears that hold packed weights, linears that only pretend to, and experts made of either.
+"""Linears that hold packed weights, and experts made of them.
 
-`PackedLinear` keeps codes and scales and calls the kernels. `FakeLinear` keeps the rounded
-weight in float and rounds its input in float: the definition that the packed one must equal up
-to the order of summation.
+`PackedLinear` keeps codes and scales and calls the kernels; `MixedLinear` is made of several.
+What they must equal, up to the order of summation, is in `mixbits.fake`.
 """
 
 from __future__ import annotations
 
+import functools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import ops
+from .arrange import Arrangement, arrangement_of
 from .experts import run_experts
-from .formats import Scheme, UsageError
+from .formats import Mixed, Recipe, Scheme, UsageError
 from .model import (
     EXPERT_PROJECTIONS,
     FUSED_GROUPS,
-    LinearInfo,
     expert_slice,
     is_experts,
-    split_expert_name,
 )
-from .pack import Packed, packed_spec
+from .pack import Packed, order_dtype, packed_spec
 
 
 def check_finite(name: str, tensor: Tensor) -> None:
@@ -37,6 +36,17 @@ def check_finite(name: str, tensor: Tensor) -> None:
         )
 
 
+def check_packed(name: str, weight: Tensor, scheme: Scheme, packed: Packed) -> Packed:
+    """`packed` itself. Raises UsageError that names the tensor where a scale overflowed."""
+    assert scheme.weight is not None
+    if not scheme.weight.is_mx and not torch.isfinite(packed.weight_scale).all():
+        raise UsageError(
+            f"{scheme.name} needs group scales within float16: got weights up to "
+            f"{weight.abs().max().item():.4g} ({name})"
+        )
+    return packed
+
+
 def pack_weight(name: str, weight: Tensor, scheme: Scheme) -> Packed:
     """Quantize and pack a weight [N, K] of any float dtype.
 
@@ -44,13 +54,39 @@ def pack_weight(name: str, weight: Tensor, scheme: Scheme) -> Packed:
     """
     assert scheme.weight is not None
     check_finite(name, weight)
-    packed = ops.quantize_pack(weight, scheme.weight)
-    if not scheme.weight.is_mx and not torch.isfinite(packed.weight_scale).all():
-        raise UsageError(
-            f"{scheme.name} needs group scales within float16: got weights up to "
-            f"{weight.abs().max().item():.4g} ({name})"
-        )
-    return packed
+    return check_packed(name, weight, scheme, ops.quantize_pack(weight, scheme.weight))
+
+
+def pack_recipe(name: str, weight: Tensor, recipe: Recipe) -> list[Packed]:
+    """`pack_weight` of every part of a recipe, the weight [N, K] arranged as it says."""
+    check_finite(name, weight)
+    arranged = arrangement_of(recipe, weight.device).weight(weight)
+    parts = recipe.parts(weight.shape[1])
+    pieces = arranged.split([columns for _, columns in parts], dim=1)
+    return [pack_weight(name, w, s) for w, (s, _) in zip(pieces, parts, strict=True)]
+
+
+def recipe_tensors(recipe: Recipe, packed: Sequence[Packed]) -> dict[str, Tensor]:
+    """The tensors to store, named as in `mixbits.pack.recipe_spec`."""
+    tensors: dict[str, Tensor] = {}
+    if isinstance(recipe, Mixed) and recipe.order is not None:
+        tensors["order"] = torch.tensor(recipe.order, dtype=order_dtype(recipe.in_features))
+    for number, part in enumerate(packed):
+        prefix = f"segments.{number}." if isinstance(recipe, Mixed) else ""
+        for name, value in part._asdict().items():
+            if value is not None:
+                tensors[prefix + name] = value
+    return tensors
+
+
+def packed_values(packed: Sequence[Packed], recipe: Recipe, in_features: int) -> Tensor:
+    """The float32 [N, K] that packed parts stand for, in the arranged order."""
+    parts = recipe.parts(in_features)
+    pieces = []
+    for one, (scheme, columns) in zip(packed, parts, strict=True):
+        assert scheme.weight is not None
+        pieces.append(ops.dequantize(one, scheme.weight, columns))
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
 
 
 class PackedLinear(nn.Module):
@@ -129,6 +165,59 @@ class PackedLinear(nn.Module):
         )
 
 
+class MixedLinear(nn.Module):
+    """y = x' Q(W')^T + bias: columns arranged, then every segment a product of its own.
+
+    x' and W' are x and W arranged (`mixbits.arrange`). With several segments the products are
+    summed in float32, and rounded to x's dtype once.
+    """
+
+    order: Tensor | None
+
+    def __init__(
+        self,
+        out_features: int,
+        recipe: Mixed,
+        bias: nn.Parameter | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.recipe = recipe.in_features, out_features, recipe
+        self.columns = [columns for _, columns in recipe.segments]
+        self.register_buffer("order", None)
+        if recipe.order is not None:
+            dtype = order_dtype(self.in_features)
+            self.order = torch.tensor(recipe.order, dtype=dtype, device=device)
+        self.segments = nn.ModuleList(
+            PackedLinear(columns, out_features, scheme, device=device)
+            for scheme, columns in recipe.segments
+        )
+        self.bias = bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        order = None if self.order is None else self.order.int()  # torch indexes by 32 bits
+        arranged = Arrangement(order, self.recipe.rotated).input(x)
+        if len(self.segments) > 1:
+            arranged = arranged.float()
+        parts = zip(self.segments, arranged.split(self.columns, -1), strict=True)
+        y: Tensor = functools.reduce(torch.add, (linear(part) for linear, part in parts))
+        y = y.to(x.dtype)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}"
+
+
+def packed_linear(
+    weight: Tensor, recipe: Recipe, bias: nn.Parameter | None = None
+) -> PackedLinear | MixedLinear:
+    """An empty linear for what `recipe` makes of a weight like this one [N, K], on its device."""
+    rows, columns = weight.shape
+    if isinstance(recipe, Mixed):
+        return MixedLinear(rows, recipe, bias, weight.device)
+    return PackedLinear(columns, rows, recipe, bias, weight.device)
+
+
 class SharedInput:
     """Packed linears that a module calls one after the other with the same tensor.
 
@@ -186,26 +275,6 @@ class PlainLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.nn.functional.linear(x, self.weight_plain.to(x.dtype))
-
-
-class FakeLinear(nn.Module):
-    """y = Qa(x) Q(W)^T + bias in x's dtype, from a float copy of Q(W) [N, K].
-
-    x may be float64 too: sums are then exact for comparisons, rounding is still that of float32.
-    """
-
-    def __init__(self, weight: Tensor, scheme: Scheme, bias: Tensor | None = None) -> None:
-        super().__init__()
-        self.scheme, self.bias = scheme, bias
-        rounded = ops.fake_quantize(weight.float(), scheme.weight) if scheme.weight else weight
-        self.weight_fake = nn.Parameter(rounded, requires_grad=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.scheme.activation is not None:
-            narrow = x.float() if x.dtype == torch.float64 else x
-            x = ops.fake_quantize(narrow, self.scheme.activation).to(x.dtype)
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return torch.nn.functional.linear(x, self.weight_fake.to(x.dtype), bias)
 
 
 class Experts(nn.Module):
@@ -268,32 +337,3 @@ def _as_modules(module: Any, parent: str, chosen: set[str], make: MakeLinear) ->
                 plain.weight_plain.data.copy_(weight)
             linears[f"{expert}.{projection}"] = plain
     return Experts(module.act_fn, linears)
-
-
-def fake_quantize_model(model: nn.Module, schemes: dict[str, Scheme]) -> None:
-    """Replace linears (name -> scheme) by `FakeLinear`: what the packed model must equal."""
-
-    def make(name: str, weight: Tensor, bias: nn.Parameter | None) -> nn.Module:
-        return FakeLinear(weight, schemes[name], bias)
-
-    swap_linears(model, [n for n, s in schemes.items() if s.weight is not None], make)
-
-
-def round_weights(model: nn.Module, linears: list[LinearInfo], schemes: dict[str, Scheme]) -> None:
-    """Round the weights of `linears` in place, in the model's dtype; the model stays plain."""
-    for info in linears:
-        scheme = schemes[info.name]
-        if scheme.weight is None:
-            continue
-        if info.is_expert:
-            parent, expert, projection = split_expert_name(info.name)
-            target = expert_slice(model.get_submodule(parent), expert, projection)
-            check_finite(info.name, target)
-            target.data.copy_(ops.fake_quantize(target, scheme.weight))
-        else:
-            module = model.get_submodule(info.name)
-            assert isinstance(module, nn.Linear)
-            check_finite(info.name, module.weight)
-            # A new parameter, so that a tied embedding keeps its own values.
-            rounded = ops.fake_quantize(module.weight, scheme.weight)
-            module.weight = nn.Parameter(rounded, requires_grad=False)

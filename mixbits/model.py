@@ -149,28 +149,35 @@ def weight_of(model: nn.Module, info: LinearInfo) -> Tensor:
     return weight
 
 
-def _unit_name(info: LinearInfo, fuse: bool, per_expert: bool) -> str:
-    if info.is_expert and not per_expert:
-        return split_expert_name(info.name)[0]
+def _unit_name(info: LinearInfo, fuse: bool, per_expert: bool, by_input: bool) -> str:
     parent, _, leaf = info.name.rpartition(".")
+    if info.is_expert and not per_expert:
+        parent = split_expert_name(info.name)[0]
+        if not by_input:
+            return parent
     if fuse:
         for group in FUSED_GROUPS:
             if leaf in group:
                 return f"{parent}.{'+'.join(group)}"
-    return info.name
+    return f"{parent}.{leaf}"
 
 
 def make_units(
-    linears: Iterable[LinearInfo], fuse: bool = False, per_expert: bool = False
+    linears: Iterable[LinearInfo],
+    fuse: bool = False,
+    per_expert: bool = False,
+    by_input: bool = False,
 ) -> list[Unit]:
     """Group linears into units, in the model's order.
 
     fuse        q/k/v agree, and gate/up, as engines that fuse them require.
     per_expert  every expert's linear is free; otherwise all experts of a block agree.
+    by_input    but not their gate and up projections with their down projections, whose inputs
+                are others: the linears of a unit then have as many columns.
     """
     groups: dict[str, list[LinearInfo]] = {}
     for info in linears:
-        groups.setdefault(_unit_name(info, fuse, per_expert), []).append(info)
+        groups.setdefault(_unit_name(info, fuse, per_expert, by_input), []).append(info)
     return [Unit(name, tuple(members)) for name, members in groups.items()]
 
 

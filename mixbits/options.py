@@ -14,6 +14,7 @@ from .allocate import STRATEGIES
 from .formats import SCALE_MODES, SCHEME_NAMES, UsageError
 
 METHODS = ("fisher", "deltaloss")  # as in mixbits.sensitivity, which would import torch
+ROUNDINGS = ("rtn", "search", "gptq")  # as in mixbits.rounding
 DEFAULT_DATASET = "NeelNanda/pile-10k"  # AutoRound's default
 DEMO_OUT = Path("mixbits-demo")
 
@@ -29,8 +30,8 @@ examples:
   python -m mixbits.quantize ./Llama-3.1-8B --avg-bits 5 --keep '*.down_proj=MXFP8' --fuse \\
       --dataset text.jsonl --tasks lambada_openai,hellaswag,piqa,winogrande,mmlu --out llama-5
   python -m mixbits.quantize ./Llama-3.1-8B --plan llama-5/plan.json --eval-nsamples 0 \\
-      --out llama-edited
-      a plan of your own; unscored, it needs no text
+      --rounding search --out llama-edited
+      a plan of your own; unscored, and rounded without error compensation, it needs no text
 
 schemes: {SCHEME_NAMES}
 exit codes: 0 done, 2 wrong usage or input, 1 failure
@@ -65,6 +66,16 @@ def _bits(text: str) -> float:
         value = math.nan
     if not 0 < value <= 16:
         raise argparse.ArgumentTypeError(f"must be above 0 and at most 16: got {text!r}")
+    return value
+
+
+def _share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"must be between 0 and 1: got {text!r}")
     return value
 
 
@@ -105,10 +116,52 @@ def _plan_options(parser: argparse.ArgumentParser) -> None:
         help="fix the linears that match a wildcard, or a regex after re: (repeatable)",
     )
     group.add_argument("--quantize-lm-head", action="store_true", help="include the output head")
-    for what, name in (("weights", "--weight-scale-mode"), ("activations", "--act-scale-mode")):
+    for what, name, mode in (
+        ("weights rounded to nearest", "--weight-scale-mode", "floor"),
+        ("activations", "--act-scale-mode", "even"),
+    ):
         group.add_argument(
-            name, choices=SCALE_MODES, default="floor", help=f"MX scales of {what} (%(default)s)"
+            name, choices=SCALE_MODES, default=mode, help=f"MX scales of {what} (%(default)s)"
         )
+    group.add_argument(
+        "--granularity",
+        choices=("layer", "slab"),
+        default="layer",
+        help="one scheme for a linear, or one for each run of its input columns",
+    )
+    group.add_argument(
+        "--free-slabs",
+        action="store_true",
+        help="slabs of q, k, v, and of gate and up, need not agree",
+    )
+    group.add_argument(
+        "--rotate",
+        choices=("none", "ffn"),
+        default="none",
+        help="ffn: spread outliers of down_proj's input over 32 columns by a Hadamard matrix",
+    )
+
+
+def _rounding_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("rounding")
+    group.add_argument(
+        "--rounding",
+        choices=ROUNDINGS,
+        default="gptq",
+        help="to nearest; with searched scales; with error compensation (%(default)s)",
+    )
+    group.add_argument(
+        "--correction",
+        type=_share,
+        default=0.5,
+        help="share of the errors before a linear that gptq makes up for, 0 to 1 (%(default)s)",
+    )
+    group.add_argument(
+        "--gate",
+        type=int,
+        default=32,
+        help="held-out sequences on which candidate plans are compared, 0: none (%(default)s)",
+    )
 
 
 def _measure_options(parser: argparse.ArgumentParser) -> None:
@@ -156,7 +209,13 @@ def make_parser() -> argparse.ArgumentParser:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    for add in (_input_options, _plan_options, _measure_options, _run_options):
+    for add in (
+        _input_options,
+        _plan_options,
+        _rounding_options,
+        _measure_options,
+        _run_options,
+    ):
         add(parser)
     return parser
 
@@ -181,15 +240,23 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.model is None:
         parser.error("MODEL is required: a model folder, a Hugging Face name, or --demo")
-    if args.eval_nsamples < 0:
-        parser.error(f"--eval-nsamples must be at least 0: got {args.eval_nsamples}")
+    for name in ("eval_nsamples", "gate"):
+        if getattr(args, name) < 0:
+            option = name.replace("_", "-")
+            parser.error(f"--{option} must be at least 0: got {getattr(args, name)}")
+    arranged = args.granularity == "slab" or args.rotate != "none"
+    if arranged and args.method != "fisher":
+        parser.error(f"--granularity slab and --rotate need --method fisher: got {args.method}")
+    if args.free_slabs and args.granularity != "slab":
+        parser.error("--free-slabs helps --granularity slab only")
     if args.seqlen < 2:
         parser.error(f"--seqlen must be at least 2: got {args.seqlen}")
     if args.avg_bits is None and args.size is None and args.plan is None:
         args.avg_bits = 4.5
     if args.ignore_scale_bits and args.avg_bits is None:
         raise UsageError("--ignore-scale-bits counts for --avg-bits only")
-    for option in ("strategy", "scores", "keep", "fuse", "per_expert") if args.plan else ():
+    making = ("strategy", "scores", "keep", "fuse", "per_expert", "granularity", "rotate")
+    for option in making if args.plan else ():
         if getattr(args, option) != parser.get_default(option):
             name = option.replace("_", "-")
             raise UsageError(f"--{name} helps to make a plan: it cannot go with --plan")

@@ -4,19 +4,25 @@
     weight_scale       uint8 (e8m0) or float16 [N, groups]
     weight_zero_point  uint8 [N, ceil(groups * bits / 8)], asymmetric formats only, packed alike
 
+A `Mixed` linear has these for each of its segments, of that segment's columns, under
+`segments.<number>.`, and beside them, where its columns have an order of their own,
+
+    order              int16 [K], or int32 above 32768 columns
+
 For MXFP4 and MXFP8 these are the bytes of compressed-tensors. One layout serves every backend
 and instruction set.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from . import reference
-from .formats import Format
+from .formats import Format, Mixed, Recipe
 
 LAYOUT = 1  # the number of this layout; a checkpoint records it
 
@@ -27,6 +33,14 @@ class Packed(NamedTuple):
     weight_packed: Tensor
     weight_scale: Tensor
     weight_zero_point: Tensor | None = None
+
+    def to(self, device: torch.device | str) -> Packed:
+        codes, scale, zero_point = self
+        zero_point = None if zero_point is None else zero_point.to(device)
+        return Packed(codes.to(device), scale.to(device), zero_point)
+
+
+Rounded: TypeAlias = Mapping[str, Sequence[Packed]]  # linear -> its packed parts
 
 
 def packed_spec(
@@ -42,6 +56,26 @@ def packed_spec(
         shape = (out_features, fmt.zero_point_bytes(in_features))
         spec["weight_zero_point"] = (torch.uint8, shape)
     return spec
+
+
+def recipe_spec(
+    recipe: Recipe, out_features: int, in_features: int
+) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """`packed_spec` of a whole linear: of a scheme's one weight, or of every segment."""
+    spec: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+    if isinstance(recipe, Mixed) and recipe.order is not None:
+        spec["order"] = (order_dtype(in_features), (in_features,))
+    for number, (scheme, columns) in enumerate(recipe.parts(in_features)):
+        assert scheme.weight is not None
+        prefix = f"segments.{number}." if isinstance(recipe, Mixed) else ""
+        for name, entry in packed_spec(scheme.weight, out_features, columns).items():
+            spec[prefix + name] = entry
+    return spec
+
+
+def order_dtype(in_features: int) -> torch.dtype:
+    """What an order of this many columns is stored as; `Mixed.order_bits` counts the same."""
+    return torch.int16 if in_features <= 1 << 15 else torch.int32
 
 
 def pack(q: reference.Quantized, fmt: Format) -> Packed:

@@ -5,7 +5,14 @@
      "units": [{"unit": name, "scheme": "MXFP4", "linears": {name: "all", ...}}, ...]}
 
 The file may be edited: change a scheme and pass it back with `--plan`. A linear that no unit
-names is left alone. "all" says that the scheme covers all column slabs of the linear.
+names is left alone. "all" says that the unit's scheme covers all column slabs of the linear.
+
+A unit whose columns take several schemes has slabs in the place of one scheme,
+
+    {"unit": name, "slabs": {"MXFP8": "0-2,5", "MXFP4": "3-4,6-7"}, "linears": {...}}
+
+runs of `slab_columns` columns (a key of the plan), counted in the unit's `order` of columns where
+it has one. `rotated` lists the unit's linears whose ordered columns are rotated.
 
 Counting. A budget in average bits counts everything stored for the linears that could be
 quantized: codes, scales and zero points, and 16 bits for a linear left alone. Without scale
@@ -22,11 +29,19 @@ from pathlib import Path
 from typing import Any
 
 from .allocate import BudgetError, Item, allocate, cost_range
-from .formats import BF16, ScaleMode, Scheme, UsageError, parse_scheme
+from .formats import (
+    BF16,
+    MX_GROUP,
+    Assignment,
+    Mixed,
+    Recipe,
+    ScaleMode,
+    Scheme,
+    UsageError,
+    parse_scheme,
+)
 from .model import LinearInfo, Unit, match_units
 from .scores import VERSION, Scores, dump, read_json, write_text
-
-Assignment = dict[str, Scheme]  # linear -> scheme
 
 
 @dataclass(frozen=True)
@@ -44,18 +59,14 @@ class Budget:
         return {"avg_bits": self.avg_bits, "counted": counted}
 
 
-def stored_bits(info: LinearInfo, scheme: Scheme, ignore_scale_bits: bool = False) -> int:
-    """Bits that one linear takes in one scheme, in either way of counting."""
-    if ignore_scale_bits:
-        return scheme.element_bits * info.numel
-    return scheme.storage_bits(info.out_features, info.in_features)
-
-
 def average_bits(
     linears: Sequence[LinearInfo], assignment: Assignment, ignore_scale_bits: bool = False
 ) -> float:
-    """Mean bits per weight over `linears`; those without a scheme count 16."""
-    bits = sum(stored_bits(i, assignment.get(i.name, BF16), ignore_scale_bits) for i in linears)
+    """Mean bits per weight over `linears`; those without a recipe count 16."""
+    bits = sum(
+        assignment.get(i.name, BF16).storage_bits(i.out_features, i.in_features, ignore_scale_bits)
+        for i in linears
+    )
     return bits / sum(info.numel for info in linears)
 
 
@@ -80,27 +91,105 @@ def unit_options(
     return options
 
 
+def slab_width(schemes: Sequence[Scheme]) -> int:
+    """Columns of a slab that holds whole groups of every scheme. Raises UsageError for BF16."""
+    for scheme in schemes:
+        if scheme.weight is None:
+            raise UsageError(f"slabs must be of packed schemes: got {scheme.name}")
+    return max([MX_GROUP, *(s.weight.group_size for s in schemes if s.weight is not None)])
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Ascending numbers as "0-2,5"."""
+    runs: list[list[int]] = []
+    for n in numbers:
+        if runs and n == runs[-1][-1] + 1:
+            runs[-1] = [runs[-1][0], n]
+        else:
+            runs.append([n])
+    return ",".join("-".join(map(str, run)) for run in runs)
+
+
+def _numbers(ranges: str) -> list[int]:
+    """The inverse of `_ranges`, in ascending order."""
+    found: list[int] = []
+    for run in ranges.split(",") if ranges else []:
+        first, _, last = run.partition("-")
+        found += range(int(first), int(last or first) + 1)
+    return sorted(found)
+
+
+def mixed_recipe(
+    slabs: Sequence[tuple[Scheme, Sequence[int]]],
+    width: int,
+    columns: int,
+    order: Sequence[int] | None,
+    rotated: bool,
+) -> Recipe:
+    """The recipe of a linear with `columns`, from its schemes' slabs of `width` ordered columns.
+
+    Raises UsageError unless every slab is there once.
+    """
+    count = -(-columns // width)
+    if sorted(n for _, numbers in slabs for n in numbers) != list(range(count)):
+        raise UsageError(f"slabs must hold each of 0-{count - 1} once: got {dict(slabs)}")
+    taken = [(scheme, sorted(numbers)) for scheme, numbers in slabs if numbers]
+    # A short slab ends its row, or the blocks after it would begin amid a group.
+    taken.sort(key=lambda part: part[1][-1] == count - 1)
+    base = range(columns) if order is None else order
+    segments, places = [], []
+    for scheme, numbers in taken:
+        mine = [c for n in numbers for c in base[n * width : (n + 1) * width]]
+        segments.append((scheme, len(mine)))
+        places += mine
+    natural = places == list(range(columns))
+    if natural and not rotated and len(segments) == 1:
+        return segments[0][0]
+    return Mixed(tuple(segments), None if natural else tuple(places), rotated)
+
+
 @dataclass(frozen=True)
 class Plan:
-    """The content of plan.json."""
+    """The content of plan.json, and the number of columns of every linear that it names."""
 
     data: dict[str, Any]
+    columns: dict[str, int]
 
     @property
     def assignment(self) -> Assignment:
-        """Linear -> scheme, in the plan's order."""
-        modes = self.data["weight_scale_mode"], self.data["act_scale_mode"]
+        """Linear -> recipe, in the plan's order."""
         return {
-            name: parse_scheme(unit["scheme"], *modes)
+            name: recipe
             for unit in self.data["units"]
-            for name in unit["linears"]
+            for name, recipe in self._recipes(unit).items()
         }
+
+    def _recipes(self, unit: dict[str, Any]) -> Assignment:
+        modes = self.data["weight_scale_mode"], self.data["act_scale_mode"]
+        recipes: dict[str, Recipe] = {}
+        for name in unit["linears"]:
+            columns, rotated = self.columns[name], name in unit.get("rotated", [])
+            if "slabs" in unit:
+                width = self.data["slab_columns"]
+                slabs = [
+                    (parse_scheme(s, *modes), _numbers(text)) for s, text in unit["slabs"].items()
+                ]
+                order = unit.get("order")
+                recipes[name] = mixed_recipe(slabs, width, columns, order, rotated)
+            else:
+                scheme = parse_scheme(unit["scheme"], *modes)
+                whole = [(scheme, [0])]
+                plain = scheme.weight is None
+                recipes[name] = (
+                    scheme if plain else mixed_recipe(whole, columns, columns, None, rotated)
+                )
+        return recipes
 
     @classmethod
     def read(cls, path: Path, linears: Sequence[LinearInfo]) -> Plan:
         """Raises UsageError for a linear that the model lacks, a part of one, or one twice."""
         data = read_json(path, "mixbits_plan")
-        known, seen = {info.name for info in linears}, set()
+        known, seen = {info.name: info.in_features for info in linears}, set()
         try:
             for unit in data["units"]:
                 for name, slabs in unit["linears"].items():
@@ -113,9 +202,11 @@ class Plan:
                         raise UsageError(
                             f"a scheme must cover 'all' slabs of {name}: got {slabs!r} ({path})"
                         )
-            plan = cls(data)
+            plan = cls(data, {name: known[name] for name in seen})
             _ = plan.assignment
-        except (KeyError, TypeError, AttributeError) as error:
+        except UsageError:
+            raise
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise UsageError(
                 f"{path} must have scale modes and units with scheme and linears: {error!r}"
             ) from None
@@ -147,6 +238,73 @@ def _out_of_reach(
     )
 
 
+@dataclass(frozen=True)
+class _Choice:
+    """One unit's part of the knapsack: an item for the unit, or one for each of its slabs."""
+
+    unit: Unit
+    options: Sequence[Scheme]
+    items: Sequence[Item]
+    slabs: bool
+
+    def describe(self, chosen: Sequence[int], scores: Scores) -> dict[str, Any]:
+        """The unit's entry in plan.json; `chosen` has an option for each item."""
+        entry: dict[str, Any] = {"unit": self.unit.name}
+        first = self.unit.linears[0].name
+        if self.slabs:
+            entry["slabs"] = {
+                scheme.name: _ranges([i for i, c in enumerate(chosen) if c == number])
+                for number, scheme in reversed(list(enumerate(self.options)))
+                if number in chosen
+            }
+            if (order := scores.order(first)) is not None:
+                entry["order"] = order
+        else:
+            entry["scheme"] = self.options[chosen[0]].name
+        if rotated := [i.name for i in self.unit.linears if scores.rotated(i.name)]:
+            entry["rotated"] = rotated
+        entry["linears"] = {info.name: "all" for info in self.unit.linears}
+        return entry
+
+
+def _unit_item(unit: Unit, options: Sequence[Scheme], scores: Scores, elements_only: bool) -> Item:
+    return Item(
+        unit.name,
+        tuple(
+            sum(s.storage_bits(i.out_features, i.in_features, elements_only) for i in unit.linears)
+            for s in options
+        ),
+        tuple(sum(scores.score(i.name, s) for i in unit.linears) for s in options),
+    )
+
+
+def _slab_items(
+    unit: Unit, options: Sequence[Scheme], scores: Scores, width: int, elements_only: bool
+) -> list[Item]:
+    """One item for each slab that the unit's linears, all of as many columns, share."""
+    columns = unit.linears[0].in_features
+    rows = sum(info.out_features for info in unit.linears)
+    losses = [
+        [sum(x) for x in zip(*by_linear, strict=True)]
+        for by_linear in (
+            [scores.slab_scores(i.name, s, width) for i in unit.linears] for s in options
+        )
+    ]
+    items = []
+    for number, start in enumerate(range(0, columns, width)):
+        size = min(width, columns - start)
+        costs = tuple(s.storage_bits(rows, size, elements_only) for s in options)
+        items.append(Item(f"{unit.name}[{number}]", costs, tuple(x[number] for x in losses)))
+    return items
+
+
+def _order_bits(units: Sequence[Unit]) -> int:
+    """Bits of the stored orders of columns, were every linear to have one."""
+    return sum(
+        i.in_features * (16 if i.in_features <= 1 << 15 else 32) for u in units for i in u.linears
+    )
+
+
 def solve(
     units: Sequence[Unit],
     options: Sequence[Sequence[Scheme]],
@@ -155,23 +313,31 @@ def solve(
     strategy: str,
     seed: int = 0,
     fixed_bytes: int = 0,
+    slabs: bool = False,
 ) -> Plan:
-    """Allocate: one of its options for every unit. Raises UsageError where nothing fits.
+    """Allocate: one of its options for every unit, or for every slab of every unit.
 
     `fixed_bytes` is what the weight files hold beside the units' weights (used by size budgets).
+    With `slabs`, the linears of a unit share their input, its columns as the scores arrange them.
+    Raises UsageError where nothing fits.
     """
     ordered = [sorted(o, key=lambda s: (s.storage_bits(128, 4096), s.name)) for o in options]
-    items = [
-        Item(
-            unit.name,
-            tuple(
-                sum(stored_bits(i, s, budget.ignore_scale_bits) for i in unit.linears)
-                for s in choices
-            ),
-            tuple(sum(scores.score(i.name, s) for i in unit.linears) for s in choices),
+    width = slab_width([s for o in ordered for s in o]) if slabs else 0
+    elements_only = budget.ignore_scale_bits
+    choices = [
+        _Choice(
+            unit,
+            schemes,
+            _slab_items(unit, schemes, scores, width, elements_only)
+            if slabs
+            else [_unit_item(unit, schemes, scores, elements_only)],
+            slabs,
         )
-        for unit, choices in zip(units, ordered, strict=True)
+        for unit, schemes in zip(units, ordered, strict=True)
     ]
+    items = [item for choice in choices for item in choice.items]
+    if slabs and not elements_only:
+        items.append(Item("orders of columns", (_order_bits(units),), (0.0,)))
     elements = sum(info.numel for unit in units for info in unit.linears)
     if budget.size_bytes is not None:
         bits = (budget.size_bytes - fixed_bytes) * 8
@@ -185,7 +351,7 @@ def solve(
         allocation = allocate(items, bits, strategy, seed)
     except BudgetError as error:
         raise _out_of_reach(error, budget, elements, fixed_bytes) from None
-    chosen = [choices[c] for choices, c in zip(ordered, allocation.choice, strict=True)]
+    left = iter(allocation.choice)
     data: dict[str, Any] = {
         "mixbits_plan": VERSION,
         "strategy": strategy,
@@ -196,13 +362,9 @@ def solve(
         "method": scores.data["method"],
         "predicted_loss": allocation.loss,
         "lower_bound": allocation.lower_bound,
+        **({"slab_columns": width} if slabs else {}),
         "units": [
-            {
-                "unit": unit.name,
-                "scheme": scheme.name,
-                "linears": {info.name: "all" for info in unit.linears},
-            }
-            for unit, scheme in zip(units, chosen, strict=True)
+            choice.describe([next(left) for _ in choice.items], scores) for choice in choices
         ],
     }
-    return Plan(data)
+    return Plan(data, {i.name: i.in_features for unit in units for i in unit.linears})

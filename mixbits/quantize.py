@@ -1,7 +1,8 @@
 """`python -m mixbits.quantize`: measure, allocate, pack, run and score a model.
 
 The stages, one function each, are the table of contents of the package: open (source),
-calibrate (calibration), sensitivity, allocate (plan), pack (checkpoint), evaluate, report.
+calibrate (calibration), sensitivity, allocate (plan), round (gate, rounded), pack (checkpoint),
+evaluate, report.
 """
 
 from __future__ import annotations
@@ -13,14 +14,16 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads starve s
 import argparse
 import random
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .formats import Scheme, UsageError, first_line, parse_scheme
+from .allocate import BudgetError
+from .formats import Assignment, Scheme, UsageError, first_line, parse_scheme
 from .options import parse_arguments
 
-STAGES = ("open", "calibrate", "measure", "allocate", "write", "evaluate")
+STAGES = ("open", "calibrate", "measure", "allocate", "round", "write", "evaluate")
 
 
 @dataclass
@@ -39,7 +42,7 @@ class Run:
     def scale_modes(self) -> tuple[str, str]:
         return self.args.weight_scale_mode, self.args.act_scale_mode
 
-    def predicted_bytes(self, assignment: dict[str, Scheme]) -> int:
+    def predicted_bytes(self, assignment: Assignment) -> int:
         from .checkpoint import predicted_bytes
 
         return predicted_bytes(self.shapes, self.linears, assignment, self.source.dtype)
@@ -49,7 +52,7 @@ def _prepare(args: argparse.Namespace) -> Run:
     """Check everything that can be checked from the arguments and config.json."""
     from .checkpoint import check_destination
     from .model import find_linears, make_units, match_units, meta_model
-    from .plan import parse_keep
+    from .plan import parse_keep, slab_width
     from .source import open_source
 
     modes = args.weight_scale_mode, args.act_scale_mode
@@ -69,7 +72,11 @@ def _prepare(args: argparse.Namespace) -> Run:
             f"no causal language model is described in {source.path}: {first_line(error)}"
         ) from None
     linears = find_linears(shapes, include_head=args.quantize_lm_head)
-    units = make_units(linears, args.fuse, args.per_expert)
+    slabs = args.granularity == "slab"
+    fuse = args.fuse or (slabs and not args.free_slabs)
+    units = make_units(linears, fuse, args.per_expert, by_input=slabs)
+    if slabs:
+        slab_width([*schemes, *(scheme for _, scheme in keep)])
     for pattern, _ in keep:
         match_units(units, pattern)
     if not args.dry_run and not args.solve_only:
@@ -102,26 +109,57 @@ def _check_device(args: argparse.Namespace) -> None:
     choose_backend(torch.device(args.device).type, args.backend)
 
 
-def _calibrate(run: Run, tokenizer: Any) -> tuple[Any, Any]:
-    """Calibration and held-out sequences, either with no row where it is not needed."""
+@dataclass
+class Text:
+    """calibration.Sequences to calibrate with, to choose by, and to judge by; any may be empty."""
+
+    calibration: Any
+    gate: Any
+    held_out: Any
+
+
+def _calibrate(run: Run, tokenizer: Any) -> Text:
+    """The run's text: three parts that share no token."""
+    import torch
+
+    from .calibration import Sequences, split
+
+    args = run.args
+    gate = args.gate if _is_gated(args) else 0
+    first, held_out = _first_and_held_out(run, tokenizer, gate)
+    if not len(first.ids):
+        empty = Sequences(torch.empty(0, args.seqlen, dtype=torch.int64), "nothing")
+        return Text(empty, empty, held_out)
+    return Text(*split(first, len(first.ids) - gate, gate), held_out)
+
+
+def _is_gated(args: argparse.Namespace) -> bool:
+    """Whether several plans are compared: not one that is given, or asked for by its strategy."""
+    return bool(args.gate and not args.plan and not args.solve_only and args.strategy == "optimal")
+
+
+def _first_and_held_out(run: Run, tokenizer: Any, gate: int) -> tuple[Any, Any]:
+    """Sequences to calibrate with and `gate` more, and held-out ones; none where not needed."""
     import torch
 
     from .calibration import Sequences, load_sequences
 
     args = run.args
     vocab = run.source.config.get_text_config().vocab_size
-    count = 0 if args.scores or args.plan else args.nsamples
+    calibrates = not (args.scores or args.plan) or (
+        args.rounding == "gptq" and not (args.solve_only or args.fake)
+    )
+    count = _calibrated(args) + gate if calibrates or gate else 0
     held_count = 0 if args.solve_only else args.eval_nsamples
     if not count and not held_count:
         empty = Sequences(torch.empty(0, args.seqlen, dtype=torch.int64), "nothing")
         return empty, empty
     if args.demo:
-        return _demo_sequences(args, tokenizer, vocab)
+        return _demo_sequences(args, tokenizer, vocab, count)
     if args.eval_dataset is None:
-        # Held-out sequences follow the calibration ones even where those are not needed now.
-        return load_sequences(
-            args.dataset, tokenizer, vocab, _calibrated(args), held_count, args.seqlen
-        )
+        # Held-out sequences follow the others even where those are not needed now.
+        before = _calibrated(args) + gate
+        return load_sequences(args.dataset, tokenizer, vocab, before, held_count, args.seqlen)
     held = load_sequences(args.eval_dataset, tokenizer, vocab, 0, held_count, args.seqlen)[1]
     return load_sequences(args.dataset, tokenizer, vocab, count, 0, args.seqlen)[0], held
 
@@ -133,10 +171,12 @@ def _calibrated(args: argparse.Namespace) -> int:
     from .scores import Scores
 
     used = Scores.read(args.scores).data["calibration"]
-    return -(-used["nsamples"] * used["seqlen"] // args.seqlen)
+    return -(-int(used["nsamples"]) * int(used["seqlen"]) // args.seqlen)
 
 
-def _demo_sequences(args: argparse.Namespace, tokenizer: Any, vocab: int) -> tuple[Any, Any]:
+def _demo_sequences(
+    args: argparse.Namespace, tokenizer: Any, vocab: int, count: int
+) -> tuple[Any, Any]:
     """Text that every Python has: modules trained on to calibrate, held-out ones to judge."""
     from . import calibration, demo
 
@@ -145,7 +185,7 @@ def _demo_sequences(args: argparse.Namespace, tokenizer: Any, vocab: int) -> tup
     except FileNotFoundError as error:
         raise UsageError(str(error)) from None
     random.Random(args.seed).shuffle(files)
-    wanted, text = args.nsamples * args.seqlen * calibration.CHARS_PER_TOKEN, ""
+    wanted, text = count * args.seqlen * calibration.CHARS_PER_TOKEN, ""
     for path in files:
         text += path.read_text(encoding="utf-8") + "\n\n"
         if len(text) > wanted:
@@ -154,8 +194,32 @@ def _demo_sequences(args: argparse.Namespace, tokenizer: Any, vocab: int) -> tup
         calibration.cut(calibration.tokenize(tokenizer, part), args.seqlen, name, vocab)
         for part, name in ((text, "the standard library"), (held_out, "its held-out modules"))
     ]
-    first = calibration.split(pools[0], args.nsamples, 0)[0]
+    first = calibration.split(pools[0], count, 0)[0]
     return first, calibration.split(pools[1], 0, args.eval_nsamples)[1]
+
+
+def _arrangements(run: Run, model: Any, sequences: Any) -> dict[str, Any]:
+    """Orders of columns for slabs, and which linears are rotated."""
+    from .arrange import Arrangement
+    from .sensitivity import sorted_columns
+
+    args, arrangements = run.args, {}
+    if args.granularity == "slab":
+        readers = [u.linears for u in run.units if len({_input(i) for i in u.linears}) == 1]
+        cheapest = min(run.schemes, key=lambda s: s.element_bits)
+        options = sequences.ids, args.batch_size, args.seed
+        arrangements = sorted_columns(model, run.linears, readers, cheapest, *options)
+    for info in run.linears if args.rotate == "ffn" else ():
+        if info.name.endswith(".down_proj"):
+            order = arrangements[info.name].order if info.name in arrangements else None
+            arrangements[info.name] = Arrangement(order, rotated=True)
+    return arrangements
+
+
+def _input(info: Any) -> str:
+    """What a linear reads, told apart as far as orders of columns need it."""
+    is_down = info.is_expert and info.name.endswith(".down_proj")
+    return info.name if is_down else ""  # an expert's intermediate is its own
 
 
 def _measure(run: Run, model: Any, sequences: Any, sha256: str) -> Any:
@@ -171,15 +235,15 @@ def _measure(run: Run, model: Any, sequences: Any, sha256: str) -> Any:
         scores.check(args.scores, run.linears, schemes, run.scale_modes, sha256)
         return scores
     streamed = StreamedModel(model, device=args.device)
-    slabs = measure(
-        streamed, run.linears, schemes, sequences.ids, args.method, args.batch_size, args.seed
-    )
+    arranged = _arrangements(run, streamed, sequences)
+    options = args.method, args.batch_size, args.seed, arranged
+    slabs = measure(streamed, run.linears, schemes, sequences.ids, *options)
     described = {**sequences.describe(), "batch_size": args.batch_size, "seed": args.seed}
     name = {"name": run.source.name, "sha256": sha256}
-    return Scores.build(slabs, run.linears, args.method, run.scale_modes, name, described)
+    return Scores.build(slabs, run.linears, args.method, run.scale_modes, name, described, arranged)
 
 
-def _allocate(run: Run, scores: Any) -> Any:
+def _allocate(run: Run, scores: Any, strategy: str, slabs: bool) -> Any:
     """Solve for a plan within the budget."""
     from .plan import Budget, solve, unit_options
 
@@ -188,23 +252,63 @@ def _allocate(run: Run, scores: Any) -> Any:
     options = unit_options(run.units, run.schemes, run.keep)
     fixed = 0
     if args.size is not None:
-        least = {i.name: min(run.schemes, key=lambda s: s.element_bits) for i in run.linears}
-        stored = sum(least[i.name].storage_bits(i.out_features, i.in_features) for i in run.linears)
+        cheapest = min(run.schemes, key=lambda s: s.element_bits)
+        least: Assignment = dict.fromkeys((i.name for i in run.linears), cheapest)
+        stored = sum(cheapest.storage_bits(i.out_features, i.in_features) for i in run.linears)
         fixed = run.predicted_bytes(least) - stored // 8
     while True:
-        plan = solve(run.units, options, scores, budget, args.strategy, args.seed, fixed)
+        plan = solve(run.units, options, scores, budget, strategy, args.seed, fixed, slabs)
         excess = run.predicted_bytes(plan.assignment) - args.size if args.size is not None else 0
         if excess <= 0:
             return plan
         fixed += excess  # the header's length depends a little on the plan
 
 
+def _plans(run: Run, scores: Any) -> dict[str, Any]:
+    """The plan to ship, first, and where several are compared, others of the same size."""
+    slabs = run.args.granularity == "slab"
+    plans = {run.args.strategy: _allocate(run, scores, run.args.strategy, slabs)}
+    if not _is_gated(run.args):
+        return plans
+    if slabs:
+        plans = {"slabs": plans["optimal"]}
+    for strategy in ("optimal", "uniform", "head", "tail"):
+        if strategy not in plans:
+            with suppress(BudgetError):  # no single scheme may fit
+                plans[strategy] = _allocate(run, scores, strategy, False)
+    return plans
+
+
+def _round(run: Run, model: Any, plans: dict[str, Any], text: Text) -> Any:
+    """gate.Choice: the plan that ships, with its packed weights."""
+    from .gate import Candidate, Choice, candidates, choose
+    from .rounded import round_model
+    from .streaming import StreamedModel
+
+    args, streamed = run.args, StreamedModel(model, device=run.args.device)
+    if len(plans) > 1:
+        ids = text.calibration.ids, text.gate.ids
+        found = candidates(plans, args.rounding, args.correction)
+        return choose(streamed, run.linears, found, args.rounding, *ids, args.batch_size)
+    (name, plan), *_ = plans.items()
+    rounded = round_model(
+        streamed,
+        run.linears,
+        plan.assignment,
+        args.rounding,
+        text.calibration.ids,
+        args.correction,
+    )
+    return Choice(Candidate(name, plan, args.correction), rounded, [])
+
+
 def _write(
-    run: Run, folder: Path, model: Any, plan: Any, scores: Any, report: dict[str, Any]
+    run: Run, folder: Path, model: Any, choice: Any, scores: Any, report: dict[str, Any]
 ) -> int | None:
     """Write all but report.json into `folder`; returns the bytes of the weight files, if any."""
     from . import checkpoint
 
+    plan = choice.winner.plan
     plan.write(folder / "plan.json")
     if scores is not None:
         scores.write(folder / "scores.json")
@@ -212,9 +316,12 @@ def _write(
         return None
     common = folder, run.source, model, run.linears, plan.assignment
     if run.args.fake:
-        return checkpoint.save_fake(*common)
-    modes = {k: plan.data[k] for k in ("weight_scale_mode", "act_scale_mode")}
-    return checkpoint.save(*common, {**modes, **{k: report[k] for k in ("source", "calibration")}})
+        return checkpoint.save_fake(*common, choice.rounded)
+    provenance = {
+        **{k: plan.data[k] for k in ("weight_scale_mode", "act_scale_mode")},
+        **{k: report[k] for k in ("rounding", "source", "calibration")},
+    }
+    return checkpoint.save(*common, provenance, choice.rounded)
 
 
 def _load_result(run: Run) -> Any:
@@ -290,9 +397,9 @@ def _dry_run(run: Run) -> None:
         rows.append([scheme.name, *bits, size(run.predicted_bytes(plan))])
     print(table(rows))
     if run.args.plan is not None:
-        plan = Plan.read(run.args.plan, run.linears).assignment
-        print("\n" + scheme_table(run.linears, plan))
-        print(f"  predicted size {size(run.predicted_bytes(plan))}")
+        given = Plan.read(run.args.plan, run.linears).assignment
+        print("\n" + scheme_table(run.linears, given))
+        print(f"  predicted size {size(run.predicted_bytes(given))}")
 
 
 def _reached(run: Run, plan: Any) -> dict[str, Any]:
@@ -306,10 +413,12 @@ def _reached(run: Run, plan: Any) -> dict[str, Any]:
     }
 
 
-def _print_plan(run: Run, plan: Any, reached: dict[str, Any]) -> None:
-    from .report import scheme_table, size
+def _print_plan(run: Run, choice: Any, reached: dict[str, Any]) -> None:
+    from .report import gate_table, scheme_table, size
 
-    print(scheme_table(run.linears, plan.assignment))
+    if choice.rows:
+        print(gate_table(choice.rows))
+    print(scheme_table(run.linears, choice.winner.plan.assignment))
     print(
         f"  {reached['avg_bits']:.4f} bits per weight with everything counted, "
         f"{reached['avg_bits_without_scales']:.4f} without scales; "
@@ -334,10 +443,14 @@ def _open(run: Run) -> tuple[Any, str, Any]:
     return run.source.load(), run.source.sha256(), run.source.tokenizer()
 
 
-def _report(run: Run, sha256: str, scores: Any, plan: Any) -> dict[str, Any]:
+def _report(run: Run, sha256: str, scores: Any, choice: Any, text: Text) -> dict[str, Any]:
     """report.json as far as it is known before anything is packed."""
     from .report import environment
 
+    args, plan = run.args, choice.winner.plan
+    rounding: dict[str, Any] = {"method": args.rounding}
+    if args.rounding == "gptq":
+        rounding |= {"correction": choice.winner.share, **text.calibration.describe()}
     return {
         "mixbits_report": 1,
         "command": run.args.command,
@@ -347,6 +460,8 @@ def _report(run: Run, sha256: str, scores: Any, plan: Any) -> dict[str, Any]:
         # An edited plan still says what it was once made for.
         "budget": None if scores is None else plan.data["budget"],
         "reached": _reached(run, plan),
+        "rounding": rounding,
+        "gate": {**text.gate.describe(), "candidates": choice.rows} if choice.rows else None,
         "predicted_loss": None if scores is None else plan.data["predicted_loss"],
         "bytes_before": sum(path.stat().st_size for path in run.source.weight_files()),
     }
@@ -355,23 +470,34 @@ def _report(run: Run, sha256: str, scores: Any, plan: Any) -> dict[str, Any]:
 def quantize(run: Run) -> None:
     """All stages, in order. Raises UsageError; leaves a complete output folder or none."""
     from .checkpoint import atomic_folder
+    from .gate import Candidate, Choice
     from .plan import Plan
     from .report import Stages
     from .scores import dump, write_text
 
-    args, stages, scores = run.args, Stages(STAGES[: -1 if run.args.solve_only else None]), None
+    args, scores = run.args, None
+    stages = Stages([s for s in STAGES if not (args.solve_only and s in ("round", "evaluate"))])
     with stages.run("open", run.source.name):
         model, sha256, tokenizer = _open(run)
     with stages.run("calibrate", "its own text" if args.demo else args.dataset):
-        sequences, held_out = _calibrate(run, tokenizer)
+        text = _calibrate(run, tokenizer)
     if args.plan is None:
         what = f"reuse {args.scores}" if args.scores else f"{args.method}, {args.schemes}"
         with stages.run("measure", what):
-            scores = _measure(run, model, sequences, sha256)
+            scores = _measure(run, model, text.calibration, sha256)
     with stages.run("allocate", str(args.plan or args.strategy)):
-        plan = Plan.read(args.plan, run.linears) if scores is None else _allocate(run, scores)
-    report = _report(run, sha256, scores, plan)
-    _print_plan(run, plan, report["reached"])
+        if scores is None:
+            plans = {"given": Plan.read(args.plan, run.linears)}
+        else:
+            plans = _plans(run, scores)
+    if args.solve_only:
+        choice = Choice(Candidate("only", next(iter(plans.values())), 0.0), {}, [])
+    else:
+        what = f"{args.rounding}, " + ("the best of " * (len(plans) > 1)) + ", ".join(plans)
+        with stages.run("round", what):
+            choice = _round(run, model, plans, text)
+    report = _report(run, sha256, scores, choice, text)
+    _print_plan(run, choice, report["reached"])
 
     def write_report(folder: Path, evaluation: dict[str, Any] | None) -> None:
         report.update(evaluation=evaluation, stages=stages.rows)
@@ -380,7 +506,7 @@ def quantize(run: Run) -> None:
     needs = 0 if args.solve_only else report["reached"]["predicted_bytes"]
     with atomic_folder(args.out, args.overwrite, needs) as folder:
         with stages.run("write", str(args.out)):
-            report["bytes_after"] = _write(run, folder, model, plan, scores, report)
+            report["bytes_after"] = _write(run, folder, model, choice, scores, report)
         write_report(folder, None)
     if args.solve_only:
         print(f"  plan and scores are in {args.out}")
@@ -391,7 +517,7 @@ def quantize(run: Run) -> None:
         with stages.run("evaluate", ", ".join(judges) or "nothing asked for"):
             if args.fake:  # its weights were rounded in place
                 model = run.source.load()
-            _evaluate(run, model, _load_result(run), tokenizer, held_out, evaluation)
+            _evaluate(run, model, _load_result(run), tokenizer, text.held_out, evaluation)
     finally:  # a task that fails takes nothing else with it
         write_report(args.out, evaluation)
     _print_results(report, evaluation)

@@ -41,14 +41,14 @@ class Quantized(NamedTuple):
     zero_point: Tensor | None = None
 
 
-def _grouped(x: Tensor, group_size: int) -> Tensor:
+def split_groups(x: Tensor, group_size: int) -> Tensor:
     """x [..., K] as float32 [..., groups, group_size]; a short last group is filled with zeros."""
     pad = -x.shape[-1] % group_size
     padded = torch.nn.functional.pad(x.float(), (0, pad))
     return padded.unflatten(-1, (padded.shape[-1] // group_size, group_size))
 
 
-def _ungrouped(grouped: Tensor, columns: int) -> Tensor:
+def join_groups(grouped: Tensor, columns: int) -> Tensor:
     return grouped.flatten(-2)[..., :columns]
 
 
@@ -115,25 +115,26 @@ def minifloat_decode(codes: Tensor, element: Minifloat) -> Tensor:
     return torch.where(codes >> (element.bits - 1) > 0, -values, values)
 
 
-def _quantize_mx(x: Tensor, fmt: Format) -> Quantized:
-    element = MINIFLOATS[fmt.element]
-    grouped = _grouped(x, fmt.group_size)
+def _mx_scales(grouped: Tensor, fmt: Format) -> Tensor:
     # The largest bit pattern is the largest magnitude, and NaN and Inf are above all numbers.
     magnitude_bits = grouped.abs().contiguous().view(torch.int32)
-    scale = mx_scale(magnitude_bits.amax(-1).view(torch.float32), fmt)
+    return mx_scale(magnitude_bits.amax(-1).view(torch.float32), fmt)
+
+
+def _mx_codes(grouped: Tensor, scale: Tensor, fmt: Format) -> Tensor:
+    element = MINIFLOATS[fmt.element]
     y = grouped / e8m0_to_float(scale).unsqueeze(-1)
     rounded = round_minifloat(torch.nan_to_num(y), element)  # NaN blocks: codes are don't-cares
     rounded = torch.where(torch.isnan(y), torch.zeros_like(rounded), rounded)
-    return Quantized(_ungrouped(minifloat_encode(rounded, element), x.shape[-1]), scale)
+    return minifloat_encode(rounded, element)
 
 
 # --- integers --------------------------------------------------------------------------------
 
 
-def _quantize_int(x: Tensor, fmt: Format) -> Quantized:
+def _int_scales(grouped: Tensor, fmt: Format) -> tuple[Tensor, Tensor | None]:
     """AutoRound's `int_sym` and `int_asym`, computed in float32 with a float16 scale."""
     bits = INTEGERS[fmt.element]
-    grouped = _grouped(x, fmt.group_size)
     low, high = grouped.amin(-1).clamp(max=0), grouped.amax(-1).clamp(min=0)
     floor = torch.tensor(MIN_INT_SCALE, dtype=torch.float16).item()
     zero_point = None
@@ -142,27 +143,46 @@ def _quantize_int(x: Tensor, fmt: Format) -> Quantized:
         half = 1 << (bits - 1)
         scale = (torch.where(high < -low, -low, -high) / half).half().float()
         scale = torch.where(scale < 0, scale.clamp(max=-floor), scale.clamp(min=floor))
-        offset = torch.full_like(scale, half)
     else:
         scale = ((high - low) / ((1 << bits) - 1)).half().float().clamp(min=floor)
-        offset = torch.round(-low / scale).clamp(0, (1 << bits) - 1)
-        zero_point = torch.nan_to_num(offset).to(torch.uint8)
+        zero_point = torch.round(-low / scale).clamp(0, (1 << bits) - 1)
     finite = torch.isfinite(grouped).all(-1) & torch.isfinite(scale)
-    codes = torch.round(grouped / scale.unsqueeze(-1)) + offset.unsqueeze(-1)
-    codes = torch.nan_to_num(codes).clamp(0, (1 << bits) - 1).to(torch.uint8)
-    codes = torch.where(finite.unsqueeze(-1), codes, torch.zeros_like(codes))
     scale = torch.where(finite, scale, torch.full_like(scale, torch.nan)).half()
     if zero_point is not None:
-        zero_point = torch.where(finite, zero_point, torch.zeros_like(zero_point))
-    return Quantized(_ungrouped(codes, x.shape[-1]), scale, zero_point)
+        zero_point = torch.where(finite, zero_point, torch.zeros_like(zero_point)).to(torch.uint8)
+    return scale, zero_point
+
+
+def _int_codes(grouped: Tensor, scale: Tensor, zero_point: Tensor | None, fmt: Format) -> Tensor:
+    bits = INTEGERS[fmt.element]
+    offset = 1 << (bits - 1) if zero_point is None else zero_point.float().unsqueeze(-1)
+    codes = torch.round(grouped / scale.float().unsqueeze(-1)) + offset
+    return torch.nan_to_num(codes).clamp(0, (1 << bits) - 1).to(torch.uint8)
 
 
 # --- both ------------------------------------------------------------------------------------
 
 
+def scales(x: Tensor, fmt: Format) -> tuple[Tensor, Tensor | None]:
+    """Scale and zero point [..., groups] of x [..., K] in `fmt`, as in `Quantized`."""
+    grouped = split_groups(x, fmt.group_size)
+    return (_mx_scales(grouped, fmt), None) if fmt.is_mx else _int_scales(grouped, fmt)
+
+
+def encode(x: Tensor, scale: Tensor, zero_point: Tensor | None, fmt: Format) -> Tensor:
+    """Codes uint8 [..., K]: x rounded to nearest with given scales, which need not be its own."""
+    grouped = split_groups(x, fmt.group_size)
+    if fmt.is_mx:
+        codes = _mx_codes(grouped, scale, fmt)
+    else:
+        codes = _int_codes(grouped, scale, zero_point, fmt)
+    return join_groups(codes, x.shape[-1])
+
+
 def quantize(x: Tensor, fmt: Format) -> Quantized:
     """Round x [..., K] (any float dtype; computed in float32) to codes and scales."""
-    return _quantize_mx(x, fmt) if fmt.is_mx else _quantize_int(x, fmt)
+    scale, zero_point = scales(x, fmt)
+    return Quantized(encode(x, scale, zero_point, fmt), scale, zero_point)
 
 
 def dequantize(q: Quantized, fmt: Format, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -174,11 +194,13 @@ def dequantize(q: Quantized, fmt: Format, dtype: torch.dtype = torch.float32) ->
     else:
         half = 1 << (INTEGERS[fmt.element] - 1)
         offset = half if q.zero_point is None else q.zero_point.float()
-        grouped = _grouped(q.codes, fmt.group_size)
+        grouped = split_groups(q.codes, fmt.group_size)
         values = grouped - (offset if isinstance(offset, int) else offset.unsqueeze(-1))
-        values = _ungrouped(values, columns)
+        values = join_groups(values, columns)
         scale = q.scale.float()
-    return _ungrouped(_grouped(values, fmt.group_size) * scale.unsqueeze(-1), columns).to(dtype)
+    return join_groups(split_groups(values, fmt.group_size) * scale.unsqueeze(-1), columns).to(
+        dtype
+    )
 
 
 def fake_quantize(x: Tensor, fmt: Format) -> Tensor:

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from .formats import BF16
+from .formats import BF16, Assignment
 from .model import LinearInfo
-from .plan import Assignment, average_bits
+from .plan import average_bits
 
 
 def _reset_peak() -> None:
@@ -137,6 +137,15 @@ def size(nbytes: float) -> str:
 
 def plus_minus(value: float, stderr: float, digits: int = 4) -> str:
     return f"{value:.{digits}f} ± {stderr:.{digits}f}"
+
+
+def gate_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Candidates on held-out text, the one that ships first."""
+    cells = [["candidate", "KL, nats/token", "behind the best, 95 %"]]
+    for row in rows:
+        behind = plus_minus(row["behind"], row["interval"]) if "behind" in row else "-"
+        cells.append([row["name"], f"{row['kl']:.4f}", behind])
+    return table(cells)
 
 
 def result_table(before: int, after: int, scores: dict[str, float] | None) -> str:

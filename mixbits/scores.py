@@ -3,9 +3,11 @@
     {"mixbits_scores": 1, "method", "unit", "model": {"name", "sha256"}, "calibration": {...},
      "weight_scale_mode", "act_scale_mode",
      "linears": {name: {"shape": [N, K], "scores": {scheme: total},
-                        "slabs": {scheme: [per 32 columns]}}},
+                        "slabs": {scheme: [per 32 columns]},
+                        "order": [columns], "rotated": true}},
      "sha256": of all of the above}
 
+`order` and `rotated` are there where the columns were arranged; slabs are of arranged columns.
 It costs minutes to hours to make and milliseconds to use: every budget, strategy and grouping is
 allocated from the same file. Numbers carry nine digits; equal inputs give equal bytes.
 """
@@ -20,11 +22,12 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-from .formats import Scheme, UsageError
+from .formats import MX_GROUP, Scheme, UsageError
 from .model import LinearInfo
-from .sensitivity import SlabScores
+from .sensitivity import Arrangements, SlabScores
 
 VERSION = 1
 UNITS = {"fisher": "nats per token", "deltaloss": "nats, summed over batches"}
@@ -103,9 +106,10 @@ class Scores:
         scale_modes: tuple[str, str],
         model: dict[str, Any],
         calibration: dict[str, Any],
+        arrangements: Arrangements = MappingProxyType({}),
     ) -> Scores:
         """From `sensitivity.measure`; `scale_modes` are those of weights and activations."""
-        rows = {
+        rows: dict[str, dict[str, Any]] = {
             info.name: {
                 "shape": [info.out_features, info.in_features],
                 "scores": {s: _round(sum(v)) for s, v in slabs[info.name].items()},
@@ -113,6 +117,11 @@ class Scores:
             }
             for info in linears
         }
+        for name, arrangement in arrangements.items():
+            if arrangement.order is not None:
+                rows[name]["order"] = arrangement.order.tolist()
+            if arrangement.rotated:
+                rows[name]["rotated"] = True
         data: dict[str, Any] = {
             "mixbits_scores": VERSION,
             "method": method,
@@ -172,3 +181,17 @@ class Scores:
         if scheme.weight is None:
             return 0.0
         return float(self.data["linears"][linear]["scores"][scheme.name])
+
+    def slab_scores(self, linear: str, scheme: Scheme, slab: int) -> list[float]:
+        """Predicted loss of every `slab` columns (a multiple of 32) of the arranged linear."""
+        per_32: list[float] = self.data["linears"][linear]["slabs"][scheme.name]
+        step = slab // MX_GROUP
+        return [sum(per_32[i : i + step]) for i in range(0, len(per_32), step)]
+
+    def order(self, linear: str) -> list[int] | None:
+        """The order of the linear's columns; None: as they come."""
+        found: list[int] | None = self.data["linears"][linear].get("order")
+        return found
+
+    def rotated(self, linear: str) -> bool:
+        return bool(self.data["linears"][linear].get("rotated", False))

@@ -19,21 +19,24 @@ L the cross entropy of the text. Gradients pass straight through rounded activat
 forward and a backward per format, since each format has a model of its own.
 
 Both are sums over input columns, so that the score of every 32-column slab comes with that of
-the linear.
+the linear. Columns that suffer alike can be put beside each other first: `sorted_columns` finds
+their order, and `measure` takes it, since the blocks that share a scale are others then.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from types import MappingProxyType
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from . import ops
+from .arrange import Arrangement
 from .experts import run_experts
 from .formats import MX_GROUP, Format, Scheme, UsageError
 from .model import LinearInfo, expert_slice, is_experts, split_expert_name, weight_of
@@ -41,6 +44,7 @@ from .streaming import Progress, StreamedModel, patched
 
 LABEL_CHUNK = 512  # tokens whose probabilities are held at once while labels are drawn
 SlabScores = dict[str, dict[str, list[float]]]  # linear -> scheme -> score per 32-column slab
+Arrangements: TypeAlias = Mapping[str, Arrangement]  # linear -> how its columns are arranged
 
 # x [M, K], weight [N, K], bias -> y [M, N], leaving its record behind
 Probe = Callable[[str, Tensor, Tensor, "Tensor | None"], Tensor]
@@ -112,15 +116,16 @@ class _FisherLinear(torch.autograd.Function):
         bias: Tensor | None,
         moments: _Moments,
         activations: Sequence[Format],
+        arrangement: Arrangement,
     ) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])
+        rows = arrangement.input(x.reshape(-1, x.shape[-1]))
         moments.tokens += rows.shape[0]
         moments.x = moments.x + _square_sum(rows)
         for fmt in activations:
             error = _square_sum(rows - ops.fake_quantize(rows, fmt))
             moments.dx[fmt] = moments.dx.get(fmt, 0.0) + error
         ctx.save_for_backward(weight)
-        ctx.moments = moments
+        ctx.moments, ctx.arrangement = moments, arrangement
         return torch.nn.functional.linear(x, weight, bias)
 
     @staticmethod
@@ -129,8 +134,9 @@ class _FisherLinear(torch.autograd.Function):
         gw = grads[0] @ weight
         moments: _Moments = ctx.moments
         moments.g = moments.g + _square_sum(grads[0].reshape(-1, weight.shape[0]))
-        moments.gw = moments.gw + _square_sum(gw.reshape(-1, weight.shape[1]))
-        return gw, None, None, None, None
+        arranged = ctx.arrangement.weight(gw.reshape(-1, weight.shape[1]))
+        moments.gw = moments.gw + _square_sum(arranged)
+        return gw, None, None, None, None, None
 
 
 def _sampled_label_loss(generator: torch.Generator) -> Callable[[Tensor, Tensor], Tensor]:
@@ -198,21 +204,24 @@ def _fisher_scores(
     return result
 
 
-def _measure_fisher(
+def _collect(
     model: StreamedModel,
     linears: Sequence[LinearInfo],
     schemes: Sequence[Scheme],
     batches: Sequence[Tensor],
     seed: int,
     progress: Progress,
-) -> SlabScores:
+    arrangements: Arrangements,
+) -> dict[str, _Moments]:
+    """Second moments of every linear, of its columns as arranged."""
     moments = {info.name: _Moments() for info in linears}
     activations = list(dict.fromkeys(s.activation for s in schemes if s.activation is not None))
 
     def probe(name: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if not torch.is_grad_enabled():
             return torch.nn.functional.linear(x, weight, bias)
-        out: Tensor = _FisherLinear.apply(x, weight, bias, moments[name], activations)
+        arrangement = arrangements.get(name, Arrangement())
+        out: Tensor = _FisherLinear.apply(x, weight, bias, moments[name], activations, arrangement)
         return out
 
     loss = _sampled_label_loss(torch.Generator().manual_seed(seed))
@@ -220,12 +229,67 @@ def _measure_fisher(
         for ids in batches:
             model.forward_backward(ids, loss, progress)
     _fill_idle_experts(linears, moments)
+    return moments
+
+
+def _measure_fisher(
+    model: StreamedModel,
+    linears: Sequence[LinearInfo],
+    schemes: Sequence[Scheme],
+    batches: Sequence[Tensor],
+    seed: int,
+    progress: Progress,
+    arrangements: Arrangements,
+) -> SlabScores:
+    moments = _collect(model, linears, schemes, batches, seed, progress, arrangements)
     tokens = sum(ids.numel() for ids in batches)
     scores = {}
     for info in linears:
         weight = weight_of(model.model, info).detach()
+        weight = arrangements.get(info.name, Arrangement()).weight(weight)
         scores[info.name] = _fisher_scores(weight, moments[info.name], schemes, tokens)
     return scores
+
+
+def _column_scores(weight: Tensor, moments: _Moments, scheme: Scheme) -> Tensor:
+    """float64 [K]: what each input column contributes to the linear's score, unscaled."""
+    if not moments.tokens or scheme.weight is None:
+        return torch.zeros(weight.shape[1], dtype=torch.float64)
+    assert isinstance(moments.g, Tensor) and isinstance(moments.x, Tensor)
+    error = (weight.float() - ops.fake_quantize(weight.float(), scheme.weight)).square()
+    score = moments.x * (moments.g.float().to(error.device) @ error).cpu()
+    if scheme.activation is not None:
+        score = score + moments.gw * moments.dx[scheme.activation]
+    return score / moments.tokens
+
+
+def sorted_columns(
+    model: StreamedModel,
+    linears: Sequence[LinearInfo],
+    readers: Sequence[Sequence[LinearInfo]],
+    scheme: Scheme,
+    ids: Tensor,
+    batch_size: int = 8,
+    seed: int = 0,
+) -> dict[str, Arrangement]:
+    """An order of columns, the most sensitive to `scheme` first, for each group of `readers`.
+
+    The linears of a group read one input and get one order. ids [sequences, length].
+    """
+    batches = list(ids.split(batch_size))
+    with _progress("order of columns", 2 * len(batches) * len(model.blocks)) as bar:
+        moments = _collect(model, linears, [scheme], batches, seed, bar.update, {})
+    orders: dict[str, Arrangement] = {}
+    for group in readers:
+        weights = [weight_of(model.model, info).detach() for info in group]
+        columns = sum(
+            _column_scores(weight, moments[info.name], scheme)
+            for weight, info in zip(weights, group, strict=True)
+        )
+        assert isinstance(columns, Tensor)
+        order = columns.argsort(descending=True, stable=True).to(model.device)
+        orders |= {info.name: Arrangement(order) for info in group}
+    return orders
 
 
 # --- DeltaLoss -------------------------------------------------------------------------------
@@ -276,7 +340,12 @@ def _measure_deltaloss(
     batches: Sequence[Tensor],
     seed: int,
     progress: Progress,
+    arrangements: Arrangements,
 ) -> SlabScores:
+    if arrangements:
+        raise UsageError(
+            "deltaloss scores columns as they come: ordered or rotated ones need fisher"
+        )
     scores: SlabScores = {info.name: {} for info in linears}
     for scheme in schemes:
         records = {
@@ -316,6 +385,10 @@ _MEASURES = {"fisher": _measure_fisher, "deltaloss": _measure_deltaloss}
 METHODS = tuple(_MEASURES)
 
 
+def _progress(what: str, steps: int) -> Any:
+    return tqdm(total=steps, desc=what, unit="block", leave=False)
+
+
 def measure(
     model: StreamedModel,
     linears: Sequence[LinearInfo],
@@ -324,9 +397,11 @@ def measure(
     method: str = "fisher",
     batch_size: int = 8,
     seed: int = 0,
+    arrangements: Arrangements = MappingProxyType({}),
 ) -> SlabScores:
     """Score every scheme on every linear with calibration tokens ids [sequences, length].
 
+    `arrangements` has the linears whose columns are ordered or rotated; slabs are of these.
     Returns {linear: {scheme: [score of each 32-column slab]}}; a linear's score is the sum.
     `fisher` is in nats per token, `deltaloss` in nats of the batches' mean losses, added up.
     Raises UsageError for an unknown method, or where the model's loss is not finite.
@@ -336,8 +411,9 @@ def measure(
     batches = list(ids.split(batch_size))
     passes = sum(s.weight is not None for s in schemes) if method == "deltaloss" else 1
     steps = 2 * passes * len(batches) * len(model.blocks)
-    with tqdm(total=steps, desc=f"sensitivity ({method})", unit="block", leave=False) as bar:
-        scores = _MEASURES[method](model, linears, schemes, batches, seed, lambda: bar.update())
+    with _progress(f"sensitivity ({method})", steps) as bar:
+        run = _MEASURES[method]
+        scores = run(model, linears, schemes, batches, seed, bar.update, arrangements)
     for name, by_scheme in scores.items():
         for scheme_name, slabs in by_scheme.items():
             if not all(s == s and abs(s) != float("inf") for s in slabs):

@@ -150,16 +150,21 @@ class StreamedModel:
             stack.enter_context(patched(layer, run))
         return self.model(input_ids=ids.to(self.device), use_cache=False).logits
 
-    def _forward_block(self, index: int, *args: Any, **kwargs: Any) -> Any:
+    def run_block(self, index: int, *args: Any, **kwargs: Any) -> Any:
+        """A block's own forward, resident for as long as it runs."""
         layer = self.blocks[index]
         with resident(layer, self.dtype, self.device):
             return type(layer).forward(layer, *args, **kwargs)
 
     @torch.no_grad()
+    def run(self, ids: Tensor, block: Callable[..., Any]) -> Tensor:
+        """Logits [B, S, V] of ids [B, S]; `block(index, hidden, ...)` stands for each block."""
+        with ExitStack() as stack:
+            return self._run(ids, stack, block)
+
     def logits(self, ids: Tensor) -> Tensor:
         """Logits [B, S, V] of token ids [B, S]."""
-        with ExitStack() as stack:
-            return self._run(ids, stack, self._forward_block)
+        return self.run(ids, self.run_block)
 
     def forward_backward(
         self, ids: Tensor, loss: Callable[[Tensor, Tensor], Tensor], progress: Progress
@@ -175,7 +180,7 @@ class StreamedModel:
         def block(index: int, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
             inputs.append((hidden.detach(), args, kwargs))
             with torch.no_grad():
-                out = self._forward_block(index, hidden, *args, **kwargs)
+                out = self.run_block(index, hidden, *args, **kwargs)
             progress()
             if index < len(self.blocks) - 1:
                 return out

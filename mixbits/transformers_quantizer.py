@@ -18,18 +18,19 @@ from transformers.quantizers import (
 )
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .formats import UsageError, parse_scheme
-from .linear import PackedLinear, share_inputs, swap_linears
+from .formats import Recipe, UsageError
+from .linear import packed_linear, share_inputs, swap_linears
 from .pack import LAYOUT
+from .recipes import parse_recipe
 
 
 @register_quantization_config("mixbits")
 class MixbitsConfig(QuantizationConfigMixin):
-    """`quantization_config` of config.json. `modules` maps linears to scheme names."""
+    """`quantization_config` of config.json. `modules` maps linears to recipes, as described."""
 
     def __init__(
         self,
-        modules: dict[str, str] | None = None,
+        modules: dict[str, Any] | None = None,
         layout: int = 1,
         weight_scale_mode: str = "floor",
         act_scale_mode: str = "floor",
@@ -43,10 +44,10 @@ class MixbitsConfig(QuantizationConfigMixin):
             setattr(self, key, value)
         self.modules = modules or {}
 
-    def schemes(self) -> dict[str, Any]:
-        """Linear -> Scheme."""
+    def recipes(self) -> dict[str, Recipe]:
+        """Linear -> recipe; the order of a linear's columns is in the weight files."""
         modes: Any = (self.weight_scale_mode, self.act_scale_mode)
-        return {name: parse_scheme(scheme, *modes) for name, scheme in self.modules.items()}
+        return {name: parse_recipe(text, *modes) for name, text in self.modules.items()}
 
 
 @register_quantizer("mixbits")
@@ -58,14 +59,13 @@ class MixbitsQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         config: Any = self.quantization_config
         _check_layout(config.layout)
-        schemes = config.schemes()
+        recipes = config.recipes()
 
         def make(name: str, weight: Any, bias: nn.Parameter | None) -> nn.Module:
-            rows, columns = weight.shape
-            return PackedLinear(columns, rows, schemes[name], bias, device=weight.device)
+            return packed_linear(weight, recipes[name], bias)
 
         try:
-            swap_linears(model, list(schemes), make)
+            swap_linears(model, list(recipes), make)
         except (AttributeError, AssertionError) as error:
             raise UsageError(
                 f"quantization_config names a linear that the model lacks: {error}"
@@ -106,6 +106,6 @@ def read_config(folder: Path) -> MixbitsConfig:
         )
     _check_layout(found.get("layout"))
     modules = found.get("modules")
-    if not isinstance(modules, dict) or not all(isinstance(s, str) for s in modules.values()):
+    if not isinstance(modules, dict):
         raise UsageError(f"modules of quantization_config must name schemes ({folder})")
     return MixbitsConfig(**found)

@@ -10,13 +10,11 @@ from tiny import KINDS, make_model
 
 from mixbits import ops
 from mixbits.backends import cpu
+from mixbits.fake import FakeLinear, fake_quantize_model, round_weights
 from mixbits.formats import UsageError, parse_scheme
 from mixbits.linear import (
-    FakeLinear,
     PackedLinear,
-    fake_quantize_model,
     pack_weight,
-    round_weights,
     share_inputs,
     swap_linears,
 )

@@ -20,7 +20,6 @@ from mixbits.plan import (
     average_bits,
     parse_keep,
     solve,
-    stored_bits,
     unit_options,
 )
 from mixbits.scores import Scores
@@ -103,7 +102,7 @@ ROWS = 3
 )
 def test_everything_stored_is_counted(name: str, columns: int, bytes_per_row: float) -> None:
     info = LinearInfo("a", ROWS, columns, 0)
-    assert stored_bits(info, parse_scheme(name)) == 8 * ROWS * bytes_per_row
+    assert parse_scheme(name).storage_bits(ROWS, columns) == 8 * ROWS * bytes_per_row
     average = average_bits([info], {"a": parse_scheme(name)})
     assert average == pytest.approx(8 * bytes_per_row / columns, rel=1e-15)
 
@@ -113,8 +112,7 @@ def test_everything_stored_is_counted(name: str, columns: int, bytes_per_row: fl
     [("MXFP4", 4), ("MXFP8", 8), ("W2A16G32ASYM", 2), ("W4A16", 4), ("W8A16", 8), ("BF16", 16)],
 )
 def test_without_scale_bits_elements_are_counted(name: str, bits: int) -> None:
-    info = LinearInfo("a", ROWS, 172, 0)
-    assert stored_bits(info, parse_scheme(name), ignore_scale_bits=True) == bits * ROWS * 172
+    assert parse_scheme(name).storage_bits(ROWS, 172, True) == bits * ROWS * 172
 
 
 def test_the_average_is_weighted_by_size_and_linears_without_a_scheme_count_16() -> None:

@@ -69,7 +69,7 @@ def test_everything_is_written_and_the_report_tells_it(
     assert report["predicted_loss"] == read(out / "plan.json")["predicted_loss"] > 0
     printed = capsys.readouterr().out
     for number, stage in enumerate(quantize.STAGES, 1):
-        assert f"[{number}/6] {stage}" in printed
+        assert f"[{number}/{len(quantize.STAGES)}] {stage}" in printed
     assert f"{reached['avg_bits']:.4f} bits per weight with everything counted" in printed
 
 

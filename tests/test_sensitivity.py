@@ -10,8 +10,8 @@ from mixbits import options, reference
 from mixbits.calibration import tokenize
 from mixbits.demo import MODEL_DIR, training_files
 from mixbits.evaluate import compare
+from mixbits.fake import fake_quantize_model
 from mixbits.formats import UsageError, parse_scheme
-from mixbits.linear import fake_quantize_model
 from mixbits.model import find_linears, weight_of
 from mixbits.sensitivity import METHODS, measure
 from mixbits.source import open_source

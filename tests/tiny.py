@@ -44,7 +44,7 @@ _KINDS = {
     "mixtral": ("mixtral", {**_MOE, "intermediate_size": 48, "num_local_experts": 4}),
 }
 KINDS = tuple(_KINDS)
-SMALL = ["--nsamples", "4", "--seqlen", "32", "--eval-nsamples", "4"]  # options for little text
+SMALL = ["--nsamples", "4", "--seqlen", "32", "--eval-nsamples", "4", "--gate", "0"]  # little text
 MOE_KINDS = ("qwen3_moe", "mixtral")
 
 

@@ -1,0 +1,101 @@
+"""The held-out gate: several candidates are rounded and really measured, and the best ships.
+
+A plan that is optimal for its scores need not be best for the model. So the allocation's plan is
+compared, at the same size and with the same rounding, with the plans that anyone would try first
+(all units alike, the layers near the head or near the embedding in more bits) and with a weaker
+correction, on text that neither scores nor rounding have seen. What ships has the lowest mean
+KL divergence of these: it is never worse than they are there. Differences are paired, sequence by
+sequence, since some sequences are harder for every candidate.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .evaluate import sequence_kl
+from .model import LinearInfo
+from .pack import Packed
+from .plan import Plan
+from .rounded import RoundedModel, round_model
+from .streaming import StreamedModel
+
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A plan, and the share of `mixbits.rounding.retarget` that it is rounded with."""
+
+    name: str
+    plan: Plan
+    share: float
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The winner with its packed weights, and a row for every candidate, the best first.
+
+    A row has `name`, `kl` (mean, nats per token), and for all but the winner `behind`: by how
+    much it is worse, with `interval`, half the width of a confidence interval of that.
+    """
+
+    winner: Candidate
+    rounded: dict[str, list[Packed]]
+    rows: list[dict[str, Any]]
+
+
+def candidates(plans: dict[str, Plan], method: str, share: float) -> list[Candidate]:
+    """The plans in their order, the first also without correction; equal plans once."""
+    found: list[Candidate] = []
+    for name, plan in plans.items():
+        if all(plan.assignment != other.plan.assignment for other in found):
+            found.append(Candidate(name, plan, share))
+    if method == "gptq" and share:
+        first = found[0]
+        found.insert(1, Candidate(f"{first.name}, correction 0", first.plan, 0.0))
+    return found
+
+
+def choose(
+    model: StreamedModel,
+    linears: Sequence[LinearInfo],
+    candidates: Sequence[Candidate],
+    method: str,
+    calibration: Tensor,
+    held_out: Tensor,
+    batch_size: int = 8,
+) -> Choice:
+    """Round every candidate with the calibration's sequences, and compare on the held-out ones."""
+    divergences: list[Tensor] = []
+    best: tuple[float, int, dict[str, list[Packed]]] | None = None
+    for index, candidate in enumerate(candidates):
+        recipes = candidate.plan.assignment
+        rounded = round_model(model, linears, recipes, method, calibration, candidate.share)
+        quantized = RoundedModel(model, linears, recipes, rounded)
+        divergences.append(sequence_kl(model, quantized, held_out, batch_size))
+        mean = float(divergences[-1].mean())
+        if best is None or mean < best[0]:
+            best = mean, index, rounded
+    assert best is not None
+    rows: list[dict[str, Any]] = [
+        {"name": c.name, "kl": float(kl.mean()), **_behind(kl - divergences[best[1]])}
+        for c, kl in zip(candidates, divergences, strict=True)
+    ]
+    rows.sort(key=lambda row: row["kl"])
+    return Choice(candidates[best[1]], best[2], rows)
+
+
+def _behind(difference: Tensor) -> dict[str, float]:
+    """Mean of paired differences [sequences], and half the width of its confidence interval."""
+    if not difference.any():
+        return {}
+    quantile = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
+    stderr = float(torch.std(difference)) / math.sqrt(len(difference))
+    return {"behind": float(difference.mean()), "interval": quantile * stderr}

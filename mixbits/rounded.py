@@ -1,0 +1,179 @@
+"""Round the weights of a whole model, with or without error compensation, and run the result.
+
+Error compensation (`mixbits.rounding`) goes through the blocks once, in order, with two streams
+of hidden states: the original model's and the quantized one's. A block first runs on the original
+stream, and the inputs of its linears are kept; then on the quantized stream, where every linear is
+rounded at the moment it is called, from the inputs that reach it behind all that is rounded
+already, and answers with its rounded weight. So each linear sees the errors of those before it, in
+its own block too, at the cost of two forwards. All sequences go through a block at once: the peak
+is one block, the hidden states of both streams, and the inputs of one block's linears.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from .arrange import Arrangement, arrangement_of
+from .fake import fake_input
+from .formats import Assignment, Recipe, UsageError
+from .linear import check_packed, pack_recipe, packed_values
+from .model import LinearInfo, output_head, weight_of
+from .pack import Packed, Rounded, pack
+from .rounding import METHODS, gptq, retarget, search
+from .sensitivity import probed
+from .streaming import StreamedModel, patched
+
+
+def _searched(name: str, weight: Tensor, recipe: Recipe) -> list[Packed]:
+    """Every part of the arranged weight [N, K], with searched scales."""
+    parts = recipe.parts(weight.shape[1])
+    pieces = arrangement_of(recipe, weight.device).weight(weight).float()
+    packed = []
+    for piece, (scheme, _) in zip(pieces.split([n for _, n in parts], 1), parts, strict=True):
+        assert scheme.weight is not None
+        codes = pack(search(piece, scheme.weight), scheme.weight)
+        packed.append(check_packed(name, piece, scheme, codes))
+    return packed
+
+
+class _Compensation:
+    """The two streams' state while a model is rounded."""
+
+    def __init__(self, linears: Sequence[LinearInfo], recipes: Assignment, share: float) -> None:
+        # An expert sees other tokens in the two streams, and the head one stream only.
+        self.shares = {i.name: 0.0 if i.is_expert or i.block is None else share for i in linears}
+        self.recipes = recipes
+        self.rounded: dict[str, list[Packed]] = {}
+        self.recording = False
+        self._inputs: dict[str, Tensor] = {}  # of the original stream, by linear
+
+    def probe(self, name: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Stands for a linear of either stream."""
+        if self.recording or name not in self.recipes:  # an expert may have been left alone
+            if self.shares.get(name):
+                self._inputs[name] = x
+            return torch.nn.functional.linear(x, weight, bias)
+        recipe = self.recipes[name]
+        arrangement = arrangement_of(recipe, x.device)
+        xq = fake_input(x, recipe, arrangement)
+        packed = self._round(name, xq.flatten(0, -2), weight, recipe, arrangement)
+        self.rounded[name] = [part.to("cpu") for part in packed]
+        return torch.nn.functional.linear(xq, packed_values(packed, recipe, x.shape[-1]), bias)
+
+    def _round(
+        self, name: str, xq: Tensor, weight: Tensor, recipe: Recipe, arrangement: Arrangement
+    ) -> list[Packed]:
+        arranged = arrangement.weight(weight.float())
+        moments = xq.T @ xq / len(xq)
+        if share := self.shares[name]:
+            x = arrangement.input(self._inputs.pop(name).flatten(0, -2))
+            arranged = retarget(arranged, moments, x.T @ xq / len(xq), share)
+        parts = recipe.parts(weight.shape[1])
+        formats = [(s.weight, n) for s, n in parts if s.weight is not None]
+        codes = gptq(arranged, moments, formats)
+        return [
+            check_packed(name, weight, scheme, pack(q, fmt))
+            for q, (fmt, _), (scheme, _) in zip(codes, formats, parts, strict=True)
+        ]
+
+
+@torch.no_grad()
+def _compensate(
+    model: StreamedModel,
+    linears: Sequence[LinearInfo],
+    recipes: Assignment,
+    ids: Tensor,
+    share: float,
+) -> dict[str, list[Packed]]:
+    work = _Compensation(linears, recipes, share)
+    quantized: list[Any] = []
+    bar = tqdm(total=len(model.blocks), desc="round (gptq)", unit="block", leave=False)
+
+    def block(index: int, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        work.recording = True
+        out = model.run_block(index, hidden, *args, **kwargs)
+        work.recording = False
+        before = quantized.pop() if quantized else hidden
+        after = model.run_block(index, before, *args, **kwargs)
+        bar.update()
+        if index == len(model.blocks) - 1:
+            return after
+        quantized.append(after[0] if isinstance(after, tuple) else after)
+        return out
+
+    head_name, head = output_head(model.model)
+    with bar, probed(model.model, linears, work.probe), ExitStack() as stack:
+        if head_name not in recipes:  # nobody asks for logits
+            stack.enter_context(patched(head, lambda x: x[..., :1]))
+        model.run(ids, block)
+    return work.rounded
+
+
+def round_model(
+    model: StreamedModel,
+    linears: Sequence[LinearInfo],
+    recipes: Assignment,
+    method: str = "gptq",
+    ids: Tensor | None = None,
+    share: float = 0.5,
+) -> dict[str, list[Packed]]:
+    """Pack every linear that has a recipe: linear -> its parts, on the CPU.
+
+    method  rtn     round to nearest
+            search  the same, with the scale of least error for each group
+            gptq    error compensation, with the inputs of token ids [sequences, length]; `share`
+                    is explained at `mixbits.rounding.retarget`
+
+    Raises UsageError that names the tensor for a weight that cannot be packed.
+    """
+    if method not in METHODS:
+        raise UsageError(f"--rounding must be one of {', '.join(METHODS)}: got {method!r}")
+    chosen = [i for i in linears if i.name in recipes and recipes[i.name].packed]
+    rounded: dict[str, list[Packed]] = {}
+    if method == "gptq":
+        if ids is None or not len(ids):
+            raise UsageError("--rounding gptq needs calibration text")
+        packed = {i.name: recipes[i.name] for i in chosen}
+        rounded = _compensate(model, chosen, packed, ids, share)
+    for info in chosen:  # without compensation, and experts that no token reached
+        if info.name not in rounded:
+            weight = weight_of(model.model, info).detach()
+            pack_one = pack_recipe if method == "rtn" else _searched
+            rounded[info.name] = pack_one(info.name, weight, recipes[info.name])
+    return rounded
+
+
+class RoundedModel:
+    """A streamed model that runs as if `rounded` were its weights: what `compare` needs."""
+
+    def __init__(
+        self,
+        model: StreamedModel,
+        linears: Sequence[LinearInfo],
+        recipes: Assignment,
+        rounded: Rounded,
+    ) -> None:
+        self.model = model
+        self.linears = [i for i in linears if i.name in rounded]
+        self.recipes, self.rounded = recipes, rounded
+
+    def logits(self, ids: Tensor) -> Tensor:
+        """Logits [B, S, V] of token ids [B, S]."""
+
+        def probe(name: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            if name not in self.rounded:  # an expert that was left alone
+                return torch.nn.functional.linear(x, weight, bias)
+            recipe = self.recipes[name]
+            rounded = fake_input(x, recipe, arrangement_of(recipe, x.device))
+            packed = [part.to(x.device) for part in self.rounded[name]]
+            w = packed_values(packed, recipe, x.shape[-1]).to(rounded.dtype)
+            return torch.nn.functional.linear(rounded, w, bias).to(x.dtype)
+
+        with probed(self.model.model, self.linears, probe):
+            return self.model.logits(ids)

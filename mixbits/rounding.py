@@ -1,0 +1,182 @@
+"""Choose codes better than rounding each weight to the nearest does, within the same formats.
+
+search  Every group takes, of a few scales, that of least squared error. With an MX block these
+        are the power of two of the format's rule and the next larger one; with integers the
+        group's range and fractions of it.
+
+gptq    Columns are rounded one after the other, and each one's error is made up for by the
+        columns still to come, as well as the inputs' second moments allow (GPTQ, Frantar et al.,
+        arXiv 2210.17323; the order of columns is that of the linear). The second moments are of
+        the inputs as they arrive in the quantized model, rounded activations and all, and a share
+        of the difference to the original model's inputs is made up for as well (`retarget`).
+
+Everything here is exact torch in float32 and float64, on any device, one linear at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from .formats import MINIFLOATS, Format
+from .reference import (
+    Quantized,
+    dequantize,
+    e8m0_to_float,
+    encode,
+    round_minifloat,
+    scales,
+    split_groups,
+)
+
+METHODS = ("rtn", "search", "gptq")
+DAMPING = 0.01  # of the mean of the diagonal, added to second moments (GPTQ's percdamp)
+# Shares of a group's range that integer scales are tried for: less range, finer steps.
+_SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
+
+
+def _candidates(x: Tensor, fmt: Format) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Scales and zero points [N, groups] worth trying for x [N, K], the usual ones first."""
+    scale, zero_point = scales(x, fmt)
+    yield scale, zero_point
+    if fmt.is_mx:
+        # Half the scale is never the best; 255 means NaN, which stays.
+        yield torch.where(scale < 254, scale + 1, scale), None
+        return
+    for share in _SHARES[1:]:
+        yield scales(x * share, fmt)
+
+
+def search_scales(
+    x: Tensor, fmt: Format, column_weight: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Per group of x [N, K], the scale (and zero point) [N, groups] of least squared error.
+
+    column_weight [K]: how much an error in each column counts, such as E[x_k^2]; all alike
+    without it. Of equals, the usual scale.
+    """
+    best_scale, best_zero = scales(x, fmt)
+    best_error = torch.full(best_scale.shape, torch.inf, device=x.device)
+    for scale, zero_point in _candidates(x, fmt):
+        codes = encode(x, scale, zero_point, fmt)
+        error = (dequantize(Quantized(codes, scale, zero_point), fmt) - x).square()
+        if column_weight is not None:
+            error = error * column_weight
+        sums = split_groups(error, fmt.group_size).sum(-1)
+        better = sums < best_error
+        best_error = torch.where(better, sums, best_error)
+        best_scale = torch.where(better, scale, best_scale)
+        if zero_point is not None and best_zero is not None:
+            best_zero = torch.where(better, zero_point, best_zero)
+    return best_scale, best_zero
+
+
+def search(x: Tensor, fmt: Format, column_weight: Tensor | None = None) -> Quantized:
+    """x [N, K] rounded to nearest with the scales of `search_scales`."""
+    scale, zero_point = search_scales(x, fmt, column_weight)
+    return Quantized(encode(x, scale, zero_point, fmt), scale, zero_point)
+
+
+# --- error compensation ----------------------------------------------------------------------
+
+
+def _damped(moments: Tensor) -> Tensor:
+    """float64 second moments [K, K] made safe to invert; an input that is always 0 counts as 1."""
+    damped = moments.double().clone()
+    diagonal = damped.diagonal()
+    diagonal += DAMPING * diagonal.mean()
+    diagonal[diagonal == 0] = 1.0
+    return damped
+
+
+def retarget(weight: Tensor, moments: Tensor, cross: Tensor, share: float) -> Tensor:
+    """The weight [N, K] that makes up for a `share` of what its inputs have changed.
+
+    moments = E[xq xq^T] and cross = E[x xq^T], both [K, K]: xq the inputs in the quantized model,
+    x those of the same tokens in the original one. At share 1 this is the least-squares solution
+    for the original outputs W x from inputs xq, which follows the calibration text too closely.
+    """
+    if share == 0:
+        return weight
+    difference = weight.double() @ (cross.double() - moments.double())
+    factor = torch.linalg.cholesky(_damped(moments))
+    change = torch.cholesky_solve(difference.T, factor).T
+    return (weight.double() + share * change).float()
+
+
+def _snapper(
+    scale: Tensor, zero_point: Tensor | None, fmt: Format
+) -> tuple[Tensor, Tensor | float, float]:
+    """Per row [N, 1]: float scale, and for integers the codes' offset and the highest code."""
+    if fmt.is_mx:
+        return e8m0_to_float(scale), 0.0, 0.0
+    top = float((1 << fmt.bits) - 1)
+    offset = float(1 << (fmt.bits - 1)) if zero_point is None else zero_point.float()
+    return scale.float(), offset, top
+
+
+def _snap(column: Tensor, snapper: tuple[Tensor, Tensor | float, float], fmt: Format) -> Tensor:
+    """The nearest values of a format to a column [N, 1]."""
+    scale, offset, top = snapper
+    if fmt.is_mx:
+        return round_minifloat(column / scale, MINIFLOATS[fmt.element]) * scale
+    return (((column / scale).round() + offset).clamp(0, top) - offset) * scale
+
+
+def gptq(
+    weight: Tensor, moments: Tensor, parts: Sequence[tuple[Format, int]], searched: bool = True
+) -> list[Quantized]:
+    """Round weight [N, K] with error compensation; moments = E[xq xq^T], [K, K].
+
+    `parts` are formats with numbers of columns, K in all: one `Quantized` for each. A group's
+    scale is fixed when its first column is reached, by search weighted with the moments'
+    diagonal, or with the format's own rule if not `searched`.
+    """
+    damped = _damped(moments)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+    factor = torch.linalg.cholesky(inverse, upper=True).float()
+    importance = damped.diagonal().float()
+    left = weight.float().clone()
+    results, start = [], 0
+    for fmt, columns in parts:
+        stop = start + columns
+        results.append(_gptq_part(left, factor, importance, fmt, start, stop, searched))
+        start = stop
+    return results
+
+
+def _gptq_part(
+    left: Tensor,
+    factor: Tensor,
+    importance: Tensor,
+    fmt: Format,
+    start: int,
+    stop: int,
+    searched: bool,
+) -> Quantized:
+    """Round the columns start..stop of `left` in one format, and push their errors to the right."""
+    codes, all_scales, all_zeros = [], [], []
+    for first in range(start, stop, fmt.group_size):
+        last = min(first + fmt.group_size, stop)
+        group = left[:, first:last]
+        if searched:
+            scale, zero_point = search_scales(group, fmt, importance[first:last])
+        else:
+            scale, zero_point = scales(group, fmt)
+        snapped, errors = torch.empty_like(group), torch.empty_like(group)
+        snapper = _snapper(scale, zero_point, fmt)
+        for j in range(last - first):
+            column = group[:, j : j + 1]
+            snapped[:, j : j + 1] = _snap(column, snapper, fmt)
+            row = factor[first + j, first:last]
+            error = (column - snapped[:, j : j + 1]) / row[j]
+            group[:, j + 1 :] -= error * row[j + 1 :]
+            errors[:, j : j + 1] = error
+        left[:, last:] -= errors @ factor[first:last, last:]
+        codes.append(encode(snapped, scale, zero_point, fmt))
+        all_scales.append(scale)
+        all_zeros.append(zero_point)
+    zeros = None if fmt.symmetric else torch.cat([z for z in all_zeros if z is not None], 1)
+    return Quantized(torch.cat(codes, 1), torch.cat(all_scales, 1), zeros)
