@@ -15,11 +15,16 @@ Sections:
     int         W2A16 and W4A16 (groups of 128) at 3 bits, head, tail, and both pure schemes
 
 mixbits' rows are runs of `python -m mixbits.quantize` (packed, loaded back, scored) that share
-one measurement; `--options` adds words to its command line and makes rows of their own, so that
-any option can be compared. AutoScheme's rows come from the installed package, with the same
-tokens and judged by the same functions (benchmarks/autoscheme.py). Tasks are scored where their
-data can be had; `--lambada FILE` scores LAMBADA from a local jsonl. Rows go to the CSV as they
-are made, and rows that are there are not made again.
+one measurement, plainly rounded and without the gate; `--options` adds words to their command
+line and makes rows of their own, so that any option can be compared:
+
+    --options '' --options '--granularity slab' --options '--rounding gptq --gate 32'
+
+The gate has 32 sequences of its own, beside those to calibrate with and those held out.
+AutoScheme's rows come from the installed package, with the same tokens and judged by the same
+functions (benchmarks/autoscheme.py). Tasks are scored where their data can be had; `--lambada
+FILE` scores LAMBADA from a local jsonl. Rows go to the CSV as they are made, and rows that are
+there are not made again.
 
 `python -m benchmarks.cost` compares what measuring costs, and `python -m benchmarks.real_shapes`
 runs every stage on the shapes of real models; as sections `cost` and `shapes` they run here too,
@@ -77,7 +82,7 @@ class Configuration:
         """The words that differ between configurations."""
         words = ["--schemes", self.schemes, "--avg-bits", f"{self.bits:g}"]
         words += [] if self.count_scales else ["--ignore-scale-bits"]
-        words += ["--strategy", self.strategy]
+        words += ["--strategy", self.strategy, "--rounding", "rtn", "--gate", "0"]
         words += ["--weight-scale-mode", self.scale_modes[0]]
         words += ["--act-scale-mode", self.scale_modes[1]]
         return words + shlex.split(self.options)
@@ -172,7 +177,7 @@ class Tables:
 
     def _common_words(self) -> list[str]:
         args, text = self.args, self.text
-        words = ["--dataset", str(text.calibration), "--eval-dataset", str(text.held_out)]
+        words = ["--dataset", str(text.dataset), "--eval-dataset", str(text.held_out)]
         for name in ("nsamples", "eval_nsamples", "seqlen", "batch_size"):
             words += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
         words += ["--device", args.device]

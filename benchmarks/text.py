@@ -1,4 +1,4 @@
-"""The same token ids for every contender: calibration and held-out sequences as two .npy files."""
+"""The same token ids for every contender: calibration and held-out sequences as .npy files."""
 
 from __future__ import annotations
 
@@ -7,27 +7,39 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from mixbits import demo
 from mixbits.calibration import Sequences, cut, load_sequences, split, tokenize
 from mixbits.source import open_source
 
+GATE = 32  # more sequences, on which mixbits compares candidate plans
 DEMO = "demo"  # in place of a model's folder: the bundled model and its own text
 
 
 @dataclass(frozen=True)
 class Text:
-    """A model and what it is calibrated with and judged by; hashes are those of the ids."""
+    """A model and what it is calibrated with and judged by; hashes are those of the ids.
+
+    `dataset` is `calibration` and then the sequences of mixbits' gate, none of them held out.
+    """
 
     model: str
     calibration: Path
+    dataset: Path
     held_out: Path
     calibration_sha256: str
     held_out_sha256: str
 
 
-def _demo_sequences(count: int, held_count: int, length: int) -> tuple[Sequences, Sequences]:
-    """Modules that the bundled model was trained on, shuffled, and those held out."""
+Parts = tuple[Sequences, Sequences, Sequences]  # to calibrate, of the gate, held out
+
+
+def _demo_parts(count: int, held_count: int, length: int) -> Parts:
+    """Modules that the bundled model was trained on, shuffled as `--demo` does, and held-out ones.
+
+    The ids are those of `python -m mixbits.quantize --demo` with seed 0.
+    """
     tokenizer = open_source(str(demo.MODEL_DIR)).tokenizer()
     files = demo.training_files()
     random.Random(0).shuffle(files)
@@ -36,7 +48,19 @@ def _demo_sequences(count: int, held_count: int, length: int) -> tuple[Sequences
         cut(tokenize(tokenizer, text), length, name, len(tokenizer))
         for text, name in ((training, "the standard library"), (demo.held_out_text(), "held out"))
     )
-    return split(first, count, 0)[0], split(held, 0, held_count)[1]
+    return *split(first, count, GATE), split(held, 0, held_count)[1]
+
+
+def _parts(model: str, dataset: str, counts: tuple[int, int], length: int) -> Parts:
+    """From the head of a dataset: to calibrate, held out, and what follows for the gate."""
+    source = open_source(model)
+    vocab = source.config.get_text_config().vocab_size
+    count, held_count = counts
+    first, rest = load_sequences(
+        dataset, source.tokenizer(), vocab, count, held_count + GATE, length
+    )
+    held, gate = split(rest, held_count, GATE)
+    return first, gate, held
 
 
 def make_text(
@@ -54,19 +78,22 @@ def make_text(
     """
     if model == DEMO:
         model = str(demo.MODEL_DIR)
-        pair = _demo_sequences(*counts, length)
+        first, gate, held = _demo_parts(*counts, length)
+    elif dataset is None:
+        raise SystemExit("--dataset is required: a text file, token ids, or a dataset name")
     else:
-        if dataset is None:
-            raise SystemExit("--dataset is required: a text file, token ids, or a dataset name")
         if marker is not None:
             cleaned = folder / "text.txt"
             text = Path(dataset).read_text(encoding="utf-8")
             cleaned.write_text(text.replace(marker, "\n"), encoding="utf-8")
             dataset = str(cleaned)
-        source = open_source(model)
-        vocab = source.config.get_text_config().vocab_size
-        pair = load_sequences(dataset, source.tokenizer(), vocab, *counts, length)
-    paths = folder / "calibration.npy", folder / "held_out.npy"
-    for path, sequences in zip(paths, pair, strict=True):
-        np.save(path, sequences.ids.numpy())
-    return Text(model, *paths, *(s.sha256 for s in pair))
+        first, gate, held = _parts(model, dataset, counts, length)
+    arrays = {
+        "calibration": first.ids,
+        "dataset": torch.cat([first.ids, gate.ids]),
+        "held_out": held.ids,
+    }
+    paths = {name: folder / f"{name}.npy" for name in arrays}
+    for name, ids in arrays.items():
+        np.save(paths[name], ids.numpy())
+    return Text(model, **paths, calibration_sha256=first.sha256, held_out_sha256=held.sha256)
