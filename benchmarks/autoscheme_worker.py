@@ -30,8 +30,9 @@ from torch import Tensor, nn
 from benchmarks.autoscheme import Job, Peer
 from benchmarks.meter import Meter
 from mixbits.evaluate import compare, run_tasks
+from mixbits.fake import FakeLinear
 from mixbits.formats import BF16, Scheme
-from mixbits.linear import FakeLinear, swap_linears
+from mixbits.linear import swap_linears
 from mixbits.model import LinearInfo, find_linears
 from mixbits.plan import average_bits
 from mixbits.report import quiet
