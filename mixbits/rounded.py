@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .arrange import Arrangement, arrangement_of
+from .arrange import arrangement_of
 from .fake import fake_input
-from .formats import Assignment, Recipe, UsageError
+from .formats import Assignment, Mixed, Recipe, UsageError
 from .linear import check_finite, check_packed, pack_recipe, packed_values
 from .model import LinearInfo, output_head, weight_of
 from .pack import Packed, Rounded, pack
-from .rounding import METHODS, gptq, retarget, search
+from .rounding import METHODS, Curvature, gptq, retarget, search
 from .sensitivity import probed
 from .streaming import StreamedModel, patched
 
@@ -52,6 +52,7 @@ class _Compensation:
         self.rounded: dict[str, list[Packed]] = {}
         self.recording = False
         self._inputs: dict[str, Tensor] = {}  # of the original stream, by linear
+        self._last: _Inputs | None = None
 
     def probe(self, name: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Stands for a linear of either stream."""
@@ -60,27 +61,53 @@ class _Compensation:
                 self._inputs[name] = x
             return torch.nn.functional.linear(x, weight, bias)
         recipe = self.recipes[name]
-        arrangement = arrangement_of(recipe, x.device)
-        xq = fake_input(x, recipe, arrangement)
-        packed = self._round(name, xq.flatten(0, -2), weight, recipe, arrangement)
+        inputs = self._seen(name, x, recipe)
+        packed = self._round(name, weight, recipe, inputs)
         self.rounded[name] = [part.to("cpu") for part in packed]
-        return torch.nn.functional.linear(xq, packed_values(packed, recipe, x.shape[-1]), bias)
+        w = packed_values(packed, recipe, x.shape[-1])
+        return torch.nn.functional.linear(inputs.rounded, w, bias)
 
-    def _round(
-        self, name: str, xq: Tensor, weight: Tensor, recipe: Recipe, arrangement: Arrangement
-    ) -> list[Packed]:
-        arranged = arrangement.weight(weight.float())
-        moments = xq.T @ xq / len(xq)
-        if share := self.shares[name]:
-            x = arrangement.input(self._inputs.pop(name).flatten(0, -2))
-            arranged = retarget(arranged, moments, x.T @ xq / len(xq), share)
+    def _seen(self, name: str, x: Tensor, recipe: Recipe) -> _Inputs:
+        """What the linear's input comes to; q, k and v, and gate and up, mostly share it."""
+        last, original = self._last, self._inputs.pop(name, None)
+        if last is None or last.x is not x or last.prepared != _preparation(recipe):
+            last = self._last = _Inputs(x, recipe, original)
+        return last
+
+    def _round(self, name: str, weight: Tensor, recipe: Recipe, inputs: _Inputs) -> list[Packed]:
+        arranged = inputs.arrangement.weight(weight.float())
+        if inputs.cross is not None:
+            arranged = retarget(arranged, inputs.curvature, inputs.cross, self.shares[name])
         parts = recipe.parts(weight.shape[1])
         formats = [(s.weight, n) for s, n in parts if s.weight is not None]
-        codes = gptq(arranged, moments, formats)
+        codes = gptq(arranged, inputs.curvature, formats)
         return [
             check_packed(name, weight, scheme, pack(q, fmt))
             for q, (fmt, _), (scheme, _) in zip(codes, formats, parts, strict=True)
         ]
+
+
+class _Inputs:
+    """One linear's inputs in the quantized stream: arranged, rounded, and their moments."""
+
+    def __init__(self, x: Tensor, recipe: Recipe, original: Tensor | None) -> None:
+        self.x, self.prepared = x, _preparation(recipe)
+        self.arrangement = arrangement_of(recipe, x.device)
+        self.rounded = fake_input(x, recipe, self.arrangement)
+        rows = self.rounded.flatten(0, -2)
+        self.curvature = Curvature(rows.T @ rows / len(rows))
+        self.cross = None
+        if original is not None:  # E[x xq^T]
+            arranged = self.arrangement.input(original.flatten(0, -2))
+            self.cross = arranged.T @ rows / len(rows)
+
+
+def _preparation(recipe: Recipe) -> object:
+    """What two recipes must agree on for their inputs to be prepared alike."""
+    if isinstance(recipe, Mixed):
+        formats = tuple((scheme.activation, columns) for scheme, columns in recipe.segments)
+        return formats, recipe.order, recipe.rotated
+    return recipe.activation
 
 
 @torch.no_grad()

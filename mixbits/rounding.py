@@ -15,6 +15,7 @@ Everything here is exact torch in float32 and float64, on any device, one linear
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
@@ -82,27 +83,46 @@ def search(x: Tensor, fmt: Format, column_weight: Tensor | None = None) -> Quant
 # --- error compensation ----------------------------------------------------------------------
 
 
-def _damped(moments: Tensor) -> Tensor:
-    """float64 second moments [K, K] made safe to invert; an input that is always 0 counts as 1."""
-    damped = moments.double().clone()
-    diagonal = damped.diagonal()
-    diagonal += DAMPING * diagonal.mean()
-    diagonal[diagonal == 0] = 1.0
-    return damped
+class Curvature:
+    """Second moments E[xq xq^T] [K, K] of a linear's inputs, and what is made of them once.
+
+    In float64, and damped to be safe to invert; an input that is always 0 counts as 1.
+    """
+
+    def __init__(self, moments: Tensor) -> None:
+        self.moments = moments.double()
+        self.damped = self.moments.clone()
+        diagonal = self.damped.diagonal()
+        diagonal += DAMPING * diagonal.mean()
+        diagonal[diagonal == 0] = 1.0
+
+    @functools.cached_property
+    def lower(self) -> Tensor:
+        """L with L L^T = the damped moments."""
+        return torch.linalg.cholesky(self.damped)
+
+    @functools.cached_property
+    def upper(self) -> Tensor:
+        """U, float32, with U^T U = the inverse: row j says how later columns make up for j."""
+        return torch.linalg.cholesky(torch.cholesky_inverse(self.lower), upper=True).float()
+
+    @functools.cached_property
+    def importance(self) -> Tensor:
+        """float32 [K]: how much an error in each column counts on its own."""
+        return self.damped.diagonal().float()
 
 
-def retarget(weight: Tensor, moments: Tensor, cross: Tensor, share: float) -> Tensor:
+def retarget(weight: Tensor, curvature: Curvature, cross: Tensor, share: float) -> Tensor:
     """The weight [N, K] that makes up for a `share` of what its inputs have changed.
 
-    moments = E[xq xq^T] and cross = E[x xq^T], both [K, K]: xq the inputs in the quantized model,
-    x those of the same tokens in the original one. At share 1 this is the least-squares solution
+    cross = E[x xq^T], [K, K]: xq the inputs in the quantized model, whose curvature is given, x
+    those of the same tokens in the original one. At share 1 this is the least-squares solution
     for the original outputs W x from inputs xq, which follows the calibration text too closely.
     """
     if share == 0:
         return weight
-    difference = weight.double() @ (cross.double() - moments.double())
-    factor = torch.linalg.cholesky(_damped(moments))
-    change = torch.cholesky_solve(difference.T, factor).T
+    difference = weight.double() @ (cross.double() - curvature.moments)
+    change = torch.cholesky_solve(difference.T, curvature.lower).T
     return (weight.double() + share * change).float()
 
 
@@ -126,37 +146,31 @@ def _snap(column: Tensor, snapper: tuple[Tensor, Tensor | float, float], fmt: Fo
 
 
 def gptq(
-    weight: Tensor, moments: Tensor, parts: Sequence[tuple[Format, int]], searched: bool = True
+    weight: Tensor,
+    curvature: Curvature,
+    parts: Sequence[tuple[Format, int]],
+    searched: bool = True,
 ) -> list[Quantized]:
-    """Round weight [N, K] with error compensation; moments = E[xq xq^T], [K, K].
+    """Round weight [N, K] with error compensation, for inputs of this curvature.
 
     `parts` are formats with numbers of columns, K in all: one `Quantized` for each. A group's
     scale is fixed when its first column is reached, by search weighted with the moments'
     diagonal, or with the format's own rule if not `searched`.
     """
-    damped = _damped(moments)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-    factor = torch.linalg.cholesky(inverse, upper=True).float()
-    importance = damped.diagonal().float()
     left = weight.float().clone()
     results, start = [], 0
     for fmt, columns in parts:
         stop = start + columns
-        results.append(_gptq_part(left, factor, importance, fmt, start, stop, searched))
+        results.append(_gptq_part(left, curvature, fmt, start, stop, searched))
         start = stop
     return results
 
 
 def _gptq_part(
-    left: Tensor,
-    factor: Tensor,
-    importance: Tensor,
-    fmt: Format,
-    start: int,
-    stop: int,
-    searched: bool,
+    left: Tensor, curvature: Curvature, fmt: Format, start: int, stop: int, searched: bool
 ) -> Quantized:
     """Round the columns start..stop of `left` in one format, and push their errors to the right."""
+    factor, importance = curvature.upper, curvature.importance
     codes, all_scales, all_zeros = [], [], []
     for first in range(start, stop, fmt.group_size):
         last = min(first + fmt.group_size, stop)

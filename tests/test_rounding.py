@@ -6,7 +6,7 @@ from conftest import FORMATS, MX_FORMATS, format_id
 
 from mixbits.formats import Format
 from mixbits.reference import Quantized, dequantize, encode, fake_quantize, scales
-from mixbits.rounding import DAMPING, gptq, retarget, search
+from mixbits.rounding import DAMPING, Curvature, gptq, retarget, search
 
 MXFP4, MXFP8 = Format("e2m1", 32), Format("e4m3", 32)
 INT4 = Format("int4", 32)
@@ -104,7 +104,7 @@ def test_gptq_is_the_elimination_of_columns(parts, searched):
     x = inputs(300, 76)
     moments = x.T @ x / 300
     weight = torch.randn(24, 76)
-    found = gptq(weight, moments, parts, searched)
+    found = gptq(weight, Curvature(moments), parts, searched)
     values = torch.cat([dequantize(q, f) for q, (f, _) in zip(found, parts, strict=True)], 1)
     expected = eliminated(weight, moments, parts, searched)
     # A value half way between two codes may fall to either side of it in another precision.
@@ -120,7 +120,7 @@ def test_gptq_is_the_elimination_of_columns(parts, searched):
 def test_gptq_lowers_the_error_of_outputs(fmt):
     x = inputs(512, 128)
     weight = torch.randn(64, 128)
-    values = dequantize(gptq(weight, x.T @ x / 512, [(fmt, 128)])[0], fmt)
+    values = dequantize(gptq(weight, Curvature(x.T @ x / 512), [(fmt, 128)])[0], fmt)
     fresh = inputs(512, 128)[:, :128] @ torch.eye(128) + x  # not only on the very inputs
     for tokens in (x, x + 0.05 * fresh):
         before, after = (
@@ -134,7 +134,7 @@ def test_gptq_with_inputs_that_are_always_zero():
     x[:, 5:40] = 0
     weight = torch.randn(8, 64)
     for moments in (x.T @ x / 100, torch.zeros(64, 64)):
-        q = gptq(weight, moments, [(MXFP4, 64)])[0]
+        q = gptq(weight, Curvature(moments), [(MXFP4, 64)])[0]
         assert torch.isfinite(dequantize(q, MXFP4)).all()
     # Without inputs nothing is to be made up for: the search alone is left.
     assert torch.equal(dequantize(q, MXFP4), dequantize(search(weight, MXFP4), MXFP4))
@@ -145,13 +145,14 @@ def test_retargeting_makes_up_for_changed_inputs():
     xq = x + 0.3 * torch.randn(2000, 48)
     weight = torch.randn(16, 48)
     moments, cross = xq.T @ xq / 2000, x.T @ xq / 2000
-    assert retarget(weight, moments, cross, 0.0) is weight
-    full = retarget(weight, moments, cross, 1.0)
+    curvature = Curvature(moments)
+    assert retarget(weight, curvature, cross, 0.0) is weight
+    full = retarget(weight, curvature, cross, 1.0)
     # Least squares for the original outputs, with the damping as a pull towards the weight.
     damping = DAMPING * moments.diagonal().mean() * 2000
     rows = torch.cat([xq, damping.sqrt() * torch.eye(48)])
     targets = torch.cat([x @ weight.double().T, damping.sqrt() * weight.double().T])
     expected = torch.linalg.lstsq(rows, targets).solution.T.float()
     torch.testing.assert_close(full, expected, rtol=1e-4, atol=1e-5)
-    half = retarget(weight, moments, cross, 0.5)
+    half = retarget(weight, curvature, cross, 0.5)
     torch.testing.assert_close(half, (weight + full) / 2, rtol=1e-4, atol=1e-6)
