@@ -112,6 +112,13 @@ void dispatch_dtype(int dtype, Function function) {
   if (dtype == kFloat32) function(TypeTag<float>());
 }
 
+// The same for the types of the matrix units; does nothing for float.
+template <class Function>
+void dispatch_half(int dtype, Function function) {
+  if (dtype == kBFloat16) function(TypeTag<__nv_bfloat16>());
+  if (dtype == kFloat16) function(TypeTag<__half>());
+}
+
 // Calls function(std::integral_constant<int, element>).
 template <class Function>
 void dispatch_element(int element, Function function) {
