@@ -25,8 +25,8 @@ struct PackedWeight {
   const void* scales;
   const uint8_t* zero_points;  // null for formats without
   int rows, columns;
-  uint32_t row_bytes, groups;
-  int group_shift;  // log2 of the group size
+  uint32_t row_bytes, groups, zero_bytes;  // of a row
+  int group_shift;                         // log2 of the group size
 };
 
 // The weight of `a`, or why its chunks cannot be loaded whole.
@@ -35,6 +35,7 @@ inline const char* packed_weight(const MatmulArgs& a, PackedWeight* weight) {
   if (a.columns % 32 != 0) return "columns must be a multiple of 32";
   if (reinterpret_cast<uintptr_t>(a.codes) % 16 != 0) return "codes must be aligned to 16 bytes";
   const int64_t row_bytes = packed_bytes(a.columns, element_bits(f.element));
+  const int64_t groups = group_count(a.columns, f.group_size);
   if (a.rows * row_bytes > UINT32_MAX) return "codes must be less than 4 GB";
   *weight = {a.codes,
              a.scales,
@@ -42,44 +43,59 @@ inline const char* packed_weight(const MatmulArgs& a, PackedWeight* weight) {
              int(a.rows),
              int(a.columns),
              uint32_t(row_bytes),
-             uint32_t(group_count(a.columns, f.group_size)),
+             uint32_t(groups),
+             uint32_t(packed_bytes(groups, element_bits(f.element))),
              f.group_size == 128  ? 7
              : f.group_size == 64 ? 6
                                   : 5};
   return nullptr;
 }
 
-template <int kElement>
-struct Chunk {
-  static constexpr int kWords = chunk_words(element_bits(kElement));
-  uint32_t words[kWords];
-  uint32_t scale;  // an e8m0 byte, or the bits of a float16 and above them the zero point
+// Where a row begins. 32 bits: with the 64-bit addresses of its rows at hand a kernel would spill.
+struct PackedRow {
+  uint32_t codes, groups, zero_points;  // as offsets, of which groups counts groups
 };
 
-// The chunk of a row that begins at `column`. Beyond the end of the row it is all zeros with a
-// finite scale: the activations are zeros there.
+// A row too many is the last one: it is computed and not stored.
+__device__ __forceinline__ PackedRow packed_row(const PackedWeight& w, int row) {
+  const uint32_t valid = uint32_t(min(row, w.rows - 1));
+  return {valid * w.row_bytes, valid * w.groups, valid * w.zero_bytes};
+}
+
+// Nothing is computed from what is loaded until it is decoded: the loads may take their time.
 template <int kElement>
-__device__ __forceinline__ void load_chunk(const PackedWeight& w, int row, int column,
+struct Chunk {
+  static constexpr int kBits = element_bits(kElement);
+  uint32_t words[chunk_words(kBits)];
+  uint32_t scale;      // an e8m0 byte, or the bits of a float16
+  uint32_t zero_byte;  // integers only: the byte that holds the zero point, at bit zero_shift()
+};
+
+// The same for every row.
+template <int kElement>
+__device__ __forceinline__ int zero_shift(const PackedWeight& w, int column) {
+  constexpr int kBits = element_bits(kElement);
+  if (is_mx(kElement) || kBits == 8 || w.zero_points == nullptr) return 0;
+  return (column >> w.group_shift) % (8 / kBits) * kBits;
+}
+
+// The chunk of a row that begins at `column`; beyond the end of the row, its first one, because
+// the activations are zeros there, and a row that is not finite has no other result anyway.
+template <int kElement>
+__device__ __forceinline__ void load_chunk(const PackedWeight& w, const PackedRow& row, int column,
                                            Chunk<kElement>& chunk) {
   constexpr int kBits = element_bits(kElement);
-#pragma unroll
-  for (uint32_t& word : chunk.words) word = 0;
-  chunk.scale = is_mx(kElement) ? 127 : 0;
-  if (column >= w.columns) return;
-  // 32-bit offsets: with 64-bit addresses of every row at hand the kernels would spill.
-  ptx::load_once(w.codes + (uint32_t(row) * w.row_bytes + uint32_t(column) / 8 * kBits),
-                 chunk.words);
-  const uint32_t group = uint32_t(column) >> w.group_shift;
-  const uint32_t place = uint32_t(row) * w.groups + group;
+  const uint32_t from = column < w.columns ? uint32_t(column) : 0;
+  ptx::load_once(w.codes + (row.codes + from / 8 * kBits), chunk.words);
+  const uint32_t group = from >> w.group_shift;
   if constexpr (is_mx(kElement)) {
-    chunk.scale = static_cast<const uint8_t*>(w.scales)[place];
+    chunk.scale = static_cast<const uint8_t*>(w.scales)[row.groups + group];
   } else {
-    uint32_t zero_point = 1 << (kBits - 1);
+    chunk.scale = static_cast<const uint16_t*>(w.scales)[row.groups + group];
+    chunk.zero_byte = 1 << (kBits - 1);
     if (w.zero_points != nullptr) {
-      const uint32_t zero_bytes = (w.groups * kBits + 7) / 8;
-      zero_point = uint32_t(unpack_code(w.zero_points + uint32_t(row) * zero_bytes, group, kBits));
+      chunk.zero_byte = w.zero_points[row.zero_points + group / (8 / kBits)];
     }
-    chunk.scale = static_cast<const uint16_t*>(w.scales)[place] | zero_point << 16;
   }
 }
 
@@ -141,7 +157,7 @@ struct MinifloatPairs {
   int rest;         // binary digits that it has not
   bool rare;        // there are such, or a code is NaN
 
-  __device__ __forceinline__ explicit MinifloatPairs(const Chunk<kElement>& chunk) {
+  __device__ __forceinline__ explicit MinifloatPairs(const Chunk<kElement>& chunk, int) {
     constexpr int kMantissaOfT = 15 - kExponentBits<T>;
     constexpr int kBiasOfT = (1 << (kExponentBits<T> - 1)) - 1;
     const int field = int(chunk.scale) - 127 + kBias + kBiasOfT;
@@ -152,8 +168,9 @@ struct MinifloatPairs {
   }
 
   // Adding this to a byte without its sign reaches bit 7 for the codes that are NaN or infinity.
-  static constexpr uint32_t kNanGap =
-      kElement == kE4M3 ? 0x01010101u : kElement == kE5M2 ? 0x04040404u : 0;
+  static constexpr uint32_t kNanGap = kElement == kE4M3   ? 0x01010101u
+                                      : kElement == kE5M2 ? 0x04040404u
+                                                          : 0;
   template <int kWords>
   __device__ static __forceinline__ bool has_nan(const uint32_t (&words)[kWords]) {
     if (kNanGap == 0) return false;
@@ -166,8 +183,8 @@ struct MinifloatPairs {
   template <int kPlace>
   __device__ __forceinline__ uint32_t get(uint32_t word) const {
     constexpr int kUp = 16 - kBits * (kPlace + 1);  // brings the code's sign to that of T
-    const uint32_t moved = (shift<kUp>(word) & 0x80008000u) |
-                           (shift<kUp - kDown>(word) & kMagnitude * 0x10001u);
+    const uint32_t moved =
+        (shift<kUp>(word) & 0x80008000u) | (shift<kUp - kDown>(word) & kMagnitude * 0x10001u);
     return multiply<T>(moved, factor);
   }
 
@@ -190,7 +207,7 @@ struct MinifloatPairs {
     pair = multiply<T>(multiply<T>(pair, by.first), by.second);
     if (kNanGap == 0) return pair;
     const uint32_t found = ((word & 0x7f7f7f7fu) + kNanGap) & 0x80808080u;
-    const uint32_t signs = shift<16 - kBits * (kPlace + 1)>(found) & 0x80008000u;
+    const uint32_t signs = shift<16 - kBits*(kPlace + 1)>(found) & 0x80008000u;
     return pair | (signs >> 15) * 0x7fffu;
   }
 };
@@ -206,30 +223,30 @@ struct IntegerPairs {
   static constexpr bool kSplit = !kHalf && kBits == 8;
   static constexpr uint32_t kOffset = kHalf ? 0x64006400u : 0x43004300u;
   static constexpr uint32_t kMask = ((kSplit ? 0x80u : 1u << kBits) - 1) * 0x10001u;
-  uint32_t scale, scale_low;      // the scale is their sum; scale_low for bfloat16 only
+  uint32_t scale, scale_low;       // the scale is their sum; scale_low for bfloat16 only
   uint32_t offset, offset_eighth;  // what an integer has too much; offset_eighth for kSplit only
 
-  __device__ __forceinline__ explicit IntegerPairs(const Chunk<kElement>& chunk) {
-    const uint32_t zero = chunk.scale >> 16;
+  __device__ __forceinline__ explicit IntegerPairs(const Chunk<kElement>& chunk, int zero_at) {
+    const uint32_t zero = chunk.zero_byte >> zero_at & ((1 << kBits) - 1);
     offset = kOffset + both(kSplit ? zero & 0x7f : zero);
     offset_eighth = kOffset + both(zero & 0x80);
     if constexpr (kHalf) {
-      scale = both(chunk.scale & 0xffff);
+      scale = both(chunk.scale);
     } else {
       const float whole = __half2float(bit_cast<__half>(uint16_t(chunk.scale)));
-      const __nv_bfloat16 high = from_float<T>(whole);
-      scale = both(bit_cast<uint16_t>(high));
-      scale_low = both(bit_cast<uint16_t>(from_float<T>(whole - to_float(high))));
+      // Conversions to pairs are 4 times as fast as those to one bfloat16.
+      scale = bit_cast<uint32_t>(__float2bfloat162_rn(whole));
+      scale_low = bit_cast<uint32_t>(__float2bfloat162_rn(whole - bit_cast<float>(scale << 16)));
     }
   }
 
   template <int kPlace>
   __device__ __forceinline__ uint32_t get(uint32_t word) const {
     const uint32_t codes = word >> (kBits * kPlace);
-    uint32_t value = subtract<T>((codes & kMask) | kOffset, offset);
+    uint32_t value = subtract<T>(ptx::and_or(codes, kMask, kOffset), offset);
     if constexpr (kSplit) {
       // Each difference and their sum are integers of at most 8 bits: exact.
-      const uint32_t eighth = subtract<T>((codes & 0x00800080u) | kOffset, offset_eighth);
+      const uint32_t eighth = subtract<T>(ptx::and_or(codes, 0x00800080u, kOffset), offset_eighth);
       value = multiply_add<T>(eighth, 0x3f803f80u, value);
     }
     if constexpr (kHalf) return multiply<T>(value, scale);
@@ -241,8 +258,7 @@ struct IntegerPairs {
 
 template <class T, int kElement, int kFirst, int... kIndex, class Pairs>
 __device__ __forceinline__ void fill_pairs(const Chunk<kElement>& chunk, const Pairs& decoder,
-                                           uint32_t* pairs,
-                                           std::integer_sequence<int, kIndex...>) {
+                                           uint32_t* pairs, std::integer_sequence<int, kIndex...>) {
   constexpr int kWordPairs = 16 / element_bits(kElement);
   ((pairs[kIndex] = decoder.template get<(kFirst + kIndex) % kWordPairs>(
         chunk.words[(kFirst + kIndex) / kWordPairs])),
@@ -258,15 +274,15 @@ __device__ __forceinline__ void fill_pairs(const Chunk<kElement>& chunk, const P
 }
 
 template <class T, int kElement>
-using PairDecoder = std::conditional_t<is_mx(kElement), MinifloatPairs<T, kElement>,
-                                       IntegerPairs<T, kElement>>;
+using PairDecoder =
+    std::conditional_t<is_mx(kElement), MinifloatPairs<T, kElement>, IntegerPairs<T, kElement>>;
 
-// Pairs kFirst to kFirst + kCount - 1 of a chunk, in T.
+// Pairs kFirst to kFirst + kCount - 1 of a chunk, in T; `zero_at` is zero_shift() of its column.
 template <class T, int kElement, int kFirst, int kCount>
-__device__ __forceinline__ void decode_pairs(const Chunk<kElement>& chunk,
+__device__ __forceinline__ void decode_pairs(const Chunk<kElement>& chunk, int zero_at,
                                              uint32_t (&pairs)[kCount]) {
   using Decoder = PairDecoder<T, kElement>;
-  fill_pairs<T, kElement, kFirst>(chunk, Decoder(chunk), pairs,
+  fill_pairs<T, kElement, kFirst>(chunk, Decoder(chunk, zero_at), pairs,
                                   std::make_integer_sequence<int, kCount>());
 }
 

@@ -31,9 +31,9 @@ __device__ __forceinline__ void order_pairs(const uint32_t (&x)[kHalfPairs],
                                             uint32_t (&pairs)[kHalfPairs],
                                             std::integer_sequence<int, kIndex...>) {
   // 0x5410 joins two low halves, 0x7632 two high ones.
-  ((pairs[kIndex] = __byte_perm(x[pair_column(kBits, kIndex, 0) / 2],
-                                x[pair_column(kBits, kIndex, 1) / 2],
-                                pair_column(kBits, kIndex, 0) % 2 ? 0x7632 : 0x5410)),
+  ((pairs[kIndex] =
+        __byte_perm(x[pair_column(kBits, kIndex, 0) / 2], x[pair_column(kBits, kIndex, 1) / 2],
+                    pair_column(kBits, kIndex, 0) % 2 ? 0x7632 : 0x5410)),
    ...);
 }
 
@@ -43,8 +43,8 @@ __device__ __forceinline__ void load_token(const T* x, int token, int tokens, in
                                            int columns, uint32_t (&pairs)[kHalfPairs]) {
   uint32_t words[kHalfPairs] = {};
   if (token < tokens && column < columns) {
-    const auto* source = reinterpret_cast<const Vector<uint32_t, 4>*>(x + int64_t(token) * columns +
-                                                                      column);
+    const auto* source =
+        reinterpret_cast<const Vector<uint32_t, 4>*>(x + int64_t(token) * columns + column);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const auto part = source[i];
@@ -57,12 +57,12 @@ __device__ __forceinline__ void load_token(const T* x, int token, int tokens, in
 
 // Adds the products of one half of a chunk: 4 steps.
 template <class T, int kElement, int kHalf, int kTokenTiles>
-__device__ __forceinline__ void add_half(const Chunk<kElement> (&rows)[2],
+__device__ __forceinline__ void add_half(const Chunk<kElement> (&rows)[2], int zero_at,
                                          const uint32_t (&b)[kTokenTiles][kHalfPairs],
                                          float (&c)[kTokenTiles][4]) {
   uint32_t upper[kHalfPairs], lower[kHalfPairs];
-  decode_pairs<T, kElement, kHalf * kHalfPairs>(rows[0], upper);
-  decode_pairs<T, kElement, kHalf * kHalfPairs>(rows[1], lower);
+  decode_pairs<T, kElement, kHalf * kHalfPairs>(rows[0], zero_at, upper);
+  decode_pairs<T, kElement, kHalf * kHalfPairs>(rows[1], zero_at, lower);
 #pragma unroll
   for (int i = 0; i < kHalfPairs; i += 2) {
 #pragma unroll
@@ -88,13 +88,15 @@ __global__ void __launch_bounds__(32 * max_warps(kRowTiles))
 
   float c[kRowTiles][kTokenTiles][4] = {};
   Chunk<kElement> chunks[kAhead][kRowTiles][2];
-  const auto load_rows = [&](Chunk<kElement>(&rows)[2], int r, int tile) {
+  PackedRow rows[kRowTiles][2];
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      // A row too many is computed like the last one, and not stored.
-      const int row = min(first_row + r * kFragmentRows + half * 8 + group, weight.rows - 1);
-      load_chunk<kElement>(weight, row, tile * kTile + chunk_column, rows[half]);
-    }
+  for (int r = 0; r < kRowTiles; ++r) {
+    rows[r][0] = packed_row(weight, first_row + r * kFragmentRows + group);
+    rows[r][1] = packed_row(weight, first_row + r * kFragmentRows + 8 + group);
+  }
+  const auto load_rows = [&](Chunk<kElement>(&pair)[2], int r, int tile) {
+    load_chunk<kElement>(weight, rows[r][0], tile * kTile + chunk_column, pair[0]);
+    load_chunk<kElement>(weight, rows[r][1], tile * kTile + chunk_column, pair[1]);
   };
 
 #pragma unroll
@@ -107,7 +109,8 @@ __global__ void __launch_bounds__(32 * max_warps(kRowTiles))
     for (int ahead = 0; ahead < kAhead; ++ahead) {
       const int tile = first + ahead * warps;
       if (tile * kTile >= columns) break;
-      const auto load_tokens = [&](int half, uint32_t(&b)[kTokenTiles][kHalfPairs]) {
+      const int zero_at = zero_shift<kElement>(weight, tile * kTile + chunk_column);
+      const auto load_tokens = [&](int half, uint32_t (&b)[kTokenTiles][kHalfPairs]) {
 #pragma unroll
         for (int t = 0; t < kTokenTiles; ++t) {
           load_token<T, kBits>(x, first_token + t * kFragmentTokens + group, tokens,
@@ -118,13 +121,15 @@ __global__ void __launch_bounds__(32 * max_warps(kRowTiles))
       if constexpr (kChunk == 32) {
         load_tokens(0, b);
 #pragma unroll
-        for (int r = 0; r < kRowTiles; ++r) add_half<T, kElement, 0>(chunks[ahead][r], b, c[r]);
+        for (int r = 0; r < kRowTiles; ++r) {
+          add_half<T, kElement, 0>(chunks[ahead][r], zero_at, b, c[r]);
+        }
       }
       constexpr int kLast = kChunk / 16 - 1;
       load_tokens(kLast, b);
 #pragma unroll
       for (int r = 0; r < kRowTiles; ++r) {
-        add_half<T, kElement, kLast>(chunks[ahead][r], b, c[r]);
+        add_half<T, kElement, kLast>(chunks[ahead][r], zero_at, b, c[r]);
         load_rows(chunks[ahead][r], r, tile + kAhead * warps);
       }
     }

@@ -6,8 +6,8 @@
 // operand B in shared memory. A block owns 128 rows and 64, 128 or 256 tokens: two warpgroups
 // multiply 64 rows each with the same B, and one thread of a third copies B, whole 128-column tiles
 // that are contiguous in memory, into a ring of stages. `full` says that a stage's bytes are there,
-// `empty` that all 8 multiplying warps have read it. Weights go from memory to registers, two tiles ahead:
-// every code is wanted by one thread of the block, so shared memory would only add a copy.
+// `empty` that all 8 multiplying warps have read it. Weights go from memory to registers, two tiles
+// ahead: every code is wanted by one thread of the block, so shared memory would only add a copy.
 //
 // A warpgroup dequantizes 64 columns while the matrix unit works on the 64 before: two sets of
 // 16 registers, and a set is refilled when the group that reads it is finished. Dequantizing takes
@@ -31,8 +31,9 @@ namespace {
 
 constexpr int kGroupRows = 64, kGroups = 2, kBlockRows = kGroups * kGroupRows;
 constexpr int kMultipliers = 128 * kGroups, kBlockThreads = kMultipliers + 128;
-constexpr int kSetPairs = 8;                // pairs of a row in a set: 64 columns of a quad
-constexpr int kSumStride = kBlockRows + 4;  // floats between tokens: a warp's stores spread on banks
+constexpr int kSetPairs = 8;  // pairs of a row in a set: 64 columns of a quad
+constexpr int kSumStride =
+    kBlockRows + 4;  // floats between tokens: a warp's stores spread on banks
 
 MB_HD constexpr int stage_bytes(int tokens) { return tokens * kStagedColumns * 2; }
 MB_HD constexpr int stage_count(int tokens) { return tokens == 256 ? 3 : 4; }
@@ -48,25 +49,25 @@ struct WeightTile {  // 128 columns of a lane's two rows
   static constexpr int kChunks = kStagedColumns / tile_columns(kBits);
   Chunk<kElement> chunks[kChunks][2];
 
-  __device__ __forceinline__ void load(const PackedWeight& weight, int row, int tile) {
-    const int lane = threadIdx.x % 4;
+  __device__ __forceinline__ void load(const PackedWeight& weight, const PackedRow (&rows)[2],
+                                       int column) {
 #pragma unroll
     for (int i = 0; i < kChunks; ++i) {
-      const int column = tile * kStagedColumns + i * tile_columns(kBits) +
-                         lane * chunk_columns(kBits);
-      load_chunk<kElement>(weight, min(row, weight.rows - 1), column, chunks[i][0]);
-      load_chunk<kElement>(weight, min(row + 8, weight.rows - 1), column, chunks[i][1]);
+      load_chunk<kElement>(weight, rows[0], column + i * tile_columns(kBits), chunks[i][0]);
+      load_chunk<kElement>(weight, rows[1], column + i * tile_columns(kBits), chunks[i][1]);
     }
   }
 
-  // Operand A of the 4 steps of 64 columns: half `kHalf` of the tile.
+  // Operand A of the 4 steps of 64 columns: half `kHalf` of the tile at `column`.
   template <class T, int kHalf>
-  __device__ __forceinline__ void decode(uint32_t (&a)[4][4]) const {
+  __device__ __forceinline__ void decode(const PackedWeight& weight, int column,
+                                         uint32_t (&a)[4][4]) const {
     constexpr int kChunkOf = kChunks == 2 ? kHalf : 0;
     constexpr int kFirst = kChunks == 2 ? 0 : kHalf * kSetPairs;
+    const int zero_at = zero_shift<kElement>(weight, column + kChunkOf * tile_columns(kBits));
     uint32_t upper[kSetPairs], lower[kSetPairs];
-    decode_pairs<T, kElement, kFirst>(chunks[kChunkOf][0], upper);
-    decode_pairs<T, kElement, kFirst>(chunks[kChunkOf][1], lower);
+    decode_pairs<T, kElement, kFirst>(chunks[kChunkOf][0], zero_at, upper);
+    decode_pairs<T, kElement, kFirst>(chunks[kChunkOf][1], zero_at, lower);
 #pragma unroll
     for (int step = 0; step < 4; ++step) {
       a[step][0] = upper[2 * step];
@@ -92,26 +93,30 @@ __device__ __forceinline__ void copy_tiles(const uint8_t* staged, uint8_t* ring,
   }
 }
 
-// One tile: two sets, each dequantized while the set before it is multiplied.
+// One tile: two sets, each dequantized while the set before it is multiplied. `before` is `empty`
+// of the tile before.
 template <class T, int kElement, int kTokens>
-__device__ __forceinline__ void multiply_tile(const WeightTile<kElement>& weight, uint32_t b,
-                                              uint32_t (&sets)[2][4][4],
-                                              float (&sums)[kTokens / 2], uint64_t* release) {
-  constexpr int kHalfBytes = kTokens * 128;
-  weight.template decode<T, 0>(sets[0]);
+__device__ __forceinline__ void multiply_tile(const PackedWeight& weight,
+                                              const WeightTile<kElement>& tile, int column,
+                                              uint64_t b, uint32_t (&sets)[2][4][4],
+                                              float (&sums)[kTokens / 2], bool not_first,
+                                              uint64_t* before) {
+  // Descriptors count 16 bytes: 16 values of k further, and 64 values, which are other rows.
+  constexpr int kStep = 32 / 16, kHalf = kTokens * 128 / 16;
+  tile.template decode<T, 0>(weight, column, sets[0]);
   ptx::wgmma_fence();
 #pragma unroll
   for (int step = 0; step < 4; ++step) {
-    ptx::wgmma<T>(sums, sets[0][step], ptx::swizzled_operand(b + step * 32));
+    ptx::wgmma<T>(sums, sets[0][step], b + step * kStep);
   }
   ptx::wgmma_commit();
   ptx::wgmma_wait<1>();  // the tile before is finished
-  if (release != nullptr && threadIdx.x % 32 == 0) ptx::barrier_arrive(release);
-  weight.template decode<T, 1>(sets[1]);
+  if (not_first && threadIdx.x % 32 == 0) ptx::barrier_arrive(before);
+  tile.template decode<T, 1>(weight, column, sets[1]);
   ptx::wgmma_fence();
 #pragma unroll
   for (int step = 0; step < 4; ++step) {
-    ptx::wgmma<T>(sums, sets[1][step], ptx::swizzled_operand(b + kHalfBytes + step * 32));
+    ptx::wgmma<T>(sums, sets[1][step], b + kHalf + step * kStep);
   }
   ptx::wgmma_commit();
   ptx::wgmma_wait<1>();
@@ -122,21 +127,28 @@ __device__ __forceinline__ void multiply_tiles(const PackedWeight& weight, uint8
                                                uint64_t* full, uint64_t* empty, int first, int last,
                                                float (&sums)[kTokens / 2]) {
   constexpr int kStages = stage_count(kTokens), kAhead = 2;
-  const int row = blockIdx.y * kBlockRows + threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
+  const int row = blockIdx.z * kBlockRows + threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
+  const PackedRow rows[2] = {packed_row(weight, row), packed_row(weight, row + 8)};
+  int column =
+      first * kStagedColumns + threadIdx.x % 4 * chunk_columns(WeightTile<kElement>::kBits);
   uint32_t sets[2][4][4];
   WeightTile<kElement> tiles[kAhead];
 #pragma unroll
-  for (int ahead = 0; ahead < kAhead; ++ahead) tiles[ahead].load(weight, row, first + ahead);
+  for (int ahead = 0; ahead < kAhead; ++ahead) {
+    tiles[ahead].load(weight, rows, column + ahead * kStagedColumns);
+  }
+  int stage = 0, stage_before = kStages - 1, parity = 0;
   for (int start = first; start < last; start += kAhead) {
 #pragma unroll
-    for (int ahead = 0; ahead < kAhead; ++ahead) {
-      const int i = start + ahead - first, stage = i % kStages;
+    for (int ahead = 0; ahead < kAhead; ++ahead, column += kStagedColumns) {
       if (start + ahead >= last) break;
-      ptx::barrier_wait(&full[stage], i / kStages % 2);
-      multiply_tile<T, kElement, kTokens>(
-          tiles[ahead], ptx::shared_address(ring + stage * stage_bytes(kTokens)), sets, sums,
-          i > 0 ? &empty[(i - 1) % kStages] : nullptr);
-      tiles[ahead].load(weight, row, start + ahead + kAhead);
+      ptx::barrier_wait(&full[stage], parity);
+      const uint32_t b = ptx::shared_address(ring + stage * stage_bytes(kTokens));
+      multiply_tile<T, kElement, kTokens>(weight, tiles[ahead], column, ptx::swizzled_operand(b),
+                                          sets, sums, start + ahead > first, &empty[stage_before]);
+      tiles[ahead].load(weight, rows, column + kAhead * kStagedColumns);
+      stage_before = stage++;
+      if (stage == kStages) stage = 0, parity ^= 1;
     }
   }
   ptx::wgmma_wait<0>();
@@ -160,7 +172,7 @@ __device__ __forceinline__ void add_parts(const float* sums, int rows, T* out, i
     const int token = i / kBlockRows * parts + part, row = i % kBlockRows;
     float total = 0.0f;
     for (int p = 0; p < parts; ++p) total += ptx::load_cluster(&sums[token * kSumStride + row], p);
-    const int out_token = blockIdx.z * kTokens + token, out_row = blockIdx.y * kBlockRows + row;
+    const int out_token = blockIdx.y * kTokens + token, out_row = blockIdx.z * kBlockRows + row;
     if (out_token < tokens && out_row < rows) {
       out[int64_t(out_token) * rows + out_row] = from_float<T>(total);
     }
@@ -191,9 +203,10 @@ __global__ void __launch_bounds__(kBlockThreads, 1)  // the 1 fixes the register
   if (threadIdx.x >= kMultipliers) {
     ptx::give_registers<24>();
     if (threadIdx.x == kMultipliers) {
-      copy_tiles<kTokens>(staged + int64_t(blockIdx.z) * tiles * stage_bytes(kTokens), ring, full,
+      copy_tiles<kTokens>(staged + int64_t(blockIdx.y) * tiles * stage_bytes(kTokens), ring, full,
                           empty, first, last);
     }
+    __syncwarp();
     ptx::cluster_sync();
     ptx::cluster_sync();
   } else {
@@ -214,8 +227,9 @@ __global__ void __launch_bounds__(kBlockThreads, 1)  // the 1 fixes the register
 
 template <class T, int kElement, int kTokens>
 const char* launch(const MatmulArgs& a, const PackedWeight& weight, int parts, void* stream) {
-  const dim3 grid(unsigned(parts), unsigned(divide_up(a.rows, kBlockRows)),
-                  unsigned(divide_up(a.tokens, kTokens)));
+  // Blocks that read the same rows of the weight run at the same time and share them in L2.
+  const dim3 grid(unsigned(parts), unsigned(divide_up(a.tokens, kTokens)),
+                  unsigned(divide_up(a.rows, kBlockRows)));
   return ptx::launch_cluster(wgmma_kernel<T, kElement, kTokens>, grid, kBlockThreads,
                              shared_bytes(kTokens), unsigned(parts), stream,
                              static_cast<const uint8_t*>(a.x), weight, static_cast<T*>(a.out),
@@ -229,6 +243,7 @@ const char* packed_matmul_wgmma(const MatmulArgs& a, int block_tokens, int parts
   if (parts < 1 || parts > 8 || (parts & (parts - 1)) != 0) return "1, 2, 4 or 8 parts";
   PackedWeight weight{};
   if (const char* error = packed_weight(a, &weight)) return error;
+  if (divide_up(a.rows, kBlockRows) > 65535) return "at most 8388480 rows";
   const char* error = "no kernel of these sizes";
   dispatch_half(a.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;

@@ -15,8 +15,8 @@ namespace ptx {
 
 // --- loads ----------------------------------------------------------------------------------
 
-// 4, 8 or 16 bytes of weights: read once by this SM, so they need no place in L1, and whole 128-byte
-// lines are wanted in L2 because the rest of the line is asked for next.
+// 4, 8 or 16 bytes of weights: read once by this SM, so they need no place in L1, and whole
+// 128-byte lines are wanted in L2 because the rest of the line is asked for next.
 template <int kWords>
 __device__ __forceinline__ void load_once(const void* address, uint32_t (&words)[kWords]) {
   static_assert(kWords == 2 || kWords == 4, "8 or 16 bytes");
@@ -29,6 +29,13 @@ __device__ __forceinline__ void load_once(const void* address, uint32_t (&words)
                  : "=r"(words[0]), "=r"(words[1])
                  : "l"(address));
   }
+}
+
+// (a & b) | c in one instruction: with two constants the compiler makes two of it.
+__device__ __forceinline__ uint32_t and_or(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t result;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(result) : "r"(a), "r"(b), "r"(c));
+  return result;
 }
 
 // --- mma.sync, sm_80 and later --------------------------------------------------------------
@@ -78,10 +85,10 @@ __device__ __forceinline__ void barrier_arrive(uint64_t* barrier) {
 
 // Arrives, and lets the phase also wait for `bytes` of bulk copies.
 __device__ __forceinline__ void barrier_expect(uint64_t* barrier, uint32_t bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(
-                   shared_address(barrier)),
-               "r"(bytes)
-               : "memory");
+  asm volatile(
+      "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
+      "r"(bytes)
+      : "memory");
 }
 
 // Waits until the phase of this parity is over: 0 the first, 1 the second, 0 the third...
@@ -163,8 +170,8 @@ __device__ __forceinline__ float load_cluster(const float* own, uint32_t rank) {
 template <class Kernel, class... Args>
 const char* launch_cluster(Kernel kernel, dim3 grid, int threads, size_t shared_bytes,
                            unsigned cluster, void* stream, Args... args) {
-  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                           int(shared_bytes));
+  cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes));
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeClusterDimension;
   attribute.val.clusterDim.x = cluster;
@@ -205,26 +212,26 @@ __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
-#define MB_D8(i)                                                                         \
+#define MB_D8(i)                                                                              \
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), \
       "+f"(d[i + 6]), "+f"(d[i + 7])
 #define MB_D32(i) MB_D8(i), MB_D8(i + 8), MB_D8(i + 16), MB_D8(i + 24)
-#define MB_TEXT32_0                                                                        \
+#define MB_TEXT32_0                                                                            \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, " \
   "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define MB_TEXT32_1                                                                           \
+#define MB_TEXT32_1                                                                            \
   "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, " \
   "%50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define MB_TEXT64_1                                                                           \
+#define MB_TEXT64_1                                                                            \
   "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, " \
   "%82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, " \
   "%100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, " \
   "%115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 // d += a b: the three 1s are "add to d", "a as it is", "b as it is", the 0 "b is K-major".
-#define MB_WGMMA(shape, type, outputs, rest, ...)                                              \
+#define MB_WGMMA(shape, type, outputs, rest, ...)                                                \
   asm volatile("{\n.reg .pred add;\nsetp.eq.u32 add, 0, 0;\nwgmma.mma_async.sync.aligned." shape \
-               "k16.f32." type "." type " {" outputs "}, " rest ", add, 1, 1, 0;\n}"           \
-               : __VA_ARGS__                                                                   \
+               "k16.f32." type "." type " {" outputs "}, " rest ", add, 1, 1, 0;\n}"             \
+               : __VA_ARGS__                                                                     \
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
 
 // d [64 rows, tokens] += a [64 rows, 16] b [16, tokens], started by the four warps of a

@@ -1,7 +1,7 @@
 // Activations -> the tiles that matmul_wgmma.cu multiplies, fake-quantized on the way where the
 // scheme quantizes them: one warp per token and 128 columns. Reads x once and writes it once in 16
-// bits (exact: codes of at most 4 digits times a power of two, as fake_quantize writes them), padded
-// with zeros to whole tiles.
+// bits (exact: codes of at most 4 digits times a power of two, as fake_quantize writes them),
+// padded with zeros to whole tiles.
 #include "fragments.h"
 #include "group.cuh"
 
@@ -68,12 +68,9 @@ const char* stage_activations(const void* x, void* out, int64_t tokens, int64_t 
   if (activation != 0 && !is_mx(format.element)) return "activations are MX or left alone";
   const int64_t padded = divide_up(tokens, block_tokens) * block_tokens;
   if (padded > 65535) return "at most 65535 tokens in one call";
-  const StageShape shape{int(tokens),
-                         int(columns),
-                         block_tokens,
-                         element_bits(weight.element),
-                         activation != 0,
-                         rows_aligned(x, columns * 2, kLaneColumns * 2)};
+  const StageShape shape{int(tokens),     int(columns),
+                         block_tokens,    element_bits(weight.element),
+                         activation != 0, rows_aligned(x, columns * 2, kLaneColumns * 2)};
   const dim3 grid(unsigned(divide_up(divide_up(columns, kRun), kWarps)), unsigned(padded));
   dispatch_half(dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;

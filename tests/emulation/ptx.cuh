@@ -18,6 +18,8 @@ inline void load_once(const void* address, uint32_t (&words)[kWords]) {
   memcpy(words, address, sizeof words);
 }
 
+inline uint32_t and_or(uint32_t a, uint32_t b, uint32_t c) { return (a & b) | c; }
+
 // --- fragments ------------------------------------------------------------------------------
 
 template <class T>
@@ -112,8 +114,8 @@ inline void bulk_copy(void* shared, const void* global, uint32_t bytes, uint64_t
   if (shared_address(shared) % 16 || uintptr_t(global) % 16 || bytes % 16) {
     emulate::fail("a misaligned bulk copy");
   }
-  copies.push_back({static_cast<char*>(shared), static_cast<const char*>(global), bytes,
-                    mbarrier(barrier)});
+  copies.push_back(
+      {static_cast<char*>(shared), static_cast<const char*>(global), bytes, mbarrier(barrier)});
 }
 
 template <int kThreads>
@@ -167,7 +169,8 @@ inline uint64_t swizzled_operand(uint32_t start) {
 // The 16-bit value of `row` and `k` of the K-major operand that a descriptor means: rows of 128
 // bytes, groups of 8 rows "stride" apart, and bits 4-6 of the address xor-ed with bits 7-9.
 inline uint16_t operand_bits(uint64_t descriptor, int row, int k) {
-  if (descriptor >> 62 != 1 || (descriptor >> 49 & 7) != 0) emulate::fail("not the 128-byte swizzle");
+  if (descriptor >> 62 != 1 || (descriptor >> 49 & 7) != 0)
+    emulate::fail("not the 128-byte swizzle");
   const uint32_t start = (descriptor & 0x3fff) << 4, stride = (descriptor >> 32 & 0x3fff) << 4;
   const uint32_t address = start + row / 8 * stride + row % 8 * 128 + k * 2;
   const uint32_t swizzled = address ^ (address >> 7 & 7) << 4;
@@ -180,7 +183,8 @@ template <class T, int kSize>
 void run_products(Pipeline& mine, const std::vector<Product>& products) {
   const int lane = emulate::me().index % 32;
   for (size_t p = 0; p < products.size(); ++p) {
-    if (memcmp(products[p].a, products[p].registers, 16)) emulate::fail("wgmma's registers changed");
+    if (memcmp(products[p].a, products[p].registers, 16))
+      emulate::fail("wgmma's registers changed");
     float a[2][16];
     for (int row = 0; row < 2; ++row) {
       for (int k = 0; k < 16; ++k) {

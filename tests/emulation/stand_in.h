@@ -197,13 +197,20 @@ inline float __bfloat162float(__nv_bfloat16 h) { return mixbits::bfloat16_to_flo
 inline __nv_bfloat16 __float2bfloat16_rn(float x) { return {mixbits::float_to_bfloat16(x)}; }
 
 // Products of two numbers of 11 digits are exact in a float, sums of two in a double.
-#define MB_PAIRS(Pair, Scalar, to, from)                                                        \
-  inline Pair __hmul2(Pair a, Pair b) { return {from(to(a.x) * to(b.x)), from(to(a.y) * to(b.y))}; } \
-  inline Pair __hsub2(Pair a, Pair b) { return {from(to(a.x) - to(b.x)), from(to(a.y) - to(b.y))}; } \
-  inline Pair __hfma2(Pair a, Pair b, Pair c) {                                                 \
-    return {from(float(double(to(a.x)) * to(b.x) + to(c.x))),                                   \
-            from(float(double(to(a.y)) * to(b.y) + to(c.y)))};                                  \
+#define MB_PAIRS(Pair, Scalar, to, from)                       \
+  inline Pair __hmul2(Pair a, Pair b) {                        \
+    return {from(to(a.x) * to(b.x)), from(to(a.y) * to(b.y))}; \
+  }                                                            \
+  inline Pair __hsub2(Pair a, Pair b) {                        \
+    return {from(to(a.x) - to(b.x)), from(to(a.y) - to(b.y))}; \
+  }                                                            \
+  inline Pair __hfma2(Pair a, Pair b, Pair c) {                \
+    return {from(float(double(to(a.x)) * to(b.x) + to(c.x))),  \
+            from(float(double(to(a.y)) * to(b.y) + to(c.y)))}; \
   }
 MB_PAIRS(__half2, __half, __half2float, __float2half_rn)
 MB_PAIRS(__nv_bfloat162, __nv_bfloat16, __bfloat162float, __float2bfloat16_rn)
 #undef MB_PAIRS
+inline __nv_bfloat162 __float2bfloat162_rn(float x) {
+  return {__float2bfloat16_rn(x), __float2bfloat16_rn(x)};
+}

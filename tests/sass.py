@@ -1,0 +1,56 @@
+"""What the machine code of a CUDA object file says about its kernels.
+
+The disassembler is the one that Triton ships.
+"""
+
+import re
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);")
+
+
+def find_cuobjdump() -> Path | None:
+    try:
+        import triton.backends.nvidia as nvidia
+    except ImportError:
+        return None
+    path = Path(nvidia.__path__[0]) / "bin" / "cuobjdump"
+    return path if path.exists() else None
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """The instructions of one kernel: (address, opcode with its modifiers, operands)."""
+
+    name: str
+    code: list[tuple[int, str, str]]
+
+    def count(self, pattern: str) -> int:
+        """Instructions whose opcode matches from its beginning."""
+        return sum(re.match(pattern, opcode) is not None for _, opcode, _ in self.code)
+
+    def inner_loop(self, pattern: str) -> list[str]:
+        """Opcodes of the smallest loop that holds all that match `pattern` within loops."""
+        loops = []
+        for address, opcode, operands in self.code:
+            target = re.search(r"0x([0-9a-f]+)", operands)
+            if opcode.startswith("BRA") and target and int(target[1], 16) < address:
+                begin = int(target[1], 16)
+                loops.append([op for at, op, _ in self.code if begin <= at <= address])
+        found = [(sum(bool(re.match(pattern, op)) for op in loop), loop) for loop in loops]
+        most = max((n for n, _ in found), default=0)
+        return min((loop for n, loop in found if n == most and n), key=len, default=[])
+
+
+def disassemble(cuobjdump: Path, path: Path) -> list[Kernel]:
+    """The kernels of an object file."""
+    command = [str(cuobjdump), "-sass", str(path)]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    kernels = []
+    for part in text.split("Function : ")[1:]:
+        name = part.split("\n", 1)[0].strip()
+        found = INSTRUCTION.findall(part)
+        kernels.append(Kernel(name, [(int(at, 16), op, rest) for at, op, rest in found]))
+    return kernels
