@@ -1,61 +1,152 @@
-"""The CUDA kernels, as far as a compiler can tell: registers, spills, instructions; numerics.
+"""The CUDA kernels, as far as compilers can tell; tests/test_cuda_kernels.py runs them.
 
-compile   nvcc builds every file for the architectures that run it, and its machine code is looked at
-numerics  csrc/formats.h, and the fragment maps, compiled by the host compiler
-
-tests/test_cuda_kernels.py runs the kernels, emulated or on a GPU.
+compile   nvcc builds every file for every architecture that runs it: no spills, registers within
+          limits, and in the machine code the instructions that the kernels are about
+numerics  csrc/formats.h and the fragment maps, compiled by the host compiler
 """
-import importlib.machinery
-import importlib.util
+
+import csv
+import os
 import re
 import shutil
 import subprocess
-import sys
-import sysconfig
-from contextlib import nullcontext
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-import test_triton as checks
+import sass
 import torch
-from conftest import FORMATS, INT_FORMATS, MX_FORMATS, assert_same_bits, format_id
+from conftest import assert_same_bits
 
 from mixbits import reference
-from mixbits.backends import cuda
-from mixbits.formats import INTEGERS, MINIFLOATS, Format
+from mixbits.formats import MINIFLOATS
 
-CSRC = Path(__file__).resolve().parent.parent / "csrc"
+TESTS = Path(__file__).resolve().parent
+CSRC = TESTS.parent / "csrc"
 SOURCES = sorted(CSRC.glob("cuda/*.cu"))
-# Registers per thread: 64 let two thirds of an SM's warps be resident, 128 a quarter.
-MAX_REGISTERS = {"matmul": 128}
+# Registers per thread of files whose kernels want more than 64, which let two thirds of an SM's
+# warps be resident. What the matrix kernels may have follows from their launch bounds.
+MAX_REGISTERS = {"matmul": 128, "matmul_mma": 255, "matmul_wgmma": 168}
+BUDGETS = TESTS / "cuda_budgets.csv"
 
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on the PATH")
 needs_gpp = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not on the PATH")
-needs_gpu = pytest.mark.skipif(
-    cuda.why_unavailable() is not None, reason=f"cuda backend: {cuda.why_unavailable()}"
+needs_cuobjdump = pytest.mark.skipif(
+    sass.find_cuobjdump() is None, reason="Triton, which ships cuobjdump, is not installed"
 )
 
 
 # --- compile ---------------------------------------------------------------------------------
 
 
+def architectures(source: Path) -> list[str]:
+    return ["90a"] if source.stem == "matmul_wgmma" else ["80", "90a", "100a", "120a"]
+
+
+BUILDS = [(source.stem, arch) for source in SOURCES for arch in architectures(source)]
+
+
+@pytest.fixture(scope="module")
+def builds(tmp_path_factory):
+    """(file, architecture) -> (object file, nvcc's exit code and log), all of them at once."""
+    folder = tmp_path_factory.mktemp("objects")
+
+    def build(name: str, arch: str) -> tuple[Path, int, str]:
+        target = folder / f"{name}.{arch}.o"
+        command = ["nvcc", "-std=c++17", "-O3", "-Xptxas", "-v", "-c", f"{CSRC}/cuda/{name}.cu"]
+        command += ["-gencode", f"arch=compute_{arch},code=sm_{arch}", "-o", str(target)]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        return target, result.returncode, result.stdout + result.stderr
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return dict(zip(BUILDS, pool.map(lambda job: build(*job), BUILDS), strict=True))
+
+
 @pytest.mark.slow
 @needs_nvcc
-@pytest.mark.parametrize("architecture", ["80", "90a"])
-@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
-def test_compiles_without_spills(source, architecture, tmp_path):
-    command = ["nvcc", "-std=c++17", "-O3", "-Xptxas", "-v", "-c", str(source)]
-    command += ["-gencode", f"arch=compute_{architecture},code=sm_{architecture}"]
-    command += ["-o", str(tmp_path / "out.o")]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr[-4000:]
-    log = result.stdout + result.stderr
+@pytest.mark.parametrize(("name", "arch"), BUILDS)
+def test_compiles_without_spills(builds, name, arch):
+    _, code, log = builds[name, arch]
+    assert code == 0, log[-4000:]
     assert "warning" not in log, log[-4000:]
+    # ptxas only informs when it gives up the asynchrony of wgmma (C7510 and its neighbours).
+    assert "Potential Performance Loss" not in log, log[-4000:]
     registers = [int(n) for n in re.findall(r"Used (\d+) registers", log)]
     spills = [int(n) for n in re.findall(r"(\d+) bytes spill", log)]
     assert registers and len(spills) == 2 * len(registers)
     assert max(spills) == 0
-    assert max(registers) <= MAX_REGISTERS.get(source.stem, 64)
+    assert max(registers) <= MAX_REGISTERS.get(name, 64)
+
+
+@pytest.mark.slow
+@needs_nvcc
+@needs_cuobjdump
+@pytest.mark.parametrize("arch", ["80", "90a", "100a", "120a"])
+def test_mma_machine_code(builds, arch):
+    """Tensor cores, wide loads of codes, nothing in local memory."""
+    kernels = sass.disassemble(sass.find_cuobjdump(), builds["matmul_mma", arch][0])
+    assert len(kernels) == 2 * 6 * 3  # dtypes, elements, shapes
+    for kernel in kernels:
+        loop = "\n".join(kernel.inner_loop("HMMA"))
+        element = int(re.search(r"Li(\d)ELi\dELi\dE", kernel.name)[1])
+        assert "HMMA.16816.F32" in loop, kernel.name
+        # int2 has 8 bytes of codes per lane; the other 16-byte loads are those of x.
+        codes = r"LDG\.E\.64" if element == 3 else r"LDG\.E\.128"
+        assert re.search(codes, loop.replace(".NA.LTC128B", "")), kernel.name
+        assert not kernel.count("LDL|STL"), kernel.name
+
+
+@pytest.mark.slow
+@needs_nvcc
+@needs_cuobjdump
+def test_wgmma_machine_code(builds):
+    """Warpgroup products from registers in the loop, bulk copies, registers given and taken."""
+    kernels = sass.disassemble(sass.find_cuobjdump(), builds["matmul_wgmma", "90a"][0])
+    assert len(kernels) == 2 * 6 * 3  # dtypes, elements, tokens of a block
+    for kernel in kernels:
+        tokens = int(re.search(r"Li\dELi(\d+)E", kernel.name)[1])
+        loop = kernel.inner_loop("HGMMA")
+        wide = [op for op in loop if op.startswith(f"HGMMA.64x{tokens}x16.F32")]
+        assert len(wide) == 16, kernel.name  # two tiles of 8 steps
+        assert kernel.count("UBLKCP") and kernel.count("SYNCS")
+        assert kernel.count("USETMAXREG") == 2
+        assert not kernel.count("LDL|STL"), kernel.name
+
+
+def loop_sizes(builds) -> dict[tuple[str, str], int]:
+    """(file, template arguments) -> instructions of the loop around the matrix unit, bfloat16.
+
+    A loop holds 4 chunks of two rows of mma, or two tiles of 128 columns of wgmma; and, out of
+    the way, the branches that repair rare values.
+    """
+    sizes = {}
+    for name, pattern in (("matmul_mma", "HMMA"), ("matmul_wgmma", "HGMMA")):
+        for kernel in sass.disassemble(sass.find_cuobjdump(), builds[name, "90a"][0]):
+            if match := re.search(r"kernelI13__nv_bfloat16((?:Li\d+E)+)E", kernel.name):
+                arguments = " ".join(re.findall(r"\d+", match[1]))
+                sizes[name, arguments] = len(kernel.inner_loop(pattern))
+    return sizes
+
+
+@pytest.mark.slow
+@needs_nvcc
+@needs_cuobjdump
+def test_instruction_budgets(builds):
+    """Loops do not grow by more than a compiler's whim over tests/cuda_budgets.csv (sm_90a).
+
+    MIXBITS_WRITE_BUDGETS=1 writes the file.
+    """
+    sizes = loop_sizes(builds)
+    if os.environ.get("MIXBITS_WRITE_BUDGETS") == "1":
+        with BUDGETS.open("w", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(["file", "template arguments", "instructions of the loop"])
+            writer.writerows([*key, size] for key, size in sorted(sizes.items()))
+    with BUDGETS.open() as file:
+        budgets = {(row[0], row[1]): int(row[2]) for row in list(csv.reader(file))[1:]}
+    assert budgets.keys() == sizes.keys()
+    grown = {key: (budgets[key], size) for key, size in sizes.items() if size > 1.05 * budgets[key]}
+    assert not grown, grown
 
 
 # --- numerics --------------------------------------------------------------------------------
@@ -111,3 +202,76 @@ def test_host_numerics(tmp_path):
     assert_same_bits(floats, torch.cat([t.flatten() for t in expected]))
 
 
+FRAGMENTS_PROGRAM = r"""
+#include <stdio.h>
+#include "cuda/fragments.h"
+using namespace mixbits::cuda;
+int main() {
+  for (int bits = 2; bits <= 8; bits *= 2) {
+    for (int pair = 0; pair < chunk_columns(bits) / 2; ++pair) {
+      printf("pair %d %d %d\n", bits, pair_column(bits, pair, 0), pair_column(bits, pair, 1));
+    }
+    for (int column = 0; column < kStagedColumns; ++column) {
+      printf("staged %d %d %d\n", bits, column, staged_position(bits, column));
+    }
+  }
+  for (int token = 0; token < 64; ++token) {
+    for (int position = 0; position < kStagedColumns; ++position) {
+      printf("byte %d %d %d\n", token, position, staged_byte(64, token, position));
+    }
+  }
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def fragment_maps(tmp_path_factory):
+    """Rows of integers by the name of their map."""
+    folder = tmp_path_factory.mktemp("fragments")
+    source, program = folder / "fragments.cpp", folder / "fragments"
+    source.write_text(FRAGMENTS_PROGRAM)
+    command = ["g++", "-std=c++17", f"-I{CSRC}", str(source), "-o", str(program)]
+    subprocess.run(command, check=True)
+    output = subprocess.run([str(program)], capture_output=True, text=True, check=True).stdout
+    rows: dict[str, list[tuple[int, ...]]] = {}
+    for line in output.splitlines():
+        name, *numbers = line.split()
+        rows.setdefault(name, []).append(tuple(map(int, numbers)))
+    return rows
+
+
+@needs_gpp
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_pairs_cover_a_chunk(fragment_maps, bits):
+    """Every column of a lane's 16 bytes (8 of int2) once, the two of a pair 16 bits apart."""
+    pairs = [(low, high) for b, low, high in fragment_maps["pair"] if b == bits]
+    columns = sorted(column for pair in pairs for column in pair)
+    assert columns == list(range(16 if bits == 8 else 32))
+    assert all((high - low) * bits == 16 for low, high in pairs)
+
+
+@needs_gpp
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_staged_order_is_that_of_the_fragments(fragment_maps, bits):
+    """Position 16 s + 8 u + 2 q + e holds what lane q's register 2u of step s has in its half e."""
+    staged = {column: at for b, column, at in fragment_maps["staged"] if b == bits}
+    assert sorted(staged.values()) == list(range(128))
+    pairs = [(low, high) for b, low, high in fragment_maps["pair"] if b == bits]
+    chunk = 2 * len(pairs)
+    for tile in range(128 // (4 * chunk)):
+        for lane in range(4):
+            for number, pair in enumerate(pairs):
+                step, upper = tile * len(pairs) // 2 + number // 2, number % 2
+                for half, column in enumerate(pair):
+                    at = staged[tile * 4 * chunk + lane * chunk + column]
+                    assert at == 16 * step + 8 * upper + 2 * lane + half
+
+
+@needs_gpp
+def test_staged_bytes_are_swizzled(fragment_maps):
+    """Two sets of 128-byte rows, bits 4-6 of a byte's place xor-ed with bits 7-9."""
+    places = [place for _, _, place in fragment_maps["byte"]]
+    assert sorted(places) == list(range(0, 64 * 256, 2))
+    for token, position, place in fragment_maps["byte"]:
+        plain = (position // 64 * 64 + token) * 128 + position % 64 * 2
+        assert place == plain ^ (plain >> 7 & 7) << 4

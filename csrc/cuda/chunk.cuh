@@ -51,15 +51,9 @@ inline const char* packed_weight(const MatmulArgs& a, PackedWeight* weight) {
   return nullptr;
 }
 
-// Where a row begins. 32 bits: with the 64-bit addresses of its rows at hand a kernel would spill.
-struct PackedRow {
-  uint32_t codes, groups, zero_points;  // as offsets, of which groups counts groups
-};
-
 // A row too many is the last one: it is computed and not stored.
-__device__ __forceinline__ PackedRow packed_row(const PackedWeight& w, int row) {
-  const uint32_t valid = uint32_t(min(row, w.rows - 1));
-  return {valid * w.row_bytes, valid * w.groups, valid * w.zero_bytes};
+__device__ __forceinline__ uint32_t valid_row(const PackedWeight& w, int row) {
+  return uint32_t(min(row, w.rows - 1));
 }
 
 // Nothing is computed from what is loaded until it is decoded: the loads may take their time.
@@ -81,20 +75,21 @@ __device__ __forceinline__ int zero_shift(const PackedWeight& w, int column) {
 
 // The chunk of a row that begins at `column`; beyond the end of the row, its first one, because
 // the activations are zeros there, and a row that is not finite has no other result anyway.
+// Offsets are products in 32 bits: with addresses of all its rows at hand a kernel would spill.
 template <int kElement>
-__device__ __forceinline__ void load_chunk(const PackedWeight& w, const PackedRow& row, int column,
+__device__ __forceinline__ void load_chunk(const PackedWeight& w, uint32_t row, int column,
                                            Chunk<kElement>& chunk) {
   constexpr int kBits = element_bits(kElement);
   const uint32_t from = column < w.columns ? uint32_t(column) : 0;
-  ptx::load_once(w.codes + (row.codes + from / 8 * kBits), chunk.words);
+  ptx::load_once(w.codes + (row * w.row_bytes + from / 8 * kBits), chunk.words);
   const uint32_t group = from >> w.group_shift;
   if constexpr (is_mx(kElement)) {
-    chunk.scale = static_cast<const uint8_t*>(w.scales)[row.groups + group];
+    chunk.scale = static_cast<const uint8_t*>(w.scales)[row * w.groups + group];
   } else {
-    chunk.scale = static_cast<const uint16_t*>(w.scales)[row.groups + group];
+    chunk.scale = static_cast<const uint16_t*>(w.scales)[row * w.groups + group];
     chunk.zero_byte = 1 << (kBits - 1);
     if (w.zero_points != nullptr) {
-      chunk.zero_byte = w.zero_points[row.zero_points + group / (8 / kBits)];
+      chunk.zero_byte = w.zero_points[row * w.zero_bytes + group / (8 / kBits)];
     }
   }
 }

@@ -17,8 +17,10 @@ namespace mixbits {
 namespace cuda {
 namespace {
 
-// Of a block, and of an SM where a block has several fragments of rows: 128 and 168 registers.
-MB_HD constexpr int max_warps(int row_tiles) { return row_tiles == 1 ? 16 : 12; }
+// Of a block; an SM then has 128, 168 or 255 registers for each of their threads.
+MB_HD constexpr int max_warps(int row_tiles, int token_tiles) {
+  return row_tiles == 1 ? 16 : token_tiles == 1 ? 12 : 8;
+}
 constexpr int kFragmentRows = 16;
 constexpr int kFragmentTokens = 8;
 
@@ -73,13 +75,13 @@ __device__ __forceinline__ void add_half(const Chunk<kElement> (&rows)[2], int z
 }
 
 template <class T, int kElement, int kRowTiles, int kTokenTiles>
-__global__ void __launch_bounds__(32 * max_warps(kRowTiles))
+__global__ void __launch_bounds__(32 * max_warps(kRowTiles, kTokenTiles))
     mma_kernel(const T* x, PackedWeight weight, T* out, int tokens) {
   constexpr int kBits = element_bits(kElement);
   constexpr int kChunk = chunk_columns(kBits), kTile = tile_columns(kBits);
   constexpr int kAhead = 4 / kRowTiles;  // tiles of which the weight is loaded in advance
   constexpr int kTokens = kTokenTiles * kFragmentTokens;
-  __shared__ float sums[max_warps(kRowTiles)][kTokens][kFragmentRows + 1];
+  __shared__ float sums[max_warps(kRowTiles, kTokenTiles)][kTokens][kFragmentRows + 1];
   const int warps = blockDim.x / 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int group = lane / 4, chunk_column = lane % 4 * kChunk;
   const int first_row = blockIdx.x * (kRowTiles * kFragmentRows);
@@ -88,11 +90,11 @@ __global__ void __launch_bounds__(32 * max_warps(kRowTiles))
 
   float c[kRowTiles][kTokenTiles][4] = {};
   Chunk<kElement> chunks[kAhead][kRowTiles][2];
-  PackedRow rows[kRowTiles][2];
+  uint32_t rows[kRowTiles][2];
 #pragma unroll
   for (int r = 0; r < kRowTiles; ++r) {
-    rows[r][0] = packed_row(weight, first_row + r * kFragmentRows + group);
-    rows[r][1] = packed_row(weight, first_row + r * kFragmentRows + 8 + group);
+    rows[r][0] = valid_row(weight, first_row + r * kFragmentRows + group);
+    rows[r][1] = valid_row(weight, first_row + r * kFragmentRows + 8 + group);
   }
   const auto load_rows = [&](Chunk<kElement>(&pair)[2], int r, int tile) {
     load_chunk<kElement>(weight, rows[r][0], tile * kTile + chunk_column, pair[0]);
@@ -172,7 +174,7 @@ void launch(const MatmulArgs& a, const PackedWeight& weight, int warps, cudaStre
 const char* packed_matmul_mma(const MatmulArgs& a, int row_tiles, int token_tiles, int warps,
                               void* stream) {
   if (a.tokens == 0 || a.rows == 0 || a.columns == 0) return nullptr;
-  if (warps < 1 || warps > max_warps(row_tiles)) return "too many warps, or none";
+  if (warps < 1 || warps > max_warps(row_tiles, token_tiles)) return "too many warps, or none";
   if (!rows_aligned(a.x, a.columns * 2, 16)) return "x must be aligned to 16 bytes";
   PackedWeight weight{};
   if (const char* error = packed_weight(a, &weight)) return error;

@@ -49,7 +49,7 @@ struct WeightTile {  // 128 columns of a lane's two rows
   static constexpr int kChunks = kStagedColumns / tile_columns(kBits);
   Chunk<kElement> chunks[kChunks][2];
 
-  __device__ __forceinline__ void load(const PackedWeight& weight, const PackedRow (&rows)[2],
+  __device__ __forceinline__ void load(const PackedWeight& weight, const uint32_t (&rows)[2],
                                        int column) {
 #pragma unroll
     for (int i = 0; i < kChunks; ++i) {
@@ -128,7 +128,7 @@ __device__ __forceinline__ void multiply_tiles(const PackedWeight& weight, uint8
                                                float (&sums)[kTokens / 2]) {
   constexpr int kStages = stage_count(kTokens), kAhead = 2;
   const int row = blockIdx.z * kBlockRows + threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
-  const PackedRow rows[2] = {packed_row(weight, row), packed_row(weight, row + 8)};
+  const uint32_t rows[2] = {valid_row(weight, row), valid_row(weight, row + 8)};
   int column =
       first * kStagedColumns + threadIdx.x % 4 * chunk_columns(WeightTile<kElement>::kBits);
   uint32_t sets[2][4][4];

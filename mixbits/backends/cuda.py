@@ -239,6 +239,7 @@ def _row_slice(packed: Packed, first: int, last: int) -> Packed:
 
 def _matmul_through_scratch(x: Tensor, packed: Packed, fmt: Format) -> Tensor:
     """The product for many tokens, over blocks of output rows whose scratch stays bounded."""
+    x = x.detach()  # products into a given tensor have no gradient
     tokens, columns = x.shape
     rows = packed.weight_packed.shape[0]
     block = min(rows, max(1, SCRATCH_BYTES // (columns * x.element_size())))
@@ -251,5 +252,5 @@ def _matmul_through_scratch(x: Tensor, packed: Packed, fmt: Format) -> Tensor:
         last = min(first + block, rows)
         part = scratch[: last - first]
         _dequantize_into(part, _row_slice(packed, first, last), fmt)
-        out[:, first:last] = x @ part.T
+        torch.mm(x, part.T, out=out[:, first:last])
     return out

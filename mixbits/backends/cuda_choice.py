@@ -58,15 +58,15 @@ def _mma(tokens: int, rows: int, columns: int) -> Choice:
     # A block reads x once per 16 * row_tiles rows: x must stay below the weight's own bytes, so
     # more tokens need more rows; few rows leave multiprocessors idle, so one token takes 16.
     row_tiles, token_tiles = (1, 1) if tokens <= 2 else (4, 1) if tokens <= 8 else (4, 2)
-    most = 16 if row_tiles == 1 else 12
-    # A warp wants at least two tiles; 16 rows and less than half the most warps fill no SM.
+    most = 16 if row_tiles == 1 else 12 if token_tiles == 1 else 8  # max_warps, matmul_mma.cu
+    # A warp wants at least two tiles of its rows; fewer than 4 warps leave the SM's parts idle.
     warps = max(4, min(most, -(-columns // TILE) // 2))
     return Choice("mma", row_tiles=row_tiles, token_tiles=token_tiles, warps=warps)
 
 
 def _wgmma(tokens: int, rows: int, columns: int, processors: int) -> Choice:
     block_tokens = 64 if tokens <= 64 else 128 if tokens <= 128 else 256
-    if 256 < tokens and -(-tokens // 128) * 128 < -(-tokens // 256) * 256:
+    if tokens > 256 and -(-tokens // 128) * 128 < -(-tokens // 256) * 256:
         block_tokens = 128  # less padding
     blocks = -(-rows // WGMMA_ROWS) * -(-tokens // block_tokens)
     # Split the columns while that fills idle multiprocessors and leaves each part 4 tiles.
@@ -92,7 +92,8 @@ def choose(
     """The kernel for x [tokens, columns] of `dtype` times a weight [rows, columns] of `fmt`.
 
     `processors` is the device's number of multiprocessors; `has_wgmma` whether the library was
-    built for sm_90a; `aligned` whether the codes begin at a multiple of 16 bytes. `forced` names a kernel, and raises ValueError where that cannot run.
+    built for sm_90a; `aligned` whether the codes begin at a multiple of 16 bytes. `forced` names
+    a kernel; raises ValueError where that cannot run.
     """
     # Rows of codes must be whole chunks that one load brings (csrc/cuda/fragments.h).
     fits = dtype in (torch.bfloat16, torch.float16) and columns % 32 == 0 and aligned
