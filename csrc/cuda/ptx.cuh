@@ -31,6 +31,22 @@ __device__ __forceinline__ void load_once(const void* address, uint32_t (&words)
   }
 }
 
+// 4, 8 or 16 bytes in one store, which the compiler makes of 16-bit values one by one.
+template <int kWords>
+__device__ __forceinline__ void store(void* address, const uint32_t (&words)[kWords]) {
+  static_assert(kWords == 1 || kWords == 2 || kWords == 4, "4, 8 or 16 bytes");
+  if constexpr (kWords == 4) {
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(words[0]),
+                 "r"(words[1]), "r"(words[2]), "r"(words[3])
+                 : "memory");
+  } else if constexpr (kWords == 2) {
+    asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(address), "r"(words[0]), "r"(words[1])
+                 : "memory");
+  } else {
+    *static_cast<uint32_t*>(address) = words[0];
+  }
+}
+
 // (a & b) | c in one instruction: with two constants the compiler makes two of it.
 __device__ __forceinline__ uint32_t and_or(uint32_t a, uint32_t b, uint32_t c) {
   uint32_t result;

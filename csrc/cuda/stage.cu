@@ -51,8 +51,9 @@ __global__ void __launch_bounds__(kThreads)
   // Half a 16-byte piece per lane: a warp writes two whole rows of 128 bytes.
   const int block = token / shape.block_tokens, place = token % shape.block_tokens;
   uint8_t* target = out + (int64_t(block) * tiles + tile) * shape.block_tokens * kRun * 2;
-  *reinterpret_cast<Vector<T, 4>*>(target + staged_byte(shape.block_tokens, place, lane * 4)) =
-      *reinterpret_cast<const Vector<T, 4>*>(&staged[warp][lane * 4]);
+  *reinterpret_cast<Vector<uint32_t, 2>*>(target +
+                                          staged_byte(shape.block_tokens, place, lane * 4)) =
+      *reinterpret_cast<const Vector<uint32_t, 2>*>(&staged[warp][lane * 4]);
 }
 
 }  // namespace

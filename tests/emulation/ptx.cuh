@@ -18,6 +18,11 @@ inline void load_once(const void* address, uint32_t (&words)[kWords]) {
   memcpy(words, address, sizeof words);
 }
 
+template <int kWords>
+inline void store(void* address, const uint32_t (&words)[kWords]) {
+  if (uintptr_t(address) % sizeof words) emulate::fail("a misaligned store");
+  memcpy(address, words, sizeof words);
+}
 inline uint32_t and_or(uint32_t a, uint32_t b, uint32_t c) { return (a & b) | c; }
 
 // --- fragments ------------------------------------------------------------------------------
