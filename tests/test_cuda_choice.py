@@ -1,4 +1,4 @@
-"""The choice of a CUDA kernel is a pure function: every choice can run, and is what the docs say."""
+"""The choice of a CUDA kernel is a pure function, and every choice can run."""
 
 import pytest
 import torch

@@ -294,8 +294,39 @@ def test_matmul(fmt, shape):
     checks.check_matmul(cuda, GPU, fmt, shape)
 
 
+def skip_unless_it_runs(choice: Choice) -> None:
+    (major, minor), _ = cuda._device_facts(GPU)
+    if (major, minor) < (8, 0) or (choice.kernel == "wgmma" and (major, minor) != (9, 0)):
+        pytest.skip(f"{choice} does not run on compute capability {major}.{minor}")
+
+
 @needs_gpu
-@pytest.mark.parametrize("tokens", [3, 40])
+@pytest.mark.parametrize("choice", [*MMA, *WGMMA], ids=str)
+@checks.each_format
+def test_matrix_units(fmt, choice, monkeypatch):
+    skip_unless_it_runs(choice)
+    use(monkeypatch, choice)
+    for shape in ((19, 69, 672), (1, 3, 32), (300, 257, 4096)):
+        checks.check_matmul(cuda, GPU, fmt, shape)
+
+
+@needs_gpu
+@pytest.mark.parametrize("choice", [MMA[2], *WGMMA], ids=str)
+def test_same_bits_every_time(choice, monkeypatch):
+    """Many blocks, long rows: a race would move a bit now and then. fake_quantize may be fused."""
+    skip_unless_it_runs(choice)
+    use(monkeypatch, choice)
+    fmt = MX_FORMATS[0]
+    packed = cuda.quantize_pack(torch.randn(4096, 4096, device=GPU), fmt)
+    x = torch.randn(200, 4096, device=GPU, dtype=torch.bfloat16)
+    first = cuda.packed_matmul(x, packed, fmt, fmt)
+    for _ in range(50):
+        assert torch.equal(first, cuda.packed_matmul(x, packed, fmt, fmt))
+    assert torch.equal(first, cuda.packed_matmul(cuda.fake_quantize(x, fmt), packed, fmt, None))
+
+
+@needs_gpu
+@pytest.mark.parametrize("tokens", [1, 3, 40, 200, 1100])
 def test_graph_replay(tokens):
     """A captured product gives the bits of an eager one, on new input in the same place."""
     fmt = MX_FORMATS[0]

@@ -10,9 +10,11 @@
 // ahead: every code is wanted by one thread of the block, so shared memory would only add a copy.
 //
 // A warpgroup dequantizes 64 columns while the matrix unit works on the 64 before: two sets of
-// 16 registers, and a set is refilled when the group that reads it is finished. Dequantizing takes
-// about 2.5 instructions per weight, and a weight is used for `kTokens` tokens: 128 or more keep
-// that below the time of the matrix unit (64 cycles per m64n128k16 and SM).
+// 16 registers, and a set is refilled when the group that reads it is finished. The loop has about
+// 4 instructions per weight and lane (sm_90a machine code). A multiprocessor issues 128 lanes per
+// cycle, and its matrix unit wants 128 x 16 weights every 128 cycles for 128 tokens: half of the
+// issue slots. With 64 tokens it is all of them, so smaller blocks are for when memory is the
+// limit.
 //
 // The blocks of a cluster share rows and tokens and split the columns; they add their sums through
 // distributed shared memory in the order of their ranks. Nothing is added in memory, no workspace.

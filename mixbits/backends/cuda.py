@@ -20,7 +20,7 @@ import functools
 import importlib
 import os
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -165,7 +165,7 @@ def _forced_kernel() -> Kernel | None:
     name = os.environ.get("MIXBITS_CUDA_KERNEL") or None
     if name is not None and name not in KERNELS:
         raise UsageError(f"MIXBITS_CUDA_KERNEL must be one of {', '.join(KERNELS)}: got {name!r}")
-    return cast("Kernel | None", name)
+    return name
 
 
 def explain(x: Tensor, packed: Packed, fmt: Format) -> Choice:

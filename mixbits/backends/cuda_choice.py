@@ -108,14 +108,17 @@ def choose(
             f"kernel {forced!r} cannot take {tokens} tokens of {dtype} with {fmt.element} weights "
             f"[{rows}, {columns}] on compute capability {capability[0]}.{capability[1]}"
         )
-    # mma pays for the weight once per 16 tokens, and dequantizes it as often: about 2.5
+    # mma pays for the weight once per 16 tokens, and dequantizes it as often: about 4
     # instructions per weight, against the 2 bytes written and read again that scratch costs.
     few = 16 if possible["wgmma"] else 64
     # From about 1024 tokens on, dequantizing once is less than 1/10 of the product's own time.
     order: tuple[tuple[Kernel, int], ...] = (("mma", few), ("simple", 16), ("wgmma", 1024))
-    kernel = forced or next(
-        (name for name, most in order if possible[name] and tokens <= most), "scratch"
-    )
+    kernel: Kernel = "scratch"
+    for name, most in reversed(order):
+        if possible[name] and tokens <= most:
+            kernel = name
+    if forced is not None:
+        kernel = forced
     if kernel == "mma":
         return _mma(tokens, rows, columns)
     if kernel == "wgmma":
