@@ -20,6 +20,15 @@ def find_cuobjdump() -> Path | None:
     return path if path.exists() else None
 
 
+def written(opcode: str, operands: str) -> set[int]:
+    """Registers that an instruction of the kinds around HGMMA writes; it names them first."""
+    first = re.match(r"\s*R(\d+)\b", operands)
+    if first is None or re.match("HGMMA|ST|BRA|B?SYNC|BSSY|ISETP", opcode):
+        return set()
+    count = 4 if ".128" in opcode else 2 if re.search(r"\.64|CS2R|WIDE", opcode) else 1
+    return set(range(int(first[1]), int(first[1]) + count))
+
+
 @dataclass(frozen=True)
 class Kernel:
     """The instructions of one kernel: (address, opcode with its modifiers, operands)."""
@@ -32,16 +41,43 @@ class Kernel:
         return sum(re.match(pattern, opcode) is not None for _, opcode, _ in self.code)
 
     def inner_loop(self, pattern: str) -> list[str]:
-        """Opcodes of the smallest loop that holds all that match `pattern` within loops."""
+        """Opcodes of `loop_code`."""
+        return [opcode for opcode, _ in self.loop_code(pattern)]
+
+    def loop_code(self, pattern: str) -> list[tuple[str, str]]:
+        """The smallest loop that holds all that match `pattern` within loops."""
         loops = []
         for address, opcode, operands in self.code:
             target = re.search(r"0x([0-9a-f]+)", operands)
             if opcode.startswith("BRA") and target and int(target[1], 16) < address:
                 begin = int(target[1], 16)
-                loops.append([op for at, op, _ in self.code if begin <= at <= address])
-        found = [(sum(bool(re.match(pattern, op)) for op in loop), loop) for loop in loops]
+                loops.append([(op, rest) for at, op, rest in self.code if begin <= at <= address])
+        found = [(sum(bool(re.match(pattern, op)) for op, _ in loop), loop) for loop in loops]
         most = max((n for n, _ in found), default=0)
         return min((loop for n, loop in found if n == most and n), key=len, default=[])
+
+    def writes_under_way(self) -> list[str]:
+        """What writes to the operand registers of a wgmma of the loop that may still read them.
+
+        The kernel waits after each group for the group before: a product is finished at the
+        second wait after its own group ends ("gsb0").
+        """
+        loop = self.loop_code("HGMMA")
+        found = []
+        for i, (opcode, operands) in enumerate(loop):
+            if not opcode.startswith("HGMMA"):
+                continue
+            first = int(re.findall(r"\bR(\d+)", operands)[1])
+            ended, waits = False, 0
+            for op, rest in (loop + loop)[i:]:
+                ended |= op.startswith("HGMMA") and "gsb0" in rest
+                waits += ended and op.startswith("WARPGROUP.DEPBAR")
+                if waits == 2:
+                    break
+                if written(op, rest) & set(range(first, first + 4)):
+                    found.append(f"{op}{rest} after {opcode}{operands}")
+            assert waits == 2
+        return found
 
 
 def disassemble(cuobjdump: Path, path: Path) -> list[Kernel]:

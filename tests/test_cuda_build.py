@@ -78,6 +78,11 @@ def test_compiles_without_spills(builds, name, arch):
     assert max(registers) <= MAX_REGISTERS.get(name, 64)
 
 
+def code_load(element: int) -> str:
+    """The opcode that loads a lane's codes: 16 bytes, of int2 8, no place in L1, whole L2 lines."""
+    return f"LDG.E.NA.LTC128B.{64 if element == 3 else 128}.CONSTANT"
+
+
 @pytest.mark.slow
 @needs_nvcc
 @needs_cuobjdump
@@ -87,12 +92,10 @@ def test_mma_machine_code(builds, arch):
     kernels = sass.disassemble(sass.find_cuobjdump(), builds["matmul_mma", arch][0])
     assert len(kernels) == 2 * 6 * 3  # dtypes, elements, shapes
     for kernel in kernels:
-        loop = "\n".join(kernel.inner_loop("HMMA"))
+        loop = kernel.inner_loop("HMMA")
         element = int(re.search(r"Li(\d)ELi\dELi\dE", kernel.name)[1])
-        assert "HMMA.16816.F32" in loop, kernel.name
-        # int2 has 8 bytes of codes per lane; the other 16-byte loads are those of x.
-        codes = r"LDG\.E\.64" if element == 3 else r"LDG\.E\.128"
-        assert re.search(codes, loop.replace(".NA.LTC128B", "")), kernel.name
+        assert any(op.startswith("HMMA.16816.F32") for op in loop), kernel.name
+        assert loop.count(code_load(element)) == 4 * 2, kernel.name  # chunks, rows
         assert not kernel.count("LDL|STL"), kernel.name
 
 
@@ -104,13 +107,31 @@ def test_wgmma_machine_code(builds):
     kernels = sass.disassemble(sass.find_cuobjdump(), builds["matmul_wgmma", "90a"][0])
     assert len(kernels) == 2 * 6 * 3  # dtypes, elements, tokens of a block
     for kernel in kernels:
-        tokens = int(re.search(r"Li\dELi(\d+)E", kernel.name)[1])
+        element, tokens = map(int, re.search(r"Li(\d)ELi(\d+)E", kernel.name).groups())
         loop = kernel.inner_loop("HGMMA")
         wide = [op for op in loop if op.startswith(f"HGMMA.64x{tokens}x16.F32")]
         assert len(wide) == 16, kernel.name  # two tiles of 8 steps
+        chunks = 2 if element in (1, 2, 5) else 1  # of 128 columns: 8-bit elements have two
+        assert loop.count(code_load(element)) == 2 * chunks * 2, kernel.name  # tiles, rows
         assert kernel.count("UBLKCP") and kernel.count("SYNCS")
         assert kernel.count("USETMAXREG") == 2
+        assert not kernel.writes_under_way(), kernel.name
         assert not kernel.count("LDL|STL"), kernel.name
+
+
+@pytest.mark.slow
+@needs_nvcc
+@needs_cuobjdump
+@pytest.mark.parametrize(
+    ("name", "store"),
+    [("dequantize", "STG.E.128"), ("fake_quant", "STG.E.64"), ("stage", "STG.E.64")],
+)
+def test_16_bit_values_move_together(builds, name, store):
+    """8 or 16 bytes per lane and store: the compiler splits copies of structs of 16-bit values."""
+    for kernel in sass.disassemble(sass.find_cuobjdump(), builds[name, "90a"][0]):
+        if "6__half" in kernel.name or "bfloat16" in kernel.name:
+            assert kernel.count(re.escape(store)) == 1, kernel.name
+            assert not kernel.count("LDL|STL"), kernel.name
 
 
 def loop_sizes(builds) -> dict[tuple[str, str], int]:

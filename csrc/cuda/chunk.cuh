@@ -1,5 +1,5 @@
-// Chunks of packed weights as operands of matrix instructions: loaded with one access
-// and dequantized in registers, in pairs of 16-bit values (fragments.h says which).
+// Chunks of packed weights as operands of matrix instructions: loaded with one access and
+// dequantized in registers, in pairs of 16-bit values (fragments.h says which).
 //
 // Values are those that `dequantize` writes in T. A minifloat's code is moved to where T has its
 // exponent and mantissa, which makes a value 2^(difference of the biases) too small; one
@@ -7,8 +7,8 @@
 // result is a number of T. Three things do not fit in it: a product of the two powers beyond T's
 // largest, a NaN scale, and codes that are NaN. They are found per chunk, and a rare branch
 // repairs them. An integer gets the offset of T's integers by an OR, from which offset and zero
-// point are subtracted exactly; its float16 scale is two bfloat16 (their sum has 16 digits of its
-// 11), so that bfloat16 weights are rounded once, as in `dequantize`.
+// point are subtracted exactly; for bfloat16 its scale is the sum of two (of 8 digits each, for
+// the 11 of a float16), so that a weight is rounded once, as in `dequantize`.
 #pragma once
 
 #include "common.cuh"

@@ -13,8 +13,7 @@
 // 16 registers, and a set is refilled when the group that reads it is finished. The loop has about
 // 4 instructions per weight and lane (sm_90a machine code). A multiprocessor issues 128 lanes per
 // cycle, and its matrix unit wants 128 x 16 weights every 128 cycles for 128 tokens: half of the
-// issue slots. With 64 tokens it is all of them, so smaller blocks are for when memory is the
-// limit.
+// issue slots. With 64 tokens it is all of them: smaller blocks are for when memory is the limit.
 //
 // The blocks of a cluster share rows and tokens and split the columns; they add their sums through
 // distributed shared memory in the order of their ranks. Nothing is added in memory, no workspace.
@@ -33,9 +32,8 @@ namespace {
 
 constexpr int kGroupRows = 64, kGroups = 2, kBlockRows = kGroups * kGroupRows;
 constexpr int kMultipliers = 128 * kGroups, kBlockThreads = kMultipliers + 128;
-constexpr int kSetPairs = 8;  // pairs of a row in a set: 64 columns of a quad
-constexpr int kSumStride =
-    kBlockRows + 4;  // floats between tokens: a warp's stores spread on banks
+constexpr int kSetPairs = 8;                // pairs of a row in a set: 64 columns of a quad
+constexpr int kSumStride = kBlockRows + 4;  // floats; a warp's stores then spread over the banks
 
 MB_HD constexpr int stage_bytes(int tokens) { return tokens * kStagedColumns * 2; }
 MB_HD constexpr int stage_count(int tokens) { return tokens == 256 ? 3 : 4; }
@@ -208,7 +206,6 @@ __global__ void __launch_bounds__(kBlockThreads, 1)  // the 1 fixes the register
       copy_tiles<kTokens>(staged + int64_t(blockIdx.y) * tiles * stage_bytes(kTokens), ring, full,
                           empty, first, last);
     }
-    __syncwarp();
     ptx::cluster_sync();
     ptx::cluster_sync();
   } else {

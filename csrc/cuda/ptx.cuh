@@ -160,6 +160,7 @@ __device__ __forceinline__ uint32_t cluster_rank() {
 
 // All threads of all blocks of the cluster; what they wrote to shared memory before is visible.
 __device__ __forceinline__ void cluster_sync() {
+  __syncwarp();  // "aligned" below: all lanes of a warp arrive together
   asm volatile(
       "barrier.cluster.arrive.release.aligned;\n"
       "barrier.cluster.wait.acquire.aligned;" ::

@@ -177,13 +177,22 @@ def explain(x: Tensor, packed: Packed, fmt: Format) -> Choice:
     return choose(capability, *sizes, processors, _native().HAS_WGMMA, aligned, _forced_kernel())
 
 
-def packed_matmul(x: Tensor, packed: Packed, fmt: Format, activation: Format | None) -> Tensor:
-    """x [M, K], fake-quantized to `activation` if given, times packed [N, K] -> [M, N]."""
+def packed_matmul(
+    x: Tensor,
+    packed: Packed,
+    fmt: Format,
+    activation: Format | None,
+    choice: Choice | None = None,
+) -> Tensor:
+    """x [M, K], fake-quantized to `activation` if given, times packed [N, K] -> [M, N].
+
+    `choice` tries a kernel and sizes of one's own, for measurements.
+    """
     tokens, columns = x.shape
     rows = packed.weight_packed.shape[0]
     if columns == 0 or tokens == 0 or rows == 0:
         return x.new_zeros((tokens, rows))
-    choice = explain(x, packed, fmt)
+    choice = choice or explain(x, packed, fmt)
     if choice.kernel == "wgmma":
         return _matmul_staged(x, packed, fmt, activation, choice)
     if activation is not None:
