@@ -65,8 +65,17 @@ def cpu_objects() -> list[tuple[str, str, str]]:
 
 
 def cuda_objects() -> list[tuple[str, str, str]]:
-    sources = [path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc/cuda").glob("*.cu")]
-    return [(path, Path(path).stem, "") for path in ["csrc/bindings_cuda.cpp", *sorted(sources)]]
+    """wgmma exists on sm_90a only, so its file is compiled for that alone, or left out."""
+    archs = os.environ.get("MIXBITS_CUDA_ARCH", "80;90a;100a;120a").replace(",", ";").split(";")
+    gencode = {a: f"-gencode arch=compute_{a},code=sm_{a}" for a in archs if a}
+    flags = "-DMB_WGMMA" if "90a" in gencode else ""
+    objects = [("csrc/bindings_cuda.cpp", "bindings_cuda", flags)]
+    for source in sorted((ROOT / "csrc/cuda").glob("*.cu")):
+        only = ["90a"] if source.stem == "matmul_wgmma" else list(gencode)
+        flags = " ".join(gencode[a] for a in only if a in gencode)
+        if flags:
+            objects.append((source.relative_to(ROOT).as_posix(), source.stem, flags))
+    return objects
 
 
 class NinjaBuild(build_ext):
@@ -93,13 +102,11 @@ class NinjaBuild(build_ext):
         cxx = os.environ.get("CXX", "c++")
         include = [*self.include_dirs, pybind11.get_include(), str(ROOT / "csrc")]
         common = " ".join(f"-I{path}" for path in include) + (" -DMB_X86" if IS_X86 else "")
-        archs = os.environ.get("MIXBITS_CUDA_ARCH", "80;90a;100a;120a").replace(",", ";").split(";")
-        gencode = " ".join(f"-gencode arch=compute_{a},code=sm_{a}" for a in archs if a)
         link = f"{find_nvcc()} -shared -cudart static" if is_cuda else f"{cxx} -shared -fopenmp -s"
         files = "-MMD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc"
         lines = [
             f"rule cxx\n  command = {cxx} {CXX_FLAGS} {common} $flags {files}",
-            f"rule nvcc\n  command = {find_nvcc()} {NVCC_FLAGS} {gencode} {common} {files}",
+            f"rule nvcc\n  command = {find_nvcc()} {NVCC_FLAGS} $flags {common} {files}",
             f"rule link\n  command = {link} $in -o $out",
         ]
         for source, name, flags in objects:

@@ -22,12 +22,32 @@ void check(const char* error) {
   if (error != nullptr) throw std::runtime_error(std::string("CUDA: ") + error);
 }
 
+cuda::MatmulArgs matmul_args(uintptr_t x, uintptr_t codes, uintptr_t scales, uintptr_t zero_points,
+                             uintptr_t out, int64_t tokens, int64_t rows, int64_t columns,
+                             int dtype, int format) {
+  return {pointer<void>(x),
+          pointer<uint8_t>(codes),
+          pointer<void>(scales),
+          pointer<uint8_t>(zero_points),
+          pointer<void>(out),
+          tokens,
+          rows,
+          columns,
+          dtype,
+          format};
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m) {
   m.doc() = "CUDA kernels of mixbits: device pointers, sizes and a stream; no allocation, no sync.";
   m.attr("MAX_TOKENS") = cuda::kMaxTokens;
   m.attr("MAX_FORMATS") = cuda::kMaxFormats;
+#ifdef MB_WGMMA
+  m.attr("HAS_WGMMA") = true;
+#else
+  m.attr("HAS_WGMMA") = false;
+#endif
 
   m.def(
       "why_unusable",
@@ -103,19 +123,59 @@ PYBIND11_MODULE(_cuda, m) {
       "packed_matmul",
       [](uintptr_t x, uintptr_t codes, uintptr_t scales, uintptr_t zero_points, uintptr_t out,
          int64_t tokens, int64_t rows, int64_t columns, int dtype, int format, uintptr_t stream) {
-        const cuda::MatmulArgs args{pointer<void>(x),
-                                    pointer<uint8_t>(codes),
-                                    pointer<void>(scales),
-                                    pointer<uint8_t>(zero_points),
-                                    pointer<void>(out),
-                                    tokens,
-                                    rows,
-                                    columns,
-                                    dtype,
-                                    format};
+        const auto args =
+            matmul_args(x, codes, scales, zero_points, out, tokens, rows, columns, dtype, format);
         check(cuda::packed_matmul(args, pointer<void>(stream)));
       },
       py::arg("x"), py::arg("codes"), py::arg("scales"), py::arg("zero_points"), py::arg("out"),
       py::arg("tokens"), py::arg("rows"), py::arg("columns"), py::arg("dtype"), py::arg("format"),
       py::arg("stream"), "x [tokens, columns] -> out [tokens, rows]; at most MAX_TOKENS tokens.");
+
+  m.def(
+      "packed_matmul_mma",
+      [](uintptr_t x, uintptr_t codes, uintptr_t scales, uintptr_t zero_points, uintptr_t out,
+         int64_t tokens, int64_t rows, int64_t columns, int dtype, int format, int row_tiles,
+         int token_tiles, int warps, uintptr_t stream) {
+        const auto args =
+            matmul_args(x, codes, scales, zero_points, out, tokens, rows, columns, dtype, format);
+        check(cuda::packed_matmul_mma(args, row_tiles, token_tiles, warps, pointer<void>(stream)));
+      },
+      py::arg("x"), py::arg("codes"), py::arg("scales"), py::arg("zero_points"), py::arg("out"),
+      py::arg("tokens"), py::arg("rows"), py::arg("columns"), py::arg("dtype"), py::arg("format"),
+      py::arg("row_tiles"), py::arg("token_tiles"), py::arg("warps"), py::arg("stream"),
+      "As packed_matmul, for 16-bit x on the matrix units of sm_80 and later.");
+
+  m.def("staged_bytes", &cuda::staged_bytes, py::arg("tokens"), py::arg("columns"),
+        py::arg("block_tokens"), "Bytes that stage_activations writes.");
+
+  m.def(
+      "stage_activations",
+      [](uintptr_t x, uintptr_t out, int64_t tokens, int64_t columns, int dtype, int weight_format,
+         int activation, int block_tokens, uintptr_t stream) {
+        check(cuda::stage_activations(pointer<void>(x), pointer<void>(out), tokens, columns, dtype,
+                                      weight_format, activation, block_tokens,
+                                      pointer<void>(stream)));
+      },
+      py::arg("x"), py::arg("out"), py::arg("tokens"), py::arg("columns"), py::arg("dtype"),
+      py::arg("weight_format"), py::arg("activation"), py::arg("block_tokens"), py::arg("stream"),
+      "x [tokens, columns], fake-quantized to `activation` unless 0 -> what packed_matmul_wgmma "
+      "reads.");
+
+  m.def(
+      "packed_matmul_wgmma",
+      [](uintptr_t staged, uintptr_t codes, uintptr_t scales, uintptr_t zero_points, uintptr_t out,
+         int64_t tokens, int64_t rows, int64_t columns, int dtype, int format, int block_tokens,
+         int parts, uintptr_t stream) {
+#ifdef MB_WGMMA
+        const auto args = matmul_args(staged, codes, scales, zero_points, out, tokens, rows,
+                                      columns, dtype, format);
+        check(cuda::packed_matmul_wgmma(args, block_tokens, parts, pointer<void>(stream)));
+#else
+        check("built without sm_90a");
+#endif
+      },
+      py::arg("staged"), py::arg("codes"), py::arg("scales"), py::arg("zero_points"),
+      py::arg("out"), py::arg("tokens"), py::arg("rows"), py::arg("columns"), py::arg("dtype"),
+      py::arg("format"), py::arg("block_tokens"), py::arg("parts"), py::arg("stream"),
+      "As packed_matmul, from staged activations, on the warpgroup matrix units of sm_90a.");
 }

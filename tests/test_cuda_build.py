@@ -1,65 +1,173 @@
-"""The CUDA kernels, as far as a machine without a GPU can tell, and on a GPU.
+"""The CUDA kernels, as far as compilers can tell; tests/test_cuda_kernels.py runs them.
 
-compile   nvcc builds every file for sm_80 and sm_90a: no spills, registers within limits
-numerics  csrc/formats.h, compiled by the host compiler, over all codes and scales
-emulate   the kernels' own source, compiled by the host compiler with a small stand-in for
-          the CUDA headers, runs every operation through mixbits/backends/cuda.py on the CPU.
-          The lanes of a warp are coroutines; shuffles and barriers switch between them, and
-          a lane that others wait for in vain is reported as a deadlock
-GPU       the same checks on a device, and the replay of a CUDA graph
+compile   nvcc builds every file for every architecture that runs it: no spills, registers within
+          limits, and in the machine code the instructions that the kernels are about
+numerics  csrc/formats.h and the fragment maps, compiled by the host compiler
 """
 
-import importlib.machinery
-import importlib.util
+import csv
+import os
 import re
 import shutil
 import subprocess
-import sys
-import sysconfig
-from contextlib import nullcontext
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-import test_triton as checks
+import sass
 import torch
-from conftest import FORMATS, INT_FORMATS, MX_FORMATS, assert_same_bits, format_id
+from conftest import assert_same_bits
 
 from mixbits import reference
-from mixbits.backends import cuda
-from mixbits.formats import INTEGERS, MINIFLOATS, Format
+from mixbits.formats import MINIFLOATS
 
-CSRC = Path(__file__).resolve().parent.parent / "csrc"
+TESTS = Path(__file__).resolve().parent
+CSRC = TESTS.parent / "csrc"
 SOURCES = sorted(CSRC.glob("cuda/*.cu"))
-# Registers per thread: 64 let two thirds of an SM's warps be resident, 128 a quarter.
-MAX_REGISTERS = {"matmul": 128}
+# Registers per thread of files whose kernels want more than 64, which let two thirds of an SM's
+# warps be resident. What the matrix kernels may have follows from their launch bounds.
+MAX_REGISTERS = {"matmul": 128, "matmul_mma": 255, "matmul_wgmma": 168}
+BUDGETS = TESTS / "cuda_budgets.csv"
 
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on the PATH")
 needs_gpp = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not on the PATH")
-needs_gpu = pytest.mark.skipif(
-    cuda.why_unavailable() is not None, reason=f"cuda backend: {cuda.why_unavailable()}"
+needs_cuobjdump = pytest.mark.skipif(
+    sass.find_cuobjdump() is None, reason="Triton, which ships cuobjdump, is not installed"
 )
 
 
 # --- compile ---------------------------------------------------------------------------------
 
 
+def architectures(source: Path) -> list[str]:
+    return ["90a"] if source.stem == "matmul_wgmma" else ["80", "90a", "100a", "120a"]
+
+
+BUILDS = [(source.stem, arch) for source in SOURCES for arch in architectures(source)]
+
+
+@pytest.fixture(scope="module")
+def builds(tmp_path_factory):
+    """(file, architecture) -> (object file, nvcc's exit code and log), all of them at once."""
+    folder = tmp_path_factory.mktemp("objects")
+
+    def build(name: str, arch: str) -> tuple[Path, int, str]:
+        target = folder / f"{name}.{arch}.o"
+        command = ["nvcc", "-std=c++17", "-O3", "-Xptxas", "-v", "-c", f"{CSRC}/cuda/{name}.cu"]
+        command += ["-gencode", f"arch=compute_{arch},code=sm_{arch}", "-o", str(target)]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        return target, result.returncode, result.stdout + result.stderr
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return dict(zip(BUILDS, pool.map(lambda job: build(*job), BUILDS), strict=True))
+
+
 @pytest.mark.slow
 @needs_nvcc
-@pytest.mark.parametrize("architecture", ["80", "90a"])
-@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
-def test_compiles_without_spills(source, architecture, tmp_path):
-    command = ["nvcc", "-std=c++17", "-O3", "-Xptxas", "-v", "-c", str(source)]
-    command += ["-gencode", f"arch=compute_{architecture},code=sm_{architecture}"]
-    command += ["-o", str(tmp_path / "out.o")]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr[-4000:]
-    log = result.stdout + result.stderr
+@pytest.mark.parametrize(("name", "arch"), BUILDS)
+def test_compiles_without_spills(builds, name, arch):
+    _, code, log = builds[name, arch]
+    assert code == 0, log[-4000:]
     assert "warning" not in log, log[-4000:]
+    # ptxas only informs when it gives up the asynchrony of wgmma (C7510 and its neighbours).
+    assert "Potential Performance Loss" not in log, log[-4000:]
     registers = [int(n) for n in re.findall(r"Used (\d+) registers", log)]
     spills = [int(n) for n in re.findall(r"(\d+) bytes spill", log)]
     assert registers and len(spills) == 2 * len(registers)
     assert max(spills) == 0
-    assert max(registers) <= MAX_REGISTERS.get(source.stem, 64)
+    assert max(registers) <= MAX_REGISTERS.get(name, 64)
+
+
+def code_load(element: int) -> str:
+    """The opcode that loads a lane's codes: 16 bytes, of int2 8, no place in L1, whole L2 lines."""
+    return f"LDG.E.NA.LTC128B.{64 if element == 3 else 128}.CONSTANT"
+
+
+@pytest.mark.slow
+@needs_nvcc
+@needs_cuobjdump
+@pytest.mark.parametrize("arch", ["80", "90a", "100a", "120a"])
+def test_mma_machine_code(builds, arch):
+    """Tensor cores, wide loads of codes, nothing in local memory."""
+    kernels = sass.disassemble(sass.find_cuobjdump(), builds["matmul_mma", arch][0])
+    assert len(kernels) == 2 * 6 * 3  # dtypes, elements, shapes
+    for kernel in kernels:
+        loop = kernel.inner_loop("HMMA")
+        element = int(re.search(r"Li(\d)ELi\dELi\dE", kernel.name)[1])
+        assert any(op.startswith("HMMA.16816.F32") for op in loop), kernel.name
+        assert loop.count(code_load(element)) == 4 * 2, kernel.name  # chunks, rows
+        assert not kernel.count("LDL|STL"), kernel.name
+
+
+@pytest.mark.slow
+@needs_nvcc
+@needs_cuobjdump
+def test_wgmma_machine_code(builds):
+    """Warpgroup products from registers in the loop, bulk copies, registers given and taken."""
+    kernels = sass.disassemble(sass.find_cuobjdump(), builds["matmul_wgmma", "90a"][0])
+    assert len(kernels) == 2 * 6 * 3  # dtypes, elements, tokens of a block
+    for kernel in kernels:
+        element, tokens = map(int, re.search(r"Li(\d)ELi(\d+)E", kernel.name).groups())
+        loop = kernel.inner_loop("HGMMA")
+        wide = [op for op in loop if op.startswith(f"HGMMA.64x{tokens}x16.F32")]
+        assert len(wide) == 16, kernel.name  # two tiles of 8 steps
+        chunks = 2 if element in (1, 2, 5) else 1  # of 128 columns: 8-bit elements have two
+        assert loop.count(code_load(element)) == 2 * chunks * 2, kernel.name  # tiles, rows
+        assert kernel.count("UBLKCP") and kernel.count("SYNCS")
+        assert kernel.count("USETMAXREG") == 2
+        assert not kernel.writes_under_way(), kernel.name
+        assert not kernel.count("LDL|STL"), kernel.name
+
+
+@pytest.mark.slow
+@needs_nvcc
+@needs_cuobjdump
+@pytest.mark.parametrize(
+    ("name", "store"),
+    [("dequantize", "STG.E.128"), ("fake_quant", "STG.E.64"), ("stage", "STG.E.64")],
+)
+def test_16_bit_values_move_together(builds, name, store):
+    """8 or 16 bytes per lane and store: the compiler splits copies of structs of 16-bit values."""
+    for kernel in sass.disassemble(sass.find_cuobjdump(), builds[name, "90a"][0]):
+        if "6__half" in kernel.name or "bfloat16" in kernel.name:
+            assert kernel.count(re.escape(store)) == 1, kernel.name
+            assert not kernel.count("LDL|STL"), kernel.name
+
+
+def loop_sizes(builds) -> dict[tuple[str, str], int]:
+    """(file, template arguments) -> instructions of the loop around the matrix unit, bfloat16.
+
+    A loop holds 4 chunks of two rows of mma, or two tiles of 128 columns of wgmma; and, out of
+    the way, the branches that repair rare values.
+    """
+    sizes = {}
+    for name, pattern in (("matmul_mma", "HMMA"), ("matmul_wgmma", "HGMMA")):
+        for kernel in sass.disassemble(sass.find_cuobjdump(), builds[name, "90a"][0]):
+            if match := re.search(r"kernelI13__nv_bfloat16((?:Li\d+E)+)E", kernel.name):
+                arguments = " ".join(re.findall(r"\d+", match[1]))
+                sizes[name, arguments] = len(kernel.inner_loop(pattern))
+    return sizes
+
+
+@pytest.mark.slow
+@needs_nvcc
+@needs_cuobjdump
+def test_instruction_budgets(builds):
+    """Loops do not grow by more than a compiler's whim over tests/cuda_budgets.csv (sm_90a).
+
+    MIXBITS_WRITE_BUDGETS=1 writes the file.
+    """
+    sizes = loop_sizes(builds)
+    if os.environ.get("MIXBITS_WRITE_BUDGETS") == "1":
+        with BUDGETS.open("w", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(["file", "template arguments", "instructions of the loop"])
+            writer.writerows([*key, size] for key, size in sorted(sizes.items()))
+    with BUDGETS.open() as file:
+        budgets = {(row[0], row[1]): int(row[2]) for row in list(csv.reader(file))[1:]}
+    assert budgets.keys() == sizes.keys()
+    grown = {key: (budgets[key], size) for key, size in sizes.items() if size > 1.05 * budgets[key]}
+    assert not grown, grown
 
 
 # --- numerics --------------------------------------------------------------------------------
@@ -115,243 +223,76 @@ def test_host_numerics(tmp_path):
     assert_same_bits(floats, torch.cat([t.flatten() for t in expected]))
 
 
-# --- emulate ---------------------------------------------------------------------------------
-
-STAND_IN = r"""
-#pragma once
-#include <math.h>
-#include <stdint.h>
+FRAGMENTS_PROGRAM = r"""
 #include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-#include <ucontext.h>
-#include <algorithm>
-#include <functional>
-#include "formats.h"
-#define __device__
-#define __global__
-#define __launch_bounds__(...)
-using std::max;
-using std::min;
-struct dim3 { unsigned x, y; dim3(unsigned a = 1, unsigned b = 1) : x(a), y(b) {} };
-typedef void* cudaStream_t;
-typedef int cudaError_t;
-enum { cudaSuccess = 0 };
-struct cudaFuncAttributes {};
-template <class F> int cudaFuncGetAttributes(cudaFuncAttributes*, F) { return 0; }
-inline int cudaGetLastError() { return 0; }
-inline const char* cudaGetErrorString(int) { return ""; }
-inline dim3 threadIdx, blockIdx, blockDim, gridDim;
-
-namespace emulate {
-constexpr int kMaxThreads = 256;
-struct Barrier { int waiting = 0, passed = 0; };
-inline ucontext_t scheduler, threads[kMaxThreads];
-inline char stacks[kMaxThreads][1 << 16], shared[48 << 10];
-inline bool done[kMaxThreads];
-inline uint64_t slots[kMaxThreads];
-inline Barrier warps[kMaxThreads / 32], block;
-inline int running;
-inline long progress;
-inline std::function<void()> body;
-inline void wait(Barrier& barrier, int count) {
-  const int pass = barrier.passed;
-  ++progress;
-  if (++barrier.waiting == count) { barrier.waiting = 0; ++barrier.passed; }
-  while (barrier.passed == pass) swapcontext(&threads[running], &scheduler);
-}
-inline void thread_main() {
-  body();
-  done[running] = true;
-  ++progress;
-  swapcontext(&threads[running], &scheduler);
-}
-inline void run_block(int count) {
-  memset(shared, 0xcd, sizeof shared);
-  for (auto& warp : warps) warp = Barrier();
-  block = Barrier();
-  for (int t = 0; t < count; ++t) {
-    done[t] = false;
-    getcontext(&threads[t]);
-    threads[t].uc_stack.ss_sp = stacks[t];
-    threads[t].uc_stack.ss_size = sizeof stacks[t];
-    makecontext(&threads[t], thread_main, 0);
-  }
-  for (int left = count; left > 0;) {
-    const long before = progress;
-    left = 0;
-    for (int t = 0; t < count; ++t) {
-      if (done[t]) continue;
-      ++left, running = t, threadIdx = dim3(t);
-      swapcontext(&scheduler, &threads[t]);
+#include "cuda/fragments.h"
+using namespace mixbits::cuda;
+int main() {
+  for (int bits = 2; bits <= 8; bits *= 2) {
+    for (int pair = 0; pair < chunk_columns(bits) / 2; ++pair) {
+      printf("pair %d %d %d\n", bits, pair_column(bits, pair, 0), pair_column(bits, pair, 1));
     }
-    if (left > 0 && progress == before) { fprintf(stderr, "deadlock in a kernel\n"); abort(); }
+    for (int column = 0; column < kStagedColumns; ++column) {
+      printf("staged %d %d %d\n", bits, column, staged_position(bits, column));
+    }
+  }
+  for (int token = 0; token < 64; ++token) {
+    for (int position = 0; position < kStagedColumns; ++position) {
+      printf("byte %d %d %d\n", token, position, staged_byte(64, token, position));
+    }
   }
 }
-inline void launch(dim3 grid, int count, size_t shared_bytes, std::function<void()> kernel) {
-  if (shared_bytes > sizeof shared || count > kMaxThreads) abort();
-  body = kernel, gridDim = grid, blockDim = dim3(count);
-  for (unsigned y = 0; y < grid.y; ++y) {
-    for (unsigned x = 0; x < grid.x; ++x) blockIdx = dim3(x, y), run_block(count);
-  }
-}
-}  // namespace emulate
-
-inline void __syncthreads() { emulate::wait(emulate::block, emulate::kMaxThreads); }
-template <class T> T __shfl_xor_sync(unsigned, T value, int distance) {
-  const int me = emulate::running;
-  memcpy(&emulate::slots[me], &value, sizeof value);
-  emulate::wait(emulate::warps[me / 32], 32);
-  memcpy(&value, &emulate::slots[me ^ distance], sizeof value);
-  emulate::wait(emulate::warps[me / 32], 32);
-  return value;
-}
-struct __half { uint16_t bits; };
-struct __nv_bfloat16 { uint16_t bits; };
-inline float __half2float(__half h) { return mixbits::half_to_float(h.bits); }
-inline __half __float2half_rn(float x) { return {mixbits::float_to_half(x)}; }
-inline float __bfloat162float(__nv_bfloat16 h) { return mixbits::bfloat16_to_float(h.bits); }
-inline __nv_bfloat16 __float2bfloat16_rn(float x) { return {mixbits::float_to_bfloat16(x)}; }
 """
-LAUNCH = re.compile(r"([\w:]+(?:<[^;<>]*>)?)\s*<<<(.*?),([^,]*)>>>\s*\((.*?)\);", re.DOTALL)
-
-
-def build_emulation(folder: Path) -> Path:
-    """Compiles csrc/cuda for the host into `folder`; the path of the extension module."""
-    import pybind11
-
-    for header in ("cuda_runtime.h", "cuda_fp16.h", "cuda_bf16.h"):
-        (folder / header).write_text('#pragma once\n#include "stand_in.h"\n')
-    (folder / "stand_in.h").write_text(STAND_IN)
-    shutil.copytree(CSRC, folder / "csrc")
-    include = (folder, folder / "csrc", pybind11.get_include(), sysconfig.get_path("include"))
-    command = ["g++", "-std=c++17", "-O1", "-ffp-contract=off", "-fPIC", "-w"]
-    command += [f"-I{path}" for path in include]
-    sources = [folder / "csrc/bindings_cuda.cpp"]
-    for path in (folder / "csrc/cuda").glob("*.cu"):
-        text = LAUNCH.sub(r"emulate::launch(\2, [=] { \1(\4); });", path.read_text())
-        shared = "double* sums = reinterpret_cast<double*>(emulate::shared);"
-        sources.append(path.with_suffix(".cpp"))
-        sources[-1].write_text(text.replace("extern __shared__ double sums[];", shared))
-    objects = [str(source.with_suffix(".o")) for source in sources]
-    for source, target in zip(sources, objects, strict=True):
-        subprocess.run([*command, "-c", str(source), "-o", target], check=True)
-    library = folder / f"_cuda{importlib.machinery.EXTENSION_SUFFIXES[0]}"
-    subprocess.run(["g++", "-shared", *objects, "-o", str(library)], check=True)
-    return library
 
 
 @pytest.fixture(scope="module")
-def emulation(tmp_path_factory):
-    """The extension module of the kernels as host code."""
-    pytest.importorskip("pybind11")
-    library = build_emulation(tmp_path_factory.mktemp("emulation"))
-    before = sys.modules.get("mixbits._cuda")
-    spec = importlib.util.spec_from_file_location("mixbits._cuda", library)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    sys.modules.pop("mixbits._cuda", None)
-    if before is not None:
-        sys.modules["mixbits._cuda"] = before
-    return module
+def fragment_maps(tmp_path_factory):
+    """Rows of integers by the name of their map."""
+    folder = tmp_path_factory.mktemp("fragments")
+    source, program = folder / "fragments.cpp", folder / "fragments"
+    source.write_text(FRAGMENTS_PROGRAM)
+    command = ["g++", "-std=c++17", f"-I{CSRC}", str(source), "-o", str(program)]
+    subprocess.run(command, check=True)
+    output = subprocess.run([str(program)], capture_output=True, text=True, check=True).stdout
+    rows: dict[str, list[tuple[int, ...]]] = {}
+    for line in output.splitlines():
+        name, *numbers = line.split()
+        rows.setdefault(name, []).append(tuple(map(int, numbers)))
+    return rows
 
 
-@pytest.fixture
-def emulated(emulation, monkeypatch):
-    """The cuda backend on CPU tensors: the emulated kernels, no stream and no device."""
-    monkeypatch.setattr(cuda, "_native", lambda: emulation)
-    monkeypatch.setattr(cuda, "_stream", lambda x: 0)
-    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
-    return cuda
-
-
-CPU = torch.device("cpu")
-EMULATED_FORMATS = [MX_FORMATS[0], MX_FORMATS[4], MX_FORMATS[8]]
-EMULATED_FORMATS += [f for f in INT_FORMATS if f.symmetric == (f.group_size == 64)]
-each_emulated_format = pytest.mark.parametrize("fmt", EMULATED_FORMATS, ids=format_id)
-
-
-@pytest.mark.slow
 @needs_gpp
-@pytest.mark.parametrize("columns", [33, 640])
-@each_emulated_format
-def test_emulated_round_trip(emulated, fmt, columns):
-    checks.check_round_trip(emulated, CPU, fmt, columns)
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_pairs_cover_a_chunk(fragment_maps, bits):
+    """Every column of a lane's 16 bytes (8 of int2) once, the two of a pair 16 bits apart."""
+    pairs = [(low, high) for b, low, high in fragment_maps["pair"] if b == bits]
+    columns = sorted(column for pair in pairs for column in pair)
+    assert columns == list(range(16 if bits == 8 else 32))
+    assert all((high - low) * bits == 16 for low, high in pairs)
 
 
-@pytest.mark.slow
 @needs_gpp
-@pytest.mark.parametrize("shape", [(1, 5, 33), (3, 17, 172), (11, 18, 640), (17, 9, 64)], ids=str)
-@pytest.mark.parametrize("element", [*MINIFLOATS, *INTEGERS])
-def test_emulated_matmul(emulated, element, shape, monkeypatch):
-    monkeypatch.setattr(cuda, "SCRATCH_BYTES", 4 * 64 * 4)  # four float32 rows: several blocks
-    fmt = Format(element, 32, symmetric=element in MINIFLOATS)
-    checks.check_matmul(emulated, CPU, fmt, shape)
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_staged_order_is_that_of_the_fragments(fragment_maps, bits):
+    """Position 16 s + 8 u + 2 q + e holds what lane q's register 2u of step s has in its half e."""
+    staged = {column: at for b, column, at in fragment_maps["staged"] if b == bits}
+    assert sorted(staged.values()) == list(range(128))
+    pairs = [(low, high) for b, low, high in fragment_maps["pair"] if b == bits]
+    chunk = 2 * len(pairs)
+    for tile in range(128 // (4 * chunk)):
+        for lane in range(4):
+            for number, pair in enumerate(pairs):
+                step, upper = tile * len(pairs) // 2 + number // 2, number % 2
+                for half, column in enumerate(pair):
+                    at = staged[tile * 4 * chunk + lane * chunk + column]
+                    assert at == 16 * step + 8 * upper + 2 * lane + half
 
 
-@pytest.mark.slow
 @needs_gpp
-@pytest.mark.parametrize("element", MINIFLOATS)
-def test_emulated_codes_and_scales(emulated, element):
-    checks.check_all_codes_and_scales(emulated, CPU, element)
-
-
-@pytest.mark.slow
-@needs_gpp
-def test_emulated_statistics(emulated):
-    checks.check_statistics(emulated, CPU, 172, FORMATS[5:22])  # 17 formats: two passes
-
-
-@pytest.mark.slow
-@needs_gpp
-def test_emulated_empty(emulated):
-    checks.check_empty(emulated, CPU, INT_FORMATS[1])
-
-
-# --- GPU -------------------------------------------------------------------------------------
-
-GPU = torch.device("cuda")
-
-
-@needs_gpu
-@pytest.mark.parametrize("columns", [1, 33, 172, 640])
-@checks.each_format
-def test_round_trip(fmt, columns):
-    checks.check_round_trip(cuda, GPU, fmt, columns)
-
-
-@needs_gpu
-@pytest.mark.parametrize("element", MINIFLOATS)
-def test_codes_and_scales(element):
-    checks.check_all_codes_and_scales(cuda, GPU, element)
-
-
-@needs_gpu
-@pytest.mark.parametrize("columns", [31, 172, 4096])
-def test_statistics(columns):
-    checks.check_statistics(cuda, GPU, columns)
-
-
-@needs_gpu
-@pytest.mark.parametrize(
-    "shape", [(1, 5, 33), (3, 64, 256), (16, 70, 172), (118, 65, 640)], ids=str
-)
-@checks.each_format
-def test_matmul(fmt, shape):
-    checks.check_matmul(cuda, GPU, fmt, shape)
-
-
-@needs_gpu
-@pytest.mark.parametrize("tokens", [3, 40])
-def test_graph_replay(tokens):
-    """A captured product gives the bits of an eager one, on new input in the same place."""
-    fmt = MX_FORMATS[0]
-    packed = cuda.quantize_pack(torch.randn(256, 512, device=GPU), fmt)
-    x = torch.randn(tokens, 512, device=GPU, dtype=torch.bfloat16)
-    cuda.packed_matmul(x, packed, fmt, fmt)  # cuBLAS sets itself up outside of the capture
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = cuda.packed_matmul(x, packed, fmt, fmt)
-    x.copy_(torch.randn_like(x))
-    graph.replay()
-    assert torch.equal(out, cuda.packed_matmul(x, packed, fmt, fmt))
+def test_staged_bytes_are_swizzled(fragment_maps):
+    """Two sets of 128-byte rows, bits 4-6 of a byte's place xor-ed with bits 7-9."""
+    places = [place for _, _, place in fragment_maps["byte"]]
+    assert sorted(places) == list(range(0, 64 * 256, 2))
+    for token, position, place in fragment_maps["byte"]:
+        plain = (position // 64 * 64 + token) * 128 + position % 64 * 2
+        assert place == plain ^ (plain >> 7 & 7) << 4

@@ -12,6 +12,7 @@
 
 #include "../layout.h"
 #include "ops.cuh"
+#include "ptx.cuh"
 
 namespace mixbits {
 namespace cuda {
@@ -72,10 +73,16 @@ template <int N, class T>
 __device__ inline void store_columns(T* row, int64_t column, int64_t columns, bool aligned,
                                      const float (&x)[N]) {
   if (aligned && column < columns) {
-    Vector<T, N> part;
+    constexpr int kWide = sizeof(T) * N > 16 ? 16 / sizeof(T) : N;
 #pragma unroll
-    for (int i = 0; i < N; ++i) part.values[i] = from_float<T>(x[i]);
-    *reinterpret_cast<Vector<T, N>*>(row + column) = part;
+    for (int i = 0; i < N; i += kWide) {
+      T values[kWide];
+#pragma unroll
+      for (int j = 0; j < kWide; ++j) values[j] = from_float<T>(x[i + j]);
+      uint32_t words[sizeof(values) / 4];
+      memcpy(words, values, sizeof(values));
+      ptx::store(row + column + i, words);
+    }
   } else {
 #pragma unroll
     for (int i = 0; i < N; ++i) {
@@ -110,6 +117,13 @@ void dispatch_dtype(int dtype, Function function) {
   if (dtype == kBFloat16) function(TypeTag<__nv_bfloat16>());
   if (dtype == kFloat16) function(TypeTag<__half>());
   if (dtype == kFloat32) function(TypeTag<float>());
+}
+
+// The same for the types of the matrix units; does nothing for float.
+template <class Function>
+void dispatch_half(int dtype, Function function) {
+  if (dtype == kBFloat16) function(TypeTag<__nv_bfloat16>());
+  if (dtype == kFloat16) function(TypeTag<__half>());
 }
 
 // Calls function(std::integral_constant<int, element>).

@@ -65,5 +65,24 @@ struct MatmulArgs {
 };
 const char* packed_matmul(const MatmulArgs& args, void* stream);
 
+// The same for bfloat16 and float16 on the matrix units, for any number of tokens: blocks of
+// `warps` warps own 16 * row_tiles rows and 8 * token_tiles tokens. (row_tiles, token_tiles) is (1,
+// 1), (4, 1) or (4, 2); columns is a multiple of 32; x and codes are aligned to 16 bytes.
+const char* packed_matmul_mma(const MatmulArgs& args, int row_tiles, int token_tiles, int warps,
+                              void* stream);
+
+// Bytes that `stage_activations` writes.
+int64_t staged_bytes(int64_t tokens, int64_t columns, int block_tokens);
+
+// x [tokens, columns] of dtype (not float32), fake-quantized to the MX format `activation` unless
+// that is 0 -> out, as fragments.h says, for a weight of weight_format.
+const char* stage_activations(const void* x, void* out, int64_t tokens, int64_t columns, int dtype,
+                              int weight_format, int activation, int block_tokens, void* stream);
+
+// packed_matmul with args.x from `stage_activations`, aligned to 16 bytes, for the same
+// block_tokens (64, 128 or 256); the columns are split between `parts` blocks (1, 2, 4 or 8) of
+// a cluster. Needs sm_90a, columns a multiple of 32, and codes aligned to 16 bytes.
+const char* packed_matmul_wgmma(const MatmulArgs& args, int block_tokens, int parts, void* stream);
+
 }  // namespace cuda
 }  // namespace mixbits

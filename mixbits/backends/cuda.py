@@ -1,15 +1,15 @@
 """The CUDA kernels (`mixbits._cuda`, built from csrc/cuda) as a backend.
 
 Memory comes from torch and work goes to torch's current stream, so everything here can be
-captured in a CUDA graph. The matrix product has two ways:
+captured in a CUDA graph: torch's allocator gives a captured graph memory of its own, and the
+kernels neither allocate nor wait. `cuda_choice.choose` picks the way in which a matrix product
+goes; `explain` tells what it picked, and MIXBITS_CUDA_KERNEL forces one of its kernels.
 
-    up to 16 tokens   our kernel: the weight is read packed and dequantized in registers
-    more              the weight is dequantized into a scratch tensor of bounded size, in x's
-                      dtype, and torch (cuBLAS) multiplies; dequantizing costs about as much as
-                      reading the weight once in 16 bits
-
-The second rounds scaled integers to x's dtype, as a model in that dtype does. It is the guard of
-whatever replaces it: no kernel for many tokens needs to be slower.
+Weights lie on the device as they lie in the file; nothing is repacked or copied at load. The
+ways for few tokens dequantize in registers. For many, the weight is dequantized into a scratch
+tensor of bounded size in x's dtype, and torch (cuBLAS) multiplies: the guard of the others.
+Values of the weight are rounded to x's dtype in all ways but `simple`, as a model in that dtype
+has them.
 
 Arguments are checked, contiguous and on one device; `mixbits.ops` sees to that.
 """
@@ -18,14 +18,16 @@ from __future__ import annotations
 
 import functools
 import importlib
+import os
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..formats import MX_GROUP, Format
+from ..formats import MX_GROUP, Format, UsageError
 from ..pack import Packed, packed_spec
+from .cuda_choice import KERNELS, Choice, Kernel, choose
 
 DTYPE_NUMBERS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # csrc/formats.h, Dtype
 SCRATCH_BYTES = 64 << 20
@@ -152,21 +154,86 @@ def gradient_statistics(weight: Tensor, gradient: Tensor, formats: Sequence[Form
     return _statistics(weight, None, gradient, [fmt.code for fmt in formats])
 
 
-def packed_matmul(x: Tensor, packed: Packed, fmt: Format, activation: Format | None) -> Tensor:
-    """x [M, K], fake-quantized to `activation` if given, times packed [N, K] -> [M, N]."""
-    if activation is not None:
-        x = fake_quantize(x, activation)
+@functools.cache
+def _device_facts(device: torch.device) -> tuple[tuple[int, int], int]:
+    """Compute capability and number of multiprocessors."""
+    properties = torch.cuda.get_device_properties(device)
+    return (properties.major, properties.minor), properties.multi_processor_count
+
+
+def _forced_kernel() -> Kernel | None:
+    name = os.environ.get("MIXBITS_CUDA_KERNEL") or None
+    if name is not None and name not in KERNELS:
+        raise UsageError(f"MIXBITS_CUDA_KERNEL must be one of {', '.join(KERNELS)}: got {name!r}")
+    return name
+
+
+def explain(x: Tensor, packed: Packed, fmt: Format) -> Choice:
+    """How `packed_matmul` multiplies these; print it."""
+    tokens, columns = x.shape
+    sizes = (fmt, x.dtype, tokens, packed.weight_packed.shape[0], columns)
+    capability, processors = _device_facts(x.device)
+    aligned = packed.weight_packed.data_ptr() % 16 == 0
+    return choose(capability, *sizes, processors, _native().HAS_WGMMA, aligned, _forced_kernel())
+
+
+def packed_matmul(
+    x: Tensor,
+    packed: Packed,
+    fmt: Format,
+    activation: Format | None,
+    choice: Choice | None = None,
+) -> Tensor:
+    """x [M, K], fake-quantized to `activation` if given, times packed [N, K] -> [M, N].
+
+    `choice` tries a kernel and sizes of one's own, for measurements.
+    """
     tokens, columns = x.shape
     rows = packed.weight_packed.shape[0]
     if columns == 0 or tokens == 0 or rows == 0:
         return x.new_zeros((tokens, rows))
-    native = _native()
-    if tokens > native.MAX_TOKENS:
+    choice = choice or explain(x, packed, fmt)
+    if choice.kernel == "wgmma":
+        return _matmul_staged(x, packed, fmt, activation, choice)
+    if activation is not None:
+        x = fake_quantize(x, activation)
+    if choice.kernel == "scratch":
         return _matmul_through_scratch(x, packed, fmt)
+    if choice.kernel == "mma" and x.data_ptr() % 16:
+        x = x.clone()
     out = x.new_empty((tokens, rows))
+    pointers = (x.data_ptr(), *_pointers(packed), out.data_ptr())
     sizes = (tokens, rows, columns, DTYPE_NUMBERS[x.dtype], fmt.code)
     with torch.cuda.device(x.device):
-        native.packed_matmul(x.data_ptr(), *_pointers(packed), out.data_ptr(), *sizes, _stream(x))
+        if choice.kernel == "mma":
+            shape = (choice.row_tiles, choice.token_tiles, choice.warps)
+            _native().packed_matmul_mma(*pointers, *sizes, *shape, _stream(x))
+        else:
+            _native().packed_matmul(*pointers, *sizes, _stream(x))
+    return out
+
+
+def _matmul_staged(
+    x: Tensor, packed: Packed, fmt: Format, activation: Format | None, choice: Choice
+) -> Tensor:
+    """The product by wgmma; x is fake-quantized while it is staged, M * K * 2 bytes each way."""
+    native = _native()
+    tokens, columns = x.shape
+    rows = packed.weight_packed.shape[0]
+    dtype = DTYPE_NUMBERS[x.dtype]
+    staged_bytes = native.staged_bytes(tokens, columns, choice.block_tokens)
+    staged = torch.empty(staged_bytes, dtype=torch.uint8, device=x.device)
+    out = x.new_empty((tokens, rows))
+    codes = (fmt.code, 0 if activation is None else activation.code, choice.block_tokens)
+    sizes = (tokens, rows, columns, dtype, fmt.code, choice.block_tokens, choice.parts)
+    with torch.cuda.device(x.device):
+        stream = _stream(x)
+        native.stage_activations(
+            x.data_ptr(), staged.data_ptr(), tokens, columns, dtype, *codes, stream
+        )
+        native.packed_matmul_wgmma(
+            staged.data_ptr(), *_pointers(packed), out.data_ptr(), *sizes, stream
+        )
     return out
 
 
@@ -181,6 +248,7 @@ def _row_slice(packed: Packed, first: int, last: int) -> Packed:
 
 def _matmul_through_scratch(x: Tensor, packed: Packed, fmt: Format) -> Tensor:
     """The product for many tokens, over blocks of output rows whose scratch stays bounded."""
+    x = x.detach()  # products into a given tensor have no gradient
     tokens, columns = x.shape
     rows = packed.weight_packed.shape[0]
     block = min(rows, max(1, SCRATCH_BYTES // (columns * x.element_size())))
@@ -193,5 +261,5 @@ def _matmul_through_scratch(x: Tensor, packed: Packed, fmt: Format) -> Tensor:
         last = min(first + block, rows)
         part = scratch[: last - first]
         _dequantize_into(part, _row_slice(packed, first, last), fmt)
-        out[:, first:last] = x @ part.T
+        torch.mm(x, part.T, out=out[:, first:last])
     return out

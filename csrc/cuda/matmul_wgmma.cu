@@ -1,0 +1,260 @@
+// x [tokens, columns] times a packed weight [rows, columns] transposed, on Hopper's warpgroup
+// matrix units (sm_90a), for the numbers of tokens between "reading the weight is the cost" and
+// "multiplying is".
+//
+// The weight is operand A, in registers, where it is dequantized; staged activations (stage.cu) are
+// operand B in shared memory. A block owns 128 rows and 64, 128 or 256 tokens: two warpgroups
+// multiply 64 rows each with the same B, and one thread of a third copies B, whole 128-column tiles
+// that are contiguous in memory, into a ring of stages. `full` says that a stage's bytes are there,
+// `empty` that all 8 multiplying warps have read it. Weights go from memory to registers, two tiles
+// ahead: every code is wanted by one thread of the block, so shared memory would only add a copy.
+//
+// A warpgroup dequantizes 64 columns while the matrix unit works on the 64 before: two sets of
+// 16 registers, and a set is refilled when the group that reads it is finished. The loop has about
+// 4 instructions per weight and lane (sm_90a machine code). A multiprocessor issues 128 lanes per
+// cycle, and its matrix unit wants 128 x 16 weights every 128 cycles for 128 tokens: half of the
+// issue slots. With 64 tokens it is all of them: smaller blocks are for when memory is the limit.
+//
+// The blocks of a cluster share rows and tokens and split the columns; they add their sums through
+// distributed shared memory in the order of their ranks. Nothing is added in memory, no workspace.
+//
+// Registers are given out per warpgroup: 3 x 168 at the start; the copying one gives its own away.
+// After that its code may use 24, so all that follows is inside the branch of either role.
+#include "chunk.cuh"
+
+namespace mixbits {
+namespace cuda {
+namespace {
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL) || !defined(__CUDA_ARCH__)
+#define MB_HAS_WGMMA 1
+#endif
+
+constexpr int kGroupRows = 64, kGroups = 2, kBlockRows = kGroups * kGroupRows;
+constexpr int kMultipliers = 128 * kGroups, kBlockThreads = kMultipliers + 128;
+constexpr int kSetPairs = 8;                // pairs of a row in a set: 64 columns of a quad
+constexpr int kSumStride = kBlockRows + 4;  // floats; a warp's stores then spread over the banks
+
+MB_HD constexpr int stage_bytes(int tokens) { return tokens * kStagedColumns * 2; }
+MB_HD constexpr int stage_count(int tokens) { return tokens == 256 ? 3 : 4; }
+constexpr int kBarrierBytes = 1024;  // more than enough; keeps what follows aligned
+MB_HD constexpr int shared_bytes(int tokens) {
+  const int ring = stage_count(tokens) * stage_bytes(tokens), sums = tokens * kSumStride * 4;
+  return kBarrierBytes + (ring > sums ? ring : sums);
+}
+
+template <int kElement>
+struct WeightTile {  // 128 columns of a lane's two rows
+  static constexpr int kBits = element_bits(kElement);
+  static constexpr int kChunks = kStagedColumns / tile_columns(kBits);
+  Chunk<kElement> chunks[kChunks][2];
+
+  __device__ __forceinline__ void load(const PackedWeight& weight, const uint32_t (&rows)[2],
+                                       int column) {
+#pragma unroll
+    for (int i = 0; i < kChunks; ++i) {
+      load_chunk<kElement>(weight, rows[0], column + i * tile_columns(kBits), chunks[i][0]);
+      load_chunk<kElement>(weight, rows[1], column + i * tile_columns(kBits), chunks[i][1]);
+    }
+  }
+
+  // Operand A of the 4 steps of 64 columns: half `kHalf` of the tile at `column`.
+  template <class T, int kHalf>
+  __device__ __forceinline__ void decode(const PackedWeight& weight, int column,
+                                         uint32_t (&a)[4][4]) const {
+    constexpr int kChunkOf = kChunks == 2 ? kHalf : 0;
+    constexpr int kFirst = kChunks == 2 ? 0 : kHalf * kSetPairs;
+    const int zero_at = zero_shift<kElement>(weight, column + kChunkOf * tile_columns(kBits));
+    uint32_t upper[kSetPairs], lower[kSetPairs];
+    decode_pairs<T, kElement, kFirst>(chunks[kChunkOf][0], zero_at, upper);
+    decode_pairs<T, kElement, kFirst>(chunks[kChunkOf][1], zero_at, lower);
+#pragma unroll
+    for (int step = 0; step < 4; ++step) {
+      a[step][0] = upper[2 * step];
+      a[step][1] = lower[2 * step];
+      a[step][2] = upper[2 * step + 1];
+      a[step][3] = lower[2 * step + 1];
+    }
+  }
+};
+
+// Copies tiles `first` to `last - 1` of this block's activations into the ring.
+template <int kTokens>
+__device__ __forceinline__ void copy_tiles(const uint8_t* staged, uint8_t* ring, uint64_t* full,
+                                           uint64_t* empty, int first, int last) {
+  constexpr int kStages = stage_count(kTokens), kBytes = stage_bytes(kTokens);
+  for (int i = 0; i < last - first; ++i) {
+    const int stage = i % kStages;
+    // The stage's use number i / kStages begins when the one before is over.
+    if (i >= kStages) ptx::barrier_wait(&empty[stage], (i / kStages + 1) % 2);
+    ptx::barrier_expect(&full[stage], kBytes);
+    ptx::bulk_copy(ring + stage * kBytes, staged + int64_t(first + i) * kBytes, kBytes,
+                   &full[stage]);
+  }
+}
+
+// One tile: two sets, each dequantized while the set before it is multiplied. `before` is `empty`
+// of the tile before.
+template <class T, int kElement, int kTokens>
+__device__ __forceinline__ void multiply_tile(const PackedWeight& weight,
+                                              const WeightTile<kElement>& tile, int column,
+                                              uint64_t b, uint32_t (&sets)[2][4][4],
+                                              float (&sums)[kTokens / 2], bool not_first,
+                                              uint64_t* before) {
+  // Descriptors count 16 bytes: 16 values of k further, and 64 values, which are other rows.
+  constexpr int kStep = 32 / 16, kHalf = kTokens * 128 / 16;
+  tile.template decode<T, 0>(weight, column, sets[0]);
+  ptx::wgmma_fence();
+#pragma unroll
+  for (int step = 0; step < 4; ++step) {
+    ptx::wgmma<T>(sums, sets[0][step], b + step * kStep);
+  }
+  ptx::wgmma_commit();
+  ptx::wgmma_wait<1>();  // the tile before is finished
+  if (not_first && threadIdx.x % 32 == 0) ptx::barrier_arrive(before);
+  tile.template decode<T, 1>(weight, column, sets[1]);
+  ptx::wgmma_fence();
+#pragma unroll
+  for (int step = 0; step < 4; ++step) {
+    ptx::wgmma<T>(sums, sets[1][step], b + kHalf + step * kStep);
+  }
+  ptx::wgmma_commit();
+  ptx::wgmma_wait<1>();
+}
+
+template <class T, int kElement, int kTokens>
+__device__ __forceinline__ void multiply_tiles(const PackedWeight& weight, uint8_t* ring,
+                                               uint64_t* full, uint64_t* empty, int first, int last,
+                                               float (&sums)[kTokens / 2]) {
+  constexpr int kStages = stage_count(kTokens), kAhead = 2;
+  const int row = blockIdx.z * kBlockRows + threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
+  const uint32_t rows[2] = {valid_row(weight, row), valid_row(weight, row + 8)};
+  int column =
+      first * kStagedColumns + threadIdx.x % 4 * chunk_columns(WeightTile<kElement>::kBits);
+  uint32_t sets[2][4][4];
+  WeightTile<kElement> tiles[kAhead];
+#pragma unroll
+  for (int ahead = 0; ahead < kAhead; ++ahead) {
+    tiles[ahead].load(weight, rows, column + ahead * kStagedColumns);
+  }
+  int stage = 0, stage_before = kStages - 1, parity = 0;
+  for (int start = first; start < last; start += kAhead) {
+#pragma unroll
+    for (int ahead = 0; ahead < kAhead; ++ahead, column += kStagedColumns) {
+      if (start + ahead >= last) break;
+      ptx::barrier_wait(&full[stage], parity);
+      const uint32_t b = ptx::shared_address(ring + stage * stage_bytes(kTokens));
+      multiply_tile<T, kElement, kTokens>(weight, tiles[ahead], column, ptx::swizzled_operand(b),
+                                          sets, sums, start + ahead > first, &empty[stage_before]);
+      tiles[ahead].load(weight, rows, column + kAhead * kStagedColumns);
+      stage_before = stage++;
+      if (stage == kStages) stage = 0, parity ^= 1;
+    }
+  }
+  ptx::wgmma_wait<0>();
+}
+
+// Sums of this block's part of the columns -> shared memory [token][row].
+template <int kTokens>
+__device__ __forceinline__ void store_sums(const float (&sums)[kTokens / 2], float* shared) {
+  const int row = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4, token = threadIdx.x % 4 * 2;
+#pragma unroll
+  for (int i = 0; i < kTokens / 2; ++i) {
+    shared[(i / 4 * 8 + token + i % 2) * kSumStride + row + i % 4 / 2 * 8] = sums[i];
+  }
+}
+
+// Adds up this block's share of the cluster's tokens, in the order of the parts, and writes it.
+template <class T, int kTokens>
+__device__ __forceinline__ void add_parts(const float* sums, int rows, T* out, int tokens, int part,
+                                          int parts) {
+  for (int i = threadIdx.x; i < kTokens / parts * kBlockRows; i += kMultipliers) {
+    const int token = i / kBlockRows * parts + part, row = i % kBlockRows;
+    float total = 0.0f;
+    for (int p = 0; p < parts; ++p) total += ptx::load_cluster(&sums[token * kSumStride + row], p);
+    const int out_token = blockIdx.y * kTokens + token, out_row = blockIdx.z * kBlockRows + row;
+    if (out_token < tokens && out_row < rows) {
+      out[int64_t(out_token) * rows + out_row] = from_float<T>(total);
+    }
+  }
+}
+
+template <class T, int kElement, int kTokens>
+__global__ void __launch_bounds__(kBlockThreads, 1)  // the 1 fixes the registers at entry
+    wgmma_kernel(const uint8_t* staged, PackedWeight weight, T* out, int tokens, int parts) {
+#ifdef MB_HAS_WGMMA
+  constexpr int kStages = stage_count(kTokens);
+  extern __shared__ __align__(1024) uint8_t shared[];
+  uint64_t* full = reinterpret_cast<uint64_t*>(shared);
+  uint64_t* empty = full + kStages;
+  uint8_t* ring = shared + kBarrierBytes;
+  const int tiles = (weight.columns + kStagedColumns - 1) / kStagedColumns;
+  const int part = int(ptx::cluster_rank());
+  const int first = tiles * part / parts, last = tiles * (part + 1) / parts;
+  if (threadIdx.x == 0) {
+    for (int stage = 0; stage < kStages; ++stage) {
+      ptx::barrier_init(&full[stage], 1);
+      ptx::barrier_init(&empty[stage], kMultipliers / 32);
+    }
+    ptx::barrier_init_fence();
+  }
+  __syncthreads();
+
+  if (threadIdx.x >= kMultipliers) {
+    ptx::give_registers<24>();
+    if (threadIdx.x == kMultipliers) {
+      copy_tiles<kTokens>(staged + int64_t(blockIdx.y) * tiles * stage_bytes(kTokens), ring, full,
+                          empty, first, last);
+    }
+    ptx::cluster_sync();
+    ptx::cluster_sync();
+  } else {
+    ptx::take_registers<240>();
+    float* const block_sums = reinterpret_cast<float*>(ring);
+    {
+      float sums[kTokens / 2] = {};
+      multiply_tiles<T, kElement, kTokens>(weight, ring, full, empty, first, last, sums);
+      ptx::sync_threads<kMultipliers>();  // nobody reads the ring any more
+      store_sums<kTokens>(sums, block_sums);
+    }
+    ptx::cluster_sync();
+    add_parts<T, kTokens>(block_sums, weight.rows, out, tokens, part, parts);
+    ptx::cluster_sync();  // no block ends while another reads its sums
+  }
+#endif
+}
+
+template <class T, int kElement, int kTokens>
+const char* launch(const MatmulArgs& a, const PackedWeight& weight, int parts, void* stream) {
+  // Blocks that read the same rows of the weight run at the same time and share them in L2.
+  const dim3 grid(unsigned(parts), unsigned(divide_up(a.tokens, kTokens)),
+                  unsigned(divide_up(a.rows, kBlockRows)));
+  return ptx::launch_cluster(wgmma_kernel<T, kElement, kTokens>, grid, kBlockThreads,
+                             shared_bytes(kTokens), unsigned(parts), stream,
+                             static_cast<const uint8_t*>(a.x), weight, static_cast<T*>(a.out),
+                             int(a.tokens), parts);
+}
+
+}  // namespace
+
+const char* packed_matmul_wgmma(const MatmulArgs& a, int block_tokens, int parts, void* stream) {
+  if (a.tokens == 0 || a.rows == 0 || a.columns == 0) return nullptr;
+  if (parts < 1 || parts > 8 || (parts & (parts - 1)) != 0) return "1, 2, 4 or 8 parts";
+  PackedWeight weight{};
+  if (const char* error = packed_weight(a, &weight)) return error;
+  if (divide_up(a.rows, kBlockRows) > 65535) return "at most 8388480 rows";
+  const char* error = "no kernel of these sizes";
+  dispatch_half(a.dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    dispatch_element(decode_format(a.format).element, [&](auto element) {
+      constexpr int kElement = element.value;
+      if (block_tokens == 64) error = launch<T, kElement, 64>(a, weight, parts, stream);
+      if (block_tokens == 128) error = launch<T, kElement, 128>(a, weight, parts, stream);
+      if (block_tokens == 256) error = launch<T, kElement, 256>(a, weight, parts, stream);
+    });
+  });
+  return error;
+}
+
+}  // namespace cuda
+}  // namespace mixbits

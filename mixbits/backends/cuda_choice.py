@@ -1,0 +1,126 @@
+"""Which CUDA kernel multiplies: a pure function of device, format, dtype and sizes.
+
+    kernel      weights                                   for
+    simple      fp32 FMA in registers                     float32, or rows without 16-byte pieces;
+                                                          at most 16 tokens
+    mma         mma.sync, dequantized in registers        few tokens, sm_80 and later
+    wgmma       warpgroup mma, dequantized in registers   up to 1024 tokens on sm_90
+    scratch     dequantized to memory, then cuBLAS        everything else: the guard
+
+The boundaries follow from bytes and instructions (comments below); none has been measured yet.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from ..formats import Format
+
+Kernel = Literal["simple", "mma", "wgmma", "scratch"]
+KERNELS: tuple[Kernel, ...] = ("simple", "mma", "wgmma", "scratch")
+
+SIMPLE_TOKENS = 16  # csrc/cuda/ops.cuh, kMaxTokens
+WGMMA_ROWS = 128  # of a block, csrc/cuda/matmul_wgmma.cu
+TILE = 128  # columns that a block of either kernel takes at a time
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A kernel and its sizes; what a kernel does not have is 0. `str()` prints it.
+
+    `row_tiles` (of 16 rows), `token_tiles` (of 8 tokens) and `warps` belong to mma;
+    `block_tokens` and `parts` (blocks that split the columns) to wgmma.
+    """
+
+    kernel: Kernel
+    row_tiles: int = 0
+    token_tiles: int = 0
+    warps: int = 0
+    block_tokens: int = 0
+    parts: int = 0
+
+    def __str__(self) -> str:
+        sizes = {
+            "simple": "fp32 arithmetic",
+            "scratch": "dequantized, then cuBLAS",
+            "mma": f"{16 * self.row_tiles} rows x {8 * self.token_tiles} tokens, "
+            f"{self.warps} warps along K",
+            "wgmma": f"{WGMMA_ROWS} rows x {self.block_tokens} tokens, {self.parts} blocks along K",
+        }
+        return f"{self.kernel} ({sizes[self.kernel]})"
+
+
+def _mma(tokens: int, rows: int, columns: int) -> Choice:
+    # A block reads x once per 16 * row_tiles rows: x must stay below the weight's own bytes, so
+    # more tokens need more rows; few rows leave multiprocessors idle, so one token takes 16.
+    row_tiles, token_tiles = (1, 1) if tokens <= 2 else (4, 1) if tokens <= 8 else (4, 2)
+    most = 16 if row_tiles == 1 else 12 if token_tiles == 1 else 8  # max_warps, matmul_mma.cu
+    # A warp wants at least two tiles of its rows; fewer than 4 warps leave the SM's parts idle.
+    warps = max(4, min(most, -(-columns // TILE) // 2))
+    return Choice("mma", row_tiles=row_tiles, token_tiles=token_tiles, warps=warps)
+
+
+def _wgmma(tokens: int, rows: int, columns: int, processors: int) -> Choice:
+    block_tokens = 64 if tokens <= 64 else 128 if tokens <= 128 else 256
+    if tokens > 256 and -(-tokens // 128) * 128 < -(-tokens // 256) * 256:
+        block_tokens = 128  # less padding
+    blocks = -(-rows // WGMMA_ROWS) * -(-tokens // block_tokens)
+    # Split the columns while that fills idle multiprocessors and leaves each part 4 tiles.
+    parts = 1
+    while parts < 8 and 2 * parts * blocks <= processors and columns >= 2 * parts * 4 * TILE:
+        parts *= 2
+    return Choice("wgmma", block_tokens=block_tokens, parts=parts)
+
+
+@functools.cache
+def choose(
+    capability: tuple[int, int],
+    fmt: Format,
+    dtype: torch.dtype,
+    tokens: int,
+    rows: int,
+    columns: int,
+    processors: int = 132,
+    has_wgmma: bool = True,
+    aligned: bool = True,
+    forced: Kernel | None = None,
+) -> Choice:
+    """The kernel for x [tokens, columns] of `dtype` times a weight [rows, columns] of `fmt`.
+
+    `processors` is the device's number of multiprocessors; `has_wgmma` whether the library was
+    built for sm_90a; `aligned` whether the codes begin at a multiple of 16 bytes. `forced` names
+    a kernel; raises ValueError where that cannot run.
+    """
+    # Rows of codes must be whole chunks that one load brings (csrc/cuda/fragments.h).
+    fits = dtype in (torch.bfloat16, torch.float16) and columns % 32 == 0 and aligned
+    possible: dict[Kernel, bool] = {
+        "simple": tokens <= SIMPLE_TOKENS,
+        "mma": fits and capability >= (8, 0),
+        "wgmma": fits and capability == (9, 0) and has_wgmma,
+        "scratch": True,
+    }
+    if forced is not None and not possible[forced]:
+        raise ValueError(
+            f"kernel {forced!r} cannot take {tokens} tokens of {dtype} with {fmt.element} weights "
+            f"[{rows}, {columns}] on compute capability {capability[0]}.{capability[1]}"
+        )
+    # mma pays for the weight once per 16 tokens, and dequantizes it as often: about 4
+    # instructions per weight, against the 2 bytes written and read again that scratch costs.
+    few = 16 if possible["wgmma"] else 64
+    # From about 1024 tokens on, dequantizing once is less than 1/10 of the product's own time.
+    order: tuple[tuple[Kernel, int], ...] = (("mma", few), ("simple", 16), ("wgmma", 1024))
+    kernel: Kernel = "scratch"
+    for name, most in reversed(order):
+        if possible[name] and tokens <= most:
+            kernel = name
+    if forced is not None:
+        kernel = forced
+    if kernel == "mma":
+        return _mma(tokens, rows, columns)
+    if kernel == "wgmma":
+        return _wgmma(tokens, rows, columns, processors)
+    return Choice(kernel)

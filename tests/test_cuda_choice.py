@@ -1,0 +1,102 @@
+"""The choice of a CUDA kernel is a pure function, and every choice can run."""
+
+import pytest
+import torch
+from conftest import FORMATS, INT_FORMATS, MX_FORMATS, format_id
+
+from mixbits.backends import cuda
+from mixbits.backends.cuda_choice import KERNELS, Choice, choose
+from mixbits.formats import UsageError
+
+AMPERE, HOPPER, BLACKWELL = (8, 0), (9, 0), (10, 0)
+MXFP4 = MX_FORMATS[0]
+BF16 = torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("capability", "tokens", "kernel"),
+    [
+        (HOPPER, 1, "mma"),
+        (HOPPER, 16, "mma"),
+        (HOPPER, 17, "wgmma"),
+        (HOPPER, 1024, "wgmma"),
+        (HOPPER, 1025, "scratch"),
+        (AMPERE, 64, "mma"),
+        (AMPERE, 65, "scratch"),
+        (BLACKWELL, 64, "mma"),
+        (BLACKWELL, 65, "scratch"),
+        ((7, 5), 16, "simple"),
+        ((7, 5), 17, "scratch"),
+    ],
+)
+@pytest.mark.parametrize("fmt", [MXFP4, INT_FORMATS[0]], ids=format_id)
+def test_kernels_by_device_and_tokens(fmt, capability, tokens, kernel):
+    assert choose(capability, fmt, BF16, tokens, 8192, 8192).kernel == kernel
+
+
+def test_what_matrix_units_cannot_take():
+    for refused in (
+        choose(HOPPER, MXFP4, torch.float32, 4, 64, 64),
+        choose(HOPPER, MXFP4, BF16, 4, 64, 72),
+        choose(HOPPER, MXFP4, BF16, 4, 64, 64, aligned=False),
+    ):
+        assert refused.kernel == "simple"
+    assert choose(HOPPER, MXFP4, BF16, 40, 64, 72).kernel == "scratch"
+    assert choose(HOPPER, MXFP4, BF16, 40, 64, 64, has_wgmma=False).kernel == "mma"
+
+
+@pytest.mark.parametrize("fmt", FORMATS[::5], ids=format_id)
+@pytest.mark.parametrize("capability", [AMPERE, HOPPER], ids=str)
+def test_every_choice_can_run(fmt, capability):
+    """Sizes are among those that csrc/cuda instantiates, and within its limits."""
+    for tokens in (1, 2, 3, 8, 9, 16, 17, 64, 65, 128, 129, 256, 300, 700, 1024, 5000):
+        for rows, columns in ((8192, 8192), (1024, 4096), (28672, 8192), (17, 32), (4096, 14336)):
+            choice = choose(capability, fmt, BF16, tokens, rows, columns)
+            if choice.kernel == "mma":
+                assert (choice.row_tiles, choice.token_tiles) in {(1, 1), (4, 1), (4, 2)}
+                most = {(1, 1): 16, (4, 1): 12, (4, 2): 8}[choice.row_tiles, choice.token_tiles]
+                assert 1 <= choice.warps <= most
+            elif choice.kernel == "wgmma":
+                assert choice.block_tokens in (64, 128, 256)
+                assert choice.parts in (1, 2, 4, 8)
+                assert choice.parts == 1 or choice.parts * 4 * 128 <= columns
+            assert choice.kernel in str(choice)
+
+
+def test_columns_are_split_to_fill_the_device():
+    def parts(rows: int, columns: int, processors: int) -> int:
+        return choose(HOPPER, MXFP4, BF16, 64, rows, columns, processors).parts
+
+    assert parts(8192, 8192, 132) == 2  # 64 blocks of rows
+    assert parts(16384, 8192, 132) == 1
+    assert parts(1024, 8192, 132) == 8
+    assert parts(1024, 1024, 132) == 2  # 8 tiles of columns: 4 each
+
+
+def test_forced():
+    sizes = (MXFP4, BF16, 16, 64, 64)
+    assert {choose(HOPPER, *sizes, forced=kernel).kernel for kernel in KERNELS} == set(KERNELS)
+    with pytest.raises(ValueError, match=r"'wgmma' cannot take 16 tokens .* capability 8\.0"):
+        choose(AMPERE, *sizes, forced="wgmma")
+    with pytest.raises(ValueError, match="'simple' cannot take 17 tokens"):
+        choose(HOPPER, MXFP4, BF16, 17, 64, 64, forced="simple")
+
+
+def test_forced_by_the_environment(monkeypatch):
+    monkeypatch.setenv("MIXBITS_CUDA_KERNEL", "scratch")
+    assert cuda._forced_kernel() == "scratch"
+    monkeypatch.setenv("MIXBITS_CUDA_KERNEL", "")
+    assert cuda._forced_kernel() is None
+    monkeypatch.setenv("MIXBITS_CUDA_KERNEL", "fast")
+    with pytest.raises(UsageError, match="must be one of simple, mma, wgmma, scratch: got 'fast'"):
+        cuda._forced_kernel()
+
+
+def test_choices_print():
+    assert str(Choice("scratch")) == "scratch (dequantized, then cuBLAS)"
+    assert str(choose(HOPPER, MXFP4, BF16, 1, 8192, 8192)) == (
+        "mma (16 rows x 8 tokens, 16 warps along K)"
+    )
+    assert str(choose(HOPPER, MXFP4, BF16, 100, 8192, 8192)) == (
+        "wgmma (128 rows x 128 tokens, 2 blocks along K)"
+    )

@@ -1,0 +1,341 @@
+"""The CUDA kernels run: their own source as host code, on any machine, and on a GPU.
+
+tests/emulation stands in for the CUDA headers and for csrc/cuda/ptx.cuh. What it shows is that
+indexing, fragment layouts, swizzles and the order of barriers are right; what only a GPU can show
+is that the instructions do what the stand-in takes them to do, and speed.
+"""
+
+import importlib.machinery
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+import test_triton as checks
+import torch
+from conftest import FORMATS, INT_FORMATS, MX_FORMATS, assert_same_bits, format_id, hard_rows
+from torch import Tensor
+
+from mixbits import pack, reference
+from mixbits.backends import cuda
+from mixbits.backends.cuda_choice import Choice
+from mixbits.formats import INTEGERS, MINIFLOATS, MX_GROUP, Format
+
+TESTS = Path(__file__).resolve().parent
+CSRC = TESTS.parent / "csrc"
+needs_gpp = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not on the PATH")
+needs_gpu = pytest.mark.skipif(
+    cuda.why_unavailable() is not None, reason=f"cuda backend: {cuda.why_unavailable()}"
+)
+
+# --- emulate ---------------------------------------------------------------------------------
+
+LAUNCH = re.compile(r"([\w:]+(?:<[^;<>]*>)?)\s*<<<(.*?),([^,]*),([^,]*)>>>\s*\((.*?)\);", re.DOTALL)
+DYNAMIC = re.compile(r"extern __shared__ (?:__align__\(\d+\) )?(\w+) (\w+)\[\];")
+
+
+def build_emulation(folder: Path) -> Path:
+    """Compiles csrc/cuda for the host into `folder`; the path of the extension module."""
+    import pybind11
+
+    shutil.copytree(CSRC, folder / "csrc")
+    for header in ("cuda_runtime.h", "cuda_fp16.h", "cuda_bf16.h"):
+        (folder / header).write_text('#pragma once\n#include "stand_in.h"\n')
+    shutil.copy(TESTS / "emulation/stand_in.h", folder)
+    shutil.copy(TESTS / "emulation/ptx.cuh", folder / "csrc/cuda")
+    include = (folder, folder / "csrc", pybind11.get_include(), sysconfig.get_path("include"))
+    command = ["g++", "-std=c++17", "-O1", "-ffp-contract=off", "-fPIC", "-w", "-DMB_WGMMA"]
+    command += [f"-I{path}" for path in include]
+    sources = [folder / "csrc/bindings_cuda.cpp"]
+    for path in sorted((folder / "csrc/cuda").glob("*.cu")):
+        text = LAUNCH.sub(r"emulate::launch(\2,\3, [=] { \1(\5); });", path.read_text())
+        text = DYNAMIC.sub(r"\1* \2 = emulate::shared<\1>();", text)
+        sources.append(path.with_suffix(".cpp"))
+        sources[-1].write_text(text)
+    objects = [str(source.with_suffix(".o")) for source in sources]
+
+    def compile_one(source: Path, target: str) -> None:
+        subprocess.run([*command, "-c", str(source), "-o", target], check=True)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(compile_one, sources, objects))
+    library = folder / f"_cuda{importlib.machinery.EXTENSION_SUFFIXES[0]}"
+    subprocess.run(["g++", "-shared", *objects, "-o", str(library)], check=True)
+    return library
+
+
+@pytest.fixture(scope="module")
+def emulation(tmp_path_factory):
+    """The extension module of the kernels as host code."""
+    pytest.importorskip("pybind11")
+    library = build_emulation(tmp_path_factory.mktemp("emulation"))
+    before = sys.modules.get("mixbits._cuda")
+    spec = importlib.util.spec_from_file_location("mixbits._cuda", library)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    sys.modules.pop("mixbits._cuda", None)
+    if before is not None:
+        sys.modules["mixbits._cuda"] = before
+    return module
+
+
+@pytest.fixture
+def emulated(emulation, monkeypatch):
+    """The cuda backend on CPU tensors: the emulated kernels of an H100, no stream, no device."""
+    monkeypatch.setattr(cuda, "_native", lambda: emulation)
+    monkeypatch.setattr(cuda, "_stream", lambda x: 0)
+    monkeypatch.setattr(cuda, "_device_facts", lambda device: ((9, 0), 132))
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    return cuda
+
+
+CPU = torch.device("cpu")
+EMULATED_FORMATS = [MX_FORMATS[0], MX_FORMATS[4], MX_FORMATS[8]]
+EMULATED_FORMATS += [f for f in INT_FORMATS if f.symmetric == (f.group_size == 64)]
+each_emulated_format = pytest.mark.parametrize("fmt", EMULATED_FORMATS, ids=format_id)
+
+
+def emulated_test(test):
+    return pytest.mark.slow(needs_gpp(test))
+
+
+@emulated_test
+@pytest.mark.parametrize("columns", [33, 640])
+@each_emulated_format
+def test_emulated_round_trip(emulated, fmt, columns):
+    checks.check_round_trip(emulated, CPU, fmt, columns)
+
+
+@emulated_test
+@pytest.mark.parametrize("shape", [(1, 5, 33), (3, 17, 172), (11, 18, 640), (17, 9, 65)], ids=str)
+@pytest.mark.parametrize("element", [*MINIFLOATS, *INTEGERS])
+def test_emulated_matmul(emulated, element, shape, monkeypatch):
+    """As the backend chooses: all ways but wgmma occur, and scratch in several blocks."""
+    monkeypatch.setattr(cuda, "SCRATCH_BYTES", 4 * 64 * 4)  # four float32 rows
+    fmt = Format(element, 32, symmetric=element in MINIFLOATS)
+    checks.check_matmul(emulated, CPU, fmt, shape)
+
+
+@emulated_test
+@pytest.mark.parametrize("element", MINIFLOATS)
+def test_emulated_codes_and_scales(emulated, element):
+    checks.check_all_codes_and_scales(emulated, CPU, element)
+
+
+@emulated_test
+def test_emulated_statistics(emulated):
+    checks.check_statistics(emulated, CPU, 172, FORMATS[5:22])  # 17 formats: two passes
+
+
+@emulated_test
+def test_emulated_empty(emulated):
+    checks.check_empty(emulated, CPU, INT_FORMATS[1])
+
+
+# --- the matrix units ------------------------------------------------------------------------
+
+HALVES = [torch.bfloat16, torch.float16]
+MMA = [Choice("mma", row_tiles=r, token_tiles=t, warps=w) for r, t, w in ((1, 1, 5), (4, 1, 4))]
+MMA += [Choice("mma", row_tiles=4, token_tiles=2, warps=8)]
+WGMMA = [
+    Choice("wgmma", block_tokens=tokens, parts=parts)
+    for tokens, parts in ((64, 1), (64, 4), (128, 2), (256, 1))
+]
+
+
+def use(monkeypatch, choice: Choice) -> None:
+    monkeypatch.setattr(cuda, "explain", lambda x, packed, fmt: choice)
+    monkeypatch.setattr(checks, "DTYPES", HALVES)
+
+
+@emulated_test
+@pytest.mark.parametrize("choice", [*MMA, WGMMA[0], WGMMA[1]], ids=str)
+@each_emulated_format
+def test_emulated_matrix_units(emulated, fmt, choice, monkeypatch):
+    """Rows, tokens and columns that fill no tile; groups that end within the last one."""
+    use(monkeypatch, choice)
+    checks.check_matmul(emulated, CPU, fmt, (19, 69, 672))
+    checks.check_matmul(emulated, CPU, fmt, (1, 3, 32))
+
+
+@emulated_test
+@pytest.mark.parametrize("choice", WGMMA[2:], ids=str)
+@pytest.mark.parametrize("fmt", [MX_FORMATS[0], INT_FORMATS[-1]], ids=format_id)
+def test_emulated_wide_blocks(emulated, fmt, choice, monkeypatch):
+    use(monkeypatch, choice)
+    checks.check_matmul(emulated, CPU, fmt, (choice.block_tokens + 3, 130, 1056))
+
+
+@emulated_test
+@pytest.mark.parametrize("choice", [MMA[1], WGMMA[0]], ids=str)
+@pytest.mark.parametrize("fmt", [MX_FORMATS[0], MX_FORMATS[5], MX_FORMATS[8]], ids=format_id)
+def test_emulated_activations(emulated, fmt, choice, monkeypatch):
+    use(monkeypatch, choice)
+    checks.check_matmul(emulated, CPU, fmt, (5, 20, 160), activation=fmt)
+    # Rounding x inside the product is rounding it before: the same bits.
+    w = emulated.quantize_pack(torch.randn(20, 160), fmt)
+    for dtype in HALVES:
+        x = hard_rows(160, dtype)
+        got = emulated.packed_matmul(x, w, fmt, fmt)
+        assert_same_bits(got, emulated.packed_matmul(emulated.fake_quantize(x, fmt), w, fmt, None))
+
+
+def dequantized(emulated, packed: pack.Packed, fmt: Format, columns: int, dtype) -> Tensor:
+    """The weights [K, N] that a product uses: those of the identity."""
+    eye = torch.eye(columns, dtype=dtype)
+    return emulated.packed_matmul(eye, packed, fmt, None)
+
+
+def is_nan_code(element: str) -> Tensor:
+    codes = torch.arange(1 << MINIFLOATS[element].bits, dtype=torch.uint8)
+    return reference.minifloat_decode(codes, MINIFLOATS[element]).isnan()
+
+
+@emulated_test
+@pytest.mark.parametrize("choice", [MMA[0], WGMMA[0]], ids=str)
+@pytest.mark.parametrize("element", MINIFLOATS)
+def test_emulated_units_take_every_code_and_scale(emulated, element, choice, monkeypatch):
+    """Row s has scale s and all codes but NaNs; then one NaN code per row."""
+    use(monkeypatch, choice)
+    fmt = Format(element, MX_GROUP)
+    nan = is_nan_code(element)
+    codes = torch.arange(1 << fmt.bits, dtype=torch.uint8)
+    codes = torch.where(nan, 0, codes).repeat(64 // len(codes) + 1)[: max(64, len(codes))]
+    scale = torch.arange(256, dtype=torch.uint8)[:, None].repeat(1, len(codes) // MX_GROUP)
+    q = reference.Quantized(codes.repeat(256, 1), scale)
+    for dtype in HALVES:
+        w = reference.dequantize(q, fmt, dtype)
+        expected = torch.eye(len(codes), dtype=torch.float64) @ w.double().T  # NaN * 0 is NaN
+        got = dequantized(emulated, pack.pack(q, fmt), fmt, len(codes), dtype)
+        # Two roundings of float16 below its normal numbers may differ from one by a last digit.
+        atol = 0.0 if dtype == torch.bfloat16 else 2.0**-24
+        torch.testing.assert_close(got.double(), expected, rtol=0, atol=atol, equal_nan=True)
+    bad = nan.nonzero().flatten().to(torch.uint8)
+    q.codes[: len(bad), 17] = bad
+    q.scale[: len(bad)] = 120
+    got = dequantized(emulated, pack.pack(q, fmt), fmt, len(codes), torch.bfloat16)
+    assert got[:, : len(bad)].isnan().all()
+    assert not got[:, len(bad) : 200].isnan().any()  # scales that overflow come later
+
+
+@emulated_test
+@pytest.mark.parametrize("choice", [MMA[0], WGMMA[0]], ids=str)
+@pytest.mark.parametrize("element", INTEGERS)
+def test_emulated_units_take_every_integer(emulated, element, choice, monkeypatch):
+    """All codes and zero points, scales of all sizes: weights are rounded once to x's dtype."""
+    use(monkeypatch, choice)
+    fmt = Format(element, 128, symmetric=False)
+    levels = 1 << fmt.bits
+    zero_point = torch.arange(levels, dtype=torch.uint8)[:, None].repeat(1, 2)
+    codes = torch.arange(256).remainder(levels).to(torch.uint8).repeat(levels, 1)
+    scale = torch.logspace(-5, 2, 2 * levels, dtype=torch.float64).to(torch.float16)
+    q = reference.Quantized(codes, scale.view(levels, 2), zero_point)
+    exact = reference.dequantize(q, fmt, torch.float32).double().T
+    for dtype in HALVES:
+        got = dequantized(emulated, pack.pack(q, fmt), fmt, 256, dtype).double()
+        # Half a last digit; in bfloat16 the product with the scale's lower digits was rounded too.
+        half_digit = torch.finfo(dtype).eps / 2 * (1 + 2.0**-6)
+        assert ((got - exact).abs() <= half_digit * exact.abs() + 2.0**-25).all()
+
+
+@emulated_test
+def test_emulated_misaligned_codes(emulated):
+    """A slice of a larger tensor may begin anywhere: a kernel with narrower loads takes it."""
+    fmt = MX_FORMATS[0]
+    whole = emulated.quantize_pack(torch.randn(6, 96), fmt)
+    part = pack.Packed(whole.weight_packed[1:], whole.weight_scale[1:])
+    shifted = torch.empty(5 * 48 + 1, dtype=torch.uint8)[1:].view(5, 48)
+    shifted.copy_(part.weight_packed)
+    x = torch.randn(3, 96, dtype=torch.bfloat16)
+    part = pack.Packed(shifted, part.weight_scale)
+    assert emulated.explain(x, part, fmt).kernel == "simple"
+    got = emulated.packed_matmul(x, part, fmt, None)
+    aligned = pack.Packed(shifted.clone(), part.weight_scale)
+    torch.testing.assert_close(got, emulated.packed_matmul(x, aligned, fmt, None))
+
+
+# --- GPU -------------------------------------------------------------------------------------
+
+GPU = torch.device("cuda")
+
+
+@needs_gpu
+@pytest.mark.parametrize("columns", [1, 33, 172, 640])
+@checks.each_format
+def test_round_trip(fmt, columns):
+    checks.check_round_trip(cuda, GPU, fmt, columns)
+
+
+@needs_gpu
+@pytest.mark.parametrize("element", MINIFLOATS)
+def test_codes_and_scales(element):
+    checks.check_all_codes_and_scales(cuda, GPU, element)
+
+
+@needs_gpu
+@pytest.mark.parametrize("columns", [31, 172, 4096])
+def test_statistics(columns):
+    checks.check_statistics(cuda, GPU, columns)
+
+
+@needs_gpu
+@pytest.mark.parametrize(
+    "shape", [(1, 5, 33), (3, 64, 256), (16, 70, 172), (118, 65, 640)], ids=str
+)
+@checks.each_format
+def test_matmul(fmt, shape):
+    checks.check_matmul(cuda, GPU, fmt, shape)
+
+
+def skip_unless_it_runs(choice: Choice) -> None:
+    (major, minor), _ = cuda._device_facts(GPU)
+    if (major, minor) < (8, 0) or (choice.kernel == "wgmma" and (major, minor) != (9, 0)):
+        pytest.skip(f"{choice} does not run on compute capability {major}.{minor}")
+
+
+@needs_gpu
+@pytest.mark.parametrize("choice", [*MMA, *WGMMA], ids=str)
+@checks.each_format
+def test_matrix_units(fmt, choice, monkeypatch):
+    skip_unless_it_runs(choice)
+    use(monkeypatch, choice)
+    for shape in ((19, 69, 672), (1, 3, 32), (300, 257, 4096)):
+        checks.check_matmul(cuda, GPU, fmt, shape)
+
+
+@needs_gpu
+@pytest.mark.parametrize("choice", [MMA[2], *WGMMA], ids=str)
+def test_same_bits_every_time(choice, monkeypatch):
+    """Many blocks, long rows: a race would move a bit now and then. fake_quantize may be fused."""
+    skip_unless_it_runs(choice)
+    use(monkeypatch, choice)
+    fmt = MX_FORMATS[0]
+    packed = cuda.quantize_pack(torch.randn(4096, 4096, device=GPU), fmt)
+    x = torch.randn(200, 4096, device=GPU, dtype=torch.bfloat16)
+    first = cuda.packed_matmul(x, packed, fmt, fmt)
+    for _ in range(50):
+        assert torch.equal(first, cuda.packed_matmul(x, packed, fmt, fmt))
+    assert torch.equal(first, cuda.packed_matmul(cuda.fake_quantize(x, fmt), packed, fmt, None))
+
+
+@needs_gpu
+@pytest.mark.parametrize("tokens", [1, 3, 40, 200, 1100])
+def test_graph_replay(tokens):
+    """A captured product gives the bits of an eager one, on new input in the same place."""
+    fmt = MX_FORMATS[0]
+    packed = cuda.quantize_pack(torch.randn(256, 512, device=GPU), fmt)
+    x = torch.randn(tokens, 512, device=GPU, dtype=torch.bfloat16)
+    cuda.packed_matmul(x, packed, fmt, fmt)  # cuBLAS sets itself up outside of the capture
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = cuda.packed_matmul(x, packed, fmt, fmt)
+    x.copy_(torch.randn_like(x))
+    graph.replay()
+    assert torch.equal(out, cuda.packed_matmul(x, packed, fmt, fmt))
