@@ -189,7 +189,7 @@ def rounding(args: argparse.Namespace, out: AppendedRows, budget: Budget) -> Non
 
 
 def plot(rows: Sequence[Row], path: Path, title: str) -> None:
-    """The roofline of all that was multiplied, and the lines of our default backend."""
+    """The roofline of all that was multiplied."""
     from benchmarks.roofline import plot as draw
 
     chosen = [row for row in rows if row["section"] == "matmul"]

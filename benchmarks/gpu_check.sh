@@ -18,7 +18,7 @@ cd "$(dirname "$0")/.." || exit 2
 
 STAGES="build tests rounding matmul memcheck racecheck sensitivity generate more_matmul"
 # Seconds that each may take at the most; what the others leave over is not handed on.
-declare -A LIMIT=([build]=180 [tests]=120 [rounding]=45 [matmul]=120 [memcheck]=60
+declare -A LIMIT=([build]=200 [tests]=120 [rounding]=45 [matmul]=120 [memcheck]=60
     [racecheck]=60 [sensitivity]=70 [generate]=70 [more_matmul]=300)
 
 stages=$STAGES seconds=530 python=python3 dry_run=0 folder=${OUT:-gpu-check}
@@ -60,21 +60,20 @@ END
 # setuptools does not read pyproject.toml. The library goes beside its modules, kernels/triton gets
 # its name. pybind11's headers come with torch as well.
 build() {
-    local root=$PWD temporary
-    temporary=$(mktemp -d)
+    local root=$PWD work=$PWD/build/gpu_check # it stays: what was compiled need not be again
+    mkdir -p "$work/headers"
     if ! "$python" -c "import pybind11" 2>/dev/null; then
-        mkdir "$temporary/pybind11"
-        cat >"$temporary/pybind11/__init__.py" <<'END'
+        mkdir -p "$work/headers/pybind11"
+        cat >"$work/headers/pybind11/__init__.py" <<'END'
 import pathlib, torch
 def get_include():
     return str(pathlib.Path(torch.__file__).parent / "include")
 END
     fi
     export MIXBITS_CUDA=1 MIXBITS_CPU=${MIXBITS_CPU:-0} MIXBITS_CUDA_ARCH=$arch
-    (cd "$temporary" && PYTHONPATH=$temporary${PYTHONPATH:+:$PYTHONPATH} \
+    (cd "$work" && PYTHONPATH=$work/headers${PYTHONPATH:+:$PYTHONPATH} \
         "$python" "$root/setup.py" -q build_ext --build-lib lib --build-temp temp) || return
-    cp "$temporary"/lib/mixbits/*.so mixbits/ || return
-    rm -rf "$temporary"
+    cp "$work"/lib/mixbits/*.so mixbits/ || return
     "$python" -c "import mixbits.kernels" 2>/dev/null || ln -sfn ../kernels/triton mixbits/kernels
     "$python" -m mixbits.info
 }

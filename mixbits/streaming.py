@@ -16,11 +16,12 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .model import CausalLM, LinearInfo, decoder_blocks, output_head
 from .staging import Staging, foreign_tensors
@@ -93,6 +94,11 @@ def _give_back_memory() -> None:
     """
     if (trim := _malloc_trim()) is not None:
         trim(0)
+
+
+def _repeatable_attention(device: torch.device) -> AbstractContextManager[object]:
+    """On a GPU, attention whose gradients repeat to the bit: the fused kinds add as they arrive."""
+    return sdpa_kernel(SDPBackend.MATH) if device.type == "cuda" else nullcontext()
 
 
 class StreamedModel:
@@ -241,8 +247,9 @@ class StreamedModel:
         for index in reversed(range(len(self.blocks))):
             hidden, args, kwargs = inputs.pop()
             hidden.requires_grad_()
-            layer = self.blocks[index]
-            with torch.enable_grad(), self._resident(layer, self.dtype, self._block(index - 1)):
+            layer, before = self.blocks[index], self._block(index - 1)
+            repeatable = _repeatable_attention(self.device)
+            with torch.enable_grad(), repeatable, self._resident(layer, self.dtype, before):
                 out = type(layer).forward(layer, hidden, *args, **kwargs)
                 (out[0] if isinstance(out, tuple) else out).backward(gradient)
             gradient = hidden.grad

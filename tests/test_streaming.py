@@ -6,6 +6,7 @@ import pytest
 import torch
 from tiny import KINDS, make_model
 
+from mixbits import streaming
 from mixbits.model import find_linears, weight_of
 from mixbits.sensitivity import probed
 from mixbits.source import open_source
@@ -96,6 +97,25 @@ def _slice_grad(model, info):
         gate_up_proj=experts.gate_up_proj.grad, down_proj=experts.down_proj.grad
     )
     return expert_slice(grads, expert, projection)
+
+
+def test_attention_that_repeats_gives_the_same_scores(tmp_path, monkeypatch):
+    """What a GPU is asked to use, tried on the CPU: the same sums in another order."""
+    model, before = _model(tmp_path), streaming._repeatable_attention
+    ids, losses = _ids(130), []
+    for device in ("cpu", "cuda"):
+        as_on = torch.device(device)
+        monkeypatch.setattr(
+            streaming, "_repeatable_attention", lambda _, as_on=as_on: before(as_on)
+        )
+        seen = []
+        hook = model.model.layers[0].self_attn.q_proj.register_full_backward_hook(
+            lambda module, inputs, outputs, seen=seen: seen.append(outputs[0])
+        )
+        StreamedModel(model).forward_backward(ids, _loss, lambda: None)
+        hook.remove()
+        losses.append(seen[0])
+    torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-6)
 
 
 def test_resident_and_patched_undo_themselves_on_errors():

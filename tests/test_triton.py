@@ -366,7 +366,8 @@ def test_gemm_compiles_to_tensor_cores(compile_ptx, architecture, dtype):
 
     for fmt in (COMPILED_FORMATS[0], COMPILED_FORMATS[2]):
         for m in (1, 64):
-            config = gemm.candidates(m, 4096, 4096, fmt, dtype)[0]
+            shared = gemm.shared_bytes(torch.device("cpu"))
+            config = gemm.candidates(m, 4096, 4096, fmt, dtype, shared)[0]
             ptx = compile_ptx(
                 *gemm_case(gemm, fmt, dtype, config), architecture, odd=("m", "split_k")
             )

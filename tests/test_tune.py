@@ -74,11 +74,17 @@ def test_a_file_that_says_something_else_is_measured_over(tuning):
 @pytest.mark.parametrize("fmt", [Format("e2m1", 32), Format("int4", 128), Format("int2", 64)])
 def test_every_candidate_fits_its_kernel(fmt, shape, dtype):
     m, n, k = shape
-    configs = gemm.candidates(m, n, k, fmt, dtype)
-    assert 1 <= len(configs) <= 4 and len(set(configs)) == len(configs)
-    for config in configs:
-        assert config.block_k % fmt.group_size == 0
-        assert config.scale_first or config.block_k == fmt.group_size
-        assert 1 <= config.split_k <= max(1, -(-k // config.block_k))
-        assert config.block_m >= min(m, 32) and config.block_m <= 128
-    assert configs is gemm.candidates(m, n, k, fmt, dtype)
+    for shared in (99 << 10, 227 << 10):  # of consumer GPUs, and of an H100
+        configs = gemm.candidates(m, n, k, fmt, dtype, shared)
+        assert 1 <= len(configs) <= 4 and len(set(configs)) == len(configs)
+        for config in configs:
+            assert config.block_k % fmt.group_size == 0
+            assert config.scale_first or config.block_k == fmt.group_size
+            assert 1 <= config.split_k <= max(1, -(-k // config.block_k))
+            assert config.block_m >= min(m, 32) and config.block_m <= 128
+            tile = config.block_k * (
+                config.block_m * dtype.itemsize + config.block_n * fmt.bits / 8
+            )
+            values = config.block_n * config.block_k * dtype.itemsize
+            assert config.num_stages >= 1 and config.num_stages * tile + values <= shared
+        assert configs is gemm.candidates(m, n, k, fmt, dtype, shared)

@@ -126,9 +126,22 @@ class Config(NamedTuple):
     num_stages: int
 
 
+@functools.cache
+def shared_bytes(device: torch.device) -> int:
+    """Shared memory that one program may have; on a CPU, which interprets, that of an H100."""
+    if device.type != "cuda":
+        return 227 << 10
+    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
+
+
 def _config(
-    m: int, n: int, k: int, fmt: Format, dtype: torch.dtype, block_n: int, block_k: int, stages: int
+    sizes: tuple[int, int, int],
+    fmt: Format,
+    dtype: torch.dtype,
+    shared: int,
+    tile: tuple[int, int, int],
 ) -> Config:
+    (m, n, k), (block_n, block_k, stages) = sizes, tile
     scale_first = fmt.is_mx and dtype != torch.float16
     block_k = block_k if scale_first else fmt.group_size
     largest = 32 if dtype == torch.float32 else 128
@@ -136,12 +149,17 @@ def _config(
     tiles = -(-m // block_m) * -(-n // block_n)
     split = min(-(-TARGET_PROGRAMS // tiles), -(-k // block_k), MAX_SPLIT)
     warps = 8 if block_m * block_n >= 64 * 128 else 4
+    # A stage holds a tile of each operand as it lies in memory; the values are exchanged once.
+    stage = block_k * (block_m * dtype.itemsize + block_n * fmt.bits // 8)
+    stages = min(stages, max(1, (shared - block_n * block_k * dtype.itemsize) // stage))
     return Config(scale_first, block_m, block_n, block_k, split, warps, stages)
 
 
 @functools.lru_cache(4096)
-def candidates(m: int, n: int, k: int, fmt: Format, dtype: torch.dtype) -> tuple[Config, ...]:
-    """Tile sizes worth trying, the usual choice first. Pure."""
+def candidates(
+    m: int, n: int, k: int, fmt: Format, dtype: torch.dtype, shared: int
+) -> tuple[Config, ...]:
+    """Tile sizes worth trying, the usual choice first, for `shared` bytes per program. Pure."""
     if dtype == torch.float32:
         # Triton 3.6 multiplies float32 tiles of 64 rows in TF32 on sm_100 whatever is asked for.
         tiles = [(32, 64, 3), (32, 32, 3)]
@@ -149,7 +167,8 @@ def candidates(m: int, n: int, k: int, fmt: Format, dtype: torch.dtype) -> tuple
         tiles = [(64, 128, 4), (64, 256, 3), (32, 256, 4)]
     else:
         tiles = [(64, 128, 3), (64, 64, 4), (128, 64, 3)]
-    return tuple(dict.fromkeys(_config(m, n, k, fmt, dtype, *tile) for tile in tiles))
+    sizes = m, n, k
+    return tuple(dict.fromkeys(_config(sizes, fmt, dtype, shared, tile) for tile in tiles))
 
 
 def packed_matmul(x: torch.Tensor, packed: Packed, fmt: Format) -> torch.Tensor:
@@ -164,7 +183,7 @@ def packed_matmul(x: torch.Tensor, packed: Packed, fmt: Format) -> torch.Tensor:
     with device_of(x):
         config = tune.choose(
             f"gemm {fmt.code} {x.dtype} {n}x{k} m{triton.next_power_of_2(m)}",
-            candidates(m, n, k, fmt, x.dtype),
+            candidates(m, n, k, fmt, x.dtype, shared_bytes(x.device)),
             lambda config: _launch(x, packed, fmt, out, config),
         )
         _launch(x, packed, fmt, out, config)

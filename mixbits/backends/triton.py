@@ -97,9 +97,11 @@ def packed_matmul(x: Tensor, packed: Packed, fmt: Format, activation: Format | N
 
 
 def explain_matmul(fmt: Format, m: int, n: int, k: int, dtype: torch.dtype) -> str:
-    """Which way `packed_matmul` takes for x [m, k] of `dtype` and a weight [n, k]. Pure."""
+    """Which way `packed_matmul` takes for x [m, k] of `dtype` and a weight [n, k]."""
     if m > MAX_FUSED_TOKENS:
         return "dequantize, then torch"
-    config = _kernels("gemm").candidates(m, n, k, fmt, dtype)[0]
+    gemm = _kernels("gemm")
+    device = torch.device("cpu" if _interpreted() else f"cuda:{torch.cuda.current_device()}")
+    config = gemm.candidates(m, n, k, fmt, dtype, gemm.shared_bytes(device))[0]
     tile = f"{config.block_n}x{config.block_m}x{config.block_k}"
     return f"fused, tiles N x M x K of {tile}, K in {config.split_k}"
