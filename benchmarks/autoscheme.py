@@ -193,7 +193,7 @@ def result_table(rows: Sequence[dict[str, str]], bits: Sequence[str]) -> str:
     return table(lines)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     from benchmarks.records import Records
 
     parser = argparse.ArgumentParser(prog="python -m benchmarks.autoscheme")
@@ -207,7 +207,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--csv", type=Path, default=Path("autoscheme.csv"))
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
         rows = run(args, Path(folder), Records(args.csv, COLUMNS, KEY))
     print("\nKL to the original, 1e-3 nats per token")

@@ -337,7 +337,7 @@ def run_without_model(section: str, args: argparse.Namespace) -> None:
     module.main(["--csv", str(args.csv.with_name(f"{args.csv.stem}_{section}.csv"))])
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tables")
     add_text_options(parser)
     parser.add_argument("--sections", default="mx,mx-counted,mx-rceil,int")
@@ -351,7 +351,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, help="documents per task")
     parser.add_argument("--add-bos-token", action=argparse.BooleanOptionalAction)
     parser.add_argument("--csv", type=Path, default=Path("tables.csv"))
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     peers = [] if args.peers == "none" else args.peers.split(",")
     chosen = args.sections.split(",")
     unknown = set(chosen) - {*SECTIONS, *ALONE}
