@@ -425,6 +425,8 @@ def load(
 
     from . import ops, transformers_quantizer
     from .attention import use_grouped_attention
+    from .decode import use_decode_step
+    from .pages import use_large_pages
 
     folder = Path(folder)
     config = transformers_quantizer.read_config(folder)
@@ -455,4 +457,7 @@ def load(
         linear = model.get_submodule(name)
         linear.backend, linear.int8_activations = backend, int8_activations
     use_grouped_attention(model)
-    return model.to(device).eval().requires_grad_(False)
+    use_decode_step(model)
+    model.to(device).eval().requires_grad_(False)
+    use_large_pages(model)
+    return model
