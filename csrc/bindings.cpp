@@ -77,6 +77,59 @@ void packed_matmul(uintptr_t x, int64_t tokens, int64_t columns, int dtype, bool
       {pointer(x), list.data(), tokens, columns, dtype, int(list.size()), int8_activations}));
 }
 
+// A linear as Python passes it: the members of DecodeLinear in order.
+DecodeLinear make_linear(const std::vector<uintptr_t>& n) {
+  if (n.size() != 8) throw py::value_error("a linear must be eight numbers");
+  return {pointer<uint8_t>(n[0]),
+          pointer<uint8_t>(n[1]),
+          pointer<uint8_t>(n[2]),
+          pointer(n[3]),
+          int64_t(n[4]),
+          int(n[5]),
+          int(n[6]),
+          n[7] != 0};
+}
+
+// A model for decode_step, which keeps addresses: what they point at must outlive it.
+class Decoder {
+ public:
+  Decoder(const std::vector<std::vector<uintptr_t>>& norms,
+          const std::vector<std::vector<std::vector<uintptr_t>>>& linears, uintptr_t norm,
+          const std::vector<uintptr_t>& head, const std::vector<int64_t>& sizes, float eps,
+          float scaling, int dtype) {
+    for (size_t i = 0; i < norms.size(); ++i) {
+      const auto& n = norms.at(i);
+      const auto& l = linears.at(i);
+      layers_.push_back({pointer(n.at(0)), pointer(n.at(1)), pointer(n.at(2)), pointer(n.at(3)),
+                         make_linear(l.at(0)), make_linear(l.at(1)), make_linear(l.at(2)),
+                         make_linear(l.at(3)), make_linear(l.at(4)), make_linear(l.at(5)),
+                         make_linear(l.at(6))});
+    }
+    model_ = {layers_.data(), pointer(norm),      make_linear(head), sizes.at(0), sizes.at(1),
+              sizes.at(2),    sizes.at(3),        sizes.at(4),       eps,         scaling,
+              dtype,          int(layers_.size())};
+  }
+  Decoder(const Decoder&) = delete;
+
+  double step(uintptr_t x, uintptr_t cos, uintptr_t sin, uintptr_t logits, int64_t length,
+              const std::vector<uintptr_t>& caches) const {
+    constexpr size_t members = 3;
+    if (caches.size() != layers_.size() * members)
+      throw py::value_error("caches must be three numbers for each layer");
+    std::vector<DecodeCache> list;
+    for (size_t i = 0; i < caches.size(); i += members)
+      list.push_back({pointer(caches[i]), pointer(caches[i + 1]), int64_t(caches[i + 2])});
+    double multiplying = 0;
+    check_memory(kernels().decode_step({&model_, list.data(), pointer(x), pointer(cos),
+                                        pointer(sin), pointer(logits), length, &multiplying}));
+    return multiplying;
+  }
+
+ private:
+  std::vector<DecodeLayer> layers_;
+  DecodeModel model_;
+};
+
 uint64_t sum_words(uintptr_t data, int64_t bytes) {
   return kernels().sum_words(pointer(data), bytes);
 }
@@ -111,6 +164,17 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("packed_matmul", &packed_matmul, release(),
         "x [tokens, columns], targets (codes, scales, zero_points or 0, out [tokens, rows], rows, "
         "format, activation's format or 0; one after the other) -> every out");
+  py::class_<Decoder>(m, "Decoder", "a model of which decode_step knows all addresses")
+      .def(
+          py::init<const std::vector<std::vector<uintptr_t>>&,
+                   const std::vector<std::vector<std::vector<uintptr_t>>>&, uintptr_t,
+                   const std::vector<uintptr_t>&, const std::vector<int64_t>&, float, float, int>(),
+          "per layer: norms (input, attention, query or 0, key or 0), linears (query, key, value, "
+          "output, gate, up, down; eight numbers each); the last norm; the head; sizes (hidden, "
+          "intermediate, key heads, query heads per key head, head width); eps; scaling; dtype")
+      .def("step", &Decoder::step, release(),
+           "x [hidden], cos, sin [head width], length, caches (keys, values, capacity of every "
+           "layer) -> logits; the caches grow by one; returns the seconds spent in matmuls");
   m.def("sum_words", &sum_words, release(), "sum of the 64-bit words of `bytes` bytes at data");
   m.def("isa", [] { return kernels().name; }, "name of the instruction set in use");
   m.def("available_isas", &available_isas, "names that this CPU can run, best first");

@@ -465,7 +465,9 @@ def load(
 
     from . import ops, transformers_quantizer
     from .attention import use_grouped_attention
+    from .decode import use_decode_step
     from .graphs import use_graphs
+    from .pages import use_large_pages
 
     folder = Path(folder)
     config = transformers_quantizer.read_config(folder)
@@ -499,6 +501,9 @@ def load(
             _check_order(name, module, folder)
     use_grouped_attention(model)
     model = model.to(device).eval().requires_grad_(False)
-    if cuda_graphs and model.device.type == "cuda":
+    if model.device.type == "cpu":
+        use_decode_step(model)
+        use_large_pages(model)
+    elif cuda_graphs and model.device.type == "cuda":
         use_graphs(model)
     return model

@@ -100,6 +100,9 @@ class PackedLinear(nn.Module):
     weight_packed: Tensor
     weight_scale: Tensor
     weight_zero_point: Tensor | None
+    # How often anything has been set on any packed linear: who remembers addresses and settings
+    # of all those of a model sees in one look that they still hold.
+    changes = 0
 
     def __init__(
         self,
@@ -149,6 +152,10 @@ class PackedLinear(nn.Module):
         """x [M, K] times weights of this linear's K, in the way this linear is told to."""
         return ops.packed_matmuls_unchecked(x, operands, self.backend, self.int8_activations)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        PackedLinear.changes += 1
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
         # `.to(bfloat16)` must not round float16 scales: they travel as integers.
         is_float = self.weight_scale.is_floating_point()
@@ -157,6 +164,7 @@ class PackedLinear(nn.Module):
         super()._apply(fn, recurse)
         if is_float:
             self.weight_scale = self.weight_scale.view(torch.float16)
+        PackedLinear.changes += 1
         return self
 
     def extra_repr(self) -> str:

@@ -24,7 +24,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 NATIVE = ROOT / "tests" / "native"
-PROGRAMS = ["kernels_test", "fuzz", "races"]
+PROGRAMS = ["kernels_test", "decode_test", "fuzz", "races"]
 OWN = [*PROGRAMS, "tsan_gomp"]
 # What a bad pointer reads or writes is AddressSanitizer's to find: checking pointers, too, would
 # take half as long again to compile.
@@ -162,6 +162,12 @@ def test_kernels(sanitized: tuple[str, Path]) -> None:
     sanitizer, folder = sanitized
     # Races need work for several threads; comparing all numbers is the other sanitizer's part.
     result = run(folder, "kernels_test", *(["--few"] if sanitizer == "tsan" else []))
+    assert result.returncode == 0, result.stdout[-6000:]
+
+
+def test_decode(sanitized: tuple[str, Path]) -> None:
+    _, folder = sanitized
+    result = run(folder, "decode_test")
     assert result.returncode == 0, result.stdout[-6000:]
 
 

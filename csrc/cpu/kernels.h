@@ -65,6 +65,52 @@ struct MatmulArgs {
   bool int8_activations;  // round what has no format to 8-bit integers: faster, not exact
 };
 
+// A linear of a model: packed, or left alone.
+struct DecodeLinear {
+  const uint8_t* codes;  // where format is 0, the weight [rows, columns] of the model's dtype
+  const uint8_t* scales;
+  const uint8_t* zero_points;  // null for formats without
+  const void* bias;            // [rows], or null
+  int64_t rows;
+  int format;
+  int activation;  // format of x, or 0 to leave it as it is
+  bool int8_activations;
+};
+
+// Norms are weights of RMSNorm; those of queries and keys, [head_width], may be null.
+struct DecodeLayer {
+  const void *input_norm, *attention_norm;  // before attention; after it
+  const void *query_norm, *key_norm;
+  DecodeLinear query, key, value, output, gate, up, down;
+};
+
+// A Llama, or a model that differs from one by biases and by norms of queries and keys.
+struct DecodeModel {
+  const DecodeLayer* layers;
+  const void* norm;
+  DecodeLinear head;
+  int64_t hidden, intermediate, key_heads, group, head_width;  // `group` query heads per key head
+  float eps, scaling;
+  int dtype, layer_count;
+};
+
+// Keys and values of a layer, [key_heads, capacity, head_width] each, of which `length` positions
+// are filled; the step fills one more.
+struct DecodeCache {
+  void *keys, *values;
+  int64_t capacity;
+};
+
+struct DecodeArgs {
+  const DecodeModel* model;
+  const DecodeCache* caches;  // one per layer
+  const void* x;              // [hidden]: the token's embedding
+  const void *cos, *sin;      // [head_width]: of the token's position
+  void* logits;               // [head.rows]
+  int64_t length;
+  double* multiplying;  // seconds that the first thread spent in matmuls; null to not measure
+};
+
 struct Kernels {
   const char* name;
   // The sum of all whole 64-bit words: what reading memory costs at least, for benchmarks.
@@ -74,6 +120,8 @@ struct Kernels {
   bool (*dequantize)(const DequantizeArgs&);
   bool (*statistics)(const StatisticsArgs&);
   bool (*packed_matmul)(const MatmulArgs&);
+  // One new token of one sequence, through the whole model.
+  bool (*decode_step)(const DecodeArgs&);
 };
 
 const Kernels* scalar_kernels();

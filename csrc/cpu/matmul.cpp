@@ -7,21 +7,10 @@
 #include <omp.h>
 
 #include "ops.h"
+#include "team.h"
 
 namespace mixbits {
 namespace MB_ISA {
-
-namespace {
-
-constexpr int kMaxTargets = 8;         // of one pass; more weights take several passes
-constexpr int64_t kChunkTokens = 512;  // keeps prepared tokens small; decoding is 1/512 then
-constexpr int64_t kSerialProducts = 32 * 1024;
-
-struct Job {
-  Work work;
-  const Path* path;
-  int64_t item_rows, items;
-};
 
 const Path* choose_path(const Target& target, const Tokens& tokens, bool int8_activations) {
   if (tokens.count > kFewTokens) {
@@ -33,11 +22,34 @@ const Path* choose_path(const Target& target, const Tokens& tokens, bool int8_ac
   return path ? path : float_path(tokens.count);
 }
 
-// Whether tokens prepared for one target are what the other needs.
-bool prepared_alike(const Path* a_path, const Target& a, const Path* b_path, const Target& b) {
-  return a_path == b_path && a.activation_code == b.activation_code && a.element() == b.element() &&
-         !a.weight.zero_points == !b.weight.zero_points;
+Job make_job(const Work& work, const Path* path) {
+  const int64_t rows = path->item_rows(*work.target, *work.tokens);
+  return {work, path, rows, (work.target->rows + rows - 1) / rows};
 }
+
+const Job* find_prepared(const Job* jobs, int count, const Path* path, const Target& target) {
+  for (const Job* job = jobs; job < jobs + count; ++job) {
+    const Target& other = *job->work.target;
+    if (job->path == path && other.activation_code == target.activation_code &&
+        other.element() == target.element() &&
+        !other.weight.zero_points == !target.weight.zero_points)
+      return job;
+  }
+  return nullptr;
+}
+
+void multiply_item(const Job* jobs, int64_t item, char* scratch) {
+  while (item >= jobs->items) item -= jobs++->items;
+  const int64_t first = item * jobs->item_rows;
+  const int64_t last = min64(first + jobs->item_rows, jobs->work.target->rows);
+  jobs->path->multiply(jobs->work, first, last, scratch);
+}
+
+namespace {
+
+constexpr int kMaxTargets = 8;         // of one pass; more weights take several passes
+constexpr int64_t kChunkTokens = 512;  // keeps prepared tokens small; decoding is 1/512 then
+constexpr int64_t kSerialProducts = 32 * 1024;
 
 // Prepares all tokens; false when some cannot be, or, with *no_memory, when there is none left.
 bool prepare_tokens(const Path& path, const Target& target, const Tokens& tokens, bool serial,
@@ -56,11 +68,6 @@ bool prepare_tokens(const Path& path, const Target& target, const Tokens& tokens
   return ok;
 }
 
-// Items that a thread begins with; another may take from them when it has none left.
-struct alignas(64) Share {
-  int64_t next, end;
-};
-
 struct Pass {
   Job jobs[kMaxTargets];
   Scratch* prepared[kMaxTargets] = {};  // one per job that has tokens of its own
@@ -73,29 +80,22 @@ struct Pass {
   // Adds a job along `path`; false when tokens cannot be prepared or memory runs out.
   bool add(const Target& target, const Tokens& tokens, const Path* path, bool serial,
            bool* no_memory) {
-    Job& job = jobs[count];
     *no_memory = false;
-    job.path = path;
-    job.work = {&target, &tokens, nullptr, 0};
-    for (int i = 0; i < count && !job.work.prepared; ++i) {
-      if (!prepared_alike(path, target, jobs[i].path, *jobs[i].work.target)) continue;
-      job.work.prepared = jobs[i].work.prepared;
-      job.work.stride = jobs[i].work.stride;
-    }
-    if (!job.work.prepared) {
-      const int64_t stride = path->token_bytes(target, tokens.columns);
+    Work work = {&target, &tokens, nullptr, 0};
+    if (const Job* other = find_prepared(jobs, count, path, target)) {
+      work.prepared = other->work.prepared;
+      work.stride = other->work.stride;
+    } else {
+      work.stride = path->token_bytes(target, tokens.columns);
       delete prepared[count];
-      prepared[count] = new Scratch(tokens.count * stride);
+      prepared[count] = new Scratch(tokens.count * work.stride);
       char* data = static_cast<char*>(prepared[count]->data);
       *no_memory = !data;
-      if (!data || !prepare_tokens(*path, target, tokens, serial, stride, data, no_memory))
+      if (!data || !prepare_tokens(*path, target, tokens, serial, work.stride, data, no_memory))
         return false;
-      job.work.prepared = data;
-      job.work.stride = stride;
+      work.prepared = data;
     }
-    job.item_rows = path->item_rows(target, tokens);
-    job.items = (target.rows + job.item_rows - 1) / job.item_rows;
-    ++count;
+    jobs[count++] = make_job(work, path);
     return true;
   }
 
@@ -108,33 +108,17 @@ struct Pass {
     }
     bytes = round_up(bytes, 64) + 64;  // a line between threads
     const int threads = serial || items == 1 ? 1 : omp_get_max_threads();
-    Scratch scratch(threads * bytes), memory(threads * sizeof(Share));
+    Scratch scratch(threads * bytes), memory(threads * sizeof(Counter));
     if (!scratch.data || !memory.data) return false;
-    Share* shares = static_cast<Share*>(memory.data);
-    for (int t = 0; t < threads; ++t) shares[t] = {items * t / threads, items * (t + 1) / threads};
+    Counter* counters = static_cast<Counter*>(memory.data);
+    memset(counters, 0, threads * sizeof(Counter));
 #pragma omp parallel if (threads > 1)
     {
       const int me = omp_get_thread_num();
       char* own = static_cast<char*>(scratch.data) + me * bytes;
-      // Its own share first: neighbouring rows, that the prefetcher has reached. Then the others'.
-      for (int i = 0; i < threads; ++i) {
-        Share& share = shares[(me + i) % threads];
-        for (;;) {
-          const int64_t item = __atomic_fetch_add(&share.next, 1, __ATOMIC_RELAXED);
-          if (item >= share.end) break;
-          multiply_item(item, own);
-        }
-      }
+      deal_out(counters, items, threads, me, [&](int64_t item) { multiply_item(jobs, item, own); });
     }
     return true;
-  }
-
-  void multiply_item(int64_t item, char* scratch) const {
-    const Job* job = jobs;
-    while (item >= job->items) item -= job++->items;
-    const int64_t first = item * job->item_rows;
-    const int64_t last = min64(first + job->item_rows, job->work.target->rows);
-    job->path->multiply(job->work, first, last, scratch);
   }
 };
 

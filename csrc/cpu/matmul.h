@@ -9,6 +9,7 @@
 //   dot      1-4         1 to 3 signed bytes per value, a scale per 32   unsigned bytes
 //   bf16 dot 1-4         bfloat16                                        bfloat16 (e4m3, e5m2)
 //   gemm     5 and up    int8, int16 or bfloat16                         the same
+//   plain    1           float32                                         not packed, any dtype
 //
 // The order of additions depends on the path and the shape, and never on the number of threads.
 #pragma once
@@ -64,6 +65,23 @@ const Path* float_path(int64_t tokens);
 const Path* integer_dot_path(const Target& target, const Tokens& tokens, bool int8_activations);
 const Path* bfloat16_dot_path(const Target& target, const Tokens& tokens);
 const Path* gemm_path(const Target& target, const Tokens& tokens, bool int8_activations);
+// For a weight [N, K] that was left alone: `codes` are its elements, of the tokens' dtype.
+const Path* plain_path();
+
+const Path* choose_path(const Target& target, const Tokens& tokens, bool int8_activations);
+
+// One weight of a pass over several, in items of some rows.
+struct Job {
+  Work work;
+  const Path* path;
+  int64_t item_rows, items;
+};
+
+Job make_job(const Work& work, const Path* path);
+// The one of `count` jobs whose prepared tokens are what `target` needs along `path`, or null.
+const Job* find_prepared(const Job* jobs, int count, const Path* path, const Target& target);
+// Multiplies one of the items of all jobs, which are numbered in the order of the jobs.
+void multiply_item(const Job* jobs, int64_t item, char* scratch);
 
 // --- shared by paths --------------------------------------------------------------------------
 
@@ -118,6 +136,17 @@ static inline void decode_offsets(const PackedRow& row, int64_t groups, int bits
 constexpr int kMaxRows = 4;
 constexpr int kAhead = 32 * 1024;
 
+// Prefetches the scales of rows as far ahead of row n as the dot paths prefetch codes. The hardware
+// sees too few of them at a time to do it.
+template <int ELEMENT, int ROWS>
+MB_INLINE void prefetch_scales(const PackedWeight& weight, int64_t n) {
+  const int64_t codes = packed_bytes(weight.columns, element_bits(ELEMENT));
+  const int64_t scales =
+      group_count(weight.columns, weight.format.group_size) * scale_bytes(ELEMENT);
+  const uint8_t* ahead = weight.row(n + ROWS + kAhead / codes).scales;
+  for (int64_t at = 0; at < ROWS * scales; at += 64) __builtin_prefetch(ahead + at, 0, 2);
+}
+
 // Room for a row's scales, read a vector at a time from any group on.
 static inline int64_t padded_groups(const Target& target) {
   const int64_t groups = group_count(target.weight.columns, target.weight.format.group_size);
@@ -125,9 +154,11 @@ static inline int64_t padded_groups(const Target& target) {
 }
 
 // Rows of an item for few tokens: some 64 KB, so that threads of unequal speed end together.
+static inline int64_t item_rows_of(int64_t row_bytes) {
+  return round_up(64 * 1024 / row_bytes + 1, 4);
+}
 static inline int64_t dot_item_rows(const Target& target, const Tokens& tokens) {
-  const int64_t row = packed_bytes(tokens.columns, element_bits(target.element()));
-  return round_up(64 * 1024 / row + 1, 4);
+  return item_rows_of(packed_bytes(tokens.columns, element_bits(target.element())));
 }
 
 static inline int log2_of(int64_t power_of_two) { return __builtin_ctzll(power_of_two); }

@@ -246,6 +246,7 @@ static void multiply_some(const Work& work, int64_t n, char* scratch) {
   float* scales = reinterpret_cast<float*>(scratch);
   int32_t* offsets = reinterpret_cast<int32_t*>(scales + R * width);
   alignas(64) uint8_t tail[R][kVector] = {};
+  prefetch_scales<ELEMENT, R>(target.weight, n);
   for (int r = 0; r < R; ++r) {
     const PackedRow row = target.weight.row(n + r);
     decode_scales<ELEMENT>(row.scales, groups, scales + r * width);

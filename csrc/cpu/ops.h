@@ -12,6 +12,7 @@ bool quantize_pack(const PackArgs& a);
 bool dequantize(const DequantizeArgs& a);
 bool statistics(const StatisticsArgs& a);
 bool packed_matmul(const MatmulArgs& a);
+bool decode_step(const DecodeArgs& a);
 
 // Below this many runs of 128 columns, waking the other threads costs more than they bring.
 constexpr int64_t kSerialRuns = 64;

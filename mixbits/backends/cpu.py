@@ -161,3 +161,47 @@ def packed_matmuls(
         x.data_ptr(), tokens, columns, DTYPE_NUMBERS[x.dtype], int8_activations, targets
     )
     return outs
+
+
+def decoder(
+    layer_norms: Sequence[Sequence[int]],
+    layer_linears: Sequence[Sequence[Sequence[int]]],
+    norm: int,
+    head: Sequence[int],
+    sizes: Sequence[int],
+    eps: float,
+    dtype: torch.dtype,
+) -> Any:
+    """A model for `decode_step`, which keeps the addresses of its tensors.
+
+    Of a layer, norms are the addresses of RMSNorm's weights: of the input, after attention, of
+    queries and of keys (0 without). Linears are query, key, value, output, gate, up and down, each
+    in eight numbers: addresses of codes, scales, zero points and bias (0 without), N, the format's
+    code, the activation's (0: as it is), and whether activations may become 8-bit integers. A
+    linear of format 0 was left alone: its codes are a weight [N, K] of `dtype`. `sizes` are those
+    of the hidden and of the intermediate state, key heads, query heads per key head, and a head's
+    width.
+    """
+    scaling = sizes[-1] ** -0.5
+    return _native.Decoder(
+        layer_norms, layer_linears, norm, head, sizes, eps, scaling, DTYPE_NUMBERS[dtype]
+    )
+
+
+def decode_step(
+    decoder: Any,
+    x: int,
+    cos: int,
+    sin: int,
+    logits: Tensor,
+    length: int,
+    caches: Sequence[int],
+) -> float:
+    """One token through all layers of a model, into `logits` [vocab].
+
+    x is the address of its embedding [hidden]; those of cos and sin [head width] turn queries and
+    keys to its position. Of every layer, `caches` has the addresses of keys and values [1, key
+    heads, capacity, head width] and the capacity; `length` tokens are there, and one is added.
+    Returns the seconds that one thread spent in matmuls.
+    """
+    return float(decoder.step(x, cos, sin, logits.data_ptr(), length, caches))

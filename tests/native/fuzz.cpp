@@ -11,7 +11,7 @@
 #include <time.h>
 #include <unistd.h>
 
-#include "support.h"
+#include "decode.h"
 
 namespace mixbits {
 namespace test {
@@ -241,6 +241,46 @@ void fuzz_matmul(Input& in, const char* isa, int threads) {
   }
 }
 
+TestLinear any_linear(Input& in, int64_t rows, int64_t columns, bool bias, int dtype) {
+  TestLinear linear;
+  linear.rows = rows;
+  linear.int8 = in.below(2);
+  if (in.below(5) == 0) {
+    linear.plain = Bytes(rows * columns * dtype_size(dtype), in.below(8));
+    in.fill_tensor(linear.plain, dtype);
+  } else {
+    linear.packed = Weight(any_format(in), rows, columns, in.below(8));
+    in.fill_weight(linear.packed);
+    if (in.below(2)) linear.activation = any_format(in);
+  }
+  if (bias) linear.bias = Bytes(rows * dtype_size(dtype), in.below(8));
+  in.fill_tensor(linear.bias, dtype);
+  return linear;
+}
+
+void fuzz_decode(Input& in, const char* isa, int threads) {
+  const int dtype = in.below(3);
+  const Sizes n = {1 + in.below(100), 1 + in.below(150),    1 + in.below(3),
+                   1 + in.below(4),   2 + 2 * in.below(40), 1 + in.below(30),
+                   1 + in.below(2),   in.below(70),         in.below(3)};
+  const bool head_norms = in.below(2), biases = in.below(2);
+  const auto tensor = [&](int64_t count) {
+    Bytes bytes(count * dtype_size(dtype), in.below(8));
+    in.fill_tensor(bytes, dtype);
+    return bytes;
+  };
+  const TestModel m = make_model(n, dtype, head_norms, biases, tensor, tensor,
+                                 [&](int64_t rows, int64_t columns, bool bias) {
+                                   return any_linear(in, rows, columns, bias, dtype);
+                                 });
+  set_isa(isa);
+  const Outcome one = m.run(1, 0), more = m.run(threads, 0xff);
+  REQUIRE(!one.caches.empty() && !more.caches.empty(), "no memory");
+  same_numbers(one.logits, more.logits, dtype, "a step depends on threads, or is not written");
+  for (size_t i = 0; i < one.caches.size(); ++i)
+    same_numbers(one.caches[i], more.caches[i], dtype, "the cache depends on threads");
+}
+
 void fuzz_sum_words(Input& in, const char* isa, int threads) {
   const Bytes data(in.below(5000), in.below(8));
   in.fill(data);
@@ -261,7 +301,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   using namespace mixbits::test;
   static const std::vector<const char*> isas = isa_names();
   Input in(data, size);
-  const int operation = in.below(16), threads = 2 + in.below(2);
+  const int operation = in.below(18), threads = 2 + in.below(2);
   const char* isa = in.choice(isas);
   if (operation < 9) {
     fuzz_matmul(in, isa, threads);
@@ -271,6 +311,8 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     fuzz_dequantize(in, isa, threads);
   } else if (operation < 15) {
     fuzz_statistics(in, isa, threads);
+  } else if (operation < 17) {
+    fuzz_decode(in, isa, threads);
   } else {
     fuzz_sum_words(in, isa, threads);
   }
