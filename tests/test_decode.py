@@ -17,8 +17,9 @@ from mixbits import demo
 from mixbits.backends import cpu
 from mixbits.cache import GrowingLayer
 from mixbits.decode import use_decode_step
+from mixbits.fake import fake_quantize_model
 from mixbits.formats import parse_scheme
-from mixbits.linear import fake_quantize_model, share_inputs
+from mixbits.linear import share_inputs
 from mixbits.model import find_linears
 from mixbits.source import open_source
 
