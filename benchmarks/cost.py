@@ -44,15 +44,17 @@ def measure_ours(model: str, ids_path: str, schemes: str, batch_size: int) -> di
     from mixbits.scores import Scores
     from mixbits.sensitivity import measure
     from mixbits.source import open_source
-    from mixbits.streaming import StreamedModel
+    from mixbits.streaming import StreamedModel, gradient_dtype
 
-    opened = open_source(model).load()
+    source = open_source(model)
+    opened = source.load()
     linears = find_linears(opened)
     options = [parse_scheme(name) for name in schemes.split(",")]
     ids = torch.from_numpy(np.load(ids_path))
     units = make_units(linears)
     with Meter() as meter:
-        slabs = measure(StreamedModel(opened), linears, options, ids, batch_size=batch_size)
+        streamed = StreamedModel(opened, gradient_dtype(source.dtype, "cpu"))
+        slabs = measure(streamed, linears, options, ids, batch_size=batch_size)
         scores = Scores.build(slabs, linears, "fisher", ("floor", "floor"), {}, {})
         budget = Budget(BUDGET, ignore_scale_bits=True)
         solve(units, unit_options(units, options, []), scores, budget, "optimal")

@@ -226,7 +226,7 @@ def _measure(run: Run, model: Any, sequences: Any, sha256: str) -> Any:
     """Read scores.json, or make it."""
     from .scores import Scores
     from .sensitivity import measure
-    from .streaming import StreamedModel
+    from .streaming import StreamedModel, gradient_dtype
 
     args = run.args
     schemes = list({s.name: s for s in [*run.schemes, *(s for _, s in run.keep)]}.values())
@@ -234,7 +234,8 @@ def _measure(run: Run, model: Any, sequences: Any, sha256: str) -> Any:
         scores = Scores.read(args.scores)
         scores.check(args.scores, run.linears, schemes, run.scale_modes, sha256)
         return scores
-    streamed = StreamedModel(model, device=args.device)
+    dtype = gradient_dtype(run.source.dtype, args.device)
+    streamed = StreamedModel(model, dtype, device=args.device)
     arranged = _arrangements(run, streamed, sequences)
     options = args.method, args.batch_size, args.seed, arranged
     slabs = measure(streamed, run.linears, schemes, sequences.ids, *options)

@@ -134,16 +134,23 @@ class _FisherLinear(torch.autograd.Function):
         return gw, None, None, None, None, None
 
 
+def _draw(probabilities: Tensor, generator: torch.Generator) -> Tensor:
+    """int64 [T, 1]: an index of each row [T, V], drawn with the row's probabilities.
+
+    torch.multinomial draws a random number for every entry, which takes longer than a softmax.
+    """
+    sums = probabilities.cumsum(-1)
+    at = torch.rand(len(sums), 1, generator=generator, device=sums.device) * sums[:, -1:]
+    return torch.searchsorted(sums, at, right=True).clamp_(max=sums.shape[1] - 1)
+
+
 def _sampled_label_loss(generator: torch.Generator) -> Callable[[Tensor, Tensor], Tensor]:
     """Cross entropy, summed over tokens, with labels drawn from the model's own softmax."""
 
     def loss(logits: Tensor, ids: Tensor) -> Tensor:
         flat = logits.flatten(0, -2).float()
         with torch.no_grad():  # in parts: sampling holds several copies of the probabilities
-            parts = [
-                torch.multinomial(part.softmax(-1), 1, generator=generator)
-                for part in flat.split(LABEL_CHUNK)
-            ]
+            parts = [_draw(part.softmax(-1), generator) for part in flat.split(LABEL_CHUNK)]
         labels = torch.cat(parts).squeeze(-1)
         return torch.nn.functional.cross_entropy(flat, labels, reduction="sum")
 
@@ -405,6 +412,8 @@ def measure(
     """
     if method not in METHODS:
         raise UsageError(f"method must be one of {', '.join(METHODS)}: got {method!r}")
+    if method == "fisher":  # a sum over tokens, so batches are nobody's business
+        batch_size = min(batch_size, model.tokens_at_once() // ids.shape[1] or batch_size)
     batches = list(ids.split(batch_size))
     passes = sum(s.weight is not None for s in schemes) if method == "deltaloss" else 1
     steps = 2 * passes * len(batches) * len(model.blocks)

@@ -8,7 +8,8 @@ activations at the block borders of one batch. On a GPU the next block is brough
 
 Backward works the same way. The forward pass runs without gradients and keeps each block's
 input; the loss is differentiated down to the last block's output, and then block after block is
-run once more with gradients, from the last to the first. It costs one more forward.
+run once more with gradients, from the last to the first. It costs one more forward, which a few
+tokens are spared at a time where no weight has to be copied: see `tokens_at_once`.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .model import CausalLM, LinearInfo, decoder_blocks, output_head
 from .staging import Staging, foreign_tensors
+
+GRAPH_BYTES = 512 << 20  # what a backward pass over all blocks may keep of the forward pass
 
 Progress = Callable[[], None]
 
@@ -101,6 +104,16 @@ def _repeatable_attention(device: torch.device) -> AbstractContextManager[object
     return sdpa_kernel(SDPBackend.MATH) if device.type == "cuda" else nullcontext()
 
 
+def gradient_dtype(stored: torch.dtype, device: torch.device | str) -> torch.dtype:
+    """What to differentiate a model in: bfloat16 if it is stored in that and the CPU is fast at it.
+
+    Scores from bfloat16 gradients differ from those of float32 by 0.2 % on average, 1 % at most
+    (a random Llama of 100 million parameters): less than by another batch of text.
+    """
+    native = torch.device(device).type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    return stored if stored == torch.bfloat16 and native else torch.float32
+
+
 class StreamedModel:
     """A causal language model that computes in `dtype` on `device`, one block at a time."""
 
@@ -144,6 +157,17 @@ class StreamedModel:
         for (index, module), after in zip(modules.items(), following, strict=True):
             with self._resident(module, None, after):
                 yield from members[index]
+
+    def tokens_at_once(self) -> int:
+        """Tokens that one backward pass over all blocks has room for; 0 if weights are copied.
+
+        Autograd keeps about the inputs and outputs of all linears, in float32 or the like.
+        """
+        parameters = self.model.parameters()
+        if any(p.dtype != self.dtype or p.device != self.device for p in parameters):
+            return 0
+        linears = [m for m in self.blocks.modules() if isinstance(m, nn.Linear)]
+        return GRAPH_BYTES // max(1, sum(4 * (m.in_features + m.out_features) for m in linears))
 
     def _outer_modules(self) -> list[nn.Module]:
         """What runs outside the blocks and holds tensors: rotary embedding, norm and head."""
@@ -218,9 +242,11 @@ class StreamedModel:
     ) -> float:
         """Differentiate loss(logits, ids) down to the embedding; hooks and patches see it all.
 
-        Blocks run twice: first without gradients, then with. Returns the loss. `progress` is
-        called after each of the 2 x blocks steps.
+        Blocks run twice, first without gradients and then with, unless there is room for all
+        (`tokens_at_once`). Returns the loss. `progress` is called 2 x blocks times.
         """
+        if ids.numel() <= self.tokens_at_once():
+            return self._whole_backward(ids, loss, progress)
         inputs: list[tuple[Tensor, tuple, dict]] = []
         last: list[Tensor] = []
 
@@ -255,5 +281,24 @@ class StreamedModel:
             gradient = hidden.grad
             del out
             _give_back_memory()
+            progress()
+        return float(value.detach())
+
+    def _whole_backward(
+        self, ids: Tensor, loss: Callable[[Tensor, Tensor], Tensor], progress: Progress
+    ) -> float:
+        """`forward_backward` with every block's graph held at once."""
+
+        def block(index: int, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if index == 0:
+                hidden = hidden.detach().requires_grad_()
+            out = self.run_block(index, hidden, *args, **kwargs)
+            progress()
+            return out
+
+        with ExitStack() as stack, torch.enable_grad():
+            value = loss(self._run(ids, stack, block), ids.to(self.device))
+            value.backward()
+        for _ in self.blocks:
             progress()
         return float(value.detach())

@@ -14,7 +14,7 @@ from mixbits.evaluate import compare
 from mixbits.fake import fake_quantize_model
 from mixbits.formats import UsageError, parse_scheme
 from mixbits.model import find_linears, weight_of
-from mixbits.sensitivity import METHODS, measure, sorted_columns
+from mixbits.sensitivity import METHODS, _draw, measure, sorted_columns
 from mixbits.source import open_source
 from mixbits.streaming import StreamedModel
 
@@ -62,7 +62,7 @@ def test_fisher_equals_its_formula(tmp_path):
     def loss():
         logits = model(input_ids=ids, use_cache=False).logits.flatten(0, 1)
         generator = torch.Generator().manual_seed(5)
-        labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
+        labels = _draw(logits.detach().softmax(-1), generator)[:, 0]
         return torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
 
     record = _recorded(model, [i.name for i in linears], loss)
@@ -267,3 +267,15 @@ def test_deltaloss_knows_no_arrangement(tmp_path):
             "deltaloss",
             arrangements=arrangements,
         )
+
+
+def test_labels_are_drawn_as_likely_as_they_are():
+    logits = torch.randn(1, 300, generator=torch.Generator().manual_seed(1)) * 2
+    logits[0, ::7] = -torch.inf  # never
+    probabilities = logits.softmax(-1)
+    drawn = _draw(probabilities.expand(40000, -1), torch.Generator().manual_seed(0)).squeeze(-1)
+    shares = torch.bincount(drawn, minlength=300) / len(drawn)
+    assert (shares[::7] == 0).all()
+    # Five standard deviations of a share.
+    bound = 5 * (probabilities[0] * (1 - probabilities[0]) / len(drawn)).sqrt()
+    assert ((shares - probabilities[0]).abs() <= bound).all()

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import KINDS, make_model
+from tiny import KINDS, VOCAB, make_model
 
 from mixbits import streaming
+from mixbits.formats import parse_scheme
 from mixbits.model import find_linears, weight_of
-from mixbits.sensitivity import probed
+from mixbits.sensitivity import measure, probed
 from mixbits.source import open_source
-from mixbits.streaming import StreamedModel, patched, resident
+from mixbits.streaming import StreamedModel, gradient_dtype, patched, resident
 
 
 def _model(folder, kind="llama"):
@@ -140,3 +141,40 @@ def test_patches_nest():
             assert linear(0) == 2
         assert linear(0) == 1
     assert "forward" not in vars(linear)
+
+
+def test_one_backward_pass_over_all_blocks_where_no_weight_is_copied(tmp_path, monkeypatch):
+    """The same moments as block by block, up to what bfloat16 gradients round."""
+    model = _model(tmp_path)
+    linears = find_linears(model)
+    schemes = [parse_scheme("MXFP4"), parse_scheme("MXFP8")]
+    ids = _ids(VOCAB, rows=6)
+    assert StreamedModel(model).tokens_at_once() == 0  # in float32 they are copied
+    streamed = StreamedModel(model, torch.bfloat16)
+    calls = []
+    monkeypatch.setattr(
+        StreamedModel, "_whole_backward", _counted(calls, StreamedModel._whole_backward)
+    )
+    whole = measure(streamed, linears, schemes, ids)
+    assert len(calls) == 1
+    monkeypatch.setattr(streaming, "GRAPH_BYTES", 0)
+    blockwise = measure(streamed, linears, schemes, ids)
+    assert len(calls) == 1
+    assert whole == blockwise
+
+
+def _counted(calls, function):
+    def run(*args):
+        calls.append(args)
+        return function(*args)
+
+    return run
+
+
+def test_gradients_are_taken_in_what_the_cpu_is_fast_at(monkeypatch):
+    for native in (True, False):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda native=native: native)
+        expected = torch.bfloat16 if native else torch.float32
+        assert gradient_dtype(torch.bfloat16, "cpu") == expected
+        assert gradient_dtype(torch.float16, "cpu") == torch.float32
+        assert gradient_dtype(torch.bfloat16, "cuda") == torch.float32
