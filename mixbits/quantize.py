@@ -12,6 +12,7 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads starve shared cores
 
 import argparse
+import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,9 +23,8 @@ from .options import parse_arguments
 if TYPE_CHECKING:  # torch is imported by functions only: a wrong option should be told at once
     from .gate import Choice
     from .model import CausalLM
-    from .plan import Plan
     from .scores import Scores
-    from .stages import Run, Text
+    from .stages import Run, Solved, Text
 
 STAGES = ("open", "calibrate", "measure", "allocate", "round", "write", "evaluate")
 
@@ -62,14 +62,17 @@ def _write(
     choice: Choice,
     scores: Scores | None,
     report: dict[str, Any],
+    curve: list[dict[str, Any]],
 ) -> int | None:
-    """Write all but report.json into `folder`; returns the bytes of the weight files, if any."""
-    from . import checkpoint
+    """Write all but the report into `folder`; returns the bytes of the weight files, if any."""
+    from . import checkpoint, findings
 
     plan = choice.winner.plan
     plan.write(folder / "plan.json")
     if scores is not None:
         scores.write(folder / "scores.json")
+    if run.args.curve:
+        findings.write_curve(run, folder, plan, report, curve)
     if run.args.solve_only:
         return None
     common = folder, run.source, model, run.linears, plan.assignment
@@ -160,17 +163,6 @@ def _dry_run(run: Run) -> None:
         print(f"  predicted size {size(run.predicted_bytes(given))}")
 
 
-def _reached(run: Run, plan: Plan) -> dict[str, Any]:
-    """What a plan comes to, in both ways of counting."""
-    from .plan import average_bits
-
-    return {
-        "avg_bits": average_bits(run.linears, plan.assignment),
-        "avg_bits_without_scales": average_bits(run.linears, plan.assignment, True),
-        "predicted_bytes": run.predicted_bytes(plan.assignment),
-    }
-
-
 def _print_plan(run: Run, choice: Choice, reached: dict[str, Any]) -> None:
     from .report import gate_table, scheme_table, size
 
@@ -182,6 +174,32 @@ def _print_plan(run: Run, choice: Choice, reached: dict[str, Any]) -> None:
         f"{reached['avg_bits_without_scales']:.4f} without scales; "
         f"weight files {size(reached['predicted_bytes'])}"
     )
+
+
+def _print_diagnosis(found: dict[str, Any]) -> None:
+    pairs, stable = found["measured"], found["stability"]
+    print(
+        f"  rank correlation of predicted and measured KL: {found['rank_correlation']:.3f} "
+        f"({len(pairs)} units, each alone in its cheapest scheme)"
+    )
+    excess = " and ".join(f"{x:+.2%}" for x in stable["excess_loss"])
+    print(
+        f"  plans from either half of the text agree on {stable['same_units']:.1%} of the choices "
+        f"and {stable['same_bits']:.1%} of the bits; they lose {excess} by all of it"
+    )
+
+
+def _write_report(folder: Path, report: dict[str, Any]) -> None:
+    """report.json; and report.html from the files alone, so that it can be made from them again."""
+    from .report_html import render
+    from .scores import dump, write_text
+
+    write_text(folder / "report.json", dump(report))
+    told, plan, scores = (
+        json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        for path in (folder / f"{name}.json" for name in ("report", "plan", "scores"))
+    )
+    write_text(folder / "report.html", render(told, plan, scores))
 
 
 def _print_results(report: dict[str, Any], evaluation: dict[str, Any]) -> None:
@@ -219,7 +237,7 @@ def _report(
         "calibration": None if scores is None else scores.data["calibration"],
         # An edited plan still says what it was once made for.
         "budget": None if scores is None else plan.data["budget"],
-        "reached": _reached(run, plan),
+        "reached": run.reached(plan.assignment),
         "rounding": rounding,
         "gate": {**text.gate.describe(), "candidates": choice.rows} if choice.rows else None,
         "predicted_loss": None if scores is None else plan.data["predicted_loss"],
@@ -227,17 +245,26 @@ def _report(
     }
 
 
+def _stage_names(args: argparse.Namespace) -> list[str]:
+    names = [s for s in STAGES if not (args.solve_only and s in ("round", "evaluate"))]
+    if args.diagnose:
+        names.insert(names.index("allocate") + 1, "diagnose")
+    return names
+
+
 def quantize(run: Run) -> None:
     """All stages, in order. Raises UsageError; leaves a complete output folder or none."""
-    from . import stages
+    from . import findings, stages
     from .checkpoint import atomic_folder
     from .gate import Candidate, Choice
     from .plan import Plan
     from .report import Stages
-    from .scores import dump, write_text
 
     args, scores = run.args, None
-    clock = Stages([s for s in STAGES if not (args.solve_only and s in ("round", "evaluate"))])
+    solved: dict[str, Solved] = {}
+    found: dict[str, Any] = {}
+    curve: list[dict[str, Any]] = []
+    clock = Stages(_stage_names(args))
     with clock.run("open", run.source.name):
         model, sha256, tokenizer = _open(run)
     with clock.run("calibrate", "its own text" if args.demo else args.dataset):
@@ -250,24 +277,34 @@ def quantize(run: Run) -> None:
         if scores is None:
             plans = {"given": Plan.read(args.plan, run.linears)}
         else:
-            plans = stages.make_plans(run, scores)
+            solved, found = stages.make_plans(run, model, scores, text)
+            plans = {name: entry.plan for name, entry in solved.items()}
+            curve = findings.curve_rows(run, next(iter(solved.values())).problem)
+    if args.diagnose:
+        assert scores is not None
+        with clock.run("diagnose", "units one by one, the text in halves"):
+            found |= findings.diagnose(run, model, scores, next(iter(solved.values())), text)
+        _print_diagnosis(found)
     if args.solve_only:
         choice = Choice(Candidate("only", next(iter(plans.values())), 0.0), {}, [])
     else:
+        if not stages.is_gated(args):
+            plans = dict([next(iter(plans.items()))])
         what = f"{args.rounding}, " + ("the best of " * (len(plans) > 1)) + ", ".join(plans)
         with clock.run("round", what):
             choice = stages.round_plans(run, model, plans, text)
     report = _report(run, sha256, scores, choice, text)
+    report |= found | findings.describe(run, choice.winner.plan, solved, curve)
     _print_plan(run, choice, report["reached"])
 
     def write_report(folder: Path, evaluation: dict[str, Any] | None) -> None:
         report.update(evaluation=evaluation, stages=clock.rows)
-        write_text(folder / "report.json", dump(report))
+        _write_report(folder, report)
 
     needs = 0 if args.solve_only else report["reached"]["predicted_bytes"]
     with atomic_folder(args.out, args.overwrite, needs) as folder:
         with clock.run("write", str(args.out)):
-            report["bytes_after"] = _write(run, folder, model, choice, scores, report)
+            report["bytes_after"] = _write(run, folder, model, choice, scores, report, curve)
         write_report(folder, None)
     if args.solve_only:
         print(f"  plan and scores are in {args.out}")
@@ -282,7 +319,7 @@ def quantize(run: Run) -> None:
     finally:  # a task that fails takes nothing else with it
         write_report(args.out, evaluation)
     _print_results(report, evaluation)
-    print(f"\n  everything is in {args.out}; scores and timings in {args.out / 'report.json'}")
+    print(f"\n  everything is in {args.out}; what it came to in {args.out / 'report.html'}")
 
 
 def main(argv: list[str] | None = None) -> int:

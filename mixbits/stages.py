@@ -16,20 +16,24 @@ from typing import Any
 import torch
 
 from . import demo
-from .allocate import BudgetError
+from .allocate import Allocation
 from .arrange import Arrangement
 from .calibration import CHARS_PER_TOKEN, Sequences, cut, load_sequences, split, tokenize
 from .checkpoint import check_destination, predicted_bytes
+from .curve import check_plotting, frontier
 from .formats import Assignment, Scheme, UsageError, first_line, parse_scheme
-from .gate import Candidate, Choice, candidates, choose
+from .gate import Candidate, Choice, candidates, choose, judge
 from .model import CausalLM, LinearInfo, Unit, find_linears, make_units, match_units, meta_model
-from .plan import Budget, Plan, parse_keep, slab_width, solve, unit_options
+from .plan import Budget, Plan, Problem, average_bits, parse_keep, slab_width, unit_options
+from .quality import smallest
 from .rounded import round_model
 from .scores import Scores
 from .sensitivity import measure as measure_sensitivity
 from .sensitivity import sorted_columns
 from .source import Source, open_source
 from .streaming import StreamedModel
+
+SEARCH_TOLERANCE = 0.02  # of --max-kl, in bits per weight
 
 
 @dataclass
@@ -45,11 +49,24 @@ class Run:
     units: list[Unit]
 
     @property
+    def all_schemes(self) -> list[Scheme]:
+        """Those to choose from, and those of kept units."""
+        return list({s.name: s for s in [*self.schemes, *(s for _, s in self.keep)]}.values())
+
+    @property
     def scale_modes(self) -> tuple[str, str]:
         return self.args.weight_scale_mode, self.args.act_scale_mode
 
     def predicted_bytes(self, assignment: Assignment) -> int:
         return predicted_bytes(self.shapes, self.linears, assignment, self.source.dtype)
+
+    def reached(self, assignment: Assignment) -> dict[str, Any]:
+        """What a plan comes to, in both ways of counting."""
+        return {
+            "avg_bits": average_bits(self.linears, assignment),
+            "avg_bits_without_scales": average_bits(self.linears, assignment, True),
+            "predicted_bytes": self.predicted_bytes(assignment),
+        }
 
 
 def prepare(args: argparse.Namespace) -> Run:
@@ -60,6 +77,8 @@ def prepare(args: argparse.Namespace) -> Run:
     keep = [parse_keep(text, modes) for text in args.keep]
     if not args.dry_run:
         check_destination(args.out, args.overwrite)
+    if args.curve:
+        check_plotting()
     source = open_source(args.model, args.trust_remote_code, config_only=args.dry_run)
     longest = getattr(source.config.get_text_config(), "max_position_embeddings", None)
     if longest and args.seqlen > longest:
@@ -93,12 +112,15 @@ class Text:
 def calibrate(run: Run, tokenizer: Any) -> Text:
     """The run's text: three parts that share no token."""
     args = run.args
-    gate = args.gate if is_gated(args) else 0
+    gate = args.gate if is_gated(args) or args.diagnose else 0
     first, held_out = _first_and_held_out(run, tokenizer, gate)
     if not len(first.ids):
         empty = Sequences(torch.empty(0, args.seqlen, dtype=torch.int64), "nothing")
         return Text(empty, empty, held_out)
-    return Text(*split(first, len(first.ids) - gate, gate), held_out)
+    count = len(first.ids) - gate
+    if args.diagnose and count < 2:
+        raise UsageError(f"--diagnose halves the calibration text: got {count} sequence")
+    return Text(*split(first, count, gate), held_out)
 
 
 def is_gated(args: argparse.Namespace) -> bool:
@@ -110,8 +132,10 @@ def _first_and_held_out(run: Run, tokenizer: Any, gate: int) -> tuple[Sequences,
     """Sequences to calibrate with and `gate` more, and held-out ones; none where not needed."""
     args = run.args
     vocab = run.source.config.get_text_config().vocab_size
-    calibrates = not (args.scores or args.plan) or (
-        args.rounding == "gptq" and not (args.solve_only or args.fake)
+    calibrates = (
+        not (args.scores or args.plan)
+        or args.diagnose
+        or (args.rounding == "gptq" and not (args.solve_only or args.fake))
     )
     count = _calibrated(args) + gate if calibrates or gate else 0
     held_count = 0 if args.solve_only else args.eval_nsamples
@@ -183,52 +207,111 @@ def _input(info: LinearInfo) -> str:
 def measure(run: Run, model: CausalLM, sequences: Sequences, sha256: str) -> Scores:
     """Read scores.json, or make it."""
     args = run.args
-    schemes = list({s.name: s for s in [*run.schemes, *(s for _, s in run.keep)]}.values())
     if args.scores is not None:
         scores = Scores.read(args.scores)
-        scores.check(args.scores, run.linears, schemes, run.scale_modes, sha256)
+        scores.check(args.scores, run.linears, run.all_schemes, run.scale_modes, sha256)
         return scores
     streamed = StreamedModel(model, device=args.device)
     arranged = _arrangements(run, streamed, sequences)
-    options = args.method, args.batch_size, args.seed, arranged
-    slabs = measure_sensitivity(streamed, run.linears, schemes, sequences.ids, *options)
+    return score(run, streamed, sequences, args.method, arranged, sha256)
+
+
+def score(
+    run: Run,
+    model: StreamedModel,
+    sequences: Sequences,
+    method: str,
+    arranged: dict[str, Arrangement],
+    sha256: str,
+) -> Scores:
+    """Scores of every scheme on every linear, its columns arranged."""
+    args = run.args
+    options = method, args.batch_size, args.seed, arranged
+    slabs = measure_sensitivity(model, run.linears, run.all_schemes, sequences.ids, *options)
     described = {**sequences.describe(), "batch_size": args.batch_size, "seed": args.seed}
     name = {"name": run.source.name, "sha256": sha256}
-    return Scores.build(slabs, run.linears, args.method, run.scale_modes, name, described, arranged)
+    return Scores.build(slabs, run.linears, method, run.scale_modes, name, described, arranged)
 
 
-def _allocate(run: Run, scores: Scores, strategy: str, slabs: bool) -> Plan:
-    """Solve for a plan within the budget."""
-    args = run.args
-    budget = Budget(args.avg_bits, args.size, args.ignore_scale_bits)
+@dataclass(frozen=True)
+class Solved:
+    """A plan, and the knapsack that it is an allocation of."""
+
+    problem: Problem
+    allocation: Allocation
+    plan: Plan
+
+
+def make_problem(run: Run, scores: Scores, slabs: bool) -> Problem:
     options = unit_options(run.units, run.schemes, run.keep)
-    fixed = 0
+    return Problem.build(run.units, options, scores, run.args.ignore_scale_bits, slabs)
+
+
+def _solve(run: Run, problem: Problem, budget: Budget, strategy: str) -> Solved:
+    """A plan within the budget."""
+    args, fixed = run.args, 0
     if args.size is not None:
         cheapest = min(run.schemes, key=lambda s: s.element_bits)
         least: Assignment = dict.fromkeys((i.name for i in run.linears), cheapest)
         stored = sum(cheapest.storage_bits(i.out_features, i.in_features) for i in run.linears)
         fixed = run.predicted_bytes(least) - stored // 8
     while True:
-        plan = solve(run.units, options, scores, budget, strategy, args.seed, fixed, slabs)
+        allocation = problem.allocate(budget, strategy, args.seed, fixed)
+        plan = problem.plan(allocation, strategy, budget)
         excess = run.predicted_bytes(plan.assignment) - args.size if args.size is not None else 0
         if excess <= 0:
-            return plan
+            return Solved(problem, allocation, plan)
         fixed += excess  # the header's length depends a little on the plan
 
 
-def make_plans(run: Run, scores: Scores) -> dict[str, Plan]:
-    """The plan to ship, first, and where several are compared, others of the same size."""
+def make_plans(
+    run: Run, model: CausalLM, scores: Scores, text: Text
+) -> tuple[dict[str, Solved], dict[str, Any]]:
+    """The plan that was asked for, first, and others of the same size to compare it with.
+
+    Also what report.json says of how the budget was found.
+    """
+    args = run.args
+    problem = make_problem(run, scores, args.granularity == "slab")
+    if args.max_kl is None:
+        budget = Budget(args.avg_bits, args.size, args.ignore_scale_bits)
+        return _of_one_size(run, scores, problem, budget), {}
+    budget, search = _smallest_budget(run, model, problem, text)
+    return _of_one_size(run, scores, problem, budget), {"search": search}
+
+
+def _of_one_size(run: Run, scores: Scores, problem: Problem, budget: Budget) -> dict[str, Solved]:
     slabs = run.args.granularity == "slab"
-    plans = {run.args.strategy: _allocate(run, scores, run.args.strategy, slabs)}
-    if not is_gated(run.args):
-        return plans
-    if slabs:
-        plans = {"slabs": plans["optimal"]}
+    layers = make_problem(run, scores, False) if slabs else problem
+    name = "slabs" if slabs and run.args.strategy == "optimal" else run.args.strategy
+    plans = {name: _solve(run, problem, budget, run.args.strategy)}
     for strategy in ("optimal", "uniform", "head", "tail"):
         if strategy not in plans:
-            with suppress(BudgetError):  # no single scheme may fit
-                plans[strategy] = _allocate(run, scores, strategy, False)
+            with suppress(UsageError):  # no single scheme may fit
+                plans[strategy] = _solve(run, layers, budget, strategy)
     return plans
+
+
+def _smallest_budget(
+    run: Run, model: CausalLM, problem: Problem, text: Text
+) -> tuple[Budget, dict[str, Any]]:
+    """For --max-kl: the budget of the smallest plan found, and `search` of report.json."""
+    args, streamed = run.args, StreamedModel(model, device=run.args.device)
+
+    def measured(bits: int) -> float:
+        plan = _solve(run, problem, Budget(total_bits=bits), "optimal").plan
+        candidate = Candidate("optimal", plan, args.correction)
+        ids = text.calibration.ids, text.gate.ids
+        kls = judge(streamed, run.linears, candidate, args.rounding, *ids, args.batch_size)[1]
+        kl = float(kls.mean())
+        print(f"      {bits / problem.elements:.4f} bits per weight: KL {kl:.4f}", flush=True)
+        return kl
+
+    tolerance = max(1, round(SEARCH_TOLERANCE * problem.elements))
+    found = smallest(frontier(problem.items), measured, args.max_kl, tolerance)
+    rows = [{"avg_bits": b / problem.elements, "kl": kl} for b, kl in found.measured.items()]
+    search = {"max_kl": args.max_kl, "kl": found.kl, "tolerance": SEARCH_TOLERANCE}
+    return Budget(total_bits=found.budget, max_kl=args.max_kl), {**search, "measured": rows}
 
 
 def round_plans(run: Run, model: CausalLM, plans: dict[str, Plan], text: Text) -> Choice:
