@@ -1,12 +1,13 @@
 """What the report says of a plan beside its figures: where the bits went, and whether to trust it.
 
-`describe` is cheap and part of every report. `diagnose` measures: every unit alone in its cheapest
-scheme, against what was predicted for it, and the plans of two halves of the calibration text.
+`report` is cheap: what report.json holds before anything is packed. `diagnose` measures: every unit
+alone in its cheapest scheme, against what was predicted for it, and the plans of two halves of the
+calibration text.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,13 @@ from .calibration import Sequences
 from .diagnostics import next_swaps, spearman, stability
 from .evaluate import logits_kl
 from .formats import Assignment
+from .gate import Choice
 from .model import CausalLM, LinearInfo, split_expert_name
 from .plan import Budget, Plan, Problem, average_bits
+from .report import environment
 from .rounded import RoundedModel, round_model
 from .scores import Scores, write_text
-from .stages import Run, Solved, Text, make_problem, score
+from .stages import Planned, Run, Solved, Text, make_problem, score
 from .streaming import StreamedModel
 
 POINTS = 17  # of the report's own curve
@@ -66,8 +69,9 @@ def swaps(solved: Solved, dearer: bool) -> list[dict[str, Any]]:
     ]
 
 
-def curve_rows(run: Run, problem: Problem) -> list[dict[str, Any]]:
-    """What every budget buys; predicted bytes only where they were asked for."""
+def curve_rows(run: Run, planned: Planned) -> list[dict[str, Any]]:
+    """What every budget buys; both ways of counting, and bytes, only where --curve asks for it."""
+    problem = next(iter(planned.solved.values())).problem
 
     def describe(allocation: Allocation) -> dict[str, Any]:
         assignment = problem.plan(allocation, "optimal", Budget()).assignment
@@ -91,19 +95,41 @@ def _mark(run: Run, name: str, plan: Plan) -> dict[str, Any]:
     return {"name": name, "avg_bits": bits, "predicted_loss": plan.data["predicted_loss"]}
 
 
-def describe(
-    run: Run, plan: Plan, solved: Mapping[str, Solved], rows: list[dict[str, Any]]
-) -> dict[str, Any]:
-    """Keys of report.json, from the plan that ships, all that were solved, and the curve."""
+def _describe(run: Run, plan: Plan, planned: Planned) -> dict[str, Any]:
+    """Keys of report.json on the plan that ships and those that it was compared with."""
     found: dict[str, Any] = {"linear_bits": linear_bits(run.linears, plan.assignment)}
-    for name, entry in solved.items():
+    for name, entry in planned.solved.items():
         if entry.plan is plan:
             found["upgrades"], found["downgrades"] = swaps(entry, True), swaps(entry, False)
         else:
             found.setdefault("baselines", []).append(_mark(run, name, entry.plan))
-    if rows:
-        found["curve"] = _thinned(rows)
+    if planned.curve:
+        found["curve"] = _thinned(planned.curve)
     return found
+
+
+def report(run: Run, sha256: str, planned: Planned, choice: Choice, text: Text) -> dict[str, Any]:
+    """report.json as far as it is known before anything is packed."""
+    args, plan, scores = run.args, choice.winner.plan, planned.scores
+    rounding: dict[str, Any] = {"method": args.rounding}
+    if args.rounding == "gptq":
+        rounding |= {"correction": choice.winner.share, **text.calibration.describe()}
+    return {
+        "mixbits_report": 1,
+        "command": run.args.command,
+        "environment": environment(),
+        "source": {"name": run.source.name, "sha256": sha256},
+        "calibration": None if scores is None else scores.data["calibration"],
+        # An edited plan still says what it was once made for.
+        "budget": None if scores is None else plan.data["budget"],
+        "reached": run.reached(plan.assignment),
+        "rounding": rounding,
+        "gate": {**text.gate.describe(), "candidates": choice.rows} if choice.rows else None,
+        "predicted_loss": None if scores is None else plan.data["predicted_loss"],
+        "bytes_before": sum(path.stat().st_size for path in run.source.weight_files()),
+        **planned.found,
+        **_describe(run, plan, planned),
+    }
 
 
 def write_curve(
@@ -159,18 +185,24 @@ def _halves(sequences: Sequences) -> list[Sequences]:
     return [Sequences(ids, sequences.source) for ids in parts]
 
 
-def diagnose(
-    run: Run, model: CausalLM, scores: Scores, solved: Solved, text: Text
-) -> dict[str, Any]:
-    """Keys of report.json: `measured` and its `rank_correlation`, and `stability`."""
-    streamed = StreamedModel(model, device=run.args.device)
-    pairs = fidelity(run, streamed, solved.problem, text.gate.ids)
+def _arrangements(run: Run, scores: Scores, device: torch.device) -> dict[str, Arrangement]:
+    """How the columns were arranged that the scores are of."""
     arranged = {}
     for info in run.linears:
         order, rotated = scores.order(info.name), scores.rotated(info.name)
         if order is not None or rotated:
-            columns = None if order is None else torch.tensor(order, device=streamed.device)
+            columns = None if order is None else torch.tensor(order, device=device)
             arranged[info.name] = Arrangement(columns, rotated)
+    return arranged
+
+
+def diagnose(run: Run, model: CausalLM, planned: Planned, text: Text) -> dict[str, Any]:
+    """Keys of report.json: `measured` and its `rank_correlation`, and `stability`."""
+    solved = next(iter(planned.solved.values()))
+    scores = solved.problem.scores
+    streamed = StreamedModel(model, device=run.args.device)
+    pairs = fidelity(run, streamed, solved.problem, text.gate.ids)
+    arranged = _arrangements(run, scores, streamed.device)
     method, sha256 = scores.data["method"], scores.data["model"]["sha256"]
     slabs = run.args.granularity == "slab"
     halves = [

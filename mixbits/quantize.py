@@ -23,8 +23,8 @@ from .options import parse_arguments
 if TYPE_CHECKING:  # torch is imported by functions only: a wrong option should be told at once
     from .gate import Choice
     from .model import CausalLM
-    from .scores import Scores
-    from .stages import Run, Solved, Text
+    from .report import Stages
+    from .stages import Planned, Run, Text
 
 STAGES = ("open", "calibrate", "measure", "allocate", "round", "write", "evaluate")
 
@@ -60,19 +60,18 @@ def _write(
     folder: Path,
     model: CausalLM,
     choice: Choice,
-    scores: Scores | None,
+    planned: Planned,
     report: dict[str, Any],
-    curve: list[dict[str, Any]],
 ) -> int | None:
     """Write all but the report into `folder`; returns the bytes of the weight files, if any."""
     from . import checkpoint, findings
 
     plan = choice.winner.plan
     plan.write(folder / "plan.json")
-    if scores is not None:
-        scores.write(folder / "scores.json")
+    if planned.scores is not None:
+        planned.scores.write(folder / "scores.json")
     if run.args.curve:
-        findings.write_curve(run, folder, plan, report, curve)
+        findings.write_curve(run, folder, plan, report, planned.curve)
     if run.args.solve_only:
         return None
     common = folder, run.source, model, run.linears, plan.assignment
@@ -176,19 +175,6 @@ def _print_plan(run: Run, choice: Choice, reached: dict[str, Any]) -> None:
     )
 
 
-def _print_diagnosis(found: dict[str, Any]) -> None:
-    pairs, stable = found["measured"], found["stability"]
-    print(
-        f"  rank correlation of predicted and measured KL: {found['rank_correlation']:.3f} "
-        f"({len(pairs)} units, each alone in its cheapest scheme)"
-    )
-    excess = " and ".join(f"{x:+.2%}" for x in stable["excess_loss"])
-    print(
-        f"  plans from either half of the text agree on {stable['same_units']:.1%} of the choices "
-        f"and {stable['same_bits']:.1%} of the bits; they lose {excess} by all of it"
-    )
-
-
 def _write_report(folder: Path, report: dict[str, Any]) -> None:
     """report.json; and report.html from the files alone, so that it can be made from them again."""
     from .report_html import render
@@ -219,32 +205,6 @@ def _open(run: Run) -> tuple[Any, str, Any]:
     return run.source.load(), run.source.sha256(), run.source.tokenizer()
 
 
-def _report(
-    run: Run, sha256: str, scores: Scores | None, choice: Choice, text: Text
-) -> dict[str, Any]:
-    """report.json as far as it is known before anything is packed."""
-    from .report import environment
-
-    args, plan = run.args, choice.winner.plan
-    rounding: dict[str, Any] = {"method": args.rounding}
-    if args.rounding == "gptq":
-        rounding |= {"correction": choice.winner.share, **text.calibration.describe()}
-    return {
-        "mixbits_report": 1,
-        "command": run.args.command,
-        "environment": environment(),
-        "source": {"name": run.source.name, "sha256": sha256},
-        "calibration": None if scores is None else scores.data["calibration"],
-        # An edited plan still says what it was once made for.
-        "budget": None if scores is None else plan.data["budget"],
-        "reached": run.reached(plan.assignment),
-        "rounding": rounding,
-        "gate": {**text.gate.describe(), "candidates": choice.rows} if choice.rows else None,
-        "predicted_loss": None if scores is None else plan.data["predicted_loss"],
-        "bytes_before": sum(path.stat().st_size for path in run.source.weight_files()),
-    }
-
-
 def _stage_names(args: argparse.Namespace) -> list[str]:
     names = [s for s in STAGES if not (args.solve_only and s in ("round", "evaluate"))]
     if args.diagnose:
@@ -252,49 +212,58 @@ def _stage_names(args: argparse.Namespace) -> list[str]:
     return names
 
 
+def _planned(run: Run, clock: Stages, model: CausalLM, sha256: str, text: Text) -> Planned:
+    """The plan that is given, or those that are measured for and solved."""
+    from . import findings, stages
+    from .plan import Plan
+    from .report import diagnosis
+
+    args = run.args
+    if args.plan is not None:
+        with clock.run("allocate", str(args.plan)):
+            return stages.Planned({"given": Plan.read(args.plan, run.linears)})
+    what = f"reuse {args.scores}" if args.scores else f"{args.method}, {args.schemes}"
+    with clock.run("measure", what):
+        scores = stages.measure(run, model, text.calibration, sha256)
+    with clock.run("allocate", args.strategy):
+        planned = stages.make_plans(run, model, scores, text)
+        planned.curve = findings.curve_rows(run, planned)
+    if args.diagnose:
+        with clock.run("diagnose", "units one by one, the text in halves"):
+            planned.found |= findings.diagnose(run, model, planned, text)
+        print(diagnosis(planned.found))
+    return planned
+
+
+def _rounded(run: Run, clock: Stages, model: CausalLM, planned: Planned, text: Text) -> Choice:
+    """The plan that ships: the best of those that are compared, or the only one."""
+    from . import stages
+    from .gate import Candidate, Choice
+
+    plans = planned.plans
+    if not stages.is_gated(run.args):
+        plans = dict([next(iter(plans.items()))])
+    if run.args.solve_only:
+        return Choice(Candidate("only", next(iter(plans.values())), 0.0), {}, [])
+    what = f"{run.args.rounding}, " + ("the best of " * (len(plans) > 1)) + ", ".join(plans)
+    with clock.run("round", what):
+        return stages.round_plans(run, model, plans, text)
+
+
 def quantize(run: Run) -> None:
     """All stages, in order. Raises UsageError; leaves a complete output folder or none."""
     from . import findings, stages
     from .checkpoint import atomic_folder
-    from .gate import Candidate, Choice
-    from .plan import Plan
     from .report import Stages
 
-    args, scores = run.args, None
-    solved: dict[str, Solved] = {}
-    found: dict[str, Any] = {}
-    curve: list[dict[str, Any]] = []
-    clock = Stages(_stage_names(args))
+    args, clock = run.args, Stages(_stage_names(run.args))
     with clock.run("open", run.source.name):
         model, sha256, tokenizer = _open(run)
     with clock.run("calibrate", "its own text" if args.demo else args.dataset):
         text = stages.calibrate(run, tokenizer)
-    if args.plan is None:
-        what = f"reuse {args.scores}" if args.scores else f"{args.method}, {args.schemes}"
-        with clock.run("measure", what):
-            scores = stages.measure(run, model, text.calibration, sha256)
-    with clock.run("allocate", str(args.plan or args.strategy)):
-        if scores is None:
-            plans = {"given": Plan.read(args.plan, run.linears)}
-        else:
-            solved, found = stages.make_plans(run, model, scores, text)
-            plans = {name: entry.plan for name, entry in solved.items()}
-            curve = findings.curve_rows(run, next(iter(solved.values())).problem)
-    if args.diagnose:
-        assert scores is not None
-        with clock.run("diagnose", "units one by one, the text in halves"):
-            found |= findings.diagnose(run, model, scores, next(iter(solved.values())), text)
-        _print_diagnosis(found)
-    if args.solve_only:
-        choice = Choice(Candidate("only", next(iter(plans.values())), 0.0), {}, [])
-    else:
-        if not stages.is_gated(args):
-            plans = dict([next(iter(plans.items()))])
-        what = f"{args.rounding}, " + ("the best of " * (len(plans) > 1)) + ", ".join(plans)
-        with clock.run("round", what):
-            choice = stages.round_plans(run, model, plans, text)
-    report = _report(run, sha256, scores, choice, text)
-    report |= found | findings.describe(run, choice.winner.plan, solved, curve)
+    planned = _planned(run, clock, model, sha256, text)
+    choice = _rounded(run, clock, model, planned, text)
+    report = findings.report(run, sha256, planned, choice, text)
     _print_plan(run, choice, report["reached"])
 
     def write_report(folder: Path, evaluation: dict[str, Any] | None) -> None:
@@ -304,7 +273,7 @@ def quantize(run: Run) -> None:
     needs = 0 if args.solve_only else report["reached"]["predicted_bytes"]
     with atomic_folder(args.out, args.overwrite, needs) as folder:
         with clock.run("write", str(args.out)):
-            report["bytes_after"] = _write(run, folder, model, choice, scores, report, curve)
+            report["bytes_after"] = _write(run, folder, model, choice, planned, report)
         write_report(folder, None)
     if args.solve_only:
         print(f"  plan and scores are in {args.out}")

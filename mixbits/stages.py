@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import random
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -242,6 +242,21 @@ class Solved:
     plan: Plan
 
 
+@dataclass
+class Planned:
+    """The plan that was asked for, first, and others of the same size to compare it with.
+
+    Without scores there is the plan that was given, and nothing else. `curve` has the rows of
+    `curve.rows`, `found` what report.json says of the search and of `findings.diagnose`.
+    """
+
+    plans: dict[str, Plan]
+    scores: Scores | None = None
+    solved: dict[str, Solved] = field(default_factory=dict)
+    curve: list[dict[str, Any]] = field(default_factory=list)
+    found: dict[str, Any] = field(default_factory=dict)
+
+
 def make_problem(run: Run, scores: Scores, slabs: bool) -> Problem:
     options = unit_options(run.units, run.schemes, run.keep)
     return Problem.build(run.units, options, scores, run.args.ignore_scale_bits, slabs)
@@ -264,20 +279,17 @@ def _solve(run: Run, problem: Problem, budget: Budget, strategy: str) -> Solved:
         fixed += excess  # the header's length depends a little on the plan
 
 
-def make_plans(
-    run: Run, model: CausalLM, scores: Scores, text: Text
-) -> tuple[dict[str, Solved], dict[str, Any]]:
-    """The plan that was asked for, first, and others of the same size to compare it with.
-
-    Also what report.json says of how the budget was found.
-    """
-    args = run.args
+def make_plans(run: Run, model: CausalLM, scores: Scores, text: Text) -> Planned:
+    """Solve within the budget, or within the smallest one that meets --max-kl."""
+    args, found = run.args, {}
     problem = make_problem(run, scores, args.granularity == "slab")
     if args.max_kl is None:
         budget = Budget(args.avg_bits, args.size, args.ignore_scale_bits)
-        return _of_one_size(run, scores, problem, budget), {}
-    budget, search = _smallest_budget(run, model, problem, text)
-    return _of_one_size(run, scores, problem, budget), {"search": search}
+    else:
+        budget, found["search"] = _smallest_budget(run, model, problem, text)
+    solved = _of_one_size(run, scores, problem, budget)
+    plans = {name: entry.plan for name, entry in solved.items()}
+    return Planned(plans, scores, solved, found=found)
 
 
 def _of_one_size(run: Run, scores: Scores, problem: Problem, budget: Budget) -> dict[str, Solved]:
@@ -297,13 +309,17 @@ def _smallest_budget(
 ) -> tuple[Budget, dict[str, Any]]:
     """For --max-kl: the budget of the smallest plan found, and `search` of report.json."""
     args, streamed = run.args, StreamedModel(model, device=run.args.device)
+    known: dict[tuple[int, ...], float] = {}  # budgets close to each other may buy the same plan
 
     def measured(bits: int) -> float:
-        plan = _solve(run, problem, Budget(total_bits=bits), "optimal").plan
-        candidate = Candidate("optimal", plan, args.correction)
-        ids = text.calibration.ids, text.gate.ids
-        kls = judge(streamed, run.linears, candidate, args.rounding, *ids, args.batch_size)[1]
-        kl = float(kls.mean())
+        solved = _solve(run, problem, Budget(total_bits=bits), "optimal")
+        choice = solved.allocation.choice
+        if choice not in known:
+            candidate = Candidate("optimal", solved.plan, args.correction)
+            ids = text.calibration.ids, text.gate.ids
+            kls = judge(streamed, run.linears, candidate, args.rounding, *ids, args.batch_size)[1]
+            known[choice] = float(kls.mean())
+        kl = known[choice]
         print(f"      {bits / problem.elements:.4f} bits per weight: KL {kl:.4f}", flush=True)
         return kl
 

@@ -19,8 +19,9 @@ from mixbits.formats import Mixed, parse_scheme
 from mixbits.model import find_linears
 from mixbits.options import parse_arguments
 from mixbits.plan import Budget, Problem, average_bits
+from mixbits.sensitivity import measure as measure_sensitivity
 from mixbits.source import open_source
-from mixbits.stages import Run, Solved, measure, prepare
+from mixbits.stages import Planned, Run, Solved, Text, measure, prepare
 from mixbits.streaming import StreamedModel
 
 IDS = torch.randint(0, 130, (8, 24), generator=torch.Generator().manual_seed(0))
@@ -62,6 +63,33 @@ def test_a_unit_alone_is_the_model_with_that_unit_quantized(
         fake_quantize_model(fake, recipes)
         kl = sequence_kl(StreamedModel(model), StreamedModel(fake), IDS).mean()
         assert row["measured"] == pytest.approx(float(kl), rel=1e-3)
+
+
+@pytest.mark.parametrize("how", ["layer", "slab"])
+def test_the_halves_are_scored_on_their_own_text(
+    how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, model, problem = prepared(tmp_path, "--granularity", how, "--rotate", "ffn")
+    allocation = problem.allocate(Budget(6.0), "optimal")
+    solved = Solved(problem, allocation, problem.plan(allocation, "optimal", Budget(6.0)))
+    planned = Planned({"optimal": solved.plan}, problem.scores, {"optimal": solved})
+    calls = []
+    monkeypatch.setattr(findings, "stability", lambda *args: calls.append(args))
+    text = Text(Sequences(IDS[:5], "ids"), Sequences(IDS[5:], "ids"), Sequences(IDS[:0], "none"))
+    found = findings.diagnose(run, model, planned, text)
+    assert -1 <= found["rank_correlation"] <= 1 and len(found["measured"]) == len(run.units)
+    ((items, halves, bits),) = calls
+    assert items is problem.items and bits == allocation.cost
+    assert [item.costs for item in halves[0]] == [item.costs for item in items]
+    for half, ids in zip(halves, (IDS[:2], IDS[2:5]), strict=True):
+        arranged = findings._arrangements(run, problem.scores, torch.device("cpu"))
+        assert all(a.rotated for name, a in arranged.items() if name.endswith("down_proj"))
+        slabs = measure_sensitivity(
+            StreamedModel(model), run.linears, run.schemes, ids, arrangements=arranged
+        )
+        total = sum(sum(by_scheme["MXFP4"]) for by_scheme in slabs.values())
+        assert sum(item.losses[0] for item in half) == pytest.approx(total, rel=1e-6)
+    assert halves[0] != halves[1]
 
 
 @pytest.mark.parametrize("how", ["layer", "slab"])
