@@ -4,7 +4,7 @@
     model.safetensors.index.json      where more than one shard is needed
     config.json                       the model's own, with `quantization_config`
     plan.json, scores.json            how it came about
-    report.json                       what it is worth (mixbits.report)
+    report.json, report.html          what it is worth (mixbits.report, report_html)
     tokenizer and generation files    copied
 
 Sizes are known before anything is written. A checkpoint is written into a hidden folder beside

@@ -56,10 +56,19 @@ def _per_sequence(reference: Model, quantized: Model, ids: Tensor, batch_size: i
     """float64 [sequences, 4] on the CPU: `_sequence_means` of every sequence."""
     rows = []
     for batch in tqdm(ids.split(batch_size), desc="compare", unit="batch", leave=False):
-        p, q = reference.logits(batch), quantized.logits(batch)
-        for index, sequence in enumerate(batch):
-            rows.append(_sequence_means(p[index], q[index], sequence.to(p.device)).cpu())
-    return torch.stack(rows)
+        rows.append(_batch_means(reference.logits(batch), quantized.logits(batch), batch))
+    return torch.cat(rows)
+
+
+def _batch_means(p: Tensor, q: Tensor, ids: Tensor) -> Tensor:
+    """float64 [B, 4] on the CPU, from logits [B, S, V] of ids [B, S]."""
+    means = [_sequence_means(*row) for row in zip(p, q, ids.to(p.device), strict=True)]
+    return torch.stack(means).cpu()
+
+
+def logits_kl(reference: Tensor, quantized: Tensor, ids: Tensor) -> Tensor:
+    """`sequence_kl` from logits [B, S, V] of one batch of ids [B, S]."""
+    return _batch_means(reference, quantized, ids)[:, 0]
 
 
 def sequence_kl(reference: Model, quantized: Model, ids: Tensor, batch_size: int = 8) -> Tensor:

@@ -63,6 +63,22 @@ def candidates(plans: dict[str, Plan], method: str, share: float) -> list[Candid
     return found
 
 
+def judge(
+    model: StreamedModel,
+    linears: Sequence[LinearInfo],
+    candidate: Candidate,
+    method: str,
+    calibration: Tensor,
+    held_out: Tensor,
+    batch_size: int = 8,
+) -> tuple[dict[str, list[Packed]], Tensor]:
+    """Round one candidate; its weights, and its mean KL on each held-out sequence, float64."""
+    recipes = candidate.plan.assignment
+    rounded = round_model(model, linears, recipes, method, calibration, candidate.share)
+    quantized = RoundedModel(model, linears, recipes, rounded)
+    return rounded, sequence_kl(model, quantized, held_out, batch_size)
+
+
 def choose(
     model: StreamedModel,
     linears: Sequence[LinearInfo],
@@ -76,10 +92,8 @@ def choose(
     divergences: list[Tensor] = []
     best: tuple[float, int, dict[str, list[Packed]]] | None = None
     for index, candidate in enumerate(candidates):
-        recipes = candidate.plan.assignment
-        rounded = round_model(model, linears, recipes, method, calibration, candidate.share)
-        quantized = RoundedModel(model, linears, recipes, rounded)
-        divergences.append(sequence_kl(model, quantized, held_out, batch_size))
+        rounded, kl = judge(model, linears, candidate, method, calibration, held_out, batch_size)
+        divergences.append(kl)
         mean = float(divergences[-1].mean())
         if best is None or mean < best[0]:
             best = mean, index, rounded

@@ -32,6 +32,9 @@ examples:
   python -m mixbits.quantize ./Llama-3.1-8B --plan llama-5/plan.json --eval-nsamples 0 \\
       --rounding search --out llama-edited
       a plan of your own; unscored, and rounded without error compensation, it needs no text
+  python -m mixbits.quantize ./Llama-3.1-8B --max-kl 0.05 --granularity slab --dataset text.txt \\
+      --curve --diagnose --out llama-good
+      the smallest model of that quality, what every budget buys, and whether to trust it all
 
 schemes: {SCHEME_NAMES}
 exit codes: 0 done, 2 wrong usage or input, 1 failure
@@ -69,6 +72,16 @@ def _bits(text: str) -> float:
     return value
 
 
+def _nats(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number above 0: got {text!r}")
+    return value
+
+
 def _share(text: str) -> float:
     try:
         value = float(text)
@@ -98,6 +111,12 @@ def _plan_options(parser: argparse.ArgumentParser) -> None:
     budget = group.add_mutually_exclusive_group()
     budget.add_argument("--avg-bits", type=_bits, help="bits per weight of the linears")
     budget.add_argument("--size", type=_size, help="size of all weight files, such as 4.2GB")
+    budget.add_argument(
+        "--max-kl",
+        type=_nats,
+        metavar="NATS",
+        help="the smallest model whose KL on the gate's text is at most this, in nats per token",
+    )
     budget.add_argument("--plan", type=Path, help="apply this plan.json")
     group.add_argument("--schemes", default="MXFP4,MXFP8", help="what to choose from (%(default)s)")
     group.add_argument(
@@ -164,6 +183,24 @@ def _rounding_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _report_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("report")
+    group.add_argument(
+        "--curve",
+        type=int,
+        nargs="?",
+        const=33,
+        metavar="POINTS",
+        help="write curve.csv and curve.png: what every budget buys (33 points; matplotlib)",
+    )
+    group.add_argument(
+        "--diagnose",
+        action="store_true",
+        help="quantize units one by one to test the predictions, and halve the calibration text "
+        "to test the plan",
+    )
+
+
 def _measure_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("calibration and sensitivity")
     group.add_argument(
@@ -213,11 +250,20 @@ def make_parser() -> argparse.ArgumentParser:
         _input_options,
         _plan_options,
         _rounding_options,
+        _report_options,
         _measure_options,
         _run_options,
     ):
         add(parser)
     return parser
+
+
+def _budget_name(args: argparse.Namespace) -> str:
+    if args.plan:
+        return "plan"
+    if args.max_kl:
+        return f"{args.max_kl:g}nats"
+    return f"{args.size}B" if args.size else f"{args.avg_bits:g}bit"
 
 
 def _demo_defaults(parser: argparse.ArgumentParser) -> None:
@@ -230,6 +276,22 @@ def _demo_defaults(parser: argparse.ArgumentParser) -> None:
         eval_original=True,
         prompt="def read_config(path):",
     )
+
+
+def _check_measured(args: argparse.Namespace) -> None:
+    """--max-kl, --diagnose and --curve: what they need, and what they cannot go with."""
+    for name in ("max_kl", "diagnose"):
+        if getattr(args, name) and not args.gate:
+            option = name.replace("_", "-")
+            raise UsageError(f"--{option} measures on the gate's text: it cannot go with --gate 0")
+    if args.max_kl and args.strategy != "optimal":
+        raise UsageError(
+            f"--max-kl searches among optimal plans: it cannot go with --strategy {args.strategy}"
+        )
+    if args.max_kl and args.solve_only:
+        raise UsageError("--max-kl rounds and measures: it cannot go with --solve-only")
+    if args.curve is not None and args.curve < 2:
+        raise UsageError(f"--curve must be of at least 2 points: got {args.curve}")
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -251,18 +313,18 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--free-slabs helps --granularity slab only")
     if args.seqlen < 2:
         parser.error(f"--seqlen must be at least 2: got {args.seqlen}")
-    if args.avg_bits is None and args.size is None and args.plan is None:
+    if all(getattr(args, name) is None for name in ("avg_bits", "size", "plan", "max_kl")):
         args.avg_bits = 4.5
     if args.ignore_scale_bits and args.avg_bits is None:
         raise UsageError("--ignore-scale-bits counts for --avg-bits only")
     making = ("strategy", "scores", "keep", "fuse", "per_expert", "granularity", "rotate")
-    for option in making if args.plan else ():
+    for option in (*making, "curve", "diagnose") if args.plan else ():
         if getattr(args, option) != parser.get_default(option):
             name = option.replace("_", "-")
             raise UsageError(f"--{name} helps to make a plan: it cannot go with --plan")
+    _check_measured(args)
     if args.out is None:
-        budget = "plan" if args.plan else f"{args.size}B" if args.size else f"{args.avg_bits:g}bit"
-        args.out = Path(f"{Path(args.model).resolve().name}-mixbits-{budget}")
+        args.out = Path(f"{Path(args.model).resolve().name}-mixbits-{_budget_name(args)}")
     words = sys.argv[1:] if argv is None else argv
     args.command = shlex.join(["python", "-m", "mixbits.quantize", *words])
     return args

@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .allocate import BudgetError, Item, allocate, cost_range
+from .allocate import Allocation, BudgetError, Item, allocate, cost_range
 from .formats import (
     BF16,
     MX_GROUP,
@@ -49,16 +49,23 @@ from .scores import VERSION, Scores, dump, read_json, write_text
 
 @dataclass(frozen=True)
 class Budget:
-    """Either `avg_bits` per weight, or `size_bytes` for the weight files."""
+    """`avg_bits` per weight, `size_bytes` for the weight files, or `total_bits` of the linears.
+
+    The last is what a search for `max_kl` nats per token found.
+    """
 
     avg_bits: float | None = None
     size_bytes: int | None = None
     ignore_scale_bits: bool = False
+    total_bits: int | None = None
+    max_kl: float | None = None
 
     def describe(self) -> dict[str, Any]:
         if self.size_bytes is not None:
             return {"size_bytes": self.size_bytes}
         counted = "elements" if self.ignore_scale_bits else "elements, scales and zero points"
+        if self.total_bits is not None:
+            return {"max_kl": self.max_kl, "total_bits": self.total_bits, "counted": counted}
         return {"avg_bits": self.avg_bits, "counted": counted}
 
 
@@ -237,6 +244,8 @@ def _out_of_reach(
     error: BudgetError, budget: Budget, elements: int, fixed_bytes: int
 ) -> UsageError:
     """The budget's bits in the user's own unit, with the lowest and highest possible."""
+    if budget.total_bits is not None:
+        return error
     if budget.size_bytes is not None:
         low, high = (fixed_bytes + -(-bits // 8) for bits in (error.lowest, error.highest))
         return UsageError(
@@ -316,6 +325,104 @@ def _order_bits(units: Sequence[Unit]) -> int:
     return sum(k * order_bits(k) for name, k in linears.items() if not is_foldable(name, linears))
 
 
+@dataclass(frozen=True)
+class Problem:
+    """The knapsack of a model and its scores: made once, it serves plans of any budget, and curves.
+
+    `items` are the choices' items in their order, and one more for the orders of columns where
+    slabs are counted whole. `elements` are the units' weights, `slab_columns` is 0 without slabs.
+    """
+
+    scores: Scores
+    choices: Sequence[_Choice]
+    items: Sequence[Item]
+    elements: int
+    slab_columns: int
+
+    @property
+    def parts(self) -> list[_Choice]:
+        """The choice that each item is of, those of stored orders left out."""
+        return [choice for choice in self.choices for _ in choice.items]
+
+    @classmethod
+    def build(
+        cls,
+        units: Sequence[Unit],
+        options: Sequence[Sequence[Scheme]],
+        scores: Scores,
+        elements_only: bool = False,
+        slabs: bool = False,
+    ) -> Problem:
+        """One of its options for every unit, or for every slab of every unit.
+
+        With `slabs`, the linears of a unit share their input, its columns as the scores arrange
+        them. `elements_only` leaves scales and zero points out of the costs.
+        """
+        ordered = [sorted(o, key=lambda s: (s.storage_bits(128, 4096), s.name)) for o in options]
+        width = slab_width([s for o in ordered for s in o]) if slabs else 0
+        choices = [
+            _Choice(
+                unit,
+                schemes,
+                _slab_items(unit, schemes, scores, width, elements_only)
+                if slabs
+                else [_unit_item(unit, schemes, scores, elements_only)],
+                slabs,
+            )
+            for unit, schemes in zip(units, ordered, strict=True)
+        ]
+        items = [item for choice in choices for item in choice.items]
+        if slabs and not elements_only:
+            items.append(Item("orders of columns", (_order_bits(units),), (0.0,)))
+        elements = sum(info.numel for unit in units for info in unit.linears)
+        return cls(scores, choices, items, elements, width)
+
+    def bits(self, budget: Budget, fixed_bytes: int = 0) -> int:
+        """What a budget leaves for the items; `fixed_bytes` are the files' other content."""
+        if budget.total_bits is not None:
+            return budget.total_bits
+        if budget.size_bytes is not None:
+            return (budget.size_bytes - fixed_bytes) * 8
+        # A hair more, so that 4.25 bits of a size that is no power of two still buy 4.25 bits.
+        return math.floor((budget.avg_bits or 0.0) * self.elements + 1e-6)
+
+    def allocate(
+        self, budget: Budget, strategy: str, seed: int = 0, fixed_bytes: int = 0
+    ) -> Allocation:
+        """Raises UsageError where nothing fits, or where more is asked for than is of use."""
+        bits = self.bits(budget, fixed_bytes)
+        try:
+            lowest, highest = cost_range(self.items)
+            if budget.avg_bits is not None and budget.avg_bits > _bits_up(highest, self.elements):
+                raise BudgetError(bits, lowest, highest)
+            return allocate(self.items, bits, strategy, seed)
+        except BudgetError as error:
+            raise _out_of_reach(error, budget, self.elements, fixed_bytes) from None
+
+    def plan(self, allocation: Allocation, strategy: str, budget: Budget) -> Plan:
+        """An allocation of these items, as plan.json has it."""
+        left = iter(allocation.choice)
+        data: dict[str, Any] = {
+            "mixbits_plan": VERSION,
+            "strategy": strategy,
+            "budget": budget.describe(),
+            "weight_scale_mode": self.scores.data["weight_scale_mode"],
+            "act_scale_mode": self.scores.data["act_scale_mode"],
+            "scores_sha256": self.scores.data["sha256"],
+            "method": self.scores.data["method"],
+            "predicted_loss": allocation.loss,
+            "lower_bound": allocation.lower_bound,
+            **({"slab_columns": self.slab_columns} if self.slab_columns else {}),
+            "units": [
+                choice.describe([next(left) for _ in choice.items], self.scores)
+                for choice in self.choices
+            ],
+        }
+        return Plan(
+            data, {i.name: i.in_features for choice in self.choices for i in choice.unit.linears}
+        )
+
+
 def solve(
     units: Sequence[Unit],
     options: Sequence[Sequence[Scheme]],
@@ -326,56 +433,10 @@ def solve(
     fixed_bytes: int = 0,
     slabs: bool = False,
 ) -> Plan:
-    """Allocate: one of its options for every unit, or for every slab of every unit.
+    """One plan: `Problem.build`, `allocate` and `plan` in one call.
 
     `fixed_bytes` is what the weight files hold beside the units' weights (used by size budgets).
-    With `slabs`, the linears of a unit share their input, its columns as the scores arrange them.
     Raises UsageError where nothing fits.
     """
-    ordered = [sorted(o, key=lambda s: (s.storage_bits(128, 4096), s.name)) for o in options]
-    width = slab_width([s for o in ordered for s in o]) if slabs else 0
-    elements_only = budget.ignore_scale_bits
-    choices = [
-        _Choice(
-            unit,
-            schemes,
-            _slab_items(unit, schemes, scores, width, elements_only)
-            if slabs
-            else [_unit_item(unit, schemes, scores, elements_only)],
-            slabs,
-        )
-        for unit, schemes in zip(units, ordered, strict=True)
-    ]
-    items = [item for choice in choices for item in choice.items]
-    if slabs and not elements_only:
-        items.append(Item("orders of columns", (_order_bits(units),), (0.0,)))
-    elements = sum(info.numel for unit in units for info in unit.linears)
-    if budget.size_bytes is not None:
-        bits = (budget.size_bytes - fixed_bytes) * 8
-    else:
-        # A hair more, so that 4.25 bits of a size that is no power of two still buy 4.25 bits.
-        bits = math.floor((budget.avg_bits or 0.0) * elements + 1e-6)
-    try:
-        lowest, highest = cost_range(items)
-        if budget.avg_bits is not None and budget.avg_bits > _bits_up(highest, elements):
-            raise BudgetError(bits, lowest, highest)
-        allocation = allocate(items, bits, strategy, seed)
-    except BudgetError as error:
-        raise _out_of_reach(error, budget, elements, fixed_bytes) from None
-    left = iter(allocation.choice)
-    data: dict[str, Any] = {
-        "mixbits_plan": VERSION,
-        "strategy": strategy,
-        "budget": budget.describe(),
-        "weight_scale_mode": scores.data["weight_scale_mode"],
-        "act_scale_mode": scores.data["act_scale_mode"],
-        "scores_sha256": scores.data["sha256"],
-        "method": scores.data["method"],
-        "predicted_loss": allocation.loss,
-        "lower_bound": allocation.lower_bound,
-        **({"slab_columns": width} if slabs else {}),
-        "units": [
-            choice.describe([next(left) for _ in choice.items], scores) for choice in choices
-        ],
-    }
-    return Plan(data, {i.name: i.in_features for unit in units for i in unit.linears})
+    problem = Problem.build(units, options, scores, budget.ignore_scale_bits, slabs)
+    return problem.plan(problem.allocate(budget, strategy, seed, fixed_bytes), strategy, budget)

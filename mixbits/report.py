@@ -155,6 +155,18 @@ def gate_table(rows: Sequence[dict[str, Any]]) -> str:
     return table(cells)
 
 
+def diagnosis(found: dict[str, Any]) -> str:
+    """A line for what predictions are worth, and one for how far the plan depends on the text."""
+    stable = found["stability"]
+    excess = " and ".join(f"{x:+.2%}" for x in stable["excess_loss"])
+    return (
+        f"  rank correlation of predicted and measured KL: {found['rank_correlation']:.3f} "
+        f"({len(found['measured'])} units, each alone in its cheapest scheme)\n"
+        f"  plans from either half of the text agree on {stable['same_units']:.1%} of the choices "
+        f"and {stable['same_bits']:.1%} of the bits; they lose {excess} by all of it"
+    )
+
+
 def result_table(before: int, after: int, scores: dict[str, float] | None) -> str:
     """Size, KL and perplexity of the original and of the quantized model."""
     rows = [["", "original", "quantized"], ["weight files", size(before), size(after)]]

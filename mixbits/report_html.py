@@ -6,10 +6,10 @@ of the report, each optional, have a section each:
     linear_bits  {linear: average bits}
     curve        rows of `curve.rows`, with avg_bits
     baselines    [{"name", "avg_bits", "predicted_loss"}]
+    search       {"max_kl", "tolerance", "measured": [{"avg_bits", "kl"}]}: for the smallest model
     measured     [{"unit", "scheme", "predicted", "measured"}]: KL of one unit in one scheme
     upgrades, downgrades   [{"unit", "before", "after", "bits", "loss"}]: `diagnostics.next_swaps`
-    candidates   [{"name", "kl", "difference", "low", "high", "chosen"}]: the held-out gate;
-                 the difference to the one chosen, and its confidence interval
+    gate         {"candidates": rows of `gate.Choice`}, the one that ships first
     stability    `diagnostics.stability`
     evaluation, stages     as `quantize` writes them
 
@@ -139,16 +139,17 @@ def _how(report: Data, plan: Data) -> Html:
     for name, value in (
         ("budget", report.get("budget")),
         ("calibration", report.get("calibration")),
+        ("rounding", report.get("rounding")),
     ):
         if value:
             facts[name] = ", ".join(f"{k} {v}" for k, v in value.items() if v is not None)
-    if held.get("name") or held.get("dataset"):
-        facts["held-out text"] = held.get("name") or held.get("dataset")
+    if held.get("source"):
+        facts["held-out text"] = held["source"]
     for key in ("strategy", "method", "weight_scale_mode", "act_scale_mode"):
         if plan.get(key):
             facts[key.replace("_", " ")] = plan[key]
-    if _is_number(plan.get("predicted_loss")) and _is_number(plan.get("lower_bound")):
-        loss, bound = plan["predicted_loss"], plan["lower_bound"]
+    loss, bound = report.get("predicted_loss", plan.get("predicted_loss")), plan.get("lower_bound")
+    if _is_number(loss) and _is_number(bound):
         gap = (loss - bound) / loss if loss > 0 else 0.0
         facts["predicted loss"] = f"{loss:.4g}, at most {gap:.2g} of it above the optimum"
     for key, value in (report.get("environment") or {}).items():
@@ -377,28 +378,48 @@ def _swaps(report: Data) -> str:
 
 
 def _candidates(report: Data) -> str:
-    rows = report.get("candidates") or []
+    rows = (report.get("gate") or {}).get("candidates") or []
     if not rows:
         return ""
-    ends = [r[k] for r in rows for k in ("low", "difference", "high") if _is_number(r.get(k))]
-    least, most = min([0.0, *ends]), max([0.0, *ends])
+    behind = [
+        (row["behind"] - row["interval"], row["behind"], row["behind"] + row["interval"])
+        if all(_is_number(row.get(k)) for k in ("behind", "interval"))
+        else None
+        for row in rows
+    ]
+    ends = [0.0, *(x for known in behind if known for x in known)]
     table = []
-    for row in rows:
-        low, difference, high = (row.get(k) for k in ("low", "difference", "high"))
-        known = not row.get("chosen") and all(map(_is_number, (low, difference, high)))
-        mark = Html(' <em class="chosen">chosen</em>') if row.get("chosen") else ""
+    for number, (row, known) in enumerate(zip(rows, behind, strict=True)):
+        mark = Html("" if number else ' <em class="chosen">chosen</em>')
         table.append(
             (
                 Html(f"{text(row['name'])}{mark}"),
                 _number(row.get("kl"), ".5f"),
-                _number(difference, "+.5f") if known else "-",
-                f"{low:+.5f} to {high:+.5f}" if known else "-",
-                interval(low, difference, high, least, most) if known else "",
+                f"{known[1]:+.5f}" if known else "-",
+                f"{known[0]:+.5f} to {known[2]:+.5f}" if known else "-",
+                interval(*known, min(ends), max(ends)) if known else "",
             )
         )
     heads = ["candidate", "KL", "difference", "confidence interval", ""]
     note = _note("Measured on held-out text, sequence by sequence, against the one chosen.")
     return _section("Candidates", note, _table(heads, table))
+
+
+def _search(report: Data) -> str:
+    search = report.get("search") or {}
+    if not search.get("measured"):
+        return ""
+    limit = search["max_kl"]
+    rows = [
+        (f"{m['avg_bits']:.4f}", _number(m["kl"], ".5f"), "yes" if m["kl"] <= limit else "no")
+        for m in sorted(search["measured"], key=lambda m: m["avg_bits"])
+    ]
+    said = (
+        f"The smallest plan whose KL is at most {limit:g} on held-out text, each one "
+        f"rounded and measured; the search ends at {search['tolerance']:g} bits per weight."
+    )
+    heads = ["bits per weight", "KL", "good enough"]
+    return _section("How small it can be", _note(said), _table(heads, rows))
 
 
 def _stability(report: Data) -> str:
@@ -450,6 +471,7 @@ def render(report: Data, plan: Data | None = None, scores: Data | None = None) -
         _tasks(report),
         _maps(report, scores),
         _curve(report, plan),
+        _search(report),
         _candidates(report),
         _fidelity(report),
         _swaps(report),

@@ -19,6 +19,7 @@ from mixbits.model import LinearInfo, Unit, find_linears, make_units, meta_model
 from mixbits.plan import (
     Budget,
     Plan,
+    Problem,
     average_bits,
     format_ranges,
     mixed_recipe,
@@ -459,3 +460,25 @@ def test_a_plan_of_slabs_is_read_back_and_can_be_edited(
     (tmp_path / "plan.json").write_text(json.dumps(data))
     with pytest.raises(UsageError, match="must have scale modes and units"):
         Plan.read(tmp_path / "plan.json", llama)
+
+
+@pytest.mark.parametrize("slabs", [False, True])
+def test_a_problem_that_is_made_once_serves_every_budget(
+    llama: list[LinearInfo], slabs: bool
+) -> None:
+    units = make_units(llama, fuse=True, by_input=True)
+    options = unit_options(units, MX, [])
+    scores = slab_scores(llama, ("MXFP4", "MXFP8"), order=slabs)
+    problem = Problem.build(units, options, scores, slabs=slabs)
+    assert len(problem.parts) + slabs == len(problem.items)
+    for budget in (Budget(5.0), Budget(6.5), Budget(size_bytes=90_000)):
+        allocation = problem.allocate(budget, "optimal", fixed_bytes=30_000)
+        plan = problem.plan(allocation, "optimal", budget)
+        assert plan == solve(
+            units, options, scores, budget, "optimal", fixed_bytes=30_000, slabs=slabs
+        )
+        # The same bits, said in another way, buy the same.
+        exact = Budget(total_bits=problem.bits(budget, 30_000), max_kl=0.1)
+        assert problem.allocate(exact, "optimal") == allocation
+        said = problem.plan(allocation, "optimal", exact).data["budget"]
+        assert said["total_bits"] == problem.bits(exact) and said["max_kl"] == 0.1

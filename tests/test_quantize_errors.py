@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from tiny import SMALL, VOCAB, entries, make_model, read, write_ids
 
 import mixbits
-from mixbits import checkpoint, quantize
+from mixbits import checkpoint, curve, quantize
 
 KILLS = int(os.environ.get("MIXBITS_TEST_KILLS", "4"))
 
@@ -145,6 +145,31 @@ BAD_OPTIONS: dict[str, tuple[list[str], str]] = {
     "no such rounding": (["--rounding", "best"], "invalid choice: 'best'"),
     "too much correction": (["--correction", "1.5"], "--correction: must be between 0 and 1"),
     "a gate of -1": (["--gate", "-1"], "--gate must be at least 0: got -1"),
+    "a quality that is none": (["--max-kl", "0"], "--max-kl: must be a number above 0"),
+    "a quality and a budget": (["--max-kl", "0.1", "--avg-bits", "5"], "not allowed with argument"),
+    "a quality and a plan": (["--max-kl", "0.1", "--plan", "x"], "not allowed with argument"),
+    "a quality unmeasured": (["--max-kl", "0.1"], "it cannot go with --gate 0"),
+    "a quality of a baseline": (
+        ["--max-kl", "0.1", "--gate", "2", "--strategy", "head"],
+        "it cannot go with --strategy head",
+    ),
+    "a quality unrounded": (
+        ["--max-kl", "0.1", "--gate", "2", "--solve-only"],
+        "it cannot go with --solve-only",
+    ),
+    "a quality, scales ignored": (
+        ["--max-kl", "0.1", "--gate", "2", "--ignore-scale-bits"],
+        "counts for --avg-bits only",
+    ),
+    "a curve of a point": (["--curve", "1"], "--curve must be of at least 2 points: got 1"),
+    "a curve of words": (["--curve", "many"], "argument --curve: invalid int value"),
+    "a curve of a plan": (["--curve", "--plan", "{}/no.json"], "cannot go with --plan"),
+    "a diagnosis of a plan": (["--diagnose", "--plan", "{}/no.json"], "cannot go with --plan"),
+    "a diagnosis unmeasured": (["--diagnose"], "--diagnose measures on the gate's text"),
+    "halves of a sequence": (
+        ["--diagnose", "--gate", "2", "--nsamples", "1"],
+        "--diagnose halves the calibration text: got 1 sequence",
+    ),
     "slabs of BF16": (
         ["--granularity", "slab", "--schemes", "MXFP4,BF16"],
         "slabs must be of packed schemes: got BF16",
@@ -176,6 +201,17 @@ def test_bad_options(
     code = run(*(word.format(tmp_path) for word in options))
     assert expected in refused(code, capsys)
     assert entries(tmp_path) == before
+
+
+def test_a_missing_matplotlib_is_said_before_any_work(
+    run: Callable[..., int],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(curve.importlib.util, "find_spec", lambda name: None)
+    assert "needs matplotlib" in refused(run("--curve"), capsys)
+    assert entries(tmp_path) == []
 
 
 def test_no_model(

@@ -81,7 +81,7 @@ def made_up(blocks: int = 4, experts: int = 0) -> tuple[dict[str, Any], ...]:
         ]
         for key in ("upgrades", "downgrades")
     }  # fmt: skip
-    held_out = {"dataset": "text.txt", "kl": 0.04321, "kl_stderr": 0.0012, "perplexity": 7.2134,
+    held_out = {"source": "text.txt", "kl": 0.04321, "kl_stderr": 0.0012, "perplexity": 7.2134,
                 "perplexity_stderr": 0.081, "perplexity_reference": 7.0115,
                 "perplexity_reference_stderr": 0.07, "top1_agreement": 0.9317,
                 "top1_agreement_stderr": None}  # fmt: skip
@@ -111,11 +111,12 @@ def made_up(blocks: int = 4, experts: int = 0) -> tuple[dict[str, Any], ...]:
             {"unit": n, "scheme": "MXFP4", "predicted": x, "measured": x * x}
             for n, x in zip(names, losses, strict=True)
         ],
-        "candidates": [
-            {"name": "slab", "kl": 0.04321, "difference": 0.0, "low": 0.0, "high": 0.0,
-             "chosen": True},
-            {"name": "layer", "kl": 0.05432, "difference": 0.01111, "low": 0.0091, "high": 0.0131},
-        ],
+        "search": {"max_kl": 0.05, "kl": 0.04321, "tolerance": 0.02, "measured": [
+            {"avg_bits": 4.9876, "kl": 0.04321}, {"avg_bits": 4.9712, "kl": 0.05123}]},
+        "gate": {"candidates": [
+            {"name": "slab", "kl": 0.04321},
+            {"name": "layer", "kl": 0.05432, "behind": 0.01111, "interval": 0.002},
+        ]},
         "stability": {"same_units": 0.953, "same_bits": 0.967, "excess_loss": [0.0041, 0.0063]},
         **swaps,
     }  # fmt: skip
@@ -144,7 +145,8 @@ def test_every_figure_is_in_the_page() -> None:
             f"All {len(report['curve'])} plans are proven optimal.",
             "tail: 4.9500 bits, predicted loss 0.0123",
         ),
-        *("+0.01111", "+0.00910 to +0.01310", "chosen"),
+        *("slab chosen", "+0.01111", "+0.00911 to +0.01311"),
+        *("KL is at most 0.05", "4.9712 0.05123 no 4.9876 0.04321 yes"),
         *("rank correlation", "1.000"),
         *("95.3%", "96.7%", "+0.41% and +0.63%"),
         *("312.4", "11.20 GB", "320.5"),
@@ -252,10 +254,10 @@ def test_a_cell_of_experts_holds_their_mean() -> None:
 def test_what_is_missing_is_left_out() -> None:
     full = render(*made_up())
     headings = re.findall(r"<h2>(.*?)</h2>", full)
-    assert len(headings) == len(set(headings)) == 10
+    assert len(headings) == len(set(headings)) == 11
     assert re.findall(r"<h2>(.*?)</h2>", render({})) == ["How it was made"]
     report, plan, scores = made_up()
-    for absent in ("evaluation", "stages", "linear_bits", "curve", "measured", "candidates",
+    for absent in ("evaluation", "stages", "linear_bits", "curve", "measured", "gate", "search",
                    "stability", "environment", "calibration", "budget", "bytes_after"):  # fmt: skip
         Page(render({**report, absent: None}, plan, scores))
         Page(render({k: v for k, v in report.items() if k != absent}, plan, scores))
@@ -268,7 +270,7 @@ def test_numbers_that_are_none_do_not_break_it() -> None:
     report["evaluation"]["held_out"] |= {"kl_stderr": float("nan"), "perplexity": None}
     report["measured"][0]["measured"] = 0.0
     report["measured"][1]["measured"] = float("nan")
-    report["candidates"][1] |= {"low": None, "high": None}
+    report["gate"]["candidates"][1] |= {"interval": None}
     report["curve"][-1]["predicted_loss"] = 0.0
     for row in scores["linears"].values():
         row["scores"]["MXFP4"] = 0.0

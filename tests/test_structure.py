@@ -16,6 +16,8 @@ ROOT = PACKAGE.parent
 # From the top down: a module imports only from lines below its own.
 LAYERS = [
     {"quantize", "info"},
+    {"findings"},
+    {"stages"},
     {"report_html"},
     {"report", "gate"},
     {"evaluate"},

@@ -1,0 +1,350 @@
+"""What the stages of a run do: they join the modules of the pipeline to the command's arguments.
+
+In their order: `prepare` (all that arguments and config.json tell), `calibrate` (calibration),
+`measure` (sensitivity), `make_plans` (plan), `round_plans` (gate, rounded). `quantize` runs them,
+and writes what they give.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from . import demo
+from .allocate import Allocation
+from .arrange import Arrangement
+from .calibration import CHARS_PER_TOKEN, Sequences, cut, load_sequences, split, tokenize
+from .checkpoint import check_destination, predicted_bytes
+from .curve import check_plotting, frontier
+from .formats import Assignment, Scheme, UsageError, first_line, parse_scheme
+from .gate import Candidate, Choice, candidates, choose, judge
+from .model import CausalLM, LinearInfo, Unit, find_linears, make_units, match_units, meta_model
+from .plan import Budget, Plan, Problem, average_bits, parse_keep, slab_width, unit_options
+from .quality import smallest
+from .rounded import round_model
+from .scores import Scores
+from .sensitivity import measure as measure_sensitivity
+from .sensitivity import sorted_columns
+from .source import Source, open_source
+from .streaming import StreamedModel, gradient_dtype
+
+SEARCH_TOLERANCE = 0.02  # of --max-kl, in bits per weight
+
+
+@dataclass
+class Run:
+    """A run's arguments, and what config.json alone says of the model."""
+
+    args: argparse.Namespace
+    schemes: list[Scheme]
+    keep: list[tuple[str, Scheme]]
+    source: Source
+    shapes: CausalLM  # without storage
+    linears: list[LinearInfo]  # what may be quantized
+    units: list[Unit]
+
+    @property
+    def all_schemes(self) -> list[Scheme]:
+        """Those to choose from, and those of kept units."""
+        return list({s.name: s for s in [*self.schemes, *(s for _, s in self.keep)]}.values())
+
+    @property
+    def scale_modes(self) -> tuple[str, str]:
+        return self.args.weight_scale_mode, self.args.act_scale_mode
+
+    def predicted_bytes(self, assignment: Assignment) -> int:
+        return predicted_bytes(self.shapes, self.linears, assignment, self.source.dtype)
+
+    def reached(self, assignment: Assignment) -> dict[str, Any]:
+        """What a plan comes to, in both ways of counting."""
+        return {
+            "avg_bits": average_bits(self.linears, assignment),
+            "avg_bits_without_scales": average_bits(self.linears, assignment, True),
+            "predicted_bytes": self.predicted_bytes(assignment),
+        }
+
+
+def prepare(args: argparse.Namespace) -> Run:
+    """Check everything that can be checked from the arguments and config.json."""
+    modes = args.weight_scale_mode, args.act_scale_mode
+    parsed = [parse_scheme(name, *modes) for name in args.schemes.split(",")]
+    schemes = list({s.name: s for s in parsed}.values())
+    keep = [parse_keep(text, modes) for text in args.keep]
+    if not args.dry_run:
+        check_destination(args.out, args.overwrite)
+    if args.curve:
+        check_plotting()
+    source = open_source(args.model, args.trust_remote_code, config_only=args.dry_run)
+    longest = getattr(source.config.get_text_config(), "max_position_embeddings", None)
+    if longest and args.seqlen > longest:
+        raise UsageError(f"--seqlen must be at most {longest} for this model: got {args.seqlen}")
+    try:
+        shapes = meta_model(source.config, trust_remote_code=args.trust_remote_code)
+    except Exception as error:  # transformers raises many kinds
+        raise UsageError(
+            f"no causal language model is described in {source.path}: {first_line(error)}"
+        ) from None
+    linears = find_linears(shapes, include_head=args.quantize_lm_head)
+    slabs = args.granularity == "slab"
+    fuse = args.fuse or (slabs and not args.free_slabs)
+    units = make_units(linears, fuse, args.per_expert, by_input=slabs)
+    if slabs:
+        slab_width([*schemes, *(scheme for _, scheme in keep)])
+    for pattern, _ in keep:
+        match_units(units, pattern)
+    return Run(args, schemes, keep, source, shapes, linears, units)
+
+
+@dataclass
+class Text:
+    """What to calibrate with, to choose by, and to judge by; any may be empty."""
+
+    calibration: Sequences
+    gate: Sequences
+    held_out: Sequences
+
+
+def calibrate(run: Run, tokenizer: Any) -> Text:
+    """The run's text: three parts that share no token."""
+    args = run.args
+    gate = args.gate if is_gated(args) or args.diagnose else 0
+    first, held_out = _first_and_held_out(run, tokenizer, gate)
+    if not len(first.ids):
+        empty = Sequences(torch.empty(0, args.seqlen, dtype=torch.int64), "nothing")
+        return Text(empty, empty, held_out)
+    count = len(first.ids) - gate
+    if args.diagnose and count < 2:
+        raise UsageError(f"--diagnose halves the calibration text: got {count} sequence")
+    return Text(*split(first, count, gate), held_out)
+
+
+def is_gated(args: argparse.Namespace) -> bool:
+    """Whether several plans are compared: not one that is given, or asked for by its strategy."""
+    return bool(args.gate and not args.plan and not args.solve_only and args.strategy == "optimal")
+
+
+def _first_and_held_out(run: Run, tokenizer: Any, gate: int) -> tuple[Sequences, Sequences]:
+    """Sequences to calibrate with and `gate` more, and held-out ones; none where not needed."""
+    args = run.args
+    vocab = run.source.config.get_text_config().vocab_size
+    calibrates = (
+        not (args.scores or args.plan)
+        or args.diagnose
+        or (args.rounding == "gptq" and not (args.solve_only or args.fake))
+    )
+    count = _calibrated(args) + gate if calibrates or gate else 0
+    held_count = 0 if args.solve_only else args.eval_nsamples
+    if not count and not held_count:
+        empty = Sequences(torch.empty(0, args.seqlen, dtype=torch.int64), "nothing")
+        return empty, empty
+    if args.demo:
+        return _demo_sequences(args, tokenizer, vocab, count)
+    if args.eval_dataset is None:
+        # Held-out sequences follow the others even where those are not needed now.
+        before = _calibrated(args) + gate
+        return load_sequences(args.dataset, tokenizer, vocab, before, held_count, args.seqlen)
+    held = load_sequences(args.eval_dataset, tokenizer, vocab, 0, held_count, args.seqlen)[1]
+    return load_sequences(args.dataset, tokenizer, vocab, count, 0, args.seqlen)[0], held
+
+
+def _calibrated(args: argparse.Namespace) -> int:
+    """Sequences at the head of the dataset that were, or will be, calibrated with."""
+    if args.scores is None:
+        return int(args.nsamples)
+    used = Scores.read(args.scores).data["calibration"]
+    return -(-int(used["nsamples"]) * int(used["seqlen"]) // args.seqlen)
+
+
+def _demo_sequences(
+    args: argparse.Namespace, tokenizer: Any, vocab: int, count: int
+) -> tuple[Sequences, Sequences]:
+    """Text that every Python has: modules trained on to calibrate, held-out ones to judge."""
+    try:
+        files, held_out = demo.training_files(), demo.held_out_text()
+    except FileNotFoundError as error:
+        raise UsageError(str(error)) from None
+    random.Random(args.seed).shuffle(files)
+    wanted, text = count * args.seqlen * CHARS_PER_TOKEN, ""
+    for path in files:
+        text += path.read_text(encoding="utf-8") + "\n\n"
+        if len(text) > wanted:
+            break
+    pools = [
+        cut(tokenize(tokenizer, part), args.seqlen, name, vocab)
+        for part, name in ((text, "the standard library"), (held_out, "its held-out modules"))
+    ]
+    first = split(pools[0], count, 0)[0]
+    return first, split(pools[1], 0, args.eval_nsamples)[1]
+
+
+def _arrangements(run: Run, model: StreamedModel, sequences: Sequences) -> dict[str, Arrangement]:
+    """Orders of columns for slabs, and which linears are rotated."""
+    args = run.args
+    arrangements: dict[str, Arrangement] = {}
+    if args.granularity == "slab":
+        readers = [u.linears for u in run.units if len({_input(i) for i in u.linears}) == 1]
+        cheapest = min(run.schemes, key=lambda s: s.element_bits)
+        options = sequences.ids, args.batch_size, args.seed
+        arrangements = sorted_columns(model, run.linears, readers, cheapest, *options)
+    for info in run.linears if args.rotate == "ffn" else ():
+        if info.name.endswith(".down_proj"):
+            order = arrangements[info.name].order if info.name in arrangements else None
+            arrangements[info.name] = Arrangement(order, rotated=True)
+    return arrangements
+
+
+def _input(info: LinearInfo) -> str:
+    """What a linear reads, told apart as far as orders of columns need it."""
+    is_down = info.is_expert and info.name.endswith(".down_proj")
+    return info.name if is_down else ""  # an expert's intermediate is its own
+
+
+def measure(run: Run, model: CausalLM, sequences: Sequences, sha256: str) -> Scores:
+    """Read scores.json, or make it."""
+    args = run.args
+    if args.scores is not None:
+        scores = Scores.read(args.scores)
+        scores.check(args.scores, run.linears, run.all_schemes, run.scale_modes, sha256)
+        return scores
+    dtype = gradient_dtype(run.source.dtype, args.device)
+    streamed = StreamedModel(model, dtype, args.device)
+    arranged = _arrangements(run, streamed, sequences)
+    return score(run, streamed, sequences, args.method, arranged, sha256)
+
+
+def score(
+    run: Run,
+    model: StreamedModel,
+    sequences: Sequences,
+    method: str,
+    arranged: dict[str, Arrangement],
+    sha256: str,
+) -> Scores:
+    """Scores of every scheme on every linear, its columns arranged."""
+    args = run.args
+    options = method, args.batch_size, args.seed, arranged
+    slabs = measure_sensitivity(model, run.linears, run.all_schemes, sequences.ids, *options)
+    described = {**sequences.describe(), "batch_size": args.batch_size, "seed": args.seed}
+    name = {"name": run.source.name, "sha256": sha256}
+    return Scores.build(slabs, run.linears, method, run.scale_modes, name, described, arranged)
+
+
+@dataclass(frozen=True)
+class Solved:
+    """A plan, and the knapsack that it is an allocation of."""
+
+    problem: Problem
+    allocation: Allocation
+    plan: Plan
+
+
+@dataclass
+class Planned:
+    """The plan that was asked for, first, and others of the same size to compare it with.
+
+    Without scores there is the plan that was given, and nothing else. `curve` has the rows of
+    `curve.rows`, `found` what report.json says of the search and of `findings.diagnose`.
+    """
+
+    plans: dict[str, Plan]
+    scores: Scores | None = None
+    solved: dict[str, Solved] = field(default_factory=dict)
+    curve: list[dict[str, Any]] = field(default_factory=list)
+    found: dict[str, Any] = field(default_factory=dict)
+
+
+def make_problem(run: Run, scores: Scores, slabs: bool) -> Problem:
+    options = unit_options(run.units, run.schemes, run.keep)
+    return Problem.build(run.units, options, scores, run.args.ignore_scale_bits, slabs)
+
+
+def _solve(run: Run, problem: Problem, budget: Budget, strategy: str) -> Solved:
+    """A plan within the budget."""
+    args, fixed = run.args, 0
+    if args.size is not None:
+        cheapest = min(run.schemes, key=lambda s: s.element_bits)
+        least: Assignment = dict.fromkeys((i.name for i in run.linears), cheapest)
+        stored = sum(cheapest.storage_bits(i.out_features, i.in_features) for i in run.linears)
+        fixed = run.predicted_bytes(least) - stored // 8
+    while True:
+        allocation = problem.allocate(budget, strategy, args.seed, fixed)
+        plan = problem.plan(allocation, strategy, budget)
+        excess = run.predicted_bytes(plan.assignment) - args.size if args.size is not None else 0
+        if excess <= 0:
+            return Solved(problem, allocation, plan)
+        fixed += excess  # the header's length depends a little on the plan
+
+
+def make_plans(run: Run, model: CausalLM, scores: Scores, text: Text) -> Planned:
+    """Solve within the budget, or within the smallest one that meets --max-kl."""
+    args, found = run.args, {}
+    problem = make_problem(run, scores, args.granularity == "slab")
+    if args.max_kl is None:
+        budget = Budget(args.avg_bits, args.size, args.ignore_scale_bits)
+    else:
+        budget, found["search"] = _smallest_budget(run, model, problem, text)
+    solved = _of_one_size(run, scores, problem, budget)
+    plans = {name: entry.plan for name, entry in solved.items()}
+    return Planned(plans, scores, solved, found=found)
+
+
+def _of_one_size(run: Run, scores: Scores, problem: Problem, budget: Budget) -> dict[str, Solved]:
+    slabs = run.args.granularity == "slab"
+    layers = make_problem(run, scores, False) if slabs else problem
+    name = "slabs" if slabs and run.args.strategy == "optimal" else run.args.strategy
+    plans = {name: _solve(run, problem, budget, run.args.strategy)}
+    for strategy in ("optimal", "uniform", "head", "tail"):
+        if strategy not in plans:
+            with suppress(UsageError):  # no single scheme may fit
+                plans[strategy] = _solve(run, layers, budget, strategy)
+    return plans
+
+
+def _smallest_budget(
+    run: Run, model: CausalLM, problem: Problem, text: Text
+) -> tuple[Budget, dict[str, Any]]:
+    """For --max-kl: the budget of the smallest plan found, and `search` of report.json."""
+    args, streamed = run.args, StreamedModel(model, device=run.args.device)
+    known: dict[tuple[int, ...], float] = {}  # budgets close to each other may buy the same plan
+
+    def measured(bits: int) -> float:
+        solved = _solve(run, problem, Budget(total_bits=bits), "optimal")
+        choice = solved.allocation.choice
+        if choice not in known:
+            candidate = Candidate("optimal", solved.plan, args.correction)
+            ids = text.calibration.ids, text.gate.ids
+            kls = judge(streamed, run.linears, candidate, args.rounding, *ids, args.batch_size)[1]
+            known[choice] = float(kls.mean())
+        kl = known[choice]
+        print(f"      {bits / problem.elements:.4f} bits per weight: KL {kl:.4f}", flush=True)
+        return kl
+
+    tolerance = max(1, round(SEARCH_TOLERANCE * problem.elements))
+    found = smallest(frontier(problem.items), measured, args.max_kl, tolerance)
+    rows = [{"avg_bits": b / problem.elements, "kl": kl} for b, kl in found.measured.items()]
+    search = {"max_kl": args.max_kl, "kl": found.kl, "tolerance": SEARCH_TOLERANCE}
+    return Budget(total_bits=found.budget, max_kl=args.max_kl), {**search, "measured": rows}
+
+
+def round_plans(run: Run, model: CausalLM, plans: dict[str, Plan], text: Text) -> Choice:
+    """The plan that ships, with its packed weights."""
+    args, streamed = run.args, StreamedModel(model, device=run.args.device)
+    if len(plans) > 1:
+        ids = text.calibration.ids, text.gate.ids
+        found = candidates(plans, args.rounding, args.correction)
+        return choose(streamed, run.linears, found, args.rounding, *ids, args.batch_size)
+    (name, plan), *_ = plans.items()
+    rounded = round_model(
+        streamed,
+        run.linears,
+        plan.assignment,
+        args.rounding,
+        text.calibration.ids,
+        args.correction,
+    )
+    return Choice(Candidate(name, plan, args.correction), rounded, [])
