@@ -111,19 +111,27 @@ void multiply_few(const Work& work, int64_t first_row, int64_t last_row, char*) 
 
 // --- many tokens ----------------------------------------------------------------------------
 
+// Columns that are summed on their own, so that fewer terms are added to a sum that is large.
+constexpr int64_t kSpan = 512;
+
 // M tokens times kTileN panel rows, all of k.
 template <int M>
 void multiply_tile(const Work& work, const float* panel, int64_t m, int64_t n, int rows) {
-  const int64_t stride = work.stride / int64_t(sizeof(float));
+  const int64_t stride = work.stride / int64_t(sizeof(float)), columns = work.tokens->columns;
   const float* x = token(work, m);
   vf sums[M][kTileN] = {};
-  for (int64_t k = 0; k < work.tokens->columns; k += kLanes) {
-    vf w[kTileN];
-    for (int j = 0; j < kTileN; ++j) w[j] = load(panel + j * stride + k);
-    for (int i = 0; i < M; ++i) {
-      const vf v = load(x + i * stride + k);
-      for (int j = 0; j < kTileN; ++j) sums[i][j] = fma(v, w[j], sums[i][j]);
+  for (int64_t first = 0; first < columns; first += kSpan) {
+    vf parts[M][kTileN] = {};
+    for (int64_t k = first; k < min64(first + kSpan, columns); k += kLanes) {
+      vf w[kTileN];
+      for (int j = 0; j < kTileN; ++j) w[j] = load(panel + j * stride + k);
+      for (int i = 0; i < M; ++i) {
+        const vf v = load(x + i * stride + k);
+        for (int j = 0; j < kTileN; ++j) parts[i][j] = fma(v, w[j], parts[i][j]);
+      }
     }
+    for (int i = 0; i < M; ++i)
+      for (int j = 0; j < kTileN; ++j) sums[i][j] += parts[i][j];
   }
   for (int i = 0; i < M; ++i) {
     for (int j = 0; j < rows; ++j)
