@@ -7,23 +7,17 @@
     report.json, report.html          what it is worth (mixbits.report, report_html)
     tokenizer and generation files    copied
 
-Sizes are known before anything is written. A checkpoint is written into a hidden folder beside
-its destination and renamed when complete: a reader sees all of it or nothing.
+Sizes are known before anything is written.
 """
 
 from __future__ import annotations
 
-import errno
 import json
-import os
-import re
 import shutil
-import signal
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType, MappingProxyType
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -264,84 +258,6 @@ def copy_companions(source: Path, folder: Path) -> None:
             shutil.copyfile(path, folder / path.name)
 
 
-@contextmanager
-def atomic_folder(destination: Path, overwrite: bool = False, needs: int = 0) -> Iterator[Path]:
-    """A hidden folder to write into, which becomes `destination` when the block ends well.
-
-    On any error, and on SIGTERM or Ctrl-C, nothing is left. `needs` is the room to ask for
-    first. Raises UsageError for an existing destination or a full disk.
-    """
-    destination = destination.resolve()
-    check_destination(destination, overwrite)
-    parent, pid = destination.parent, os.getpid()
-    parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(parent).free
-    if free < needs:
-        raise UsageError(f"{parent} has {free:,} bytes free: {needs:,} are needed")
-    ours = re.compile(re.escape(f".{destination.name}.") + r"(?:partial|replaced)-(\d+)")
-    for path in parent.iterdir():  # left by processes that were killed, perhaps with our number
-        match = ours.fullmatch(path.name)
-        if match and (int(match[1]) == pid or not _is_alive(int(match[1]))):
-            shutil.rmtree(path, ignore_errors=True)
-    partial, old = (parent / f".{destination.name}.{k}-{pid}" for k in ("partial", "replaced"))
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise SystemExit(128 + number)
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        partial.mkdir()
-        yield partial
-        _sync(partial)
-        if destination.exists():
-            destination.rename(old)
-        partial.rename(destination)
-        shutil.rmtree(old, ignore_errors=True)
-    except BaseException as error:
-        if old.exists() and not destination.exists():
-            old.rename(destination)
-        if not _is_disk_full(error):
-            raise
-        raise UsageError(f"the disk is full ({parent}); nothing was written") from None
-    finally:
-        signal.signal(signal.SIGTERM, before)
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _is_disk_full(error: BaseException) -> bool:
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return True
-    return "os error 28" in str(error) or "No space left" in str(error)  # of safetensors
-
-
-def _is_alive(pid: int) -> bool:
-    with suppress(ProcessLookupError):
-        with suppress(PermissionError):
-            os.kill(pid, 0)
-        return True
-    return False
-
-
-def _sync(folder: Path) -> None:
-    for path in folder.iterdir():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-
-
-def check_destination(destination: Path, overwrite: bool) -> None:
-    """Raise UsageError if `destination` exists and may not be replaced, or cannot be made."""
-    if not destination.exists():
-        above = next(p for p in destination.absolute().parents if p.exists())
-        if not above.is_dir() or not os.access(above, os.W_OK):
-            raise UsageError(f"--out must lie in a writable folder: {above} is none")
-        return
-    if not overwrite:
-        raise UsageError(f"{destination} exists: pass --overwrite, or another --out")
-    is_ours = (destination / "plan.json").is_file()
-    if not destination.is_dir() or not (is_ours or not any(destination.iterdir())):
-        raise UsageError(f"{destination} is no mixbits output: --overwrite does not remove it")
-
-
 def save(
     folder: Path,
     source: Source,
@@ -440,6 +356,33 @@ def _check_order(name: str, linear: MixedLinear, folder: Path) -> None:
         )
 
 
+def _from_pretrained(folder: Path, dtype: torch.dtype | None, trust_remote_code: bool) -> Any:
+    """transformers' own loading, every tensor in its place."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype or "auto",
+            use_safetensors=True,
+            output_loading_info=True,
+            trust_remote_code=trust_remote_code,
+        )
+    except UsageError:
+        raise
+    except Exception as error:
+        raise UsageError(f"cannot load the checkpoint in {folder}: {first_line(error)}") from None
+    model, info = loaded
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info[kind]:
+            names = ", ".join(sorted(map(str, info[kind]))[:3])
+            raise UsageError(
+                f"the tensors of a checkpoint must be those that config.json says: "
+                f"{kind.replace('_', ' ')} {names} ({folder})"
+            )
+    return model
+
+
 def load(
     folder: str | Path,
     backend: str | None = None,
@@ -461,8 +404,6 @@ def load(
     Raises UsageError if the folder is no mixbits checkpoint, or any tensor is missing,
     unexpected or of another shape or dtype.
     """
-    from transformers import AutoModelForCausalLM
-
     from . import ops, transformers_quantizer
     from .attention import use_grouped_attention
     from .decode import use_decode_step
@@ -474,26 +415,7 @@ def load(
     if backend is not None:
         ops.choose_backend(torch.device(device).type, backend)
     _check_tensors(folder, config.recipes(), trust_remote_code)
-    try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=dtype or "auto",
-            use_safetensors=True,
-            output_loading_info=True,
-            trust_remote_code=trust_remote_code,
-        )
-    except UsageError:
-        raise
-    except Exception as error:
-        raise UsageError(f"cannot load the checkpoint in {folder}: {first_line(error)}") from None
-    model, info = loaded
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if info[kind]:
-            names = ", ".join(sorted(map(str, info[kind]))[:3])
-            raise UsageError(
-                f"the tensors of a checkpoint must be those that config.json says: "
-                f"{kind.replace('_', ' ')} {names} ({folder})"
-            )
+    model = _from_pretrained(folder, dtype, trust_remote_code)
     for name, module in model.named_modules():
         if isinstance(module, PackedLinear):
             module.backend, module.int8_activations = backend, int8_activations

@@ -40,10 +40,10 @@ class Packed(NamedTuple):
         zero_point = None if zero_point is None else zero_point.to(device)
         return Packed(codes.to(device), scale.to(device), zero_point)
 
-    def rows(self, order: Tensor) -> Packed:
-        """The weight's rows in another order, int64 [N]; they share nothing with each other."""
+    def rows(self, which: Tensor | slice) -> Packed:
+        """Some of the weight's rows, or all in another order: they share nothing."""
         codes, scale, zero_point = self
-        return Packed(codes[order], scale[order], None if zero_point is None else zero_point[order])
+        return Packed(codes[which], scale[which], None if zero_point is None else zero_point[which])
 
 
 Rounded: TypeAlias = Mapping[str, Sequence[Packed]]  # linear -> its packed parts

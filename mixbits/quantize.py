@@ -253,7 +253,7 @@ def _rounded(run: Run, clock: Stages, model: CausalLM, planned: Planned, text: T
 def quantize(run: Run) -> None:
     """All stages, in order. Raises UsageError; leaves a complete output folder or none."""
     from . import findings, stages
-    from .checkpoint import atomic_folder
+    from .atomic import atomic_folder
     from .report import Stages
 
     args, clock = run.args, Stages(_stage_names(run.args))

@@ -146,10 +146,7 @@ def _snap(column: Tensor, snapper: tuple[Tensor, Tensor | float, float], fmt: Fo
 
 
 def gptq(
-    weight: Tensor,
-    curvature: Curvature,
-    parts: Sequence[tuple[Format, int]],
-    searched: bool = True,
+    weight: Tensor, curvature: Curvature, parts: Sequence[tuple[Format, int]]
 ) -> list[Quantized]:
     """Round weight [N, K] with error compensation, for inputs of this curvature.
 
@@ -161,24 +158,19 @@ def gptq(
     results, start = [], 0
     for fmt, columns in parts:
         stop = start + columns
-        results.append(_gptq_part(left, curvature, fmt, start, stop, searched))
+        results.append(_gptq_part(left, curvature, fmt, start, stop))
         start = stop
     return results
 
 
-def _gptq_part(
-    left: Tensor, curvature: Curvature, fmt: Format, start: int, stop: int, searched: bool
-) -> Quantized:
+def _gptq_part(left: Tensor, curvature: Curvature, fmt: Format, start: int, stop: int) -> Quantized:
     """Round the columns start..stop of `left` in one format, and push their errors to the right."""
     factor, importance = curvature.upper, curvature.importance
     codes, all_scales, all_zeros = [], [], []
     for first in range(start, stop, fmt.group_size):
         last = min(first + fmt.group_size, stop)
         group = left[:, first:last]
-        if searched:
-            scale, zero_point = search_scales(group, fmt, importance[first:last])
-        else:
-            scale, zero_point = scales(group, fmt)
+        scale, zero_point = search_scales(group, fmt, importance[first:last])
         snapped, errors = torch.empty_like(group), torch.empty_like(group)
         snapper = _snapper(scale, zero_point, fmt)
         for j in range(last - first):

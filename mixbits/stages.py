@@ -18,8 +18,9 @@ import torch
 from . import demo
 from .allocate import Allocation
 from .arrange import Arrangement
+from .atomic import check_destination
 from .calibration import CHARS_PER_TOKEN, Sequences, cut, load_sequences, split, tokenize
-from .checkpoint import check_destination, predicted_bytes
+from .checkpoint import predicted_bytes
 from .curve import check_plotting, frontier
 from .formats import Assignment, Scheme, UsageError, first_line, parse_scheme
 from .gate import Candidate, Choice, candidates, choose, judge

@@ -20,7 +20,8 @@ from transformers import AutoModelForCausalLM
 
 import mixbits
 from mixbits import checkpoint, transformers_quantizer
-from mixbits.checkpoint import atomic_folder, make_shards, predicted_bytes, save, tensor_specs
+from mixbits.atomic import atomic_folder, check_destination
+from mixbits.checkpoint import make_shards, predicted_bytes, save, tensor_specs
 from mixbits.fake import FakeLinear
 from mixbits.formats import Mixed, UsageError, parse_scheme
 from mixbits.linear import PackedLinear, swap_linears
@@ -377,14 +378,14 @@ def test_an_existing_folder_is_replaced_only_if_ours_and_asked(tmp_path: Path) -
     assert (out / "plan.json").read_text() == "new" and entries(tmp_path) == ["out"]
     (out / "plan.json").rename(out / "thesis.tex")
     with pytest.raises(UsageError, match="is no mixbits output"):
-        checkpoint.check_destination(out, overwrite=True)
+        check_destination(out, overwrite=True)
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match="is no mixbits output"):
-        checkpoint.check_destination(tmp_path / "file", overwrite=True)
+        check_destination(tmp_path / "file", overwrite=True)
     (tmp_path / "empty").mkdir()
-    checkpoint.check_destination(tmp_path / "empty", overwrite=True)
+    check_destination(tmp_path / "empty", overwrite=True)
     with pytest.raises(UsageError, match="must lie in a writable folder"):
-        checkpoint.check_destination(tmp_path / "file" / "out", overwrite=False)
+        check_destination(tmp_path / "file" / "out", overwrite=False)
 
 
 def test_a_link_stays_a_link(tmp_path: Path) -> None:

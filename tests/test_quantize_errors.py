@@ -21,6 +21,7 @@ from tiny import SMALL, VOCAB, entries, make_model, read, write_ids
 
 import mixbits
 from mixbits import checkpoint, curve, quantize
+from mixbits.atomic import atomic_folder
 
 KILLS = int(os.environ.get("MIXBITS_TEST_KILLS", "4"))
 
@@ -442,7 +443,7 @@ def test_killed_at_every_step_of_the_exchange(
                     left[0] -= 1
 
             sys.addaudithook(audit)
-            with checkpoint.atomic_folder(out, overwrite) as folder:
+            with atomic_folder(out, overwrite) as folder:
                 for path in pattern.iterdir():
                     shutil.copyfile(path, folder / path.name)
             os._exit(0)
@@ -451,7 +452,7 @@ def test_killed_at_every_step_of_the_exchange(
         if not os.WIFSIGNALED(status):
             break
     assert 0 < step < 99
-    with checkpoint.atomic_folder(out, overwrite=True) as folder:
+    with atomic_folder(out, overwrite=True) as folder:
         (folder / "plan.json").write_text("{}")
     assert entries(tmp_path) == ["out", "pattern"]
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny import KINDS, MOE_KINDS, make_model
 
-from mixbits import checkpoint
+from mixbits import checkpoint, options
 from mixbits.evaluate import sequence_kl
 from mixbits.fake import fake_quantize_model
 from mixbits.formats import BF16, Mixed, Recipe, UsageError, parse_scheme
@@ -148,6 +148,7 @@ def test_linears_without_a_recipe_are_left_alone(tmp_path: Path) -> None:
 def test_bad_arguments(tmp_path: Path) -> None:
     _, model, linears, chosen, ids = opened(tmp_path / "model", "llama")
     streamed = StreamedModel(model)
+    assert options.ROUNDINGS == METHODS
     with pytest.raises(UsageError, match="rtn, search, gptq: got 'best'"):
         round_model(streamed, linears, chosen, "best", ids)
     with pytest.raises(UsageError, match="needs calibration text"):

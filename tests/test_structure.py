@@ -35,7 +35,7 @@ LAYERS = [
     {"pack", "rounding"},
     {"reference"},
     {"model", "attention", "cache", "staging"},
-    {"options", "arrange", "recipes"},
+    {"options", "arrange", "recipes", "atomic"},
     {"quality"},
     {"curve", "diagnostics", "charts", "report_style"},
     {"allocate"},

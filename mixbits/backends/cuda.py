@@ -237,15 +237,6 @@ def _matmul_staged(
     return out
 
 
-def _row_slice(packed: Packed, first: int, last: int) -> Packed:
-    zero_point = packed.weight_zero_point
-    return Packed(
-        packed.weight_packed[first:last],
-        packed.weight_scale[first:last],
-        None if zero_point is None else zero_point[first:last],
-    )
-
-
 def _matmul_through_scratch(x: Tensor, packed: Packed, fmt: Format) -> Tensor:
     """The product for many tokens, over blocks of output rows whose scratch stays bounded."""
     x = x.detach()  # products into a given tensor have no gradient
@@ -260,6 +251,6 @@ def _matmul_through_scratch(x: Tensor, packed: Packed, fmt: Format) -> Tensor:
     for first in range(0, rows, block):
         last = min(first + block, rows)
         part = scratch[: last - first]
-        _dequantize_into(part, _row_slice(packed, first, last), fmt)
+        _dequantize_into(part, packed.rows(slice(first, last)), fmt)
         torch.mm(x, part.T, out=out[:, first:last])
     return out

@@ -21,10 +21,6 @@ SCRATCH_BYTES = 64 << 20
 Dequantize = Callable[[Packed, Format, int, torch.dtype], Tensor]
 
 
-def _rows(packed: Packed, first: int, last: int) -> Packed:
-    return Packed(*(None if part is None else part[first:last] for part in packed))  # type: ignore
-
-
 def matmul_through_scratch(
     x: Tensor, packed: Packed, fmt: Format, dequantize: Dequantize
 ) -> Tensor:
@@ -37,6 +33,6 @@ def matmul_through_scratch(
     out = x.new_empty((tokens, rows))
     for first in range(0, rows, block):
         last = min(first + block, rows)
-        part = dequantize(_rows(packed, first, last), fmt, columns, x.dtype)
+        part = dequantize(packed.rows(slice(first, last)), fmt, columns, x.dtype)
         out[:, first:last] = x @ part.T
     return out
