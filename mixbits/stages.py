@@ -136,7 +136,7 @@ def _first_and_held_out(run: Run, tokenizer: Any, gate: int) -> tuple[Sequences,
     calibrates = (
         not (args.scores or args.plan)
         or args.diagnose
-        or (args.rounding == "gptq" and not (args.solve_only or args.fake))
+        or (args.rounding == "gptq" and not args.solve_only)
     )
     count = _calibrated(args) + gate if calibrates or gate else 0
     held_count = 0 if args.solve_only else args.eval_nsamples
@@ -211,6 +211,8 @@ def measure(run: Run, model: CausalLM, sequences: Sequences, sha256: str) -> Sco
     if args.scores is not None:
         scores = Scores.read(args.scores)
         scores.check(args.scores, run.linears, run.all_schemes, run.scale_modes, sha256)
+        if args.rotate == "ffn" and not any(scores.rotated(i.name) for i in run.linears):
+            raise UsageError(f"{args.scores} was measured without --rotate ffn: measure again")
         return scores
     dtype = gradient_dtype(run.source.dtype, args.device)
     streamed = StreamedModel(model, dtype, args.device)

@@ -341,6 +341,32 @@ def test_arranged_columns(
     assert all(torch.equal(again[name], stored[name]) for name in stored)
 
 
+@pytest.mark.parametrize("rounding", ["rtn", "gptq"])
+def test_a_plan_can_be_applied_to_a_fake_model(
+    rounding: str, run: Callable[..., int], tmp_path: Path
+) -> None:
+    assert run("--avg-bits", 6, "--rotate", "ffn", "--rounding", rounding) == 0
+    plan = ["--plan", tmp_path / "out" / "plan.json", "--fake", "--rounding", rounding]
+    assert run(*plan, out="fake") == 0
+    packed, fake = (read(tmp_path / out / "report.json") for out in ("out", "fake"))
+    assert fake["reached"] == packed["reached"]
+    # The plain model's activations are not rounded.
+    kl = [r["evaluation"]["held_out"]["kl"] for r in (fake, packed)]
+    assert 0 < kl[0] < 1.5 * kl[1]
+
+
+def test_scores_without_rotation_serve_no_rotated_plan(
+    run: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("--avg-bits", 6, "--solve-only") == 0
+    scores = ["--scores", tmp_path / "out" / "scores.json"]
+    assert run("--avg-bits", 5, *scores, "--rotate", "ffn", "--solve-only", out="again") == 2
+    assert "was measured without --rotate ffn" in capsys.readouterr().err
+    assert run("--avg-bits", 6, "--rotate", "ffn", "--solve-only", out="rotated") == 0
+    rotated = ["--scores", tmp_path / "rotated" / "scores.json", "--rotate", "ffn"]
+    assert run("--avg-bits", 5, *rotated, "--solve-only", out="again") == 0
+
+
 def test_every_rounding_is_recorded_and_compensation_pays(
     run: Callable[..., int], tmp_path: Path
 ) -> None:
