@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from .formats import Assignment, Mixed, UsageError, first_line
 from .linear import MixedLinear, PackedLinear, pack_recipe, recipe_tensors
 from .model import (
+    CausalLM,
     LinearInfo,
     find_linears,
     head_is_tied,
@@ -203,7 +204,6 @@ def _write_weights(
 ) -> None:
     from safetensors.torch import save_file
 
-    places = {}
     for shard in shards:
         wanted = {s.name for s in shard.specs}
         tensors = _tensors(model, shard.specs, assignment, rounded)
@@ -212,8 +212,13 @@ def _write_weights(
             folder / shard.file,
             metadata={"format": "pt"},
         )
-        places.update(dict.fromkeys(sorted(wanted), shard.file))
+    write_index(folder, shards)
+
+
+def write_index(folder: Path, shards: Sequence[Shard]) -> None:
+    """Where each tensor is, if there is more than one file."""
     if len(shards) > 1:
+        places = {name: s.file for s in shards for name in sorted(spec.name for spec in s.specs)}
         total = sum(s.nbytes for shard in shards for s in shard.specs)
         index = {"metadata": {"total_size": total}, "weight_map": places}
         text = json.dumps(index, indent=2) + "\n"
@@ -322,8 +327,13 @@ def _stored_tensors(folder: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     return found
 
 
-def _check_tensors(folder: Path, schemes: Assignment, trust_remote_code: bool) -> None:
-    """The files hold the tensors that config.json says, in their dtypes and shapes, and no more."""
+def check_tensors(
+    folder: Path, schemes: Assignment, trust_remote_code: bool
+) -> tuple[CausalLM, list[LinearInfo], list[TensorSpec]]:
+    """The model without storage, its linears and the tensors that config.json says.
+
+    Raises UsageError unless the files hold these, in their dtypes and shapes, and no more.
+    """
     source = open_source(str(folder), trust_remote_code, quantized=True)
     model = meta_model(source.config, trust_remote_code=trust_remote_code)
     linears = find_linears(model, include_head=True)
@@ -344,16 +354,13 @@ def _check_tensors(folder: Path, schemes: Assignment, trust_remote_code: bool) -
                 f"the tensors of a checkpoint must be those that config.json says: {name} must be "
                 f"{wanted}: got {got} ({folder})"
             )
+    return model, linears, specs
 
 
-def _check_order(name: str, linear: MixedLinear, folder: Path) -> None:
+def check_order(name: str, order: Tensor, folder: Path) -> None:
     """A damaged order would address memory beyond the input."""
-    if linear.order is None:
-        return
-    if linear.order.sort().values.tolist() != list(range(linear.in_features)):
-        raise UsageError(
-            f"{name}.order must hold each of {linear.in_features} columns once ({folder})"
-        )
+    if order.sort().values.tolist() != list(range(len(order))):
+        raise UsageError(f"{name}.order must hold each of {len(order)} columns once ({folder})")
 
 
 def _from_pretrained(folder: Path, dtype: torch.dtype | None, trust_remote_code: bool) -> Any:
@@ -414,13 +421,13 @@ def load(
     config = transformers_quantizer.read_config(folder)
     if backend is not None:
         ops.choose_backend(torch.device(device).type, backend)
-    _check_tensors(folder, config.recipes(), trust_remote_code)
+    check_tensors(folder, config.recipes(), trust_remote_code)
     model = _from_pretrained(folder, dtype, trust_remote_code)
     for name, module in model.named_modules():
         if isinstance(module, PackedLinear):
             module.backend, module.int8_activations = backend, int8_activations
-        elif isinstance(module, MixedLinear):
-            _check_order(name, module, folder)
+        elif isinstance(module, MixedLinear) and module.order is not None:
+            check_order(name, module.order, folder)
     use_grouped_attention(model)
     model = model.to(device).eval().requires_grad_(False)
     if model.device.type == "cpu":
