@@ -33,16 +33,18 @@ if TYPE_CHECKING:
     from .model import LinearInfo
 
 _SHOWN = 3  # linears that an error names
+_MX_AND_INT = "MXFP4, MXFP8, each also with A16; W4A16, W8A16"
 
 
 @dataclass(frozen=True)
 class Target:
     """`act_scale_mode` is how activations are rounded there; None: not as MX at all.
 
-    `fuse`: linears that are multiplied in one call take one scheme.
+    `fuse`: linears that are multiplied in one call take one scheme. `holds` is for error messages.
     """
 
     name: str
+    holds: str
     act_scale_mode: ScaleMode | None = None
     fuse: bool = False
 
@@ -102,10 +104,10 @@ def _in_mode(scheme: Scheme, mode: ScaleMode) -> Scheme:
 TARGETS = {
     target.name: target
     for target in (
-        Target("compressed-tensors", "even"),
-        Target("vllm", "even", fuse=True),
-        Target("auto-round", "floor"),
-        Target("gguf"),
+        Target("compressed-tensors", _MX_AND_INT, "even"),
+        Target("vllm", _MX_AND_INT, "even", fuse=True),
+        Target("auto-round", "MXFP4, MXFP8; or W2A16, W4A16, W8A16", "floor"),
+        Target("gguf", "MXFP4, MXFP4A16; symmetric W2A16, W4A16, W8A16"),
     )
 }
 
@@ -153,21 +155,21 @@ def fit(
         raise UsageError(f"experts cannot be exported yet: {_some(experts)}")
     if obstacles and not lossy:
         raise UsageError(
-            f"{target.name} cannot hold {len(obstacles)} of {len(fits)} packed linears as they "
-            f"are: {_some(obstacles)} (python -m mixbits.export converts them with --lossy)"
+            f"{target.name} cannot hold {len(obstacles)} of {len(fits)} linears: "
+            f"{_some(obstacles)}; it holds whole groups of {target.holds} "
+            "(python -m mixbits.export converts the others with --lossy)"
         )
-    _check_families(target, fits)
+    check_together(target, [found.scheme for found in fits.values()])
     return fits
 
 
-def _check_families(target: Target, fits: Mapping[str, Fit]) -> None:
-    """auto-round has one packing for a folder."""
-    formats = {n: f.scheme.weight for n, f in fits.items() if f.scheme.weight is not None}
-    if target.name == "auto-round" and len({fmt.is_mx for fmt in formats.values()}) > 1:
-        first = {fmt.is_mx: name for name, fmt in reversed(formats.items())}
+def check_together(target: Target, schemes: Sequence[Scheme]) -> None:
+    """Raise UsageError for schemes that one folder cannot hold beside each other."""
+    first = {s.weight.is_mx: s.name for s in reversed(schemes) if s.weight is not None}
+    if target.name == "auto-round" and len(first) > 1:
         raise UsageError(
-            f"auto-round holds MX formats or integers, not both: {first[True]} is the one, "
-            f"{first[False]} the other"
+            f"auto-round holds MX formats or integers in a folder: got {first[True]} and "
+            f"{first[False]}"
         )
 
 

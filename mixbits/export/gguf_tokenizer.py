@@ -157,6 +157,7 @@ def read_vocabulary(folder: Path, config: Any, lossy: bool) -> Vocabulary:
         data = json.loads(path.read_text(encoding="utf-8"))
         found = _convert(data, config.vocab_size, lossy)
         found.flags |= _special_ends(data)
+        found.chat_template = _chat_template(folder)
     except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
         if isinstance(error, UsageError):
             raise
@@ -166,14 +167,14 @@ def read_vocabulary(folder: Path, config: Any, lossy: bool) -> Vocabulary:
         number = number[0] if isinstance(number, list) else number
         if number is not None:
             found.ids[name] = number
-    found.chat_template = _chat_template(folder)
     return found
 
 
 def _chat_template(folder: Path) -> str | None:
-    from transformers import AutoTokenizer
-
-    template = AutoTokenizer.from_pretrained(folder).chat_template
+    path, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    template = json.loads(config.read_text("utf-8")).get("chat_template") if config.is_file() else 0
     return template if isinstance(template, str) else None
 
 

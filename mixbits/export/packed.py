@@ -98,7 +98,7 @@ class Carrier:
     """Takes weights to a target, and keeps account of what is lost on the way.
 
     `losses` has the relative error of every weight that is not the same afterwards, or that was
-    rounded again. Where nothing may be lost (not `lossy`), a loss is a UsageError.
+    rounded again. Where weights may not be rounded (not `lossy`), that is a UsageError.
     """
 
     model: PackedModel
@@ -142,14 +142,14 @@ class Carrier:
         return packed._replace(weight_scale=rounded)
 
     def plain(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """A tensor that is not packed, in `dtype` (the carrier's). Raises UsageError for a loss."""
+        """A tensor that is not packed, in `dtype` (the carrier's), which the user has chosen.
+
+        Raises UsageError for values that are too large for it.
+        """
         value, dtype = self.model.tensor(name), dtype or self.dtype
         cast = value.to(dtype) if value.is_floating_point() else value
         if not torch.equal(cast.double(), value.double()):
-            what = f"{name} does not fit into {str(dtype).removeprefix('torch.')}"
             if not torch.isfinite(cast).all():
-                raise UsageError(what)
-            if not self.lossy:
-                raise UsageError(f"{what} exactly: pass --lossy, or leave --dtype alone")
+                raise UsageError(f"{name} is too large for {str(dtype).removeprefix('torch.')}")
             self.losses[name] = relative_error(value, cast)
         return cast
