@@ -253,3 +253,72 @@ def test_other_configurations_are_refused() -> None:
         plugin.MixbitsVllmConfig.from_config({**config, "modules": {name: "MXFP4"}})
     with pytest.raises(UsageError, match="layout"):
         plugin.MixbitsVllmConfig.from_config({**config, "layout": 99, "modules": {}})
+
+
+@pytest.fixture
+def one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """vLLM's own groups of processes, of one."""
+    from vllm import distributed
+
+    monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: None)  # there is none
+    distributed.init_distributed_environment(1, 0, f"file://{tmp_path}/group", 0, "gloo")
+    distributed.initialize_model_parallel(1, 1)
+    yield
+    distributed.destroy_model_parallel()
+    distributed.destroy_distributed_environment()
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
+def test_vllm_loads_a_whole_model(tmp_path: Path, one_process: None, kind: str) -> None:
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.model_executor.model_loader import get_model
+
+    plugin.register()
+    eight = parse_scheme("MXFP8A16")
+    recipes: dict[str, Recipe] = {f"{ATTENTION}.{n}": slabs() for n in ("q_proj", "k_proj")}
+    recipes |= {f"{MLP}.down_proj": Mixed(((eight, 160),), rotated=True)}
+    source, assignment, folder = packed(tmp_path, "MXFP4A16,MXFP8A16,BF16", kind, recipes=recipes)
+    engine = EngineArgs(
+        model=str(folder), dtype="bfloat16", skip_tokenizer_init=True, enforce_eager=True
+    ).create_engine_config()
+    with set_current_vllm_config(engine):
+        model = get_model(vllm_config=engine)
+    fake, x = fake_model(source, assignment), torch.randn(5, HIDDEN).bfloat16()
+    with torch.no_grad():
+        for ours, theirs in zip(fake.model.layers, model.model.layers, strict=True):
+            qkv = [ours.self_attn.get_submodule(name)(x) for name in FUSED["qkv_proj"]]
+            gate_up = [ours.mlp.get_submodule(name)(x) for name in FUSED["gate_up_proj"]]
+            y = gate_up[0]
+            for got, wanted in (
+                (theirs.self_attn.qkv_proj(x)[0], torch.cat(qkv, -1)),
+                (theirs.mlp.gate_up_proj(x)[0], torch.cat(gate_up, -1)),
+                (theirs.mlp.down_proj(y)[0], ours.mlp.down_proj(y)),
+            ):
+                # One unit in the last place of bfloat16, of sums in another order.
+                assert (got - wanted).abs().max() <= 2**-7 * wanted.abs().max()
+        assert torch.equal(model.compute_logits(x), fake.lm_head(x))
+
+
+def test_layers_compile_into_one_graph(tmp_path: Path, ranks: Any) -> None:
+    recipes: dict[str, Recipe] = {f"{ATTENTION}.q_proj": slabs(rotated=True)}
+    checkpoint = Checkpoint(tmp_path, "MXFP4A16,MXFP8", recipes)
+    for layer in (checkpoint.qkv(), checkpoint.gate_up()):
+
+        def run(x: Tensor, layer: Any = layer) -> Tensor:
+            out: Tensor = layer.quant_method.apply(layer, x)
+            return out
+
+        compiled = torch.compile(run, fullgraph=True, dynamic=True, backend="aot_eager")
+        for tokens in (3, 8):
+            x = torch.randn(tokens, HIDDEN)
+            assert torch.equal(compiled(x), run(x))
+
+
+def test_vllm_finds_the_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm import plugins
+    from vllm.model_executor.layers import quantization
+
+    monkeypatch.setattr(plugins, "plugins_loaded", False)
+    quantization._CUSTOMIZED_METHOD_TO_QUANT_CONFIG.pop("mixbits", None)
+    plugins.load_general_plugins()
+    assert get_quantization_config("mixbits") is plugin.MixbitsVllmConfig
