@@ -7,6 +7,9 @@
            weight_shape   int64 [2]
            weight_zero_point  int32 [N * bits / 32, groups], packed down the rows
 
+compressed-tensors 0.20 writes zero points so, and vLLM reads them; its own loader in transformers
+expects them unpacked, and refuses asymmetric linears.
+
 Layers with the same scheme are a group, which names them one by one. Activations, where they are
 quantized, are rounded by the engine: dynamically, their scales by the rule that we call `even`.
 """
