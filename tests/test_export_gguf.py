@@ -111,6 +111,15 @@ def test_types_and_settings(tmp_path: Path) -> None:
     assert types["output.weight"] == "Q4_0"
 
 
+def test_activations_are_said_to_be_another_matter(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for schemes, said in (("MXFP4A16", False), ("MXFP4", True)):
+        (tmp_path / schemes).mkdir()
+        export(packed(tmp_path / schemes, schemes, head=False)[2], "gguf")
+        assert ("rounds activations to 8 bits" in capsys.readouterr().out) == said
+
+
 def test_mxfp8_is_lossy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     *_, folder = packed(tmp_path, "MXFP4A16,MXFP8A16", head=False)
     argv = [str(folder), "--format", "gguf", "--out", str(tmp_path / "out")]
@@ -273,3 +282,54 @@ def test_tokenizers_that_llama_cpp_has_not(
     (tmp_path / "tokenizer.model").write_bytes(b"")
     with pytest.raises(UsageError, match=r"tokenizer\.json only"):
         read_vocabulary(tmp_path, Config(), False)
+
+
+TEXT = (Path(__file__).parent / "tiny.py").read_text(encoding="utf-8").replace("<", "(")
+HARD = "It's 12345 o'clock,  DON'T\n\n\tÜnïcode 你好 🙂 x=1;  \r\n end "
+QWEN2 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def trained(cut: str) -> Any:
+    """A tokenizer of each kind, trained on a little text."""
+    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+
+    bytes_ = pre_tokenizers.ByteLevel.alphabet()
+    if cut == "llama":
+        tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+        tokenizer.normalizer = normalizers.Sequence(
+            [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+        )
+        special = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256))]
+        pieces = trainers.BpeTrainer(vocab_size=600, special_tokens=special, show_progress=False)
+        words = [f"▁{word}" for word in TEXT.split()]  # merges do not cross spaces
+        tokenizer.train_from_iterator(words, pieces)
+        return tokenizer
+    tokenizer = Tokenizer(models.BPE())
+    expression = {"llama-bpe": QWEN2.replace(r"\p{N}|", r"\p{N}{1,3}|"), "qwen2": QWEN2}.get(cut)
+    split = [] if expression is None else [pre_tokenizers.Split(Regex(expression), "isolated")]
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=expression is None)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*split, level]) if split else level
+    trainer = trainers.BpeTrainer(
+        vocab_size=600, special_tokens=["<s>", "</s>"], initial_alphabet=bytes_, show_progress=False
+    )
+    tokenizer.train_from_iterator([TEXT], trainer)
+    return tokenizer
+
+
+@pytest.mark.parametrize("cut", ["llama", "gpt-2", "llama-bpe", "qwen2"])
+def test_llama_cpp_cuts_text_the_same_way(tmp_path: Path, cut: str) -> None:
+    llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+    tokenizer = trained(cut)
+    *_, folder = packed(tmp_path, "MXFP4A16", vocab_size=tokenizer.get_vocab_size(), head=False)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    path = export(folder, "gguf") / "model.gguf"
+    assert stored(path)[0].get("tokenizer.ggml.pre", "llama") == cut
+    model = llama_cpp.Llama(str(path), vocab_only=True, verbose=False)
+    for text in [HARD, *TEXT.splitlines()]:
+        if text:
+            tokens = model.tokenize(text.encode(), add_bos=False, special=False)
+            assert tokens == tokenizer.encode(text, add_special_tokens=False).ids, text
+    model.close()

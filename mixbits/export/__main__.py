@@ -113,6 +113,8 @@ def export(args: argparse.Namespace) -> None:
         text = json.dumps(_report(args, fits, carrier.losses), indent=2) + "\n"
         (folder / REPORT).write_text(text, encoding="utf-8")
     _print_losses(fits, carrier.losses)
+    if args.format == "gguf" and any(found.scheme.activation for found in fits.values()):
+        print("llama.cpp rounds activations to 8 bits in a way of its own, not as the schemes say")
     print(f"written to {args.out}")
 
 
