@@ -89,8 +89,8 @@ def _load_result(run: Run) -> Any:
         from .source import open_source
 
         return open_source(str(run.args.out), run.args.trust_remote_code).load()
-    from .checkpoint import load
     from .linear import PackedLinear
+    from .loading import load
 
     model = load(run.args.out, trust_remote_code=run.args.trust_remote_code)
     for module in model.modules():
