@@ -33,7 +33,7 @@ class MixbitsConfig(QuantizationConfigMixin):
     def __init__(
         self,
         modules: dict[str, Any] | None = None,
-        layout: int = LAYOUT,
+        layout: int | None = None,
         weight_scale_mode: str = "floor",
         act_scale_mode: str = "floor",
         checksum: str | None = None,
@@ -55,7 +55,7 @@ class MixbitsConfig(QuantizationConfigMixin):
         """
         if self.layout != LAYOUT:
             raise UsageError(
-                f"this mixbits reads checkpoints of layout {LAYOUT}: got {self.layout}"
+                f"this mixbits reads checkpoints of layout {LAYOUT}: got {self.layout!r}"
             )
         if not isinstance(self.modules, dict):
             raise UsageError("modules of quantization_config must map linears to schemes")
