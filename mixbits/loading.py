@@ -5,6 +5,8 @@ What from_pretrained does of it, with every check, is in `mixbits.transformers_q
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +18,15 @@ from .linear import PackedLinear
 from .transformers_quantizer import read_config
 
 
-def _from_pretrained(folder: Path, device: torch.device | str, **options: Any) -> Any:
-    """transformers' own loading, with errors of ours."""
-    from transformers import AutoModelForCausalLM
-
+@contextmanager
+def plain_errors(what: str) -> Iterator[None]:
+    """Whatever transformers raises becomes a UsageError: `what`, and why."""
     try:
-        # None and "cpu" come to the same; the former asks for no device map that saving warns of.
-        device_map = None if torch.device(device).type == "cpu" else device
-        return AutoModelForCausalLM.from_pretrained(
-            folder, device_map=device_map, use_safetensors=True, **options
-        )
+        yield
     except UsageError:
         raise
-    except Exception as error:
-        raise UsageError(f"cannot load the checkpoint in {folder}: {first_line(error)}") from None
+    except Exception as error:  # dozens of kinds
+        raise UsageError(f"{what}: {first_line(error)}") from None
 
 
 def load(
@@ -57,9 +54,17 @@ def load(
     read_config(folder)
     if backend is not None:
         ops.choose_backend(torch.device(device).type, backend)
-    model = _from_pretrained(
-        folder, device, dtype=dtype or "auto", trust_remote_code=trust_remote_code
-    )
+    with plain_errors(f"cannot load the checkpoint in {folder}"):
+        from transformers import AutoModelForCausalLM
+
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype or "auto",
+            # Not "cpu", which comes to the same, but makes save_pretrained warn.
+            device_map=None if torch.device(device).type == "cpu" else device,
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+        )
     for module in model.modules():
         if isinstance(module, PackedLinear):
             module.backend, module.int8_activations = backend, int8_activations

@@ -26,7 +26,7 @@ from tiny import add_tokenizer, make_model
 from transformers import AutoModelForCausalLM
 
 import mixbits
-from mixbits import checkpoint
+from mixbits import checkpoint, serve
 from mixbits.formats import UsageError
 from mixbits.model import find_linears
 from mixbits.source import open_source
@@ -344,6 +344,22 @@ def test_a_mutation_is_refused(number: int, intact: dict[str, Path], tmp_path: P
     with pytest.raises(UsageError) as caught:
         mixbits.load(folder)
     assert "\n" not in str(caught.value) and 10 < len(str(caught.value)) < 500
+
+
+def test_the_command_line_says_so_in_one_line(
+    intact: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    uvicorn = pytest.importorskip("uvicorn")
+    monkeypatch.setattr(uvicorn.Server, "run", lambda self: pytest.fail("it is served"))
+    for number in range(2 * len(MUTATIONS)):
+        folder = mutated(number, intact, tmp_path / str(number))
+        capsys.readouterr()
+        assert serve.main([str(folder), "--port", "0"]) == 2
+        lines = capsys.readouterr().err.splitlines()
+        assert [line for line in lines if line.startswith("error: ")] == lines[-1:]
 
 
 def test_transformers_alone_refuses_lost_and_changed_tensors(
