@@ -34,10 +34,8 @@ TEMPLATE = "{% for message in messages %}# {{ message['content'] }}\n{% endfor %
 PROMPT = "def read(path):\n"
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The bundled model in MXFP4 and MXFP8, rounded to nearest."""
-    out = tmp_path_factory.mktemp("serve") / "packed"
+def pack_demo(out: Path) -> Path:
+    """Write the bundled model in MXFP4 and MXFP8, rounded to nearest; returns `out`."""
     out.mkdir()
     source = open_source(str(demo.MODEL_DIR))
     model = source.load()
@@ -45,6 +43,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     schemes = [parse_scheme(name) for name in ("MXFP4", "MXFP8")]
     assignment = {info.name: schemes[i % 2] for i, info in enumerate(linears)}
     checkpoint.save(out, source, model, linears, assignment, {})
+    return out
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = pack_demo(tmp_path_factory.mktemp("serve") / "packed")
     (out / "chat_template.jinja").write_text(TEMPLATE)
     return out
 

@@ -15,7 +15,7 @@ PACKAGE = Path(mixbits.__file__).parent
 ROOT = PACKAGE.parent
 # From the top down: a module imports only from lines below its own.
 LAYERS = [
-    {"quantize", "info", "serve"},
+    {"quantize", "info", "serve", "lm_eval"},
     {"findings"},
     {"stages"},
     {"report_html"},
