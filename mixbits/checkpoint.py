@@ -5,6 +5,7 @@
     config.json                       the model's own, with `quantization_config`
     plan.json, scores.json            how it came about
     report.json, report.html          what it is worth (mixbits.report, report_html)
+    README.md                         the model's card (mixbits.card)
     tokenizer and generation files    copied
 
 Sizes are known before anything is written. `quantization_config` has a checksum of all values and

@@ -18,7 +18,7 @@ LAYERS = [
     {"quantize", "info", "serve", "lm_eval"},
     {"findings"},
     {"stages"},
-    {"report_html"},
+    {"report_html", "card"},
     {"report", "gate"},
     {"evaluate"},
     {"loading"},
