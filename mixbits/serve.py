@@ -70,6 +70,7 @@ def _completed(build: Callable[..., Any]) -> Callable[..., Any]:
     def build_server(manager: Any, *args: Any, **kwargs: Any) -> Any:
         model = {"id": manager.force_model, "object": "model", "created": 0, "owned_by": "mixbits"}
         manager.get_gen_models = lambda: [model]  # else those of the hub's cache
+        print(f'requests must name the model "{manager.force_model}"', flush=True)
         app = build(manager, *args, **kwargs)
         for kind in (HTTPException, ValueError, TypeError, KeyError, TemplateError):
             app.add_exception_handler(kind, bad_request)
@@ -113,7 +114,6 @@ def main(argv: list[str] | None = None) -> int:
         quiet()
         _check(args)
         device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        print(f'serving at http://{args.host}:{args.port}/v1, model "{args.folder}"', flush=True)
         start(args.folder, args.host, args.port, device)
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -346,6 +346,20 @@ def test_a_mutation_is_refused(number: int, intact: dict[str, Path], tmp_path: P
     assert "\n" not in str(caught.value) and 10 < len(str(caught.value)) < 500
 
 
+@pytest.mark.parametrize("change", [drop, rename, cast, reshape, exchange, flip, blank])
+def test_every_tensor_counts(
+    change: Callable[[Tensors, str, random.Random], None], intact: dict[str, Path], tmp_path: Path
+) -> None:
+    shutil.copyfile(intact["llama"] / "config.json", tmp_path / "config.json")
+    whole = load_file(intact["llama"] / "model.safetensors")
+    for name in whole:
+        tensors = {n: value.clone() for n, value in whole.items()}
+        change(tensors, name, random.Random(0))
+        save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(UsageError):
+            mixbits.load(tmp_path)
+
+
 def test_the_command_line_says_so_in_one_line(
     intact: dict[str, Path],
     tmp_path: Path,
