@@ -285,9 +285,14 @@ class DecodeStep:
         use_cache: Any = None,
         logits_to_keep: Any = 0,
         return_dict: Any = None,
+        tokenizer: Any = None,
         **others: Any,
     ) -> CausalLMOutputWithPast | None:
-        """The result of a step, or None for the model to find it."""
+        """The result of a step, or None for the model to find it.
+
+        `generate` hands the tokenizer that it looks for stop strings with to every step: no part
+        of a model that is known here reads it.
+        """
         if torch.compiler.is_compiling() or type(input_ids) is not Tensor:
             return None
         if input_ids.shape[-1] != 1:

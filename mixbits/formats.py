@@ -202,7 +202,8 @@ class Mixed:
 
     def __post_init__(self) -> None:
         if not self.segments or any(s.weight is None or n < 1 for s, n in self.segments):
-            raise UsageError(f"segments must be packed schemes with columns: got {self.segments}")
+            got = [(scheme.name, columns) for scheme, columns in self.segments]
+            raise UsageError(f"segments must be packed schemes with columns: got {got}")
         if self.order is not None and sorted(self.order) != list(range(self.in_features)):
             raise UsageError(f"an order must hold each of {self.in_features} columns once")
 

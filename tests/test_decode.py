@@ -354,3 +354,17 @@ def test_the_signature_of_forward_is_kept(tmp_path):
     before = inspect.signature(model.forward)
     use_decode_step(model)
     assert inspect.signature(model.forward) == before
+
+
+def test_a_tokenizer_for_stop_strings_changes_nothing(steps):
+    model = open_source(str(demo.MODEL_DIR)).load()
+    tokenizer = AutoTokenizer.from_pretrained(demo.MODEL_DIR)
+    inputs = tokenizer("def main(arguments):", return_tensors="pt")
+    options = {"max_new_tokens": 9, "do_sample": False, "eos_token_id": None}
+    expected = model.generate(**inputs, **options)
+    use_decode_step(model)
+    for more in ({}, {"stop_strings": "never to be seen"}):
+        assert torch.equal(
+            model.generate(**inputs, tokenizer=tokenizer, **options, **more), expected
+        )
+    assert len(steps) == 2 * 8
