@@ -1,8 +1,11 @@
 // What the ways to multiply packed weights share.
 //
-// A path is one way: how a token is prepared, and how rows of a weight are multiplied with all
-// prepared tokens. matmul.cpp chooses a path per weight and call, prepares every token once per
-// path, and deals the rows of all weights out to the threads as items of work.
+// A linear is one packed weight or several, its segments, each over a run of its columns. A path
+// is one way to multiply a segment: how a token is prepared, and how rows of a weight are
+// multiplied with all prepared tokens. matmul.cpp chooses a path per segment and call, prepares
+// every token once per path and run of columns, and deals the rows of all linears out to the
+// threads as items of work. An item adds up the products of all segments in float32, and rounds
+// once.
 //
 //   path     tokens      activations                                     weights
 //   float    1-4, any    float32                                         float32
@@ -25,7 +28,6 @@ constexpr int kBlock = 32;  // columns that share an activation scale, in every 
 
 struct Target {
   PackedWeight weight;
-  void* out;
   int64_t rows;
   int activation_code;
   Format activation;  // meaningful where activation_code is not 0
@@ -34,30 +36,55 @@ struct Target {
 };
 
 // The tokens of one call, or a chunk of them.
-struct Tokens {
-  const char* x;
+struct Input {
+  const char* x;  // [count, columns] of dtype
   int64_t count, columns;
   int dtype;
-
-  const char* row(int64_t m) const { return x + m * columns * dtype_bytes(dtype); }
 };
 
-// A weight and tokens prepared for it.
+// What a segment sees of them: `columns` of a row from number `first` on, once the row is in order
+// and rotated.
+struct Tokens {
+  Input input;
+  int64_t count, columns, first;
+  const void* order;  // this and the next two as in Linear
+  int order_bytes;
+  bool rotated;
+  int dtype;  // what values are rounded to: the sums of a rotation are float32
+
+  // Token m as float32, filled up with zeros to whole vectors.
+  void load(int64_t m, float* out) const;
+  // Whether these are the same columns of one input.
+  bool equals(const Tokens& other) const;
+};
+
+struct Path;
+
+// A segment, the path that it takes, and tokens prepared for that.
 struct Work {
-  const Target* target;
-  const Tokens* tokens;
+  Target target;
+  Tokens tokens;
+  const Path* path;
   const char* prepared;  // [tokens, stride] bytes
   int64_t stride;
 };
+
+// Where products are added up: that of token m and row n at data[m * stride + n - first_row].
+struct Sums {
+  float* data;
+  int64_t stride;
+};
+constexpr int kSumRows = 32;  // a path may write so many rows, counted from any multiple of it
 
 struct Path {
   int64_t (*token_bytes)(const Target& target, int64_t columns);
   // Prepares token number m. False when this path cannot represent it; `floats` is a buffer for
   // padded_columns() of them.
   bool (*prepare)(const Target& target, const Tokens& tokens, int64_t m, float* floats, char* out);
-  int64_t (*scratch_bytes)(const Target& target, const Tokens& tokens);  // for one item
+  int64_t (*scratch_bytes)(const Target& target, const Tokens& tokens);  // for one call of multiply
+  // Rows of an item; with more than a few tokens, also how many multiply takes at most.
   int64_t (*item_rows)(const Target& target, const Tokens& tokens);
-  void (*multiply)(const Work& work, int64_t first_row, int64_t last_row, char* scratch);
+  void (*multiply)(const Work& work, int64_t first_row, int64_t last_row, Sums sums, char* scratch);
 };
 
 // The float path does everything; the others return null for what they do not.
@@ -68,18 +95,24 @@ const Path* gemm_path(const Target& target, const Tokens& tokens, bool int8_acti
 // For a weight [N, K] that was left alone: `codes` are its elements, of the tokens' dtype.
 const Path* plain_path();
 
-const Path* choose_path(const Target& target, const Tokens& tokens, bool int8_activations);
+// --- linears as works and jobs ------------------------------------------------------------------
 
-// One weight of a pass over several, in items of some rows.
+// Fills in a work, without prepared tokens, for every segment of a linear; returns their number.
+int make_works(const Linear& linear, const Input& input, bool int8_activations, Work* works);
+// The one of `count` works whose prepared tokens are what `work` needs, or null.
+const Work* find_prepared(const Work* works, int count, const Work& work);
+
+// A linear, in items of some rows.
 struct Job {
-  Work work;
-  const Path* path;
+  const Work* works;
+  int work_count;
+  void* out;  // [tokens, rows] of x's dtype
   int64_t item_rows, items;
+
+  int64_t scratch_bytes() const;  // for one item
 };
 
-Job make_job(const Work& work, const Path* path);
-// The one of `count` jobs whose prepared tokens are what `target` needs along `path`, or null.
-const Job* find_prepared(const Job* jobs, int count, const Path* path, const Target& target);
+Job make_job(const Work* works, int count, void* out);
 // Multiplies one of the items of all jobs, which are numbered in the order of the jobs.
 void multiply_item(const Job* jobs, int64_t item, char* scratch);
 
