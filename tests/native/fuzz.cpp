@@ -241,17 +241,52 @@ void fuzz_matmul(Input& in, const char* isa, int threads) {
   }
 }
 
+Segments any_segments(Input& in, int64_t rows, int64_t columns) {
+  Segments s;
+  for (int64_t left = columns; left > 0;) {
+    const bool last = s.weights.size() + 1 == kMaxSegments || in.below(2);
+    const int64_t width = last ? left : 1 + in.below(int(left));
+    s.weights.emplace_back(any_format(in), rows, width, in.below(8));
+    in.fill_weight(s.weights.back());
+    s.activations.push_back(in.below(2) ? any_format(in) : 0);
+    left -= width;
+  }
+  arrange(&s, [&](int bound) { return in.below(bound); });
+  return s;
+}
+
+void fuzz_segments(Input& in, const char* isa, int threads) {
+  Mixes m;
+  m.tokens = any_tokens(in);
+  m.columns = any_columns(in);
+  m.dtype = in.below(3);
+  m.int8_activations = in.below(2);
+  m.x = Bytes(m.tokens * m.columns * dtype_size(m.dtype), in.below(8));
+  in.fill_tensor(m.x, m.dtype);
+  for (int count = 1 + in.below(in.below(8) ? 2 : 6); count > 0; --count) {
+    const int64_t rows = any_rows(in);
+    if (m.tokens * m.columns * rows > 400000 && !m.linears.empty()) break;
+    m.linears.push_back(any_segments(in, rows, m.columns));
+  }
+  set_isa(isa);
+  const std::vector<Bytes> outs = m.run(1, 0), again = m.run(threads, 0xff);
+  REQUIRE(outs.size() == m.linears.size() && again.size() == outs.size(), "no memory");
+  const size_t alone = size_t(in.below(int(outs.size())));
+  REQUIRE(m.run(1, 0xff, alone, alone + 1)[0].equals(outs[alone]), "company matters");
+  for (size_t i = 0; i < outs.size(); ++i)
+    REQUIRE(outs[i].equals(again[i]), "segments depend on threads, or are not written");
+}
+
 TestLinear any_linear(Input& in, int64_t rows, int64_t columns, bool bias, int dtype) {
   TestLinear linear;
   linear.rows = rows;
+  linear.columns = columns;
   linear.int8 = in.below(2);
   if (in.below(5) == 0) {
     linear.plain = Bytes(rows * columns * dtype_size(dtype), in.below(8));
     in.fill_tensor(linear.plain, dtype);
   } else {
-    linear.packed = Weight(any_format(in), rows, columns, in.below(8));
-    in.fill_weight(linear.packed);
-    if (in.below(2)) linear.activation = any_format(in);
+    linear.packed = any_segments(in, rows, columns);
   }
   if (bias) linear.bias = Bytes(rows * dtype_size(dtype), in.below(8));
   in.fill_tensor(linear.bias, dtype);
@@ -301,7 +336,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   using namespace mixbits::test;
   static const std::vector<const char*> isas = isa_names();
   Input in(data, size);
-  const int operation = in.below(18), threads = 2 + in.below(2);
+  const int operation = in.below(22), threads = 2 + in.below(2);
   const char* isa = in.choice(isas);
   if (operation < 9) {
     fuzz_matmul(in, isa, threads);
@@ -313,6 +348,8 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     fuzz_statistics(in, isa, threads);
   } else if (operation < 17) {
     fuzz_decode(in, isa, threads);
+  } else if (operation < 21) {
+    fuzz_segments(in, isa, threads);
   } else {
     fuzz_sum_words(in, isa, threads);
   }
