@@ -64,6 +64,15 @@ void gradient_statistics(uintptr_t weight, uintptr_t gradient, uintptr_t out, in
                                      gradient_dtype, int(formats.size())}));
 }
 
+void compensate_group(uintptr_t group, uintptr_t factor, uintptr_t importance, uintptr_t codes,
+                      uintptr_t scales, uintptr_t zero_points, uintptr_t errors, int64_t rows,
+                      int64_t stride, int64_t factor_stride, int columns, int format) {
+  check_memory(kernels().compensate_group(
+      {pointer<float>(group), pointer<float>(factor), pointer<float>(importance),
+       pointer<uint8_t>(codes), pointer<uint8_t>(scales), pointer<uint8_t>(zero_points),
+       pointer<float>(errors), rows, stride, factor_stride, columns, format}));
+}
+
 // Reads linears from numbers: order (0 without), bytes of its entries, whether rotated, rows and
 // segments, then the members of every PackedSegment in order.
 class LinearReader {
@@ -198,6 +207,9 @@ PYBIND11_MODULE(_cpu, m) {
         "weight, row_weight, column_weight -> out float64 [formats, ceil(columns / 32)]");
   m.def("gradient_statistics", &gradient_statistics, release(),
         "weight, gradient -> out float64 [formats, ceil(columns / 32)]");
+  m.def("compensate_group", &compensate_group, release(),
+        "group [rows, columns] of some stride, factor, importance -> codes, scales, zero_points (0 "
+        "where there are none), errors");
   m.def("packed_matmul", &packed_matmul, release(),
         "x [tokens, columns], targets (out [tokens, rows]; order or 0, bytes of its entries, "
         "rotated, "

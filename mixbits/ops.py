@@ -7,6 +7,7 @@
     fisher_statistics     weight [N, K], row [N], column [K]   float64 [formats, ceil(K / 32)]
     gradient_statistics   weight [N, K], gradient [N, K]       float64 [formats, ceil(K / 32)]
     square_sums           x [T, K]                             float64 [1 + formats, K]
+    compensate_group      group [N, columns], factor, ...      rounding.Group
     packed_matmul         x [M, K], Packed [N, K]              [M, N], x's dtype
     packed_matmuls        x [M, K], Operands or Mixes [N_i, K] list of [M, N_i]
 
@@ -30,10 +31,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import reference
+from . import reference, rounding
 from .arrange import Arrangement
 from .formats import MAX_SEGMENTS, Format, UsageError
 from .pack import Mix, Operand, Packed, order_dtype, packed_spec
+from .rounding import Group
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 _PREFERENCE = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "reference")}
@@ -260,6 +262,21 @@ def square_sums(x: Tensor, formats: Sequence[Format], backend: str | None = None
     if fused is None:
         return reference.square_sums(x, formats, module.fake_quantize)
     return fused(x, list(formats))
+
+
+def compensate_group(group: Tensor, factor: Tensor, importance: Tensor, fmt: Format) -> Group:
+    """`mixbits.rounding.compensate_group`, by native code where there is some.
+
+    For `mixbits.rounding.gptq`, whose arguments it trusts.
+    """
+    module = _backend(group, None)
+    native = getattr(module, "compensate_group", None)
+    if native is None or group.numel() == 0:
+        return rounding.compensate_group(group, factor, importance, fmt)
+    if group.stride(1) != 1:
+        group = group.contiguous()
+    found: Group = native(group, factor.contiguous(), importance.contiguous(), fmt)
+    return found
 
 
 def packed_matmul(

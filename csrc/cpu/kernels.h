@@ -46,6 +46,20 @@ struct StatisticsArgs {
   int dtype, gradient_dtype, format_count;
 };
 
+// One group of columns of a weight, whose rows are `stride` numbers apart. Row j of the factor,
+// `factor_stride` numbers from the next, says from number j on how later columns make up for j.
+struct CompensateArgs {
+  const float* group;
+  const float* factor;
+  const float* importance;  // [columns]
+  uint8_t* codes;           // [rows, columns], a byte each
+  uint8_t* scales;          // [rows], as they are stored
+  uint8_t* zero_points;     // [rows], a byte each; null for formats without
+  float* errors;            // [rows, columns]
+  int64_t rows, stride, factor_stride;
+  int columns, format;  // columns up to the format's group size
+};
+
 // A packed weight [rows, columns] over consecutive ones of a linear's columns, in their order.
 struct PackedSegment {
   const uint8_t* codes;
@@ -133,6 +147,7 @@ struct Kernels {
   bool (*quantize_pack)(const PackArgs&);
   bool (*dequantize)(const DequantizeArgs&);
   bool (*statistics)(const StatisticsArgs&);
+  bool (*compensate_group)(const CompensateArgs&);
   bool (*packed_matmul)(const MatmulArgs&);
   // One new token of one sequence, through the whole model.
   bool (*decode_step)(const DecodeArgs&);

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..formats import MX_GROUP, Format, UsageError
 from ..pack import Mix, Operand, Packed, packed_spec
+from ..rounding import Group
 
 DTYPE_NUMBERS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # csrc/formats.h, Dtype
 
@@ -131,6 +132,20 @@ def gradient_statistics(weight: Tensor, gradient: Tensor, formats: Sequence[Form
     codes = [fmt.code for fmt in formats]
     _native.gradient_statistics(*pointers, *weight.shape, *dtypes, codes)
     return out
+
+
+def compensate_group(group: Tensor, factor: Tensor, importance: Tensor, fmt: Format) -> Group:
+    """As `mixbits.rounding.compensate_group`, to the bit."""
+    rows, columns = group.shape
+    codes = torch.empty((rows, columns), dtype=torch.uint8)
+    scale = torch.empty((rows, 1), dtype=torch.uint8 if fmt.is_mx else torch.float16)
+    zero_point = None if fmt.symmetric else torch.empty((rows, 1), dtype=torch.uint8)
+    errors = torch.empty((rows, columns), dtype=torch.float32)
+    inputs = (group.data_ptr(), factor.data_ptr(), importance.data_ptr())
+    outputs = (*_pointers(Packed(codes, scale, zero_point)), errors.data_ptr())
+    sizes = (rows, group.stride(0), factor.stride(0), columns, fmt.code)
+    _native.compensate_group(*inputs, *outputs, *sizes)
+    return Group(codes, scale, zero_point, errors)
 
 
 def linear_numbers(operand: Operand | Mix, columns: int) -> list[int]:
