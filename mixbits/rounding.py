@@ -207,7 +207,8 @@ def gptq(
             groups += _gptq_block(
                 left, curvature, fmt, first, min(first + _BLOCK, stop), compensate
             )
-        codes, scale = (torch.cat([group[i] for group in groups], 1) for i in (0, 1))
+        codes = torch.cat([group.codes for group in groups], 1)
+        scale = torch.cat([group.scale for group in groups], 1)
         zeros = [group.zero_point for group in groups if group.zero_point is not None]
         results.append(Quantized(codes, scale, torch.cat(zeros, 1) if zeros else None))
         start = stop

@@ -135,14 +135,40 @@ MB_INLINE bool has_special_scale(vb bytes) {
 #endif
 }
 
-template <int ELEMENT>
-MB_INLINE vf scale_vector(const uint8_t* bytes) {
-  if (!is_mx(ELEMENT)) return to_float(load_raw<vh>(bytes), kFloat16);
-  const vb packed = load_raw<vb>(bytes);
-  const vi byte = widen_bytes(packed), bits = byte << 23;
-  if (!has_special_scale(packed)) return bit_cast<vf>(bits);
+MB_INLINE vf e8m0_vector(vb bytes) {
+  const vi byte = widen_bytes(bytes), bits = byte << 23;
+  if (!has_special_scale(bytes)) return bit_cast<vf>(bits);
   const vi nan = byte == kNanScale, subnormal = splat_i(0x00400000);  // 2^-127
   return bit_cast<vf>(vi((bits > subnormal ? bits : subnormal) | (nan & subnormal)));
+}
+
+// kLanes scales as they are stored.
+template <int ELEMENT>
+MB_INLINE vf scale_vector(const uint8_t* bytes) {
+  return is_mx(ELEMENT) ? e8m0_vector(load_raw<vb>(bytes))
+                        : to_float(load_raw<vh>(bytes), kFloat16);
+}
+
+// The last scales of a row, fewer than kLanes; zeros beyond them.
+template <int ELEMENT>
+MB_INLINE vf last_scales(const uint8_t* bytes, int count) {
+#if defined(__AVX512F__)
+  const __mmask16 valid = __mmask16((1u << count) - 1);
+  if (is_mx(ELEMENT)) {
+    // Those that are not there are 1 at first: none is special.
+    const __m128i one = _mm_set1_epi8(127);
+    const vf all = e8m0_vector((vb)_mm_mask_loadu_epi8(one, valid, bytes));
+    return (vf)_mm512_maskz_mov_ps(valid, (__m512)all);
+  }
+  return to_float((vh)_mm256_maskz_loadu_epi16(valid, bytes), kFloat16);
+#else
+  constexpr int size = scale_bytes(ELEMENT);
+  uint8_t rest[kLanes * size] = {};
+  memcpy(rest, bytes, count * size);
+  vf all = scale_vector<ELEMENT>(rest);
+  for (int j = count; j < kLanes; ++j) all[j] = 0;
+  return all;
+#endif
 }
 
 // A row's scales as floats, with zeros up to a multiple of kLanes.
@@ -151,11 +177,7 @@ static void decode_scales(const uint8_t* bytes, int64_t count, float* out) {
   constexpr int size = scale_bytes(ELEMENT);
   int64_t i = 0;
   for (; i + kLanes <= count; i += kLanes) store(out + i, scale_vector<ELEMENT>(bytes + i * size));
-  if (i == count) return;
-  uint8_t rest[kLanes * size] = {};
-  memcpy(rest, bytes + i * size, (count - i) * size);
-  store(out + i, scale_vector<ELEMENT>(rest));
-  for (int64_t j = count; j < i + kLanes; ++j) out[j] = 0;
+  if (i < count) store(out + i, last_scales<ELEMENT>(bytes + i * size, int(count - i)));
 }
 
 // What codes are counted from, per group: zero points, or half the range.
@@ -171,19 +193,16 @@ constexpr int kAhead = 32 * 1024;
 
 // Prefetches the scales of rows as far ahead of row n as the dot paths prefetch codes. The hardware
 // sees too few of them at a time to do it.
-template <int ELEMENT, int ROWS>
+template <int ROWS>
 MB_INLINE void prefetch_scales(const PackedWeight& weight, int64_t n) {
-  const int64_t codes = packed_bytes(weight.columns, element_bits(ELEMENT));
-  const int64_t scales =
-      group_count(weight.columns, weight.format.group_size) * scale_bytes(ELEMENT);
-  const uint8_t* ahead = weight.row(n + ROWS + kAhead / codes).scales;
+  const int64_t scales = weight.scale_row_bytes;
+  const uint8_t* ahead = weight.row(n + ROWS + kAhead / weight.code_bytes).scales;
   for (int64_t at = 0; at < ROWS * scales; at += 64) __builtin_prefetch(ahead + at, 0, 2);
 }
 
 // Room for a row's scales, read a vector at a time from any group on.
 static inline int64_t padded_groups(const Target& target) {
-  const int64_t groups = group_count(target.weight.columns, target.weight.format.group_size);
-  return round_up(groups, kLanes) + kLanes;
+  return round_up(target.weight.groups, kLanes) + kLanes;
 }
 
 // Rows of an item for few tokens: some 64 KB, so that threads of unequal speed end together.

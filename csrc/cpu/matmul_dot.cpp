@@ -240,18 +240,17 @@ static void multiply_some(const Work& work, int64_t n, Sums out, char* scratch) 
   constexpr int bits = element_bits(ELEMENT);
   const Target& target = work.target;
   const int64_t width = padded_groups(target), columns = target.weight.columns;
-  const int64_t groups = group_count(columns, target.weight.format.group_size);
-  const int64_t bytes = packed_bytes(columns, bits);
+  const int64_t groups = target.weight.groups, bytes = target.weight.code_bytes;
   const int64_t whole = columns / step_columns<bits>() * kVector;
   float* scales = reinterpret_cast<float*>(scratch);
   int32_t* offsets = reinterpret_cast<int32_t*>(scales + R * width);
   alignas(64) uint8_t tail[R][kVector] = {};
-  prefetch_scales<ELEMENT, R>(target.weight, n);
+  prefetch_scales<R>(target.weight, n);
   for (int r = 0; r < R; ++r) {
     const PackedRow row = target.weight.row(n + r);
     decode_scales<ELEMENT>(row.scales, groups, scales + r * width);
     if (row.zero_points) decode_offsets(row, groups, bits, offsets + r * width);
-    memcpy(tail[r], row.codes + whole, bytes - whole);
+    if (whole < bytes) memcpy(tail[r], row.codes + whole, bytes - whole);
   }
   const Rows rows = {target.weight.row(n).codes, bytes, scales, offsets, width};
   float sums[M][R];

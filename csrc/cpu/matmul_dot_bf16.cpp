@@ -70,11 +70,12 @@ void multiply_some(const Work& work, const ByteTables& tables, int64_t n, Sums o
   const int64_t columns = target.weight.columns, width = padded_groups(target);
   const int64_t whole = columns / kStep;
   alignas(64) uint8_t tail[R][kStep] = {};
-  prefetch_scales<ELEMENT, R>(target.weight, n);
+  prefetch_scales<R>(target.weight, n);
   for (int r = 0; r < R; ++r) {
     const PackedRow row = target.weight.row(n + r);
-    decode_scales<ELEMENT>(row.scales, group_count(columns, kBlock), scales + r * width);
-    memcpy(tail[r], row.codes + whole * kStep, columns - whole * kStep);
+    decode_scales<ELEMENT>(row.scales, target.weight.groups, scales + r * width);
+    if (whole * kStep < columns)
+      memcpy(tail[r], row.codes + whole * kStep, columns - whole * kStep);
   }
   const uint16_t* x[M];
   for (int m = 0; m < M; ++m) {
