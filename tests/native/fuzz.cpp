@@ -186,6 +186,51 @@ void fuzz_statistics(Input& in, const char* isa, int threads) {
   REQUIRE(outs[0].equals(outs[1]), "statistics depend on threads, or are not written");
 }
 
+// What compensate_group writes, for a group that is columns of a wider weight.
+struct Compensated {
+  Bytes codes, scales, zero_points, errors;
+
+  Compensated(const Bytes& weight, const Bytes& factor, const Bytes& importance, int64_t rows,
+              int64_t stride, int columns, int format, uint8_t pattern)
+      : codes(rows * columns, pattern & 1),
+        scales(rows * scale_bytes(decode_format(format).element), pattern & 1),
+        zero_points(has_zero_points(format) ? rows : 0),
+        errors(rows * columns * 4) {
+    for (const Bytes* bytes : {&codes, &scales, &zero_points, &errors}) bytes->fill(pattern);
+    const auto floats = [](const Bytes& b) { return reinterpret_cast<float*>(b.data()); };
+    REQUIRE(kernels().compensate_group({floats(weight), floats(factor), floats(importance),
+                                        codes.data(), scales.data(),
+                                        zero_points.size() ? zero_points.data() : nullptr,
+                                        floats(errors), rows, stride, columns, columns, format}),
+            "no memory");
+  }
+};
+
+void fuzz_compensate(Input& in, const char* isa, int threads) {
+  const int format = any_format(in), group = decode_format(format).group_size;
+  const int columns = 1 + in.below(group), more = in.below(3);
+  const int64_t rows = any_rows(in), stride = columns + more;
+  // Of the last row nothing lies behind the group.
+  const Bytes weight((rows * stride - more) * 4), factor(columns * columns * 4);
+  const Bytes importance(columns * 4);
+  const int power = in.below(60) - 30;
+  for (int64_t i = 0; i < weight.size() / 4; ++i)
+    set(weight, kFloat32, i, in.below(500) ? ldexpf(float(int8_t(in.byte())), power) : NAN);
+  for (int64_t i = 0; i < columns * columns; ++i)
+    set(factor, kFloat32, i, i % (columns + 1) ? float(int8_t(in.byte())) / 256 : 1.5f);
+  for (int64_t i = 0; i < columns; ++i) set(importance, kFloat32, i, float(in.byte()));
+  set_isa(isa);
+  omp_set_num_threads(threads);
+  const Compensated a(weight, factor, importance, rows, stride, columns, format, 0);
+  set_isa("scalar");
+  omp_set_num_threads(1);
+  const Compensated b(weight, factor, importance, rows, stride, columns, format, 0xff);
+  REQUIRE(
+      a.codes.equals(b.codes) && a.scales.equals(b.scales) && a.zero_points.equals(b.zero_points),
+      "compensate_group is not that of scalar");
+  same_numbers(a.errors, b.errors, kFloat32, "errors are not those of scalar");
+}
+
 // A NaN scale makes its row's outputs NaN, and a NaN number its token's.
 void check_nan(const Matmul& m, size_t i, const Bytes& out) {
   const Weight& w = m.weights[i];
@@ -336,7 +381,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   using namespace mixbits::test;
   static const std::vector<const char*> isas = isa_names();
   Input in(data, size);
-  const int operation = in.below(22), threads = 2 + in.below(2);
+  const int operation = in.below(24), threads = 2 + in.below(2);
   const char* isa = in.choice(isas);
   if (operation < 9) {
     fuzz_matmul(in, isa, threads);
@@ -350,6 +395,8 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     fuzz_decode(in, isa, threads);
   } else if (operation < 21) {
     fuzz_segments(in, isa, threads);
+  } else if (operation < 23) {
+    fuzz_compensate(in, isa, threads);
   } else {
     fuzz_sum_words(in, isa, threads);
   }
