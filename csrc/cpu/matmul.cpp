@@ -67,12 +67,13 @@ int64_t sum_floats(const Job& job) { return job.works->tokens.count * sum_stride
 }  // namespace
 
 Job make_job(const Work* works, int count, void* out) {
-  // Few tokens: items of any size do, and smaller ones end together. Else the largest, as a path
-  // with few rows may take several times as many.
+  // Few tokens: items of any size do, and all segments together are to take as long as one. Else
+  // the most, as a path with few rows may take several times as many.
   const bool few = works->tokens.count <= kFewTokens;
   int64_t rows = rows_of(works[0]);
   for (const Work* work = works + 1; work < works + count; ++work) {
-    if ((rows_of(*work) < rows) == few) rows = rows_of(*work);
+    const int64_t other = rows_of(*work);
+    rows = few ? round_up(rows * other / (rows + other), kMaxRows) : rows < other ? other : rows;
   }
   return {works, count, out, rows, (works->target.rows + rows - 1) / rows};
 }
