@@ -15,6 +15,7 @@ token, and each variant's ratios to AutoScheme with plain and with its own opt r
 from __future__ import annotations
 
 import argparse
+import copy
 import csv
 import math
 import os
@@ -29,6 +30,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from benchmarks.autoscheme import add_text_options
 from benchmarks.records import Records
@@ -90,6 +92,12 @@ class Subject:
         self.ids = dataset[skip : skip + count]
         self.held_out = torch.from_numpy(np.load(text.held_out).astype(np.int64))
         self._scores: dict[Any, Scores] = {}
+
+    def calibrated_on(self, ids: Tensor) -> Subject:
+        """The same model, scored and rounded with other sequences."""
+        other = copy.copy(self)
+        other.ids, other._scores = ids, {}
+        return other
 
     def scores(self, variant: Variant) -> tuple[Scores, list[Any], list[Any]]:
         """Scores for a variant's arrangement of columns, measured once, its units and options."""

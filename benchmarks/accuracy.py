@@ -17,6 +17,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import mixbits
 from mixbits import checkpoint
 from mixbits.calibration import Sequences, load_sequences
 from mixbits.evaluate import compare
@@ -60,7 +61,7 @@ class Subject:
             modes = {k: plan.data[k] for k in ("weight_scale_mode", "act_scale_mode")}
             path, model = Path(folder), self.model
             size = checkpoint.save(path, self.source, model, self.linears, plan.assignment, modes)
-            quantized = StreamedModel(checkpoint.load(path))
+            quantized = StreamedModel(mixbits.load(path))
             figures = compare(StreamedModel(model), quantized, self.held_out.ids)
         return {**figures, "bytes": size, "predicted_bytes": self.predicted(plan)}
 

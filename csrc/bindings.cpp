@@ -22,6 +22,8 @@ T* pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
+using Segments = std::vector<std::vector<PackedSegment>>;  // of several linears
+
 void check_memory(bool ok) {
   if (!ok) throw std::bad_alloc();
 }
@@ -62,32 +64,64 @@ void gradient_statistics(uintptr_t weight, uintptr_t gradient, uintptr_t out, in
                                      gradient_dtype, int(formats.size())}));
 }
 
-// `targets` are seven numbers each: the members of MatmulTarget in order.
+void compensate_group(uintptr_t group, uintptr_t factor, uintptr_t importance, uintptr_t codes,
+                      uintptr_t scales, uintptr_t zero_points, uintptr_t errors, int64_t rows,
+                      int64_t stride, int64_t factor_stride, int columns, int format) {
+  check_memory(kernels().compensate_group(
+      {pointer<float>(group), pointer<float>(factor), pointer<float>(importance),
+       pointer<uint8_t>(codes), pointer<uint8_t>(scales), pointer<uint8_t>(zero_points),
+       pointer<float>(errors), rows, stride, factor_stride, columns, format}));
+}
+
+// Reads linears from numbers: order (0 without), bytes of its entries, whether rotated, rows and
+// segments, then the members of every PackedSegment in order.
+class LinearReader {
+ public:
+  explicit LinearReader(const std::vector<uintptr_t>& numbers) : numbers_(numbers) {}
+  bool done() const { return at_ == numbers_.size(); }
+  uintptr_t next() { return numbers_.at(at_++); }
+
+  // Its segments lie in a list of their own, which must outlive it.
+  Linear linear() {
+    Linear l = {nullptr, 0, pointer(next()), int(next()), next() != 0, int64_t(next())};
+    l.segment_count = int(next());
+    if (l.segment_count < 1 || l.segment_count > kMaxSegments)
+      throw py::value_error("a linear must have 1 to " + std::to_string(kMaxSegments) +
+                            " segments: got " + std::to_string(l.segment_count));
+    segments_.emplace_back();
+    for (int i = 0; i < l.segment_count; ++i) {
+      PackedSegment s;
+      s.codes = pointer<uint8_t>(next());
+      s.scales = pointer<uint8_t>(next());
+      s.zero_points = pointer<uint8_t>(next());
+      s.columns = int64_t(next());
+      s.format = int(next());
+      s.activation = int(next());
+      segments_.back().push_back(s);
+    }
+    l.segments = segments_.back().data();
+    return l;
+  }
+
+  Segments take_segments() { return std::move(segments_); }
+
+ private:
+  const std::vector<uintptr_t>& numbers_;
+  size_t at_ = 0;
+  Segments segments_;
+};
+
+// `targets` are numbers, for each the address of its result and what LinearReader reads.
 void packed_matmul(uintptr_t x, int64_t tokens, int64_t columns, int dtype, bool int8_activations,
                    const std::vector<uintptr_t>& targets) {
-  constexpr size_t members = 7;
-  if (targets.size() % members != 0) throw py::value_error("targets must be seven numbers each");
+  LinearReader reader(targets);
   std::vector<MatmulTarget> list;
-  for (size_t i = 0; i < targets.size(); i += members) {
-    const uintptr_t* t = targets.data() + i;
-    list.push_back({pointer<uint8_t>(t[0]), pointer<uint8_t>(t[1]), pointer<uint8_t>(t[2]),
-                    pointer(t[3]), int64_t(t[4]), int(t[5]), int(t[6])});
+  while (!reader.done()) {
+    void* out = pointer(reader.next());
+    list.push_back({reader.linear(), out});
   }
   check_memory(kernels().packed_matmul(
       {pointer(x), list.data(), tokens, columns, dtype, int(list.size()), int8_activations}));
-}
-
-// A linear as Python passes it: the members of DecodeLinear in order.
-DecodeLinear make_linear(const std::vector<uintptr_t>& n) {
-  if (n.size() != 8) throw py::value_error("a linear must be eight numbers");
-  return {pointer<uint8_t>(n[0]),
-          pointer<uint8_t>(n[1]),
-          pointer<uint8_t>(n[2]),
-          pointer(n[3]),
-          int64_t(n[4]),
-          int(n[5]),
-          int(n[6]),
-          n[7] != 0};
 }
 
 // A model for decode_step, which keeps addresses: what they point at must outlive it.
@@ -126,6 +160,18 @@ class Decoder {
   }
 
  private:
+  // A linear as Python passes it: its bias, whether activations may become 8-bit integers, and what
+  // LinearReader reads.
+  DecodeLinear make_linear(const std::vector<uintptr_t>& numbers) {
+    LinearReader reader(numbers);
+    const void* bias = pointer(reader.next());
+    const bool int8_activations = reader.next() != 0;
+    const DecodeLinear linear = {reader.linear(), bias, int8_activations};
+    for (auto& segments : reader.take_segments()) segments_.push_back(std::move(segments));
+    return linear;
+  }
+
+  Segments segments_;  // to which the linears of layers_ and model_ point
   std::vector<DecodeLayer> layers_;
   DecodeModel model_;
 };
@@ -161,16 +207,22 @@ PYBIND11_MODULE(_cpu, m) {
         "weight, row_weight, column_weight -> out float64 [formats, ceil(columns / 32)]");
   m.def("gradient_statistics", &gradient_statistics, release(),
         "weight, gradient -> out float64 [formats, ceil(columns / 32)]");
+  m.def("compensate_group", &compensate_group, release(),
+        "group [rows, columns] of some stride, factor, importance -> codes, scales, zero_points (0 "
+        "where there are none), errors");
   m.def("packed_matmul", &packed_matmul, release(),
-        "x [tokens, columns], targets (codes, scales, zero_points or 0, out [tokens, rows], rows, "
-        "format, activation's format or 0; one after the other) -> every out");
+        "x [tokens, columns], targets (out [tokens, rows]; order or 0, bytes of its entries, "
+        "rotated, "
+        "rows, segments; for each codes, scales, zero_points or 0, columns, format, activation's "
+        "format or 0; one after the other) -> every out");
   py::class_<Decoder>(m, "Decoder", "a model of which decode_step knows all addresses")
       .def(
           py::init<const std::vector<std::vector<uintptr_t>>&,
                    const std::vector<std::vector<std::vector<uintptr_t>>>&, uintptr_t,
                    const std::vector<uintptr_t>&, const std::vector<int64_t>&, float, float, int>(),
           "per layer: norms (input, attention, query or 0, key or 0), linears (query, key, value, "
-          "output, gate, up, down; eight numbers each); the last norm; the head; sizes (hidden, "
+          "output, gate, up, down; each its bias or 0, int8_activations, and as targets of "
+          "packed_matmul, without out); the last norm; the head; sizes (hidden, "
           "intermediate, key heads, query heads per key head, head width); eps; scaling; dtype")
       .def("step", &Decoder::step, release(),
            "x [hidden], cos, sin [head width], length, caches (keys, values, capacity of every "

@@ -3,21 +3,26 @@
     python -m mixbits.quantize MODEL --avg-bits 4.5 --schemes MXFP4,MXFP8 --out DIR
     model = mixbits.load(DIR)
 
-Importing mixbits is cheap: torch and transformers are imported with the first name used.
+Importing mixbits is cheap: torch and transformers are imported with the first name used. It is
+also what lets transformers' own from_pretrained load DIR.
 """
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 __all__ = ["UsageError", "__version__", "load", "parse_scheme"]
 
 if TYPE_CHECKING:
-    from .checkpoint import load
-    from .formats import UsageError, parse_scheme
+    from importlib.machinery import ModuleSpec
+    from types import ModuleType
 
-_HOME = {"load": "checkpoint", "UsageError": "formats", "parse_scheme": "formats"}
+    from .formats import UsageError, parse_scheme
+    from .loading import load
+
+_HOME = {"load": "loading", "UsageError": "formats", "parse_scheme": "formats"}
 
 
 def __getattr__(name: str) -> Any:
@@ -26,3 +31,42 @@ def __getattr__(name: str) -> Any:
     from importlib import import_module
 
     return getattr(import_module(f".{_HOME[name]}", __name__), name)
+
+
+class _Registration:
+    """Registers our quantizer when transformers.quantizers has been imported, and not before.
+
+    transformers finds no quantizers by itself, and importing it takes seconds.
+    """
+
+    module = "transformers.quantizers"
+
+    @classmethod
+    def register(cls) -> None:
+        from importlib import import_module
+
+        import_module(".transformers_quantizer", __name__)
+
+    @classmethod
+    def find_spec(cls, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        if name != cls.module:
+            return None
+        from importlib.machinery import PathFinder
+
+        spec = PathFinder.find_spec(name, path, target)
+        if spec is None or spec.loader is None:
+            return None
+        execute = spec.loader.exec_module
+
+        def exec_module(module: ModuleType) -> None:
+            execute(module)
+            cls.register()
+
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+if all(getattr(finder, "__module__", None) != __name__ for finder in sys.meta_path):
+    sys.meta_path.insert(0, _Registration)
+if _Registration.module in sys.modules:
+    _Registration.register()

@@ -1,20 +1,24 @@
-"""Packed checkpoints: what is written, how it is written, and how it is read back.
+"""Packed checkpoints: what is written, how it is written, and whether files hold just that.
 
     model-00001-of-0000N.safetensors  packed linears (mixbits.pack), everything else in 16 bits
     model.safetensors.index.json      where more than one shard is needed
     config.json                       the model's own, with `quantization_config`
     plan.json, scores.json            how it came about
     report.json, report.html          what it is worth (mixbits.report, report_html)
+    README.md                         the model's card (mixbits.card)
     tokenizer and generation files    copied
 
-Sizes are known before anything is written.
+Sizes are known before anything is written. `quantization_config` has a checksum of all values and
+recipes, in whatever files they lie, so that what reads a checkpoint notices any damage.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -23,23 +27,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .formats import Assignment, Mixed, UsageError, first_line
-from .linear import MixedLinear, PackedLinear, pack_recipe, recipe_tensors
+from .formats import Assignment, Mixed, UsageError
+from .linear import pack_recipe, recipe_tensors
 from .model import (
-    CausalLM,
     LinearInfo,
     find_linears,
     head_is_tied,
-    meta_model,
     output_head,
     split_expert_name,
     weight_of,
 )
 from .pack import LAYOUT, Rounded, recipe_spec
 from .recipes import describe
-from .source import Source, open_source
+from .source import Source
 
 SHARD_BYTES = 2 << 30
+# transformers without mixbits only warns, and leaves weights random: config.json says what to do.
+TO_LOAD = "pip install mixbits; then `import mixbits` before transformers' from_pretrained"
+_MODES = ("weight_scale_mode", "act_scale_mode")
 _DTYPE_NAMES = {  # in the order of safetensors, which stores the last first
     torch.bool: "BOOL",
     torch.uint8: "U8",
@@ -97,9 +102,12 @@ def _is_packed(name: str, assignment: Assignment) -> bool:
     return name in assignment and assignment[name].packed
 
 
-def _tied_copies(model: nn.Module) -> set[str]:
-    """State-dict names that share another's storage by design: a tied head."""
-    return {f"{output_head(model)[0]}.weight"} if head_is_tied(model) else set()
+def _tied_copies(model: Any) -> set[str]:
+    """State-dict names that share another's storage by design, such as a tied head's.
+
+    transformers ties them after loading only: until then, its list is all there is.
+    """
+    return set(model.all_tied_weights_keys)
 
 
 @dataclass(frozen=True)
@@ -201,18 +209,19 @@ def _write_weights(
     shards: Sequence[Shard],
     assignment: Assignment,
     rounded: Rounded,
-) -> None:
+) -> list[int]:
+    """Returns the `crc` of every tensor."""
     from safetensors.torch import save_file
 
+    crcs = []
     for shard in shards:
         wanted = {s.name for s in shard.specs}
         tensors = _tensors(model, shard.specs, assignment, rounded)
-        save_file(
-            {n: t for n, t in tensors.items() if n in wanted},
-            folder / shard.file,
-            metadata={"format": "pt"},
-        )
+        tensors = {n: t for n, t in tensors.items() if n in wanted}
+        save_file(tensors, folder / shard.file, metadata={"format": "pt"})
+        crcs += [crc(name, value) for name, value in tensors.items()]
     write_index(folder, shards)
+    return crcs
 
 
 def write_index(folder: Path, shards: Sequence[Shard]) -> None:
@@ -225,17 +234,25 @@ def write_index(folder: Path, shards: Sequence[Shard]) -> None:
         (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
 
 
-def quantization_config(assignment: Assignment, provenance: dict[str, Any]) -> dict[str, Any]:
-    """The `quantization_config` of config.json; `MixbitsConfig` reads it back."""
+def quantization_config(
+    assignment: Assignment, provenance: dict[str, Any], crcs: Iterable[int]
+) -> dict[str, Any]:
+    """The `quantization_config` of config.json; `MixbitsConfig` reads it back.
+
+    `crcs` are those of all tensors.
+    """
     from . import __version__
 
-    return {
+    config = {
         "quant_method": "mixbits",
+        "to_load": TO_LOAD,
         "mixbits_version": __version__,
         "layout": LAYOUT,
+        **dict.fromkeys(_MODES, "floor"),
         **provenance,
         "modules": {n: describe(r) for n, r in assignment.items() if r.packed},
     }
+    return {**config, "checksum": checksum(crcs, config)}
 
 
 def _write_config(
@@ -279,10 +296,10 @@ def save(
     Raises UsageError that names the tensor for weights that cannot be packed.
     """
     shards = make_shards(tensor_specs(model, linears, assignment, source.dtype))
-    _write_weights(folder, model, shards, assignment, rounded)
+    crcs = _write_weights(folder, model, shards, assignment, rounded)
     head = output_head(model)[0]
     untie = head_is_tied(model) and _is_packed(head, assignment)
-    quantization = quantization_config(assignment, provenance)
+    quantization = quantization_config(assignment, provenance, crcs)
     _write_config(folder, source, quantization, untie, source.dtype)
     copy_companions(source.path, folder)
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
@@ -311,15 +328,17 @@ def save_fake(
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
-def _stored_tensors(folder: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Name -> (dtype, shape) of every tensor in a folder's weight files, from their headers."""
+def _stored_tensors(files: Sequence[Path]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Name -> (dtype, shape) of every tensor in weight files, from their headers."""
     from safetensors import SafetensorError, safe_open
 
-    found = {}
-    for path in sorted(folder.glob("*.safetensors")):
+    found: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for path in files:
         try:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118 (a safetensors file is no dict)
+                    if name in found:
+                        raise UsageError(f"{name} is in two weight files ({path} is the second)")
                     part = file.get_slice(name)
                     found[name] = part.get_dtype(), tuple(part.get_shape())
         except (SafetensorError, OSError) as error:
@@ -327,24 +346,51 @@ def _stored_tensors(folder: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     return found
 
 
-def check_tensors(
-    folder: Path, schemes: Assignment, trust_remote_code: bool
-) -> tuple[CausalLM, list[LinearInfo], list[TensorSpec]]:
-    """The model without storage, its linears and the tensors that config.json says.
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises UsageError."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is not JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise UsageError(f"{path} must hold a JSON object: got {type(found).__name__}")
+    return found
 
-    Raises UsageError unless the files hold these, in their dtypes and shapes, and no more.
+
+def plain_dtype(folder: Path) -> torch.dtype:
+    """What config.json says that unquantized tensors are stored in."""
+    config = read_json(folder / "config.json")
+    name = config.get("dtype", config.get("torch_dtype"))
+    dtype = getattr(torch, str(name), None)
+    if not isinstance(dtype, torch.dtype):
+        raise UsageError(f"dtype of config.json must be a torch dtype: got {name!r} ({folder})")
+    return dtype
+
+
+def check_files(
+    model: Any, recipes: Assignment, files: Sequence[Path], quantization: Mapping[str, Any]
+) -> None:
+    """Weight files hold the tensors of `model` with linears packed by `recipes`, and no others.
+
+    `model` has shapes only, and its linears still; `quantization` is the `quantization_config`.
+    Raises UsageError that names the tensor that is missing, too many, or of another dtype or
+    shape; or that says that values are not those that were written.
     """
-    source = open_source(str(folder), trust_remote_code, quantized=True)
-    model = meta_model(source.config, trust_remote_code=trust_remote_code)
+    folder = files[0].parent
     linears = find_linears(model, include_head=True)
-    unknown = sorted(set(schemes) - {info.name for info in linears})
+    unknown = sorted(set(recipes) - {info.name for info in linears})
     if unknown:
         raise UsageError(
             f"quantization_config names a linear that the model lacks: {unknown[0]} ({folder})"
         )
-    specs = tensor_specs(model, linears, schemes, source.dtype)
+    tied = sorted(_tied_copies(model) & {f"{name}.weight" for name in recipes})
+    if tied:
+        raise UsageError(f"config.json ties {tied[0]}, which has packed weights ({folder})")
+    specs = tensor_specs(model, linears, recipes, plain_dtype(folder))
     expected = {s.name: (_DTYPE_NAMES[s.dtype], s.shape) for s in specs}
-    found = _stored_tensors(folder)
+    found = _stored_tensors(files)
     for name in sorted(expected.keys() | found.keys()):
         wanted, got = (
             f"{t[name][0]} {list(t[name][1])}" if name in t else "none" for t in (expected, found)
@@ -354,85 +400,33 @@ def check_tensors(
                 f"the tensors of a checkpoint must be those that config.json says: {name} must be "
                 f"{wanted}: got {got} ({folder})"
             )
-    return model, linears, specs
-
-
-def check_order(name: str, order: Tensor, folder: Path) -> None:
-    """A damaged order would address memory beyond the input."""
-    if order.sort().values.tolist() != list(range(len(order))):
-        raise UsageError(f"{name}.order must hold each of {len(order)} columns once ({folder})")
-
-
-def _from_pretrained(folder: Path, dtype: torch.dtype | None, trust_remote_code: bool) -> Any:
-    """transformers' own loading, every tensor in its place."""
-    from transformers import AutoModelForCausalLM
-
-    try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=dtype or "auto",
-            use_safetensors=True,
-            output_loading_info=True,
-            trust_remote_code=trust_remote_code,
+    actual = checksum((crc for path in files for crc in _file_crcs(path)), quantization)
+    if actual != quantization.get("checksum"):
+        raise UsageError(
+            "values and schemes of a checkpoint must have the checksum in config.json, "
+            f"{quantization.get('checksum')}: got {actual}; a file was damaged or edited, or is of "
+            f"another checkpoint ({folder})"
         )
-    except UsageError:
-        raise
-    except Exception as error:
-        raise UsageError(f"cannot load the checkpoint in {folder}: {first_line(error)}") from None
-    model, info = loaded
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if info[kind]:
-            names = ", ".join(sorted(map(str, info[kind]))[:3])
-            raise UsageError(
-                f"the tensors of a checkpoint must be those that config.json says: "
-                f"{kind.replace('_', ' ')} {names} ({folder})"
-            )
-    return model
 
 
-def load(
-    folder: str | Path,
-    backend: str | None = None,
-    dtype: torch.dtype | None = None,
-    device: torch.device | str = "cpu",
-    trust_remote_code: bool = False,
-    int8_activations: bool = False,
-    cuda_graphs: bool = True,
-) -> Any:
-    """A transformers model with packed linears, ready for `generate`.
+def crc(name: str, value: Tensor) -> int:
+    """crc32 of a tensor's name and values."""
+    data: Any = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+    return zlib.crc32(data, zlib.crc32(name.encode()))
 
-    backend           forces one of `mixbits.ops.backends()`; otherwise the best for the device.
-    dtype             of activations and unquantized weights; the checkpoint's own by default.
-    int8_activations  lets ...A16 schemes round activations to 8 bits on a CPU: faster prefill,
-                      results that are no longer those of the float computation.
-    cuda_graphs       on a GPU, `generate` uses a static cache and replays its one-token steps
-                      (mixbits.graphs), where the model allows it.
 
-    Raises UsageError if the folder is no mixbits checkpoint, or any tensor is missing,
-    unexpected or of another shape or dtype.
+def _file_crcs(path: Path) -> Iterator[int]:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file, ThreadPoolExecutor(4) as pool:
+        yield from pool.map(lambda name: crc(name, file.get_tensor(name)), file.keys())
+
+
+def checksum(crcs: Iterable[int], quantization: Mapping[str, Any]) -> str:
+    """Of all tensors and what a `quantization_config` says of them.
+
+    A sum, so that neither the order of tensors nor their division among files matters.
     """
-    from . import ops, transformers_quantizer
-    from .attention import use_grouped_attention
-    from .decode import use_decode_step
-    from .graphs import use_graphs
-    from .pages import use_large_pages
-
-    folder = Path(folder)
-    config = transformers_quantizer.read_config(folder)
-    if backend is not None:
-        ops.choose_backend(torch.device(device).type, backend)
-    check_tensors(folder, config.recipes(), trust_remote_code)
-    model = _from_pretrained(folder, dtype, trust_remote_code)
-    for name, module in model.named_modules():
-        if isinstance(module, PackedLinear):
-            module.backend, module.int8_activations = backend, int8_activations
-        elif isinstance(module, MixedLinear) and module.order is not None:
-            check_order(name, module.order, folder)
-    use_grouped_attention(model)
-    model = model.to(device).eval().requires_grad_(False)
-    if model.device.type == "cpu":
-        use_decode_step(model)
-        use_large_pages(model)
-    elif cuda_graphs and model.device.type == "cuda":
-        use_graphs(model)
-    return model
+    said = [quantization.get(k) for k in ("layout", *_MODES, "modules")]
+    text = json.dumps(said, sort_keys=True).encode()
+    return f"{(sum(crcs) + zlib.crc32(text)) % (1 << 32):08x}"

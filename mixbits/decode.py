@@ -29,7 +29,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from . import attention, ops
 from .backends import cpu
 from .cache import growing_layers
-from .linear import PackedLinear
+from .linear import MixedLinear, PackedLinear
 
 KINDS = ("Llama", "Mistral", "Qwen2", "Qwen3")  # transformers' <kind>ForCausalLM
 _LINEARS = (
@@ -197,17 +197,24 @@ class Plan:
         has_bias = linear.bias is not None
         bias = self._tensor(linear._parameters, "bias", shape[:1]) if has_bias else 0
         if type(linear) is nn.Linear:
-            weight = self._tensor(linear._parameters, "weight", shape)
-            return [weight, 0, 0, bias, shape[0], 0, 0, 0]
-        _require(type(linear) is PackedLinear, "a linear's class")
-        _require(linear.backend in (None, "cpu"), "a linear's backend")
-        pointers = [
-            0 if getattr(linear, name) is None else self._buffer(getattr(linear, name))
-            for name in ("weight_packed", "weight_scale", "weight_zero_point")
-        ]
-        fmt, activation = linear.scheme.weight, linear.scheme.activation
-        codes = [fmt.code, 0 if activation is None else activation.code]
-        return [*pointers, bias, shape[0], *codes, int(linear.int8_activations)]
+            self._tensor(linear._parameters, "weight", shape)
+            return [bias, 0, *cpu.plain_numbers(linear.weight)]
+        if type(linear) is MixedLinear:
+            self._order(linear)
+        for part in linear.parts if type(linear) is MixedLinear else [linear]:
+            _require(type(part) is PackedLinear, "a linear's class")
+            _require(part.backend in (None, "cpu"), "a linear's backend")
+            for tensor in part.operand.packed:
+                if tensor is not None:
+                    self._buffer(tensor)
+        numbers = cpu.linear_numbers(linear.operand, shape[1])
+        return [bias, int(linear.int8_activations), *numbers]
+
+    def _order(self, linear: MixedLinear) -> None:
+        self._keep(linear._buffers, "order")
+        if linear.order is not None:
+            self.parameters.append(linear.order)
+            self._buffer(linear.order)
 
     def _tensor(self, owner: dict[str, Any], name: str, shape: tuple[int, ...]) -> int:
         """The address of a tensor that must have this shape and the model's dtype."""
@@ -285,9 +292,14 @@ class DecodeStep:
         use_cache: Any = None,
         logits_to_keep: Any = 0,
         return_dict: Any = None,
+        tokenizer: Any = None,
         **others: Any,
     ) -> CausalLMOutputWithPast | None:
-        """The result of a step, or None for the model to find it."""
+        """The result of a step, or None for the model to find it.
+
+        `generate` hands the tokenizer that it looks for stop strings with to every step: no part
+        of a model that is known here reads it.
+        """
         if torch.compiler.is_compiling() or type(input_ids) is not Tensor:
             return None
         if input_ids.shape[-1] != 1:

@@ -29,6 +29,7 @@ from typing import Literal, TypeAlias
 ScaleMode = Literal["floor", "rceil", "even"]
 
 MX_GROUP = 32  # block size of OCP MX, and the width of a slab
+MAX_SEGMENTS = 8  # of one linear: csrc/cpu/kernels.h
 SCALE_MODES: tuple[ScaleMode, ...] = ("floor", "rceil", "even")
 INT_GROUPS = (32, 64, 128)
 
@@ -203,7 +204,12 @@ class Mixed:
 
     def __post_init__(self) -> None:
         if not self.segments or any(s.weight is None or n < 1 for s, n in self.segments):
-            raise UsageError(f"segments must be packed schemes with columns: got {self.segments}")
+            got = [(scheme.name, columns) for scheme, columns in self.segments]
+            raise UsageError(f"segments must be packed schemes with columns: got {got}")
+        if len(self.segments) > MAX_SEGMENTS:
+            raise UsageError(
+                f"one linear is divided among at most {MAX_SEGMENTS} schemes: got {self.name}"
+            )
         if self.order is not None and sorted(self.order) != list(range(self.in_features)):
             raise UsageError(f"an order must hold each of {self.in_features} columns once")
 

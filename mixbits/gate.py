@@ -99,14 +99,14 @@ def choose(
             best = mean, index, rounded
     assert best is not None
     rows: list[dict[str, Any]] = [
-        {"name": c.name, "kl": float(kl.mean()), **_behind(kl - divergences[best[1]])}
+        {"name": c.name, "kl": float(kl.mean()), **behind(kl - divergences[best[1]])}
         for c, kl in zip(candidates, divergences, strict=True)
     ]
     rows.sort(key=lambda row: row["kl"])
     return Choice(candidates[best[1]], best[2], rows)
 
 
-def _behind(difference: Tensor) -> dict[str, float]:
+def behind(difference: Tensor) -> dict[str, float]:
     """Mean of paired differences [sequences], and half the width of its confidence interval."""
     if not difference.any():
         return {}

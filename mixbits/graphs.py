@@ -159,6 +159,7 @@ class GraphedForward:
         self._step: _Step | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        kwargs.pop("tokenizer", None)  # of generate, for stop strings: no model reads it
         if self._is_step(args, kwargs):
             logits = self._replayed(dict(kwargs))
             if logits is not None:

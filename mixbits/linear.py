@@ -1,21 +1,21 @@
 """Linears that hold packed weights, and experts made of them.
 
-`PackedLinear` keeps codes and scales and calls the kernels; `MixedLinear` is made of several.
+`PackedLinear` keeps codes and scales and calls the kernels; `MixedLinear` is made of several, each
+for some of its columns.
 What they must equal, up to the order of summation, is in `mixbits.fake`.
 """
 
 from __future__ import annotations
 
-import functools
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
 
 from . import ops
-from .arrange import Arrangement, arrangement_of
+from .arrange import arrangement_of
 from .experts import run_experts
 from .formats import Mixed, Recipe, Scheme, UsageError
 from .model import (
@@ -24,7 +24,7 @@ from .model import (
     expert_slice,
     is_experts,
 )
-from .pack import Packed, order_dtype, packed_spec
+from .pack import Mix, Operand, Packed, order_dtype, packed_spec
 
 
 def check_finite(name: str, tensor: Tensor) -> None:
@@ -136,21 +136,13 @@ class PackedLinear(nn.Module):
         return linear
 
     @property
-    def operand(self) -> ops.Operand:
+    def operand(self) -> Operand:
         assert self.scheme.weight is not None
         packed = Packed(self.weight_packed, self.weight_scale, self.weight_zero_point)
-        return ops.Operand(packed, self.scheme.weight, self.scheme.activation)
+        return Operand(packed, self.scheme.weight, self.scheme.activation)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = None if self.siblings is None else self.siblings.product(self, x)
-        if y is None:
-            rows = x.reshape(-1, self.in_features)
-            y = self.multiply(rows, [self.operand])[0].reshape(*x.shape[:-1], self.out_features)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
-
-    def multiply(self, x: Tensor, operands: list[ops.Operand]) -> list[Tensor]:
-        """x [M, K] times weights of this linear's K, in the way this linear is told to."""
-        return ops.packed_matmuls_unchecked(x, operands, self.backend, self.int8_activations)
+        return _forward(self, x)
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
@@ -174,10 +166,11 @@ class PackedLinear(nn.Module):
 
 
 class MixedLinear(nn.Module):
-    """y = x' Q(W')^T + bias: columns arranged, then every segment a product of its own.
+    """y = x' Q(W')^T + bias from segments, each packed in a scheme of its own; x' and W' are x and
+    W arranged (`mixbits.arrange`).
 
-    x' and W' are x and W arranged (`mixbits.arrange`). With several segments the products are
-    summed in float32, and rounded to x's dtype once.
+    Buffers as in `mixbits.pack`. `segments` are `PackedLinear`s, whose settings hold for the whole
+    linear: all of them must have the same.
     """
 
     order: Tensor | None
@@ -191,7 +184,8 @@ class MixedLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.in_features, self.out_features, self.recipe = recipe.in_features, out_features, recipe
-        self.columns = [columns for _, columns in recipe.segments]
+        self.columns = tuple(columns for _, columns in recipe.segments)
+        self.siblings: SharedInput | None = None
         self.register_buffer("order", None)
         if recipe.order is not None and not recipe.folded:
             dtype = order_dtype(self.in_features)
@@ -202,23 +196,49 @@ class MixedLinear(nn.Module):
         )
         self.bias = bias
 
+    @property
+    def parts(self) -> list[PackedLinear]:
+        return cast("list[PackedLinear]", list(self.segments))
+
+    @property
+    def operand(self) -> Mix:
+        operands = tuple(part.operand for part in self.parts)
+        return Mix(operands, self.columns, self.order, self.recipe.rotated)
+
+    @property
+    def backend(self) -> str | None:
+        return self.parts[0].backend
+
+    @property
+    def int8_activations(self) -> bool:
+        return self.parts[0].int8_activations
+
     def forward(self, x: Tensor) -> Tensor:
-        order = None if self.order is None else self.order.int()  # torch indexes by 32 bits
-        arranged = Arrangement(order, self.recipe.rotated).input(x)
-        if len(self.segments) > 1:
-            arranged = arranged.float()
-        parts = zip(self.segments, arranged.split(self.columns, -1), strict=True)
-        y: Tensor = functools.reduce(torch.add, (linear(part) for linear, part in parts))
-        y = y.to(x.dtype)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        return _forward(self, x)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}"
 
 
-def packed_linear(
-    weight: Tensor, recipe: Recipe, bias: nn.Parameter | None = None
-) -> PackedLinear | MixedLinear:
+AnyPacked: TypeAlias = PackedLinear | MixedLinear
+
+
+def _forward(linear: AnyPacked, x: Tensor) -> Tensor:
+    y = None if linear.siblings is None else linear.siblings.product(linear, x)
+    if y is None:
+        y = _products([linear], x)[0]
+    return y if linear.bias is None else y + linear.bias.to(y.dtype)
+
+
+def _products(linears: Sequence[AnyPacked], x: Tensor) -> list[Tensor]:
+    """x [..., K] times the weights of linears that see it, in the way the first is told to."""
+    first, rows = linears[0], x.reshape(-1, linears[0].in_features)
+    operands = [linear.operand for linear in linears]
+    outs = ops.packed_matmuls_unchecked(rows, operands, first.backend, first.int8_activations)
+    return [out.reshape(*x.shape[:-1], out.shape[1]) for out in outs]
+
+
+def packed_linear(weight: Tensor, recipe: Recipe, bias: nn.Parameter | None = None) -> AnyPacked:
     """An empty linear for what `recipe` makes of a weight like this one [N, K], on its device."""
     rows, columns = weight.shape
     if isinstance(recipe, Mixed):
@@ -235,12 +255,12 @@ class SharedInput:
     of its linears with one tensor makes that a waste: after some such calls it is given up.
     """
 
-    def __init__(self, linears: list[PackedLinear]) -> None:
+    def __init__(self, linears: list[AnyPacked]) -> None:
         self.linears = linears
         self.misses_left = 3
-        self._waiting: dict[int, tuple[Tensor, dict[PackedLinear, Tensor]]] = {}
+        self._waiting: dict[int, tuple[Tensor, dict[AnyPacked, Tensor]]] = {}
 
-    def product(self, linear: PackedLinear, x: Tensor) -> Tensor | None:
+    def product(self, linear: AnyPacked, x: Tensor) -> Tensor | None:
         """x times the weight of `linear`, without its bias; None to leave it to the linear."""
         if torch.compiler.is_compiling() or x.device.type != "cpu" or self.misses_left == 0:
             return None
@@ -248,10 +268,7 @@ class SharedInput:
         owner, products = self._waiting.pop(thread, (None, {}))
         if owner is not x or linear not in products:
             self.misses_left -= bool(products)
-            rows = x.reshape(-1, linear.in_features)
-            outs = linear.multiply(rows, [other.operand for other in self.linears])
-            shaped = [out.view(*x.shape[:-1], out.shape[1]) for out in outs]
-            products = dict(zip(self.linears, shaped, strict=True))
+            products = dict(zip(self.linears, _products(self.linears, x), strict=True))
         y = products.pop(linear)
         if products:
             self._waiting[thread] = (x, products)
@@ -263,7 +280,7 @@ def share_inputs(model: nn.Module) -> None:
     for module in model.modules():
         for names in FUSED_GROUPS:
             linears = [getattr(module, name, None) for name in names]
-            group = [linear for linear in linears if isinstance(linear, PackedLinear)]
+            group = [linear for linear in linears if isinstance(linear, AnyPacked)]
             if len(group) > 1 and len({linear.in_features for linear in group}) == 1:
                 shared = SharedInput(group)
                 for linear in group:

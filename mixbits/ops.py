@@ -7,8 +7,9 @@
     fisher_statistics     weight [N, K], row [N], column [K]   float64 [formats, ceil(K / 32)]
     gradient_statistics   weight [N, K], gradient [N, K]       float64 [formats, ceil(K / 32)]
     square_sums           x [T, K]                             float64 [1 + formats, K]
+    compensate_group      group [N, columns], factor, ...      rounding.Group
     packed_matmul         x [M, K], Packed [N, K]              [M, N], x's dtype
-    packed_matmuls        x [M, K], Operands [N_i, K]          list of [M, N_i]
+    packed_matmuls        x [M, K], Operands or Mixes [N_i, K] list of [M, N_i]
 
 What each means is said in `mixbits.reference`. Values may be bfloat16, float16 or float32, need
 not be contiguous, and lie on one device. No gradient flows through any of these.
@@ -24,15 +25,17 @@ from __future__ import annotations
 import functools
 import importlib
 import os
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import reference
-from .formats import Format, UsageError
-from .pack import Packed, packed_spec
+from . import reference, rounding
+from .arrange import Arrangement
+from .formats import MAX_SEGMENTS, Format, UsageError
+from .pack import Mix, Operand, Packed, order_dtype, packed_spec
+from .rounding import Group
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 _PREFERENCE = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "reference")}
@@ -261,12 +264,19 @@ def square_sums(x: Tensor, formats: Sequence[Format], backend: str | None = None
     return fused(x, list(formats))
 
 
-class Operand(NamedTuple):
-    """A packed weight [N, K], its format, and the format that x is rounded to (None: as it is)."""
+def compensate_group(group: Tensor, factor: Tensor, importance: Tensor, fmt: Format) -> Group:
+    """`mixbits.rounding.compensate_group`, by native code where there is some.
 
-    packed: Packed
-    format: Format
-    activation: Format | None = None
+    For `mixbits.rounding.gptq`, whose arguments it trusts.
+    """
+    module = _backend(group, None)
+    native = getattr(module, "compensate_group", None)
+    if native is None or group.numel() == 0:
+        return rounding.compensate_group(group, factor, importance, fmt)
+    if group.stride(1) != 1:
+        group = group.contiguous()
+    found: Group = native(group, factor.contiguous(), importance.contiguous(), fmt)
+    return found
 
 
 def packed_matmul(
@@ -290,47 +300,83 @@ def packed_matmul(
 
 def packed_matmuls(
     x: Tensor,
-    operands: Sequence[Operand],
+    operands: Sequence[Operand | Mix],
     backend: str | None = None,
     int8_activations: bool = False,
 ) -> list[Tensor]:
     """x [M, K] times several packed weights [N_i, K], as `packed_matmul` does one -> [M, N_i].
 
-    What x must go through is done once for all operands that agree on it.
+    The products of a `Mix` are added in float32 and rounded once. What x must go through is done
+    once for all operands that agree on it.
     """
     _check_values("x", x, 2)
-    for operand in operands:
-        _check_packed(operand.packed, operand.format, x.shape[1], x.device)
-    contiguous = [operand._replace(packed=_contiguous(operand.packed)) for operand in operands]
-    return packed_matmuls_unchecked(x, contiguous, backend, int8_activations)
+    checked = [
+        _checked_mix(one, x.shape[1], x.device)
+        if isinstance(one, Mix)
+        else _checked(one, x.shape[1], x.device)
+        for one in operands
+    ]
+    return packed_matmuls_unchecked(x, checked, backend, int8_activations)
+
+
+def _checked(operand: Operand, in_features: int, device: torch.device) -> Operand:
+    _check_packed(operand.packed, operand.format, in_features, device)
+    return operand._replace(packed=_contiguous(operand.packed))
+
+
+def _checked_mix(mix: Mix, in_features: int, device: torch.device) -> Mix:
+    if not 0 < len(mix.operands) <= MAX_SEGMENTS or sum(mix.columns) != in_features:
+        raise ValueError(
+            f"1 to {MAX_SEGMENTS} operands must share {in_features} columns: got {mix.columns}"
+        )
+    parts = zip(mix.operands, mix.columns, strict=True)
+    operands = tuple(_checked(one, columns, device) for one, columns in parts)
+    if mix.order is None:
+        return mix._replace(operands=operands)
+    _check_device("order", mix.order, device)
+    if sorted(mix.order.tolist()) != list(range(in_features)):
+        raise ValueError(f"an order must hold each of {in_features} columns once")
+    order = mix.order.to(order_dtype(in_features)).contiguous()
+    return mix._replace(operands=operands, order=order)
 
 
 def packed_matmuls_unchecked(
     x: Tensor,
-    operands: Sequence[Operand],
+    operands: Sequence[Operand | Mix],
     backend: str | None = None,
     int8_activations: bool = False,
 ) -> list[Tensor]:
     """`packed_matmuls` for a caller that has checked the weights before, once for many calls.
 
-    The packed tensors must be contiguous and fit K = x.shape[1]: nothing looks again, and memory
-    beyond theirs would be read.
+    The packed tensors must be contiguous and fit K = x.shape[1], and an order must be of
+    `mixbits.pack.order_dtype`: nothing looks again, and memory beyond theirs would be read.
     """
     if torch.compiler.is_compiling():
         return [_compiled_matmul(x, operand, backend, int8_activations) for operand in operands]
     module = _backend(x, backend)
     if x.numel() == 0:
-        return [x.new_zeros((x.shape[0], operand.packed[0].shape[0])) for operand in operands]
+        return [x.new_zeros((x.shape[0], operand.out_features)) for operand in operands]
     x = x.contiguous()
     if hasattr(module, "packed_matmuls"):
         outs: list[Tensor] = module.packed_matmuls(x, operands, int8_activations)
         return outs
-    return [
-        module.packed_matmul(x, *operand)
-        if operand.packed[0].numel()
-        else x.new_zeros((x.shape[0], 0))
-        for operand in operands
-    ]
+    return [_one_by_one(x, operand, module.packed_matmul) for operand in operands]
+
+
+def _one_by_one(x: Tensor, operand: Operand | Mix, multiply: Callable[..., Tensor]) -> Tensor:
+    """A product by a backend that knows packed weights only: the slow twin of a native `Mix`."""
+    if isinstance(operand, Operand):
+        if operand.packed.weight_packed.numel() == 0:
+            return x.new_zeros((x.shape[0], operand.out_features))
+        return multiply(x, *operand)
+    # torch indexes by 32 bits at least.
+    order = None if operand.order is None else operand.order.int()
+    arranged = Arrangement(order, operand.rotated).input(x)
+    if len(operand.operands) > 1:
+        arranged = arranged.float()
+    parts = zip(operand.operands, arranged.split(operand.columns, -1), strict=True)
+    products = (_one_by_one(part.contiguous(), one, multiply) for one, part in parts)
+    return functools.reduce(torch.add, products).to(x.dtype)
 
 
 # --- torch.ops.mixbits: what torch.compile sees ------------------------------------------------
@@ -345,14 +391,16 @@ _library.define(
 
 
 def _compiled_matmul(
-    x: Tensor, operand: Operand, backend: str | None, int8_activations: bool
+    x: Tensor, operand: Operand | Mix, backend: str | None, int8_activations: bool
 ) -> Tensor:
-    packed, fmt, activation = operand
-    code = 0 if activation is None else activation.code
-    out: Tensor = torch.ops.mixbits.packed_matmul(
-        x, *packed, fmt.code, code, backend, int8_activations
-    )
-    return out
+    def multiply(x: Tensor, packed: Packed, fmt: Format, activation: Format | None) -> Tensor:
+        code = 0 if activation is None else activation.code
+        out: Tensor = torch.ops.mixbits.packed_matmul(
+            x, *packed, fmt.code, code, backend, int8_activations
+        )
+        return out
+
+    return _one_by_one(x, operand, multiply)
 
 
 @functools.cache

@@ -46,6 +46,36 @@ class Packed(NamedTuple):
         return Packed(codes[which], scale[which], None if zero_point is None else zero_point[which])
 
 
+class Operand(NamedTuple):
+    """A packed weight [N, K], its format, and the format that x is rounded to (None: as it is)."""
+
+    packed: Packed
+    format: Format
+    activation: Format | None = None
+
+    @property
+    def out_features(self) -> int:
+        return self.packed.weight_packed.shape[0]
+
+
+class Mix(NamedTuple):
+    """Several `Operand`s side by side over the columns of one weight [N, K].
+
+    columns  how many each takes, K in all
+    order    [K] of `order_dtype`, or None: place i holds column order[i] of x
+    rotated  whether the ordered columns are rotated (`mixbits.arrange`)
+    """
+
+    operands: tuple[Operand, ...]
+    columns: tuple[int, ...]
+    order: Tensor | None = None
+    rotated: bool = False
+
+    @property
+    def out_features(self) -> int:
+        return self.operands[0].out_features
+
+
 Rounded: TypeAlias = Mapping[str, Sequence[Packed]]  # linear -> its packed parts
 
 

@@ -89,8 +89,8 @@ def _load_result(run: Run) -> Any:
         from .source import open_source
 
         return open_source(str(run.args.out), run.args.trust_remote_code).load()
-    from .checkpoint import load
     from .linear import PackedLinear
+    from .loading import load
 
     model = load(run.args.out, trust_remote_code=run.args.trust_remote_code)
     for module in model.modules():
@@ -137,7 +137,7 @@ def _generate(model: Any, tokenizer: Any, args: argparse.Namespace) -> str:
 def _dry_run(run: Run) -> None:
     """Shapes and sizes, from config.json alone."""
     from .plan import Plan, average_bits
-    from .report import scheme_table, size, table
+    from .report import scheme_rows, size, table
 
     elements = sum(i.numel for i in run.linears)
     print(f"{len(run.linears)} linears in {len(run.units)} units, {elements:,} weights")
@@ -158,16 +158,16 @@ def _dry_run(run: Run) -> None:
     print(table(rows))
     if run.args.plan is not None:
         given = Plan.read(run.args.plan, run.linears).assignment
-        print("\n" + scheme_table(run.linears, given))
+        print("\n" + table(scheme_rows(run.linears, given)))
         print(f"  predicted size {size(run.predicted_bytes(given))}")
 
 
 def _print_plan(run: Run, choice: Choice, reached: dict[str, Any]) -> None:
-    from .report import gate_table, scheme_table, size
+    from .report import gate_table, scheme_rows, size, table
 
     if choice.rows:
         print(gate_table(choice.rows))
-    print(scheme_table(run.linears, choice.winner.plan.assignment))
+    print(table(scheme_rows(run.linears, choice.winner.plan.assignment)))
     print(
         f"  {reached['avg_bits']:.4f} bits per weight with everything counted, "
         f"{reached['avg_bits_without_scales']:.4f} without scales; "
@@ -188,13 +188,24 @@ def _write_report(folder: Path, report: dict[str, Any]) -> None:
     write_text(folder / "report.html", render(told, plan, scores))
 
 
+def _write_card(run: Run, folder: Path, choice: Choice, report: dict[str, Any]) -> None:
+    """README.md: what the hub shows of the model, and whoever finds its folder reads."""
+    from . import card
+    from .report import scheme_rows
+    from .scores import write_text
+
+    rows = scheme_rows(run.linears, choice.winner.plan.assignment)
+    text = card.render(run.args.out.name, run.source, rows, report, run.args.fake)
+    write_text(folder / "README.md", text)
+
+
 def _print_results(report: dict[str, Any], evaluation: dict[str, Any]) -> None:
-    from .report import result_table, task_table
+    from .report import result_rows, table, task_rows
 
     sizes = report["bytes_before"], report["bytes_after"]
-    print("\n" + result_table(*sizes, evaluation.get("held_out")))
+    print("\n" + table(result_rows(*sizes, evaluation.get("held_out"))))
     if "tasks" in evaluation:
-        print("\n" + task_table(evaluation.get("original_tasks"), evaluation["tasks"]))
+        print("\n" + table(task_rows(evaluation.get("original_tasks"), evaluation["tasks"])))
     if "sample" in evaluation:
         print("\n  the quantized model writes:\n")
         print("\n".join("    " + line for line in evaluation["sample"].splitlines()))
@@ -268,6 +279,8 @@ def quantize(run: Run) -> None:
     def write_report(folder: Path, evaluation: dict[str, Any] | None) -> None:
         report.update(evaluation=evaluation, stages=clock.rows)
         _write_report(folder, report)
+        if not args.solve_only:
+            _write_card(run, folder, choice, report)
 
     needs = 0 if args.solve_only else report["reached"]["predicted_bytes"]
     with atomic_folder(args.out, args.overwrite, needs) as folder:

@@ -108,8 +108,8 @@ def table(rows: Sequence[Sequence[str]], indent: str = "  ") -> str:
     return "\n".join(lines)
 
 
-def scheme_table(linears: Sequence[LinearInfo], assignment: Assignment) -> str:
-    """How many linears of each kind got which scheme, and their average bits, scales counted.
+def scheme_rows(linears: Sequence[LinearInfo], assignment: Assignment) -> list[list[str]]:
+    """Of a table: how many linears of each kind got which scheme; average bits, scales counted.
 
     Where linears are divided among schemes: the share of weights instead.
     """
@@ -130,7 +130,7 @@ def scheme_table(linears: Sequence[LinearInfo], assignment: Assignment) -> str:
         whole = sum(amounts.values())
         cells = [f"{n / whole:.0%}" if divided and n else str(n or "-") for n in amounts.values()]
         rows.append([kind, *cells, f"{average_bits(members, assignment):.3f}"])
-    return table(rows)
+    return rows
 
 
 def size(nbytes: float) -> str:
@@ -167,8 +167,8 @@ def diagnosis(found: dict[str, Any]) -> str:
     )
 
 
-def result_table(before: int, after: int, scores: dict[str, float] | None) -> str:
-    """Size, KL and perplexity of the original and of the quantized model."""
+def result_rows(before: int, after: int, scores: dict[str, float] | None) -> list[list[str]]:
+    """Of a table: size, KL and perplexity of the original and of the quantized model."""
     rows = [["", "original", "quantized"], ["weight files", size(before), size(after)]]
     if scores:
         rows.append(["KL, nats/token", "0", plus_minus(scores["kl"], scores["kl_stderr"])])
@@ -179,11 +179,11 @@ def result_table(before: int, after: int, scores: dict[str, float] | None) -> st
         rows.append(["perplexity", *pair])
         agreement = scores["top1_agreement"], scores["top1_agreement_stderr"]
         rows.append(["top-1 agreement", "1", plus_minus(*agreement)])
-    return table(rows)
+    return rows
 
 
-def task_table(original: dict[str, Any] | None, quantized: dict[str, Any]) -> str:
-    """lm-eval's metrics with standard errors, of both models where both were scored."""
+def task_rows(original: dict[str, Any] | None, quantized: dict[str, Any]) -> list[list[str]]:
+    """Of a table: lm-eval's metrics with standard errors, of both models where both were scored."""
     rows = [["task", "metric", *(["original"] if original else []), "quantized"]]
     models = [m for m in (original, quantized) if m]
     for task, metrics in quantized["tasks"].items():
@@ -197,4 +197,4 @@ def task_table(original: dict[str, Any] | None, quantized: dict[str, Any]) -> st
             rows.append([task, name, *cells])
     if quantized["average"] is not None and len(quantized["tasks"]) > 1:
         rows.append(["average", "acc", *(f"{m['average']:.4f}" for m in models)])
-    return table(rows)
+    return rows

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from . import ops
 from .arrange import arrangement_of
 from .fake import fake_input
 from .formats import Assignment, Mixed, Recipe, UsageError
@@ -80,7 +81,7 @@ class _Compensation:
             arranged = retarget(arranged, inputs.curvature, inputs.cross, self.shares[name])
         parts = recipe.parts(weight.shape[1])
         formats = [(s.weight, n) for s, n in parts if s.weight is not None]
-        codes = gptq(arranged, inputs.curvature, formats)
+        codes = gptq(arranged, inputs.curvature, formats, ops.compensate_group)
         return [
             check_packed(name, weight, scheme, pack(q, fmt))
             for q, (fmt, _), (scheme, _) in zip(codes, formats, parts, strict=True)

@@ -10,14 +10,16 @@ gptq    Columns are rounded one after the other, and each one's error is made up
         the inputs as they arrive in the quantized model, rounded activations and all, and a share
         of the difference to the original model's inputs is made up for as well (`retarget`).
 
-Everything here is exact torch in float32 and float64, on any device, one linear at a time.
+Everything here is exact torch in float32 and float64, on any device, one linear at a time;
+`mixbits.ops.compensate_group` is the same, to the bit, as native code for CPUs.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,6 +37,7 @@ from .reference import (
 
 METHODS = ("rtn", "search", "gptq")
 DAMPING = 0.01  # of the mean of the diagonal, added to second moments (GPTQ's percdamp)
+_BLOCK = 128  # columns, a multiple of every group size
 # Shares of a group's range that integer scales are tried for: less range, finer steps.
 _SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
 
@@ -65,13 +68,21 @@ def search_scales(
         error = (dequantize(Quantized(codes, scale, zero_point), fmt) - x).square()
         if column_weight is not None:
             error = error * column_weight
-        sums = split_groups(error, fmt.group_size).sum(-1)
+        sums = _add_up(split_groups(error, fmt.group_size))
         better = sums < best_error
         best_error = torch.where(better, sums, best_error)
         best_scale = torch.where(better, scale, best_scale)
         if zero_point is not None and best_zero is not None:
             best_zero = torch.where(better, zero_point, best_zero)
     return best_scale, best_zero
+
+
+def _add_up(x: Tensor) -> Tensor:
+    """Sums over the last dimension, a power of two, in an order that native code has as well."""
+    while x.shape[-1] > 1:
+        lower, upper = x.chunk(2, -1)
+        x = lower + upper
+    return x.squeeze(-1)
 
 
 def search(x: Tensor, fmt: Format, column_weight: Tensor | None = None) -> Quantized:
@@ -145,44 +156,85 @@ def _snap(column: Tensor, snapper: tuple[Tensor, Tensor | float, float], fmt: Fo
     return (((column / scale).round() + offset).clamp(0, top) - offset) * scale
 
 
+class Group(NamedTuple):
+    """A group of columns, rounded: codes uint8 [N, columns], scale and zero point [N, 1], and what
+    the other columns are to make up for, float32 [N, columns], in units of the factor's diagonal.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor | None
+    errors: Tensor
+
+
+def compensate_group(group: Tensor, factor: Tensor, importance: Tensor, fmt: Format) -> Group:
+    """Round float32 [N, columns], one group of `fmt`, column by column, with error compensation.
+
+    factor [columns, columns]: row j says how the columns from j on make up for it. importance
+    [columns]: how much an error in each counts for the choice of the scale.
+    """
+    group = group.clone()
+    scale, zero_point = search_scales(group, fmt, importance)
+    snapped, errors = torch.empty_like(group), torch.empty_like(group)
+    snapper = _snapper(scale, zero_point, fmt)
+    for j, row in enumerate(factor):
+        column = group[:, j : j + 1]
+        snapped[:, j : j + 1] = _snap(column, snapper, fmt)
+        error = (column - snapped[:, j : j + 1]) / row[j]
+        group[:, j + 1 :] -= error * row[j + 1 :]
+        errors[:, j : j + 1] = error
+    return Group(encode(snapped, scale, zero_point, fmt), scale, zero_point, errors)
+
+
 def gptq(
-    weight: Tensor, curvature: Curvature, parts: Sequence[tuple[Format, int]]
+    weight: Tensor,
+    curvature: Curvature,
+    parts: Sequence[tuple[Format, int]],
+    compensate: Callable[[Tensor, Tensor, Tensor, Format], Group] = compensate_group,
 ) -> list[Quantized]:
     """Round weight [N, K] with error compensation, for inputs of this curvature.
 
     `parts` are formats with numbers of columns, K in all: one `Quantized` for each. A group's
     scale is fixed when its first column is reached, by search weighted with the moments'
-    diagonal, or with the format's own rule if not `searched`.
+    diagonal. `compensate` is `compensate_group`, or something faster that equals it.
     """
     left = weight.float().clone()
     results, start = [], 0
     for fmt, columns in parts:
         stop = start + columns
-        results.append(_gptq_part(left, curvature, fmt, start, stop))
+        groups: list[Group] = []
+        for first in range(start, stop, _BLOCK):
+            groups += _gptq_block(
+                left, curvature, fmt, first, min(first + _BLOCK, stop), compensate
+            )
+        codes = torch.cat([group.codes for group in groups], 1)
+        scale = torch.cat([group.scale for group in groups], 1)
+        zeros = [group.zero_point for group in groups if group.zero_point is not None]
+        results.append(Quantized(codes, scale, torch.cat(zeros, 1) if zeros else None))
         start = stop
     return results
 
 
-def _gptq_part(left: Tensor, curvature: Curvature, fmt: Format, start: int, stop: int) -> Quantized:
-    """Round the columns start..stop of `left` in one format, and push their errors to the right."""
+def _gptq_block(
+    left: Tensor,
+    curvature: Curvature,
+    fmt: Format,
+    start: int,
+    stop: int,
+    compensate: Callable[[Tensor, Tensor, Tensor, Format], Group],
+) -> list[Group]:
+    """Round the columns start..stop of `left` in one format, and push their errors to the right.
+
+    Those beyond `stop` are touched once for the whole block, as they are many.
+    """
     factor, importance = curvature.upper, curvature.importance
-    codes, all_scales, all_zeros = [], [], []
+    groups = []
     for first in range(start, stop, fmt.group_size):
         last = min(first + fmt.group_size, stop)
-        group = left[:, first:last]
-        scale, zero_point = search_scales(group, fmt, importance[first:last])
-        snapped, errors = torch.empty_like(group), torch.empty_like(group)
-        snapper = _snapper(scale, zero_point, fmt)
-        for j in range(last - first):
-            column = group[:, j : j + 1]
-            snapped[:, j : j + 1] = _snap(column, snapper, fmt)
-            row = factor[first + j, first:last]
-            error = (column - snapped[:, j : j + 1]) / row[j]
-            group[:, j + 1 :] -= error * row[j + 1 :]
-            errors[:, j : j + 1] = error
-        left[:, last:] -= errors @ factor[first:last, last:]
-        codes.append(encode(snapped, scale, zero_point, fmt))
-        all_scales.append(scale)
-        all_zeros.append(zero_point)
-    zeros = None if fmt.symmetric else torch.cat([z for z in all_zeros if z is not None], 1)
-    return Quantized(torch.cat(codes, 1), torch.cat(all_scales, 1), zeros)
+        columns = slice(first, last)
+        groups.append(
+            compensate(left[:, columns], factor[columns, columns], importance[columns], fmt)
+        )
+        left[:, last:stop] -= groups[-1].errors @ factor[columns, last:stop]
+    left[:, stop:] -= torch.cat([group.errors for group in groups], 1) @ factor[start:stop, stop:]
+    return groups

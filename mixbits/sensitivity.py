@@ -12,6 +12,15 @@ linear and no gradient of a weight:
 One forward and one backward serve all formats: the formats differ only in the last pass over W.
 The unit is nats per token, an estimate of the KL divergence.
 
+This takes the errors of tokens for independent. Those of keys and values are not: all later tokens
+read them, and what they have in common adds up (values: 1.2 to 2 times the loss) or cancels in the
+softmax (keys). Their quadratic form is taken over whole sequences instead, slab by slab:
+
+    loss(format) = 1/2 sum_sequences (sum_t g_t . e_t)^2,   e_t = Q(W) Q(x_t) - W x_t
+
+It is unbiased but, with one draw of labels, as uncertain as a mean of so many squared normal
+variables. So the two are mixed, the more towards the second the more sequences there are.
+
 `deltaloss` (AutoScheme's definition, Intel AutoRound; SignRoundV2, arXiv 2512.04746). The first
 order, at the model in which every linear is quantized to the format: per batch of sequences
 |dL/dW (W - Q(W))| summed over the weight plus |dL/dX (X - Q(X))| summed over tokens and columns,
@@ -42,6 +51,10 @@ from .formats import MX_GROUP, Format, Scheme, UsageError
 from .model import LinearInfo, expert_slice, is_experts, split_expert_name, weight_of
 from .streaming import Progress, StreamedModel, patched
 
+# Linears whose outputs later tokens read, by the last part of their names.
+READ_LATER = {"k_proj", "v_proj", "qkv_proj", "query_key_value", "kv_a_proj_with_mqa", "kv_b_proj"}
+# So many sequences err in their sampling as much as taking tokens for independent does: by half.
+PRIOR_SEQUENCES = 8
 LABEL_CHUNK = 512  # tokens whose probabilities are held at once while labels are drawn
 SlabScores = dict[str, dict[str, list[float]]]  # linear -> scheme -> score per 32-column slab
 Arrangements: TypeAlias = Mapping[str, Arrangement]  # linear -> how its columns are arranged
@@ -91,13 +104,30 @@ def _slabs(columns: Tensor) -> Tensor:
 
 @dataclass
 class _Moments:
-    """Sums over tokens, float64: x_k^2, g_o^2, (gW)_k^2 and, per format, (x - Q(x))_k^2."""
+    """Sums over tokens, float64: x_k^2, g_o^2, (gW)_k^2 and, per format, (x - Q(x))_k^2.
+
+    `spread` has sums over `sequences`, per scheme and slab: (sum_t g_t . e_t)^2.
+    """
 
     tokens: int = 0
+    sequences: int = 0
     x: Tensor | float = 0.0
     g: Tensor | float = 0.0
     gw: Tensor | float = 0.0
     dx: dict[Format, Tensor | float] = field(default_factory=dict)
+    spread: dict[Scheme, Tensor | float] = field(default_factory=dict)
+
+
+def _effects(x: Tensor, weight: Tensor, grad: Tensor, grad_x: Tensor, scheme: Scheme) -> Tensor:
+    """float64 [sequences, slabs]: sum over tokens of g_t . (what rounding a slab adds to y_t).
+
+    x, grad_x [sequences, T, K], weight [N, K] (all three arranged), grad [sequences, T, N].
+    """
+    rounded, rounded_x = _rounded(x, weight, scheme)
+    effects = rounded_x * (grad @ (rounded - weight).to(grad.dtype))
+    if scheme.activation is not None:
+        effects += (rounded_x - x) * grad_x
+    return _slabs(effects.sum(1, dtype=torch.float64))
 
 
 class _FisherLinear(torch.autograd.Function):
@@ -112,26 +142,33 @@ class _FisherLinear(torch.autograd.Function):
         moments: _Moments,
         activations: Sequence[Format],
         arrangement: Arrangement,
+        spread: Sequence[Scheme],
     ) -> Tensor:
-        rows = arrangement.input(x.reshape(-1, x.shape[-1]))
+        arranged = arrangement.input(x)
+        rows = arranged.reshape(-1, x.shape[-1])
         moments.tokens += rows.shape[0]
-        squares, *errors = ops.square_sums(rows, activations)
+        squares, *moves = ops.square_sums(rows, activations)
         moments.x = moments.x + squares
-        for fmt, error in zip(activations, errors, strict=True):
-            moments.dx[fmt] = moments.dx.get(fmt, 0.0) + error
-        ctx.save_for_backward(weight)
-        ctx.moments, ctx.arrangement = moments, arrangement
+        for fmt, moved in zip(activations, moves, strict=True):
+            moments.dx[fmt] = moments.dx.get(fmt, 0.0) + moved
+        ctx.save_for_backward(weight, *[arranged] * bool(spread))
+        ctx.moments, ctx.arrangement, ctx.spread = moments, arrangement, spread
         return torch.nn.functional.linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (weight,) = ctx.saved_tensors
+        weight, *inputs = ctx.saved_tensors
         gw = grads[0] @ weight
         moments: _Moments = ctx.moments
         moments.g = moments.g + ops.square_sums(grads[0].reshape(-1, weight.shape[0]), [])[0]
-        arranged = ctx.arrangement.weight(gw.reshape(-1, weight.shape[1]))
-        moments.gw = moments.gw + ops.square_sums(arranged, [])[0]
-        return gw, None, None, None, None, None
+        arranged = ctx.arrangement.weight(gw)
+        moments.gw = moments.gw + ops.square_sums(arranged.reshape(-1, weight.shape[1]), [])[0]
+        for x in inputs:
+            moments.sequences += len(x)
+            for scheme in ctx.spread:
+                effects = _effects(x, ctx.arrangement.weight(weight), grads[0], arranged, scheme)
+                moments.spread[scheme] = moments.spread.get(scheme, 0.0) + effects.square().sum(0)
+        return gw, None, None, None, None, None, None
 
 
 def _draw(probabilities: Tensor, generator: torch.Generator) -> Tensor:
@@ -202,7 +239,11 @@ def _fisher_scores(
         score = zero if scheme.weight is None else errors[scheme.weight]
         if scheme.activation is not None:
             score = score + _slabs(moments.gw * moments.dx[scheme.activation])
-        result[scheme.name] = (score / (2 * moments.tokens * all_tokens)).tolist()
+        score = score / (2 * moments.tokens)
+        if scheme in moments.spread:
+            share = moments.sequences / (moments.sequences + PRIOR_SEQUENCES)
+            score = (1 - share) * score + share / 2 * moments.spread[scheme]
+        result[scheme.name] = (score / all_tokens).tolist()
     return result
 
 
@@ -218,12 +259,15 @@ def _collect(
     """Second moments of every linear, of its columns as arranged."""
     moments = {info.name: _Moments() for info in linears}
     activations = list(dict.fromkeys(s.activation for s in schemes if s.activation is not None))
+    spread = [s for s in schemes if s.weight is not None]
 
     def probe(name: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if not torch.is_grad_enabled():
             return torch.nn.functional.linear(x, weight, bias)
         arrangement = arrangements.get(name, Arrangement())
-        out: Tensor = _FisherLinear.apply(x, weight, bias, moments[name], activations, arrangement)
+        is_read_later = x.dim() == 3 and name.rpartition(".")[2] in READ_LATER
+        how = activations, arrangement, spread if is_read_later else []
+        out: Tensor = _FisherLinear.apply(x, weight, bias, moments[name], *how)
         return out
 
     loss = _sampled_label_loss(torch.Generator(model.device).manual_seed(seed))

@@ -1,78 +1,106 @@
-"""Let transformers load a packed checkpoint: `from_pretrained`, once this module is imported.
+"""Let transformers load a packed checkpoint: `from_pretrained`, once mixbits is imported.
 
 transformers builds the model without storage, asks the quantizer to put packed linears where
-the configuration names them, and then fills every buffer from the files.
+the configuration names them, and then fills every buffer from the files. It fills what it finds,
+and warns of the rest: so the files are checked before.
+
+This is imported as soon as transformers.quantizers is (see mixbits/__init__.py): of transformers,
+nothing above that can be imported here but in functions.
 """
 
 from __future__ import annotations
 
-import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
-from transformers.quantizers import (
-    HfQuantizer,
-    register_quantization_config,
-    register_quantizer,
-)
+from transformers.quantizers import HfQuantizer
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from .checkpoint import check_files, checksum, crc, read_json
 from .formats import Recipe, UsageError
-from .linear import packed_linear, share_inputs, swap_linears
+from .linear import MixedLinear, packed_linear, share_inputs, swap_linears
 from .pack import LAYOUT
 from .recipes import parse_recipe
 
 
-@register_quantization_config("mixbits")
 class MixbitsConfig(QuantizationConfigMixin):
     """`quantization_config` of config.json. `modules` maps linears to recipes, as described."""
 
     def __init__(
         self,
         modules: dict[str, Any] | None = None,
-        layout: int = 1,
+        layout: int | None = None,
         weight_scale_mode: str = "floor",
         act_scale_mode: str = "floor",
+        checksum: str | None = None,
         **provenance: Any,
     ) -> None:
         self.quant_method = "mixbits"  # type: ignore[assignment]
-        self.layout = layout
-        self.weight_scale_mode, self.act_scale_mode = weight_scale_mode, act_scale_mode
         provenance.pop("quant_method", None)
         for key, value in provenance.items():
             setattr(self, key, value)
-        self.modules = modules or {}
+        self.layout = layout
+        self.weight_scale_mode, self.act_scale_mode = weight_scale_mode, act_scale_mode
+        self.modules = {} if modules is None else modules
+        self.checksum = checksum
 
     def recipes(self) -> dict[str, Recipe]:
-        """Linear -> recipe; the order of a linear's columns is in the weight files."""
+        """Linear -> recipe; the order of a linear's columns is in the weight files.
+
+        Raises UsageError for a layout or recipes that cannot be read.
+        """
+        if self.layout != LAYOUT:
+            raise UsageError(
+                f"this mixbits reads checkpoints of layout {LAYOUT}: got {self.layout!r}"
+            )
+        if not isinstance(self.modules, dict):
+            raise UsageError("modules of quantization_config must map linears to schemes")
         modes: Any = (self.weight_scale_mode, self.act_scale_mode)
-        return {name: parse_recipe(text, *modes) for name, text in self.modules.items()}
+        recipes = {name: parse_recipe(text, *modes) for name, text in self.modules.items()}
+        plain = [name for name, recipe in recipes.items() if not recipe.packed]
+        if plain:
+            raise UsageError(f"modules of quantization_config must be packed: {plain[0]} is not")
+        return recipes
 
 
-@register_quantizer("mixbits")
 class MixbitsQuantizer(HfQuantizer):
     """Puts `PackedLinear` and `Experts` into a model that transformers is about to fill."""
 
     requires_calibration = True
 
-    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+    def _process_model_before_weight_loading(
+        self, model: nn.Module, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
+    ) -> None:
         config: Any = self.quantization_config
-        _check_layout(config.layout)
         recipes = config.recipes()
+        if checkpoint_files is None:
+            raise UsageError("a packed model is loaded from its folder, not from a state dict")
+        check_files(model, recipes, [Path(f) for f in checkpoint_files], config.to_dict())
 
         def make(name: str, weight: Any, bias: nn.Parameter | None) -> nn.Module:
             return packed_linear(weight, recipes[name], bias)
 
-        try:
-            swap_linears(model, list(recipes), make)
-        except (AttributeError, AssertionError) as error:
-            raise UsageError(
-                f"quantization_config names a linear that the model lacks: {error}"
-            ) from None
+        swap_linears(model, list(recipes), make)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        for name, module in model.named_modules():
+            if isinstance(module, MixedLinear):
+                _check_order(name, module)
         share_inputs(model)
+        use_fast_steps(model)
+
+    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[None, dict[str, str]]:
+        """Nothing of its own to save, but plain tensors may have another dtype by now."""
+        config: Any = self.quantization_config
+        tied: Any = model.all_tied_weights_keys
+        state = model.state_dict().items()
+        crcs = [crc(name, value) for name, value in state if name not in tied]
+        config.checksum = checksum(crcs, config.to_dict())
+        return None, {}
 
     def is_serializable(self) -> bool:
         return True
@@ -86,26 +114,46 @@ class MixbitsQuantizer(HfQuantizer):
         return True
 
 
-def _check_layout(layout: object) -> None:
-    if layout != LAYOUT:
-        raise UsageError(f"this mixbits reads checkpoints of layout {LAYOUT}: got {layout}")
+# Not by their decorators, which refuse a second time: this module may be reloaded.
+AUTO_QUANTIZATION_CONFIG_MAPPING["mixbits"] = MixbitsConfig
+AUTO_QUANTIZER_MAPPING["mixbits"] = MixbitsQuantizer
+
+
+def _check_order(name: str, linear: MixedLinear) -> None:
+    """A wrong order would address memory beyond the input."""
+    if linear.order is None or linear.order.is_meta:
+        return
+    if linear.order.sort().values.tolist() != list(range(linear.in_features)):
+        raise UsageError(f"{name}.order must hold each of {linear.in_features} columns once")
+
+
+def use_fast_steps(model: Any) -> None:
+    """What makes `generate` fast, for a model that is on one device as a whole."""
+    kinds = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
+    if kinds == {torch.device("cpu")}:
+        from .attention import use_grouped_attention
+        from .decode import use_decode_step
+        from .pages import use_large_pages
+
+        use_grouped_attention(model)
+        use_decode_step(model)
+        use_large_pages(model)
+    elif len(kinds) == 1 and kinds.pop().type == "cuda":
+        from .graphs import use_graphs
+
+        use_graphs(model)
 
 
 def read_config(folder: Path) -> MixbitsConfig:
     """The quantization_config of a checkpoint folder. Raises UsageError if it is none of ours."""
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"cannot read {folder / 'config.json'}: {error.strerror}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"{folder / 'config.json'} is not JSON: {error}") from None
-    found = config.get("quantization_config") if isinstance(config, dict) else None
+    found = read_json(folder / "config.json").get("quantization_config")
     if not isinstance(found, dict) or found.get("quant_method") != "mixbits":
         raise UsageError(
             f"{folder} is no mixbits checkpoint: config.json has no quant_method mixbits"
         )
-    _check_layout(found.get("layout"))
-    modules = found.get("modules")
-    if not isinstance(modules, dict):
-        raise UsageError(f"modules of quantization_config must name schemes ({folder})")
-    return MixbitsConfig(**found)
+    config = MixbitsConfig(**found)
+    try:
+        config.recipes()
+    except UsageError as error:
+        raise UsageError(f"{error} ({folder})") from None
+    return config

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import mixbits
-from mixbits import checkpoint, transformers_quantizer
+from mixbits import checkpoint
 from mixbits.atomic import atomic_folder, check_destination
 from mixbits.checkpoint import make_shards, predicted_bytes, save, tensor_specs
 from mixbits.fake import FakeLinear
@@ -29,9 +29,6 @@ from mixbits.model import LinearInfo, find_linears, meta_model, weight_of
 from mixbits.source import Source, open_source
 
 MIX = ["MXFP4", "MXFP8", "W4A16", "BF16", "W2A16G32ASYM", "MXFP8E5M2A16", "W8A16G64ASYM"]
-
-
-assert transformers_quantizer  # its import is what makes transformers know packed checkpoints
 
 
 def mixed(linears: list[LinearInfo]) -> dict[str, Any]:
@@ -198,6 +195,17 @@ def _edit_config(change: Any) -> Any:
     return edit
 
 
+def sign(folder: Path) -> None:
+    """Let the checksum in config.json be that of what lies there."""
+    tensors = load_file(folder / "model.safetensors")
+
+    def change(quantization: dict[str, Any]) -> None:
+        crcs = [checkpoint.crc(name, value) for name, value in tensors.items()]
+        quantization["checksum"] = checkpoint.checksum(crcs, quantization)
+
+    _edit_config(change)(folder)
+
+
 def _truncate(folder: Path) -> None:
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1000])
@@ -229,7 +237,7 @@ DAMAGE: dict[str, tuple[Any, str]] = {
     ),
     "truncated": (_truncate, "is the file complete"),
     "empty file": (lambda f: (f / "model.safetensors").write_bytes(b""), "is the file complete"),
-    "no weights": (lambda f: (f / "model.safetensors").unlink(), "got none"),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), "no file named"),
     "unknown linear": (
         _edit_config(lambda q: q["modules"].update({"model.layers.7.mlp.up_proj": "MXFP4"})),
         "a linear that the model lacks: model.layers.7.mlp.up_proj",
@@ -241,7 +249,10 @@ DAMAGE: dict[str, tuple[Any, str]] = {
     "unknown scheme": (_edit_config(lambda q: q["modules"].update({PACKED: "FP3"})), "FP3"),
     "other scheme": (_edit_config(lambda q: q["modules"].update({PACKED: "MXFP8"})), "must be U8"),
     "forgotten linear": (_edit_config(lambda q: q["modules"].pop(PACKED)), f"{PACKED}.weight"),
-    "modules a list": (_edit_config(lambda q: q.update(modules=[PACKED])), "must name schemes"),
+    "modules a list": (
+        _edit_config(lambda q: q.update(modules=[PACKED])),
+        "must map linears to schemes",
+    ),
     "bad scale mode": (_edit_config(lambda q: q.update(weight_scale_mode="up")), "scale mode"),
     "future layout": (_edit_config(lambda q: q.update(layout=2)), "layout 1: got 2"),
     "other method": (
@@ -250,7 +261,7 @@ DAMAGE: dict[str, tuple[Any, str]] = {
     ),
     "no method": (_edit_config(lambda q: q.clear()), "no mixbits checkpoint"),
     "not json": (lambda f: (f / "config.json").write_text("{"), "is not JSON"),
-    "json list": (lambda f: (f / "config.json").write_text("[]"), "no mixbits checkpoint"),
+    "json list": (lambda f: (f / "config.json").write_text("[]"), "must hold a JSON object"),
     "no config": (lambda f: (f / "config.json").unlink(), "cannot read"),
 }
 
@@ -294,6 +305,9 @@ def test_a_damaged_order_of_columns_is_refused(tmp_path: Path) -> None:
             tensors[f"{PACKED}.order"][0] = place - 1
 
         _edit_tensors(change)(tmp_path / "out")
+        with pytest.raises(UsageError, match="checksum"):
+            mixbits.load(tmp_path / "out")
+        sign(tmp_path / "out")
         with pytest.raises(UsageError, match=message):
             mixbits.load(tmp_path / "out")
 

@@ -9,6 +9,7 @@ import pickle
 import pytest
 import torch
 from test_linear import packed_copy
+from test_mixed import filled, slab_recipe
 from tiny import make_model
 from transformers import AutoTokenizer, DynamicCache, StaticCache
 
@@ -19,7 +20,7 @@ from mixbits.cache import GrowingLayer
 from mixbits.decode import use_decode_step
 from mixbits.fake import fake_quantize_model
 from mixbits.formats import parse_scheme
-from mixbits.linear import share_inputs
+from mixbits.linear import share_inputs, swap_linears
 from mixbits.model import find_linears
 from mixbits.source import open_source
 
@@ -43,10 +44,23 @@ ROPES = {
 }
 
 
-def schemes_of(model, mix):
-    names = [info.name for info in find_linears(model, include_head=True)]
+MIXED = {"slabs": ("MXFP4A16", "MXFP8A16"), "slabs, activations": ("MXFP4", "MXFP8")}
+
+
+def recipes_of(model, mix):
+    linears = find_linears(model, include_head=True)
+    if mix in MIXED:  # q and k in one order, v in another; down_proj rotated
+        return {
+            info.name: slab_recipe(
+                info.in_features,
+                *MIXED[mix],
+                "down_proj" in info.name,
+                seed=int("v_proj" in info.name),
+            )
+            for info in linears
+        }
     turns = itertools.cycle(MIXES[mix])
-    return {name: parse_scheme(next(turns)) for name in names}
+    return {info.name: parse_scheme(next(turns)) for info in linears}
 
 
 def make(folder, kind="llama", mix="weights", dtype=torch.float32, **overrides):
@@ -54,9 +68,9 @@ def make(folder, kind="llama", mix="weights", dtype=torch.float32, **overrides):
     overrides = {"sliding_window": None, **overrides} if kind == "mistral" else overrides
     source = open_source(str(make_model(folder, kind, **overrides)))
     model, exact = source.load().to(dtype), source.load().to(dtype)
-    schemes = {n: s for n, s in schemes_of(model, mix).items() if s.weight is not None}
-    packed_copy(model, schemes)
-    fake_quantize_model(exact, schemes)
+    recipes = {n: r for n, r in recipes_of(model, mix).items() if r.packed}
+    swap_linears(model, list(recipes), lambda n, w, b: filled(w, recipes[n], b))
+    fake_quantize_model(exact, recipes)
     share_inputs(model)
     return [m.eval().requires_grad_(False) for m in (model, exact.double())]
 
@@ -84,7 +98,7 @@ def decode_logits(model, count=24, prompt=9, **options):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("mix", MIXES)
+@pytest.mark.parametrize("mix", [*MIXES, *MIXED])
 @pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3"])
 def test_steps_stray_no_further_than_the_modules_do(tmp_path, steps, kind, mix, dtype):
     model, exact = make(tmp_path, kind, mix, dtype)
@@ -110,16 +124,18 @@ def test_every_kind_of_rotary_embedding(tmp_path, steps, rope):
     assert (native - truth).abs().max() <= 2 * own
 
 
-def test_steps_with_every_instruction_set(tmp_path, isa, steps):
-    model, exact = make(tmp_path, "qwen3")
+@pytest.mark.parametrize("mix", ["weights", "slabs"])
+def test_steps_with_every_instruction_set(tmp_path, isa, steps, mix):
+    model, exact = make(tmp_path, "qwen3", mix)
     modules, truth = decode_logits(model), decode_logits(exact)
     use_decode_step(model)
     assert (decode_logits(model) - truth).abs().max() <= 2 * (modules - truth).abs().max()
     assert steps
 
 
-def test_steps_do_not_depend_on_threads(tmp_path):
-    model, _ = make(tmp_path, mix="activations", dtype=torch.bfloat16)
+@pytest.mark.parametrize("mix", ["activations", "slabs, activations"])
+def test_steps_do_not_depend_on_threads(tmp_path, mix):
+    model, _ = make(tmp_path, mix=mix, dtype=torch.bfloat16)
     use_decode_step(model)
     before = torch.get_num_threads()
     try:
@@ -135,7 +151,7 @@ def test_steps_do_not_depend_on_threads(tmp_path):
 def test_generate_gives_the_tokens_that_the_modules_give(steps, monkeypatch):
     source = open_source(str(demo.MODEL_DIR))
     model = source.load().float().eval().requires_grad_(False)
-    packed_copy(model, {n: s for n, s in schemes_of(model, "weights").items() if s.weight})
+    packed_copy(model, {n: s for n, s in recipes_of(model, "weights").items() if s.weight})
     tokenizer = AutoTokenizer.from_pretrained(demo.MODEL_DIR)
     inputs = tokenizer("def main(arguments):", return_tensors="pt")
     modules = model.generate(**inputs, max_new_tokens=200, do_sample=False)
@@ -298,6 +314,32 @@ def test_a_sliding_window_is_left_to_the_modules(tmp_path, steps):
     assert torch.equal(decode_logits(model), expected) and not steps
 
 
+def reverse_order(model):
+    linear = attention_of(model).q_proj
+    linear.order = linear.order.flip(0)
+
+
+def fewer_bits(model):
+    part = attention_of(model).q_proj.segments[1]
+    part.weight_scale = part.weight_scale - 1
+
+
+@pytest.mark.parametrize("change", [reverse_order, fewer_bits, lambda m: m.to(torch.bfloat16)])
+def test_steps_see_changes_of_mixed_linears(tmp_path, steps, change):
+    model, _ = make(tmp_path, mix="slabs")
+    use_decode_step(model)
+    before = decode_logits(model)
+    change(model)
+    other = copy.deepcopy(model)
+    del other.forward
+    taken = len(steps)
+    changed, expected = decode_logits(model), decode_logits(other)
+    assert len(steps) > taken and not torch.equal(changed, before)
+    torch.testing.assert_close(
+        changed, expected, rtol=0, atol=1e-4 + 0.1 * (model.dtype == torch.bfloat16)
+    )
+
+
 # --- within transformers --------------------------------------------------------------------------
 
 
@@ -354,3 +396,17 @@ def test_the_signature_of_forward_is_kept(tmp_path):
     before = inspect.signature(model.forward)
     use_decode_step(model)
     assert inspect.signature(model.forward) == before
+
+
+def test_a_tokenizer_for_stop_strings_changes_nothing(steps):
+    model = open_source(str(demo.MODEL_DIR)).load()
+    tokenizer = AutoTokenizer.from_pretrained(demo.MODEL_DIR)
+    inputs = tokenizer("def main(arguments):", return_tensors="pt")
+    options = {"max_new_tokens": 9, "do_sample": False, "eos_token_id": None}
+    expected = model.generate(**inputs, **options)
+    use_decode_step(model)
+    for more in ({}, {"stop_strings": "never to be seen"}):
+        assert torch.equal(
+            model.generate(**inputs, tokenizer=tokenizer, **options, **more), expected
+        )
+    assert len(steps) == 2 * 8

@@ -109,6 +109,8 @@ def test_a_step_is_captured_once_for_caches_of_one_size(tmp_path):
     assert (record.recorded, record.replayed) == (1, 3 * (NEW - 1))
     model.generate(prompt("cpu", rows=1), **OPTIONS)  # other shapes: once more
     assert record.recorded == 2
+    model.generate(prompt("cpu", rows=1), tokenizer=object(), **OPTIONS)  # as servers do
+    assert (record.recorded, record.replayed) == (2, 5 * (NEW - 1))
 
 
 def _static(model, length=16):

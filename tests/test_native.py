@@ -24,7 +24,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 NATIVE = ROOT / "tests" / "native"
-PROGRAMS = ["kernels_test", "decode_test", "fuzz", "races"]
+PROGRAMS = ["kernels_test", "mixed_test", "decode_test", "fuzz", "races"]
 OWN = [*PROGRAMS, "tsan_gomp"]
 # What a bad pointer reads or writes is AddressSanitizer's to find: checking pointers, too, would
 # take half as long again to compile.
@@ -158,10 +158,11 @@ def run(folder: Path, program: str, *arguments: object) -> subprocess.CompletedP
     return execute(command_line(folder / program, *arguments), folder)
 
 
-def test_kernels(sanitized: tuple[str, Path]) -> None:
+@pytest.mark.parametrize("program", ["kernels_test", "mixed_test"])
+def test_kernels(sanitized: tuple[str, Path], program: str) -> None:
     sanitizer, folder = sanitized
     # Races need work for several threads; comparing all numbers is the other sanitizer's part.
-    result = run(folder, "kernels_test", *(["--few"] if sanitizer == "tsan" else []))
+    result = run(folder, program, *(["--few"] if sanitizer == "tsan" else []))
     assert result.returncode == 0, result.stdout[-6000:]
 
 

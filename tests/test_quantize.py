@@ -31,6 +31,7 @@ def test_everything_is_written_and_the_report_tells_it(
     out = tmp_path / "out"
     assert entries(tmp_path) == ["out"]
     assert entries(out) == [
+        "README.md",
         "config.json",
         "generation_config.json",
         "model.safetensors",

@@ -9,6 +9,7 @@ import pytest
 import torch
 from tiny import KINDS, MOE_KINDS, make_model
 
+import mixbits
 from mixbits import checkpoint, options
 from mixbits.evaluate import sequence_kl
 from mixbits.fake import fake_quantize_model
@@ -71,7 +72,7 @@ def test_what_is_stored_is_what_ran(kind: str, method: str, tmp_path: Path) -> N
     modes = dict(zip(("weight_scale_mode", "act_scale_mode"), MODES, strict=True))
     written = checkpoint.save(tmp_path / "out", source, model, linears, chosen, modes, rounded)
     assert written == checkpoint.predicted_bytes(model, linears, chosen, source.dtype)
-    packed = checkpoint.load(tmp_path / "out", dtype=torch.float32)
+    packed = mixbits.load(tmp_path / "out", dtype=torch.float32)
     logits = packed(input_ids=ids, use_cache=False).logits
     expected = RoundedModel(streamed, linears, chosen, rounded).logits(ids)
     # Where activations are rounded, another order of summation may move one by a whole step.
@@ -99,7 +100,7 @@ def test_a_folded_order_changes_no_logit(kind: str, left_alone: str, tmp_path: P
         folder = tmp_path / f"folded {folded}"
         folder.mkdir()
         checkpoint.save(folder, source, model, linears, chosen, {})
-        packed = checkpoint.load(folder, dtype=torch.float32)
+        packed = mixbits.load(folder, dtype=torch.float32)
         assert any(n.endswith("down_proj.order") for n in packed.state_dict()) != folded
         logits.append(packed(input_ids=ids, use_cache=False).logits)
     # Where gate is plain, its product may be summed in another order, row by row.

@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import FORMATS, MX_FORMATS, format_id
 
+from mixbits import ops
 from mixbits.formats import Format
 from mixbits.reference import Quantized, dequantize, encode, fake_quantize, scales
 from mixbits.rounding import DAMPING, Curvature, gptq, retarget, search
@@ -122,6 +123,64 @@ def test_gptq_lowers_the_error_of_outputs(fmt):
             ((v - weight) @ tokens.T).square().mean() for v in (fake_quantize(weight, fmt), values)
         )
         assert after < 0.75 * before
+
+
+NATIVE_PARTS = {
+    "MXFP4": [(MXFP4, 172)],
+    "MXFP8, MXFP4": [(MXFP8, 64), (MXFP4, 108)],
+    "MXFP8E5M2": [(Format("e5m2", 32, scale_mode="rceil"), 172)],
+    "W4A16": [(INT4, 172)],
+    "W2A16G32ASYM, W8A16G64": [
+        (Format("int2", 32, symmetric=False), 96),
+        (Format("int8", 64), 76),
+    ],
+    "W4A16G32ASYM": [(Format("int4", 32, symmetric=False), 172)],
+}
+
+
+@pytest.mark.parametrize("rows", [1, 17, 200])
+@pytest.mark.parametrize("name", NATIVE_PARTS)
+def test_native_gptq_equals_its_slow_twin_to_the_bit(isa, name, rows):
+    x = inputs(300, 172)
+    curvature = Curvature(x.T @ x / 300)
+    weight = torch.randn(rows, 172) * 2.0 ** torch.randint(-30, 3, (rows, 1))
+    weight[0, :40] = 0
+    weight[-1, 50:60] = 1e-42  # subnormal
+    parts = NATIVE_PARTS[name]
+    expected = gptq(weight, curvature, parts)
+    found = gptq(weight, curvature, parts, ops.compensate_group)
+    for got, want in zip(found, expected, strict=True):
+        for a, b in zip(got, want, strict=True):
+            assert a is b is None or torch.equal(a, b)
+
+
+@pytest.mark.parametrize("fmt", [MXFP4, INT4], ids=format_id)
+def test_native_gptq_of_what_is_not_finite(isa, fmt):
+    weight = torch.randn(20, 64)
+    weight[3, 7], weight[9, 60] = torch.nan, torch.inf
+    weight[12] = 1e30  # beyond integers' scales
+    x = inputs(100, 64)
+    curvature = Curvature(x.T @ x / 100)
+    twin = dequantize(gptq(weight, curvature, [(fmt, 64)])[0], fmt)
+    found = dequantize(gptq(weight, curvature, [(fmt, 64)], ops.compensate_group)[0], fmt)
+    assert torch.equal(found.isnan(), twin.isnan()) and found.isnan()[[3, 9]].any(1).all()
+    torch.testing.assert_close(found, twin, rtol=0, atol=0, equal_nan=True)
+
+
+def test_native_gptq_does_not_depend_on_threads(isa):
+    x = inputs(300, 96)
+    curvature, weight = Curvature(x.T @ x / 300), torch.randn(200, 96)
+    before = torch.get_num_threads()
+    results = []
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        group = ops.compensate_group(
+            weight[:, 32:64], curvature.upper[32:64, 32:64], curvature.importance[32:64], MXFP4
+        )
+        results.append(group)
+    torch.set_num_threads(before)
+    assert torch.equal(results[0].codes, results[1].codes)
+    assert torch.equal(results[0].errors, results[1].errors)
 
 
 def test_gptq_with_inputs_that_are_always_zero():

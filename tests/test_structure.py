@@ -15,14 +15,15 @@ PACKAGE = Path(mixbits.__file__).parent
 ROOT = PACKAGE.parent
 # From the top down: a module imports only from lines below its own.
 LAYERS = [
-    {"quantize", "info", "export", "integrations"},
+    {"quantize", "info", "serve", "lm_eval", "export", "integrations"},
     {"findings"},
     {"stages"},
-    {"report_html"},
+    {"report_html", "card"},
     {"report", "gate"},
     {"evaluate"},
-    {"checkpoint"},
-    {"transformers_quantizer", "graphs", "decode", "pages"},
+    {"loading"},
+    {"transformers_quantizer"},
+    {"checkpoint", "graphs", "decode", "pages"},
     {"plan", "rounded"},
     {"scores"},
     {"sensitivity"},

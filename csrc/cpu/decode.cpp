@@ -47,24 +47,16 @@ double seconds_now() {
 
 // --- linears ------------------------------------------------------------------------------------
 
-Target make_target(const DecodeLinear& linear, int64_t columns, void* out) {
-  Format format = decode_format(linear.format);
-  return {{linear.codes, linear.scales, linear.zero_points, columns, format},
-          out,
-          linear.rows,
-          linear.activation,
-          decode_format(linear.activation)};
-}
-
-const Path* path_of(const DecodeLinear& linear, const Target& target, const Tokens& tokens) {
-  return linear.format ? choose_path(target, tokens, linear.int8_activations) : plain_path();
-}
-
 // A linear and where its result goes.
 struct Product {
   const DecodeLinear* linear;
   char* out;
 };
+
+// Bytes of a prepared token.
+int64_t stride_of(const Work& work) {
+  return round_up(work.path->token_bytes(work.target, work.tokens.columns), 64);
+}
 
 // What a thread needs to multiply with any linear of a model.
 struct Needs {
@@ -73,15 +65,23 @@ struct Needs {
   // Linears with the same input.
   template <int N>
   void add(const DecodeLinear* const (&linears)[N], int64_t width, int dtype) {
-    const Tokens tokens = {nullptr, 1, width, dtype};
+    const Input input = {nullptr, 1, width, dtype};
     int64_t bytes = 0;
     for (const DecodeLinear* linear : linears) {
-      const Target target = make_target(*linear, width, nullptr);
-      const Path* path = path_of(*linear, target, tokens);
-      // A token that the path cannot represent takes the float path.
-      bytes += round_up(
-          larger(path->token_bytes(target, width), float_path(1)->token_bytes(target, width)), 64);
-      scratch = larger(scratch, path->scratch_bytes(target, tokens));
+      Work works[kMaxSegments];
+      const int count = make_works(linear->linear, input, linear->int8_activations, works);
+      for (int i = 0; i < count; ++i) {
+        // A token that the path cannot represent takes the float path.
+        const Path* const paths[] = {works[i].path, float_path(1)};
+        int64_t token = 0;
+        for (const Path* path : paths) {
+          works[i].path = path;
+          token = larger(token, stride_of(works[i]));
+          // Several works in one job need no more than the one that needs most.
+          scratch = larger(scratch, make_job(works + i, 1, nullptr).scratch_bytes());
+        }
+        bytes += token;
+      }
     }
     prepared = larger(prepared, bytes);
     columns = larger(columns, width);
@@ -95,7 +95,7 @@ Needs needs_of(const DecodeModel& m) {
   Needs needs;
   for (const DecodeLayer* l = m.layers; l < m.layers + m.layer_count; ++l) {
     needs.add({&l->query, &l->key, &l->value}, m.hidden, m.dtype);
-    needs.add({&l->output}, l->query.rows, m.dtype);
+    needs.add({&l->output}, l->query.linear.rows, m.dtype);
     needs.add({&l->gate, &l->up}, m.hidden, m.dtype);
     needs.add({&l->down}, m.intermediate, m.dtype);
   }
@@ -173,7 +173,7 @@ struct Worker {
     multiply({{&l.query, rows.query}, {&l.key, rows.key}, {&l.value, rows.value}}, own.row,
              model.hidden);
     share(model.key_heads, [&](int64_t head) { attend_head(l, cache, head); });
-    multiply({{&l.output, rows.out}}, rows.attended, l.query.rows);
+    multiply({{&l.output, rows.out}}, rows.attended, l.query.linear.rows);
     add_output(l.output);
     normalize(l.attention_norm);
     multiply({{&l.gate, rows.gate}, {&l.up, rows.up}}, own.row, model.hidden);
@@ -215,28 +215,35 @@ struct Worker {
     add_row(own.residual, own.first, model.hidden, model.dtype);
   }
 
+  // Prepares the token for works[number], unless one before it has the same. Returns the bytes of
+  // `room` that it takes.
+  int64_t prepare(Work* works, int number, char* room) const {
+    Work& work = works[number];
+    for (;; work.path = float_path(1)) {
+      const Work* other = find_prepared(works, number, work);
+      work.prepared = other ? other->prepared : room;
+      work.stride = stride_of(work);
+      if (other) return 0;
+      if (work.path->prepare(work.target, work.tokens, 0, own.floats, room)) return work.stride;
+    }
+  }
+
   // x, a row of the model's dtype, times linears that share it.
   template <int N>
   void multiply(const Product (&products)[N], const char* x, int64_t columns) {
     const double start = me == 0 && args.multiplying ? seconds_now() : 0;
-    const Tokens tokens = {x, 1, columns, model.dtype};
-    Target targets[N];
+    const Input input = {x, 1, columns, model.dtype};
+    Work works[N * kMaxSegments];
     Job jobs[N];
     char* room = own.prepared;
     int64_t items = 0;
+    int done = 0;
     for (int i = 0; i < N; ++i) {
       const DecodeLinear& linear = *products[i].linear;
-      targets[i] = make_target(linear, columns, products[i].out);
-      const Path* path = path_of(linear, targets[i], tokens);
-      const Job* other = find_prepared(jobs, i, path, targets[i]);
-      if (!other && !path->prepare(targets[i], tokens, 0, own.floats, room)) {
-        path = float_path(1);
-        other = find_prepared(jobs, i, path, targets[i]);
-        if (!other) path->prepare(targets[i], tokens, 0, own.floats, room);
-      }
-      const int64_t stride = round_up(path->token_bytes(targets[i], columns), 64);
-      jobs[i] = make_job({&targets[i], &tokens, other ? other->work.prepared : room, stride}, path);
-      room += other ? 0 : stride;
+      Work* const first = works + done;
+      const int count = make_works(linear.linear, input, linear.int8_activations, first);
+      for (int j = 0; j < count; ++j, ++done) room += prepare(works, done, room);
+      jobs[i] = make_job(first, count, products[i].out);
       items += jobs[i].items;
     }
     deal_out(counters, items, threads, me,

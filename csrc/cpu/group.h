@@ -447,20 +447,29 @@ struct PackedRow {
   const uint8_t* zero_points;  // null for formats without
 };
 
-// A whole one; csrc/layout.h says where its bits are.
+// A whole one; csrc/layout.h says where its bits are. Sizes are of a row.
 struct PackedWeight {
   const uint8_t* codes;
   const uint8_t* scales;
   const uint8_t* zero_points;
   int64_t columns;
   Format format;
+  int64_t groups, code_bytes, scale_row_bytes, zero_point_bytes;
+
+  PackedWeight() = default;
+  // A format 0 stands for elements that were left alone, in no groups.
+  PackedWeight(const uint8_t* c, const uint8_t* s, const uint8_t* z, int64_t k, const Format& f)
+      : codes(c), scales(s), zero_points(z), columns(k), format(f) {
+    const int bits = element_bits(f.element);
+    groups = f.group_size ? group_count(k, f.group_size) : 0;
+    code_bytes = packed_bytes(k, bits);
+    scale_row_bytes = groups * scale_bytes(f.element);
+    zero_point_bytes = packed_bytes(groups, bits);
+  }
 
   PackedRow row(int64_t n) const {
-    const int bits = element_bits(format.element);
-    const int64_t groups = group_count(columns, format.group_size);
-    return {codes + n * packed_bytes(columns, bits),
-            scales + n * groups * scale_bytes(format.element),
-            zero_points ? zero_points + n * packed_bytes(groups, bits) : nullptr};
+    return {codes + n * code_bytes, scales + n * scale_row_bytes,
+            zero_points ? zero_points + n * zero_point_bytes : nullptr};
   }
 };
 

@@ -46,15 +46,47 @@ struct StatisticsArgs {
   int dtype, gradient_dtype, format_count;
 };
 
-// One of several weights that multiply the same x.
-struct MatmulTarget {
+// One group of columns of a weight, whose rows are `stride` numbers apart. Row j of the factor,
+// `factor_stride` numbers from the next, says from number j on how later columns make up for j.
+struct CompensateArgs {
+  const float* group;
+  const float* factor;
+  const float* importance;  // [columns]
+  uint8_t* codes;           // [rows, columns], a byte each
+  uint8_t* scales;          // [rows], as they are stored
+  uint8_t* zero_points;     // [rows], a byte each; null for formats without
+  float* errors;            // [rows, columns]
+  int64_t rows, stride, factor_stride;
+  int columns, format;  // columns up to the format's group size
+};
+
+// A packed weight [rows, columns] over consecutive ones of a linear's columns, in their order.
+struct PackedSegment {
   const uint8_t* codes;
   const uint8_t* scales;
   const uint8_t* zero_points;  // null for formats without
-  void* out;                   // [tokens, rows] of x's dtype
-  int64_t rows;
+  int64_t columns;
   int format;
   int activation;  // format of x, or 0 to leave it as it is
+};
+
+// A linear's weight: segments side by side, at most kMaxSegments. Their columns are those of x in
+// another order, where there is one, and then rotated 32 by 32, where they are:
+// mixbits/arrange.py.
+constexpr int kMaxSegments = 8;
+struct Linear {
+  const PackedSegment* segments;
+  int segment_count;
+  const void* order;  // [columns]: place i holds column order[i] of x; null for the natural one
+  int order_bytes;    // of an entry: 1, 2 or 4
+  bool rotated;
+  int64_t rows;
+};
+
+// One of several linears that multiply the same x.
+struct MatmulTarget {
+  Linear linear;
+  void* out;  // [tokens, rows] of x's dtype
 };
 
 struct MatmulArgs {
@@ -65,15 +97,11 @@ struct MatmulArgs {
   bool int8_activations;  // round what has no format to 8-bit integers: faster, not exact
 };
 
-// A linear of a model: packed, or left alone.
+// A linear of a model: packed, or left alone. Then it has one segment, whose format is 0 and whose
+// codes are the weight [rows, columns] of the model's dtype.
 struct DecodeLinear {
-  const uint8_t* codes;  // where format is 0, the weight [rows, columns] of the model's dtype
-  const uint8_t* scales;
-  const uint8_t* zero_points;  // null for formats without
-  const void* bias;            // [rows], or null
-  int64_t rows;
-  int format;
-  int activation;  // format of x, or 0 to leave it as it is
+  Linear linear;
+  const void* bias;  // [rows], or null
   bool int8_activations;
 };
 
@@ -119,6 +147,7 @@ struct Kernels {
   bool (*quantize_pack)(const PackArgs&);
   bool (*dequantize)(const DequantizeArgs&);
   bool (*statistics)(const StatisticsArgs&);
+  bool (*compensate_group)(const CompensateArgs&);
   bool (*packed_matmul)(const MatmulArgs&);
   // One new token of one sequence, through the whole model.
   bool (*decode_step)(const DecodeArgs&);

@@ -1,8 +1,11 @@
 // What the ways to multiply packed weights share.
 //
-// A path is one way: how a token is prepared, and how rows of a weight are multiplied with all
-// prepared tokens. matmul.cpp chooses a path per weight and call, prepares every token once per
-// path, and deals the rows of all weights out to the threads as items of work.
+// A linear is one packed weight or several, its segments, each over a run of its columns. A path
+// is one way to multiply a segment: how a token is prepared, and how rows of a weight are
+// multiplied with all prepared tokens. matmul.cpp chooses a path per segment and call, prepares
+// every token once per path and run of columns, and deals the rows of all linears out to the
+// threads as items of work. An item adds up the products of all segments in float32, and rounds
+// once.
 //
 //   path     tokens      activations                                     weights
 //   float    1-4, any    float32                                         float32
@@ -25,7 +28,6 @@ constexpr int kBlock = 32;  // columns that share an activation scale, in every 
 
 struct Target {
   PackedWeight weight;
-  void* out;
   int64_t rows;
   int activation_code;
   Format activation;  // meaningful where activation_code is not 0
@@ -34,30 +36,55 @@ struct Target {
 };
 
 // The tokens of one call, or a chunk of them.
-struct Tokens {
-  const char* x;
+struct Input {
+  const char* x;  // [count, columns] of dtype
   int64_t count, columns;
   int dtype;
-
-  const char* row(int64_t m) const { return x + m * columns * dtype_bytes(dtype); }
 };
 
-// A weight and tokens prepared for it.
+// What a segment sees of them: `columns` of a row from number `first` on, once the row is in order
+// and rotated.
+struct Tokens {
+  Input input;
+  int64_t count, columns, first;
+  const void* order;  // this and the next two as in Linear
+  int order_bytes;
+  bool rotated;
+  int dtype;  // what values are rounded to: the sums of a rotation are float32
+
+  // Token m as float32, filled up with zeros to whole vectors.
+  void load(int64_t m, float* out) const;
+  // Whether these are the same columns of one input.
+  bool equals(const Tokens& other) const;
+};
+
+struct Path;
+
+// A segment, the path that it takes, and tokens prepared for that.
 struct Work {
-  const Target* target;
-  const Tokens* tokens;
+  Target target;
+  Tokens tokens;
+  const Path* path;
   const char* prepared;  // [tokens, stride] bytes
   int64_t stride;
 };
+
+// Where products are added up: that of token m and row n at data[m * stride + n - first_row].
+struct Sums {
+  float* data;
+  int64_t stride;
+};
+constexpr int kSumRows = 32;  // a path may write so many rows, counted from any multiple of it
 
 struct Path {
   int64_t (*token_bytes)(const Target& target, int64_t columns);
   // Prepares token number m. False when this path cannot represent it; `floats` is a buffer for
   // padded_columns() of them.
   bool (*prepare)(const Target& target, const Tokens& tokens, int64_t m, float* floats, char* out);
-  int64_t (*scratch_bytes)(const Target& target, const Tokens& tokens);  // for one item
+  int64_t (*scratch_bytes)(const Target& target, const Tokens& tokens);  // for one call of multiply
+  // Rows of an item; with more than a few tokens, also how many multiply takes at most.
   int64_t (*item_rows)(const Target& target, const Tokens& tokens);
-  void (*multiply)(const Work& work, int64_t first_row, int64_t last_row, char* scratch);
+  void (*multiply)(const Work& work, int64_t first_row, int64_t last_row, Sums sums, char* scratch);
 };
 
 // The float path does everything; the others return null for what they do not.
@@ -68,18 +95,24 @@ const Path* gemm_path(const Target& target, const Tokens& tokens, bool int8_acti
 // For a weight [N, K] that was left alone: `codes` are its elements, of the tokens' dtype.
 const Path* plain_path();
 
-const Path* choose_path(const Target& target, const Tokens& tokens, bool int8_activations);
+// --- linears as works and jobs ------------------------------------------------------------------
 
-// One weight of a pass over several, in items of some rows.
+// Fills in a work, without prepared tokens, for every segment of a linear; returns their number.
+int make_works(const Linear& linear, const Input& input, bool int8_activations, Work* works);
+// The one of `count` works whose prepared tokens are what `work` needs, or null.
+const Work* find_prepared(const Work* works, int count, const Work& work);
+
+// A linear, in items of some rows.
 struct Job {
-  Work work;
-  const Path* path;
+  const Work* works;
+  int work_count;
+  void* out;  // [tokens, rows] of x's dtype
   int64_t item_rows, items;
+
+  int64_t scratch_bytes() const;  // for one item
 };
 
-Job make_job(const Work& work, const Path* path);
-// The one of `count` jobs whose prepared tokens are what `target` needs along `path`, or null.
-const Job* find_prepared(const Job* jobs, int count, const Path* path, const Target& target);
+Job make_job(const Work* works, int count, void* out);
 // Multiplies one of the items of all jobs, which are numbered in the order of the jobs.
 void multiply_item(const Job* jobs, int64_t item, char* scratch);
 
@@ -102,14 +135,40 @@ MB_INLINE bool has_special_scale(vb bytes) {
 #endif
 }
 
-template <int ELEMENT>
-MB_INLINE vf scale_vector(const uint8_t* bytes) {
-  if (!is_mx(ELEMENT)) return to_float(load_raw<vh>(bytes), kFloat16);
-  const vb packed = load_raw<vb>(bytes);
-  const vi byte = widen_bytes(packed), bits = byte << 23;
-  if (!has_special_scale(packed)) return bit_cast<vf>(bits);
+MB_INLINE vf e8m0_vector(vb bytes) {
+  const vi byte = widen_bytes(bytes), bits = byte << 23;
+  if (!has_special_scale(bytes)) return bit_cast<vf>(bits);
   const vi nan = byte == kNanScale, subnormal = splat_i(0x00400000);  // 2^-127
   return bit_cast<vf>(vi((bits > subnormal ? bits : subnormal) | (nan & subnormal)));
+}
+
+// kLanes scales as they are stored.
+template <int ELEMENT>
+MB_INLINE vf scale_vector(const uint8_t* bytes) {
+  return is_mx(ELEMENT) ? e8m0_vector(load_raw<vb>(bytes))
+                        : to_float(load_raw<vh>(bytes), kFloat16);
+}
+
+// The last scales of a row, fewer than kLanes; zeros beyond them.
+template <int ELEMENT>
+MB_INLINE vf last_scales(const uint8_t* bytes, int count) {
+#if defined(__AVX512F__)
+  const __mmask16 valid = __mmask16((1u << count) - 1);
+  if (is_mx(ELEMENT)) {
+    // Those that are not there are 1 at first: none is special.
+    const __m128i one = _mm_set1_epi8(127);
+    const vf all = e8m0_vector((vb)_mm_mask_loadu_epi8(one, valid, bytes));
+    return (vf)_mm512_maskz_mov_ps(valid, (__m512)all);
+  }
+  return to_float((vh)_mm256_maskz_loadu_epi16(valid, bytes), kFloat16);
+#else
+  constexpr int size = scale_bytes(ELEMENT);
+  uint8_t rest[kLanes * size] = {};
+  memcpy(rest, bytes, count * size);
+  vf all = scale_vector<ELEMENT>(rest);
+  for (int j = count; j < kLanes; ++j) all[j] = 0;
+  return all;
+#endif
 }
 
 // A row's scales as floats, with zeros up to a multiple of kLanes.
@@ -118,11 +177,7 @@ static void decode_scales(const uint8_t* bytes, int64_t count, float* out) {
   constexpr int size = scale_bytes(ELEMENT);
   int64_t i = 0;
   for (; i + kLanes <= count; i += kLanes) store(out + i, scale_vector<ELEMENT>(bytes + i * size));
-  if (i == count) return;
-  uint8_t rest[kLanes * size] = {};
-  memcpy(rest, bytes + i * size, (count - i) * size);
-  store(out + i, scale_vector<ELEMENT>(rest));
-  for (int64_t j = count; j < i + kLanes; ++j) out[j] = 0;
+  if (i < count) store(out + i, last_scales<ELEMENT>(bytes + i * size, int(count - i)));
 }
 
 // What codes are counted from, per group: zero points, or half the range.
@@ -138,19 +193,16 @@ constexpr int kAhead = 32 * 1024;
 
 // Prefetches the scales of rows as far ahead of row n as the dot paths prefetch codes. The hardware
 // sees too few of them at a time to do it.
-template <int ELEMENT, int ROWS>
+template <int ROWS>
 MB_INLINE void prefetch_scales(const PackedWeight& weight, int64_t n) {
-  const int64_t codes = packed_bytes(weight.columns, element_bits(ELEMENT));
-  const int64_t scales =
-      group_count(weight.columns, weight.format.group_size) * scale_bytes(ELEMENT);
-  const uint8_t* ahead = weight.row(n + ROWS + kAhead / codes).scales;
+  const int64_t scales = weight.scale_row_bytes;
+  const uint8_t* ahead = weight.row(n + ROWS + kAhead / weight.code_bytes).scales;
   for (int64_t at = 0; at < ROWS * scales; at += 64) __builtin_prefetch(ahead + at, 0, 2);
 }
 
 // Room for a row's scales, read a vector at a time from any group on.
 static inline int64_t padded_groups(const Target& target) {
-  const int64_t groups = group_count(target.weight.columns, target.weight.format.group_size);
-  return round_up(groups, kLanes) + kLanes;
+  return round_up(target.weight.groups, kLanes) + kLanes;
 }
 
 // Rows of an item for few tokens: some 64 KB, so that threads of unequal speed end together.

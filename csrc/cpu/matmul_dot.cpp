@@ -88,7 +88,7 @@ static bool prepare_step(const float* x, int blocks, Integers kind, const Target
 template <int BITS, int PIECES, int KIND>
 bool prepare(const Target& target, const Tokens& tokens, int64_t m, float* floats, char* out) {
   constexpr int columns = step_columns<BITS>();
-  load_row(tokens.row(m), tokens.columns, tokens.dtype, floats);
+  tokens.load(m, floats);
   const int64_t padded = round_up(tokens.columns, columns);
   memset(floats + tokens.columns, 0, (padded - tokens.columns) * sizeof(float));
   auto* step = reinterpret_cast<Step<BITS, PIECES>*>(out);
@@ -207,11 +207,11 @@ template <int ELEMENT, int PIECES, int M, int R, bool ZERO_POINTS, bool ONE_GROU
 static void multiply_rows(const Work& work, Rows rows, const uint8_t* tail, float (*sums)[R]) {
   constexpr int bits = element_bits(ELEMENT);
   using S = Step<bits, PIECES>;
-  const Groups<bits> groups(work.target->weight.format.group_size);
-  const int64_t whole = work.tokens->columns / S::kColumns;
+  const Groups<bits> groups(work.target.weight.format.group_size);
+  const int64_t whole = work.tokens.columns / S::kColumns;
   const S* x[M];
   for (int m = 0; m < M; ++m) {
-    const int64_t token = min64(m, work.tokens->count - 1);
+    const int64_t token = min64(m, work.tokens.count - 1);
     x[m] = reinterpret_cast<const S*>(work.prepared + token * work.stride);
   }
   vf total[M][R] = {};
@@ -223,7 +223,7 @@ static void multiply_rows(const Work& work, Rows rows, const uint8_t* tail, floa
     add_step<ELEMENT, PIECES, M, R, ZERO_POINTS, ONE_GROUP>(rows, groups.first(step), groups.spread,
                                                             x, step, total);
   }
-  if (whole * S::kColumns < work.tokens->columns) {
+  if (whole * S::kColumns < work.tokens.columns) {
     rows.codes = tail;
     rows.code_stride = kVector;
     add_step<ELEMENT, PIECES, M, R, ZERO_POINTS, ONE_GROUP>(rows, groups.first(whole),
@@ -234,24 +234,23 @@ static void multiply_rows(const Work& work, Rows rows, const uint8_t* tail, floa
   }
 }
 
-// R rows from row n on.
+// out += R rows from row n on, times the tokens.
 template <int ELEMENT, int PIECES, int M, int R>
-static void multiply_some(const Work& work, int64_t n, char* scratch) {
+static void multiply_some(const Work& work, int64_t n, Sums out, char* scratch) {
   constexpr int bits = element_bits(ELEMENT);
-  const Target& target = *work.target;
+  const Target& target = work.target;
   const int64_t width = padded_groups(target), columns = target.weight.columns;
-  const int64_t groups = group_count(columns, target.weight.format.group_size);
-  const int64_t bytes = packed_bytes(columns, bits);
+  const int64_t groups = target.weight.groups, bytes = target.weight.code_bytes;
   const int64_t whole = columns / step_columns<bits>() * kVector;
   float* scales = reinterpret_cast<float*>(scratch);
   int32_t* offsets = reinterpret_cast<int32_t*>(scales + R * width);
   alignas(64) uint8_t tail[R][kVector] = {};
-  prefetch_scales<ELEMENT, R>(target.weight, n);
+  prefetch_scales<R>(target.weight, n);
   for (int r = 0; r < R; ++r) {
     const PackedRow row = target.weight.row(n + r);
     decode_scales<ELEMENT>(row.scales, groups, scales + r * width);
     if (row.zero_points) decode_offsets(row, groups, bits, offsets + r * width);
-    memcpy(tail[r], row.codes + whole, bytes - whole);
+    if (whole < bytes) memcpy(tail[r], row.codes + whole, bytes - whole);
   }
   const Rows rows = {target.weight.row(n).codes, bytes, scales, offsets, width};
   float sums[M][R];
@@ -263,30 +262,34 @@ static void multiply_some(const Work& work, int64_t n, char* scratch) {
   } else {
     multiply_rows<ELEMENT, PIECES, M, R, false, false>(work, rows, tail[0], sums);
   }
-  for (int m = 0; m < M && m < work.tokens->count; ++m) {
-    for (int r = 0; r < R; ++r)
-      store_element(target.out, work.tokens->dtype, m * target.rows + n + r, sums[m][r]);
+  for (int m = 0; m < M && m < work.tokens.count; ++m) {
+    for (int r = 0; r < R; ++r) out.data[m * out.stride + r] += sums[m][r];
   }
 }
 
 template <int ELEMENT, int PIECES, int M, int R>
-static void multiply_item(const Work& work, int64_t first_row, int64_t last_row, char* scratch) {
-  const int64_t width = padded_groups(*work.target);
+static void multiply_item(const Work& work, int64_t first_row, int64_t last_row, Sums sums,
+                          char* scratch) {
+  const int64_t width = padded_groups(work.target);
   memset(scratch, 0, 2 * R * width * sizeof(float));  // beyond the last group of a row
   int64_t n = first_row;
-  for (; n + R <= last_row; n += R) multiply_some<ELEMENT, PIECES, M, R>(work, n, scratch);
-  for (; n < last_row; ++n) multiply_some<ELEMENT, PIECES, M, 1>(work, n, scratch);
+  for (; n + R <= last_row; n += R)
+    multiply_some<ELEMENT, PIECES, M, R>(work, n, {sums.data + n - first_row, sums.stride},
+                                         scratch);
+  for (; n < last_row; ++n)
+    multiply_some<ELEMENT, PIECES, M, 1>(work, n, {sums.data + n - first_row, sums.stride},
+                                         scratch);
 }
 
 template <int ELEMENT, int PIECES>
-void multiply(const Work& work, int64_t first_row, int64_t last_row, char* scratch) {
-  switch (work.tokens->count) {
+void multiply(const Work& work, int64_t first_row, int64_t last_row, Sums sums, char* scratch) {
+  switch (work.tokens.count) {
     case 1:
-      return multiply_item<ELEMENT, PIECES, 1, kMaxRows>(work, first_row, last_row, scratch);
+      return multiply_item<ELEMENT, PIECES, 1, kMaxRows>(work, first_row, last_row, sums, scratch);
     case 2:
-      return multiply_item<ELEMENT, PIECES, 2, 2>(work, first_row, last_row, scratch);
+      return multiply_item<ELEMENT, PIECES, 2, 2>(work, first_row, last_row, sums, scratch);
     default:
-      return multiply_item<ELEMENT, PIECES, 4, 2>(work, first_row, last_row, scratch);
+      return multiply_item<ELEMENT, PIECES, 4, 2>(work, first_row, last_row, sums, scratch);
   }
 }
 

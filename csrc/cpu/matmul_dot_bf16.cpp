@@ -63,22 +63,23 @@ MB_INLINE void add_step(const uint8_t* codes, int64_t code_stride, const float* 
   }
 }
 
-// R rows from row n on.
+// out += R rows from row n on, times the tokens.
 template <int ELEMENT, int M, int R>
-void multiply_some(const Work& work, const ByteTables& tables, int64_t n, float* scales) {
-  const Target& target = *work.target;
+void multiply_some(const Work& work, const ByteTables& tables, int64_t n, Sums out, float* scales) {
+  const Target& target = work.target;
   const int64_t columns = target.weight.columns, width = padded_groups(target);
   const int64_t whole = columns / kStep;
   alignas(64) uint8_t tail[R][kStep] = {};
-  prefetch_scales<ELEMENT, R>(target.weight, n);
+  prefetch_scales<R>(target.weight, n);
   for (int r = 0; r < R; ++r) {
     const PackedRow row = target.weight.row(n + r);
-    decode_scales<ELEMENT>(row.scales, group_count(columns, kBlock), scales + r * width);
-    memcpy(tail[r], row.codes + whole * kStep, columns - whole * kStep);
+    decode_scales<ELEMENT>(row.scales, target.weight.groups, scales + r * width);
+    if (whole * kStep < columns)
+      memcpy(tail[r], row.codes + whole * kStep, columns - whole * kStep);
   }
   const uint16_t* x[M];
   for (int m = 0; m < M; ++m) {
-    const int64_t token = min64(m, work.tokens->count - 1);
+    const int64_t token = min64(m, work.tokens.count - 1);
     x[m] = reinterpret_cast<const uint16_t*>(work.prepared + token * work.stride);
   }
   __m512 total[M][R] = {};
@@ -90,32 +91,33 @@ void multiply_some(const Work& work, const ByteTables& tables, int64_t n, float*
   }
   if (whole * kStep < columns)
     add_step<M, R>(tail[0], kStep, scales, width, tables, x, whole, total);
-  for (int m = 0; m < M && m < work.tokens->count; ++m) {
-    for (int r = 0; r < R; ++r)
-      store_element(target.out, work.tokens->dtype, m * target.rows + n + r,
-                    sum_lanes((vf)total[m][r]));
+  for (int m = 0; m < M && m < work.tokens.count; ++m) {
+    for (int r = 0; r < R; ++r) out.data[m * out.stride + r] += sum_lanes((vf)total[m][r]);
   }
 }
 
 template <int ELEMENT, int M, int R>
-void multiply_item(const Work& work, int64_t first_row, int64_t last_row, char* scratch) {
+void multiply_item(const Work& work, int64_t first_row, int64_t last_row, Sums sums,
+                   char* scratch) {
   static const ByteTables tables = byte_tables<ELEMENT>();
   float* scales = reinterpret_cast<float*>(scratch);
-  memset(scales, 0, R * padded_groups(*work.target) * sizeof(float));
+  memset(scales, 0, R * padded_groups(work.target) * sizeof(float));
   int64_t n = first_row;
-  for (; n + R <= last_row; n += R) multiply_some<ELEMENT, M, R>(work, tables, n, scales);
-  for (; n < last_row; ++n) multiply_some<ELEMENT, M, 1>(work, tables, n, scales);
+  for (; n + R <= last_row; n += R)
+    multiply_some<ELEMENT, M, R>(work, tables, n, {sums.data + n - first_row, sums.stride}, scales);
+  for (; n < last_row; ++n)
+    multiply_some<ELEMENT, M, 1>(work, tables, n, {sums.data + n - first_row, sums.stride}, scales);
 }
 
 template <int ELEMENT>
-void multiply(const Work& work, int64_t first_row, int64_t last_row, char* scratch) {
-  switch (work.tokens->count) {
+void multiply(const Work& work, int64_t first_row, int64_t last_row, Sums sums, char* scratch) {
+  switch (work.tokens.count) {
     case 1:
-      return multiply_item<ELEMENT, 1, kMaxRows>(work, first_row, last_row, scratch);
+      return multiply_item<ELEMENT, 1, kMaxRows>(work, first_row, last_row, sums, scratch);
     case 2:
-      return multiply_item<ELEMENT, 2, 2>(work, first_row, last_row, scratch);
+      return multiply_item<ELEMENT, 2, 2>(work, first_row, last_row, sums, scratch);
     default:
-      return multiply_item<ELEMENT, 4, 2>(work, first_row, last_row, scratch);
+      return multiply_item<ELEMENT, 4, 2>(work, first_row, last_row, sums, scratch);
   }
 }
 

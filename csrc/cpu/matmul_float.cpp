@@ -12,13 +12,12 @@ namespace mixbits {
 namespace MB_ISA {
 
 void float_token(const Target& target, const Tokens& tokens, int64_t m, float* out) {
-  const int size = dtype_bytes(tokens.dtype);
-  const char* in = tokens.row(m);
+  tokens.load(m, out);
+  const int64_t padded = round_up(tokens.columns, kRun);
+  memset(out + tokens.columns, 0, (padded - tokens.columns) * sizeof(float));
+  if (!target.activation_code) return;
   for (int64_t first = 0; first < tokens.columns; first += kRun) {
     const int count = int(min64(tokens.columns - first, kRun));
-    if (count < kRun) memset(out + first, 0, kRun * sizeof(float));
-    load_row(in + first * size, count, tokens.dtype, out + first);
-    if (!target.activation_code) continue;
     alignas(64) float q[kRun];
     alignas(64) char rounded[kRun * sizeof(float)];
     fake_run(out + first, q, int(round_up(count, target.activation.group_size)), target.activation);
@@ -54,16 +53,16 @@ const float* token(const Work& work, int64_t m) {
 // --- few tokens -----------------------------------------------------------------------------
 
 template <int ELEMENT, int M>
-void dot_row(const Work& work, int64_t n) {
+void dot_row(const Work& work, int64_t n, float* out, int64_t stride) {
   constexpr int bits = element_bits(ELEMENT);
-  const Target& target = *work.target;
+  const Target& target = work.target;
   const PackedRow row = target.weight.row(n);
   const int group_size = target.weight.format.group_size;
   // Two sums per token, so that one addition need not wait for the last.
   vf sums[M][2] = {};
   int64_t g = 0;
-  for (int64_t first = 0; first < work.tokens->columns; first += kRun) {
-    const int count = int(min64(work.tokens->columns - first, kRun));
+  for (int64_t first = 0; first < work.tokens.columns; first += kRun) {
+    const int count = int(min64(work.tokens.columns - first, kRun));
     RunBytes bytes;
     run_bytes<bits>(row, first, count, &bytes);
     for (int k = 0; k < count; k += group_size, ++g) {
@@ -80,33 +79,32 @@ void dot_row(const Work& work, int64_t n) {
       }
     }
   }
-  for (int m = 0; m < M; ++m)
-    store_element(target.out, work.tokens->dtype, m * target.rows + n,
-                  sum_lanes(sums[m][0] + sums[m][1]));
+  for (int m = 0; m < M; ++m) out[m * stride] += sum_lanes(sums[m][0] + sums[m][1]);
 }
 
 template <int ELEMENT>
-void dot_rows(const Work& work, int64_t first_row, int64_t last_row) {
+void dot_rows(const Work& work, int64_t first_row, int64_t last_row, Sums sums) {
   for (int64_t n = first_row; n < last_row; ++n) {
-    switch (work.tokens->count) {
+    float* out = sums.data + n - first_row;
+    switch (work.tokens.count) {
       case 1:
-        dot_row<ELEMENT, 1>(work, n);
+        dot_row<ELEMENT, 1>(work, n, out, sums.stride);
         break;
       case 2:
-        dot_row<ELEMENT, 2>(work, n);
+        dot_row<ELEMENT, 2>(work, n, out, sums.stride);
         break;
       case 3:
-        dot_row<ELEMENT, 3>(work, n);
+        dot_row<ELEMENT, 3>(work, n, out, sums.stride);
         break;
       default:
-        dot_row<ELEMENT, 4>(work, n);
+        dot_row<ELEMENT, 4>(work, n, out, sums.stride);
     }
   }
 }
 
-void multiply_few(const Work& work, int64_t first_row, int64_t last_row, char*) {
-  with_element(work.target->element(),
-               [&](auto tag) { dot_rows<decltype(tag)::value>(work, first_row, last_row); });
+void multiply_few(const Work& work, int64_t first_row, int64_t last_row, Sums sums, char*) {
+  with_element(work.target.element(),
+               [&](auto tag) { dot_rows<decltype(tag)::value>(work, first_row, last_row, sums); });
 }
 
 // --- many tokens ----------------------------------------------------------------------------
@@ -114,10 +112,11 @@ void multiply_few(const Work& work, int64_t first_row, int64_t last_row, char*) 
 // Columns that are summed on their own, so that fewer terms are added to a sum that is large.
 constexpr int64_t kSpan = 512;
 
-// M tokens times kTileN panel rows, all of k.
+// out += M tokens times kTileN panel rows, all of k.
 template <int M>
-void multiply_tile(const Work& work, const float* panel, int64_t m, int64_t n, int rows) {
-  const int64_t stride = work.stride / int64_t(sizeof(float)), columns = work.tokens->columns;
+void multiply_tile(const Work& work, const float* panel, int64_t m, int rows, float* out,
+                   int64_t out_stride) {
+  const int64_t stride = work.stride / int64_t(sizeof(float)), columns = work.tokens.columns;
   const float* x = token(work, m);
   vf sums[M][kTileN] = {};
   for (int64_t first = 0; first < columns; first += kSpan) {
@@ -134,36 +133,35 @@ void multiply_tile(const Work& work, const float* panel, int64_t m, int64_t n, i
       for (int j = 0; j < kTileN; ++j) sums[i][j] += parts[i][j];
   }
   for (int i = 0; i < M; ++i) {
-    for (int j = 0; j < rows; ++j)
-      store_element(work.target->out, work.tokens->dtype, (m + i) * work.target->rows + n + j,
-                    sum_lanes(sums[i][j]));
+    for (int j = 0; j < rows; ++j) out[i * out_stride + j] += sum_lanes(sums[i][j]);
   }
 }
 
-void multiply_panel(const Work& work, const float* panel, int64_t first, int64_t rows) {
+void multiply_panel(const Work& work, const float* panel, int64_t rows, Sums sums) {
   const int64_t stride = work.stride / int64_t(sizeof(float));
-  for (int64_t m = 0; m < work.tokens->count; m += kTileM) {
+  for (int64_t m = 0; m < work.tokens.count; m += kTileM) {
     for (int64_t j = 0; j < rows; j += kTileN) {
       const float* w = panel + j * stride;
       const int tile_rows = int(min64(rows - j, kTileN));
-      switch (min64(work.tokens->count - m, kTileM)) {
+      float* out = sums.data + m * sums.stride + j;
+      switch (min64(work.tokens.count - m, kTileM)) {
         case 1:
-          multiply_tile<1>(work, w, m, first + j, tile_rows);
+          multiply_tile<1>(work, w, m, tile_rows, out, sums.stride);
           break;
         case 2:
-          multiply_tile<2>(work, w, m, first + j, tile_rows);
+          multiply_tile<2>(work, w, m, tile_rows, out, sums.stride);
           break;
         case 3:
-          multiply_tile<3>(work, w, m, first + j, tile_rows);
+          multiply_tile<3>(work, w, m, tile_rows, out, sums.stride);
           break;
         case 4:
-          multiply_tile<4>(work, w, m, first + j, tile_rows);
+          multiply_tile<4>(work, w, m, tile_rows, out, sums.stride);
           break;
         case 5:
-          multiply_tile<5>(work, w, m, first + j, tile_rows);
+          multiply_tile<5>(work, w, m, tile_rows, out, sums.stride);
           break;
         default:
-          multiply_tile<6>(work, w, m, first + j, tile_rows);
+          multiply_tile<6>(work, w, m, tile_rows, out, sums.stride);
       }
     }
   }
@@ -181,16 +179,17 @@ void decode_panel(const PackedWeight& weight, int64_t first, int64_t rows, int64
   }
 }
 
-void multiply_many(const Work& work, int64_t first_row, int64_t last_row, char* scratch) {
+void multiply_many(const Work& work, int64_t first_row, int64_t last_row, Sums sums,
+                   char* scratch) {
   const int64_t stride = work.stride / int64_t(sizeof(float));
   float* panel = reinterpret_cast<float*>(scratch);
   // A tile beyond the last row reads what lies there, and its sums are dropped.
   const int64_t rows = last_row - first_row, tiled = round_up(rows, kTileN);
   memset(panel + rows * stride, 0, (tiled - rows) * work.stride);
-  with_element(work.target->element(), [&](auto tag) {
-    decode_panel<decltype(tag)::value>(work.target->weight, first_row, rows, stride, panel);
+  with_element(work.target.element(), [&](auto tag) {
+    decode_panel<decltype(tag)::value>(work.target.weight, first_row, rows, stride, panel);
   });
-  multiply_panel(work, panel, first_row, rows);
+  multiply_panel(work, panel, rows, sums);
 }
 
 // A multiple of kTileN, of about kPanelBytes, and enough panels for a few threads.

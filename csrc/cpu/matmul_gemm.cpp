@@ -30,7 +30,7 @@ const Path* gemm_path(const Target&, const Tokens&, bool) { return nullptr; }
 
 namespace {
 
-constexpr int kPanelRows = 32;
+constexpr int kPanelRows = kSumRows;
 constexpr int kChunkBlocks = 128;  // a panel has this many blocks of 32 columns at a time
 constexpr int kTileM = 6;          // 12 sums, 12 totals and operands fill the 32 registers
 constexpr int kRowVectors = kPanelRows / 16;
@@ -92,7 +92,7 @@ MB_INLINE int32_t store_integers(const int32_t* values, int32_t* out) {
 template <class A, int BITS, int KIND>
 bool prepare_integers(const Target& target, const Tokens& tokens, int64_t m, float* floats,
                       char* out) {
-  load_row(tokens.row(m), tokens.columns, tokens.dtype, floats);
+  tokens.load(m, floats);
   const int64_t blocks = group_count(tokens.columns, kBlock);
   memset(floats + tokens.columns, 0, (blocks * kBlock - tokens.columns) * sizeof(float));
   const Token<A> token(out, blocks);
@@ -121,7 +121,6 @@ struct Panel {
   float* scales;     // [blocks][kPanelRows]
   int32_t* offsets;  // [groups][kPanelRows], each twice in 16 bits; only with zero points
   float* rows;       // [16][blocks], the scales of 16 rows
-  float* totals;     // [tokens][kPanelRows]
 };
 
 template <class A>
@@ -138,7 +137,6 @@ Panel lay_out(char* p, int64_t padded_blocks, int64_t* bytes) {
   panel.scales = reinterpret_cast<float*>(take(padded_blocks * kPanelRows * 4));
   panel.offsets = reinterpret_cast<int32_t*>(take(padded_blocks * kPanelRows * 4));
   panel.rows = reinterpret_cast<float*>(take(padded_blocks * 16 * 4));
-  panel.totals = reinterpret_cast<float*>(p);
   *bytes = p - start;
   return panel;
 }
@@ -149,7 +147,7 @@ template <class A>
 int64_t scratch_bytes(const Target&, const Tokens& tokens) {
   int64_t bytes;
   lay_out<A>(nullptr, padded_blocks(tokens.columns), &bytes);
-  return bytes + tokens.count * kPanelRows * int64_t(sizeof(float));
+  return bytes;
 }
 
 // The scales of 16 rows, per block -> [block][kPanelRows].
@@ -225,24 +223,25 @@ void decode_panel(const Target& target, int64_t first, int64_t last, int64_t fir
 
 // --- multiplication -----------------------------------------------------------------------------
 
-// totals[M][kPanelRows] += M tokens times the panel's blocks, which are `first` and following.
+// sums += M tokens times the panel's blocks, which are `first` and following.
 template <class A, int M>
-void multiply_tile(const Work& work, int64_t m, const Panel& panel, int64_t first, int64_t blocks) {
+void multiply_tile(const Work& work, int64_t m, const Panel& panel, int64_t first, int64_t blocks,
+                   Sums sums) {
   constexpr int dwords = block_dwords<A>();
-  const int64_t all = group_count(work.tokens->columns, kBlock);
+  const int64_t all = group_count(work.tokens.columns, kBlock);
   const int32_t* x[M];
   const int64_t scales_at = all * dwords, starts_at = scales_at + all;
   for (int i = 0; i < M; ++i) {
     x[i] = Token<A>(work.prepared + (m + i) * work.stride, all).dwords;
   }
-  float* totals = panel.totals + m * kPanelRows;
+  float* totals = sums.data + m * sums.stride;
   __m512 total[M][kRowVectors];
   for (int i = 0; i < M; ++i) {
     for (int v = 0; v < kRowVectors; ++v)
-      total[i][v] = _mm512_loadu_ps(totals + i * kPanelRows + v * 16);
+      total[i][v] = _mm512_loadu_ps(totals + i * sums.stride + v * 16);
   }
   // bfloat16 tokens have no scale, so a sum may go on to the end of a group.
-  const int group = A::kScaledTokens ? 1 : work.target->weight.format.group_size / kBlock;
+  const int group = A::kScaledTokens ? 1 : work.target.weight.format.group_size / kBlock;
   const __m512i* w = panel.dwords;
   typename A::Sum sum[M][kRowVectors];
   bool begin = true;
@@ -268,56 +267,51 @@ void multiply_tile(const Work& work, int64_t m, const Panel& panel, int64_t firs
   }
   for (int i = 0; i < M; ++i) {
     for (int v = 0; v < kRowVectors; ++v)
-      _mm512_storeu_ps(totals + i * kPanelRows + v * 16, total[i][v]);
+      _mm512_storeu_ps(totals + i * sums.stride + v * 16, total[i][v]);
   }
 }
 
 template <class A>
-void multiply_tokens(const Work& work, const Panel& panel, int64_t first, int64_t blocks) {
+void multiply_tokens(const Work& work, const Panel& panel, int64_t first, int64_t blocks,
+                     Sums sums) {
   // Tiles of nearly equal height, rather than a last one that is nearly empty.
-  const int64_t tiles = (work.tokens->count + kTileM - 1) / kTileM;
+  const int64_t tiles = (work.tokens.count + kTileM - 1) / kTileM;
   for (int64_t tile = 0; tile < tiles; ++tile) {
-    const int64_t m = tile * work.tokens->count / tiles;
-    switch ((tile + 1) * work.tokens->count / tiles - m) {
+    const int64_t m = tile * work.tokens.count / tiles;
+    switch ((tile + 1) * work.tokens.count / tiles - m) {
       case 1:
-        multiply_tile<A, 1>(work, m, panel, first, blocks);
+        multiply_tile<A, 1>(work, m, panel, first, blocks, sums);
         break;
       case 2:
-        multiply_tile<A, 2>(work, m, panel, first, blocks);
+        multiply_tile<A, 2>(work, m, panel, first, blocks, sums);
         break;
       case 3:
-        multiply_tile<A, 3>(work, m, panel, first, blocks);
+        multiply_tile<A, 3>(work, m, panel, first, blocks, sums);
         break;
       case 4:
-        multiply_tile<A, 4>(work, m, panel, first, blocks);
+        multiply_tile<A, 4>(work, m, panel, first, blocks, sums);
         break;
       case 5:
-        multiply_tile<A, 5>(work, m, panel, first, blocks);
+        multiply_tile<A, 5>(work, m, panel, first, blocks, sums);
         break;
       default:
-        multiply_tile<A, kTileM>(work, m, panel, first, blocks);
+        multiply_tile<A, kTileM>(work, m, panel, first, blocks, sums);
     }
   }
 }
 
 template <class A, int ELEMENT>
-void multiply(const Work& work, int64_t first_row, int64_t last_row, char* scratch) {
-  const Target& target = *work.target;
-  const int64_t blocks = group_count(work.tokens->columns, kBlock);
+void multiply(const Work& work, int64_t first_row, int64_t last_row, Sums sums, char* scratch) {
+  const Target& target = work.target;
+  const int64_t blocks = group_count(work.tokens.columns, kBlock);
   int64_t bytes;
-  const Panel panel = lay_out<A>(scratch, padded_blocks(work.tokens->columns), &bytes);
+  const Panel panel = lay_out<A>(scratch, padded_blocks(work.tokens.columns), &bytes);
   static const Decoder<A, ELEMENT> decoder;
   decode_panel_scales<ELEMENT>(target, first_row, last_row, panel);
-  memset(panel.totals, 0, work.tokens->count * kPanelRows * sizeof(float));
   for (int64_t first = 0; first < blocks; first += kChunkBlocks) {
     const int64_t count = min64(blocks - first, kChunkBlocks);
     decode_panel<A, ELEMENT>(target, first_row, last_row, first, count, decoder, panel);
-    multiply_tokens<A>(work, panel, first, count);
-  }
-  const int size = dtype_bytes(work.tokens->dtype);
-  for (int64_t m = 0; m < work.tokens->count; ++m) {
-    store_row(panel.totals + m * kPanelRows, last_row - first_row, work.tokens->dtype,
-              static_cast<char*>(target.out) + (m * target.rows + first_row) * size);
+    multiply_tokens<A>(work, panel, first, count, sums);
   }
 }
 

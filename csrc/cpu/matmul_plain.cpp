@@ -14,7 +14,7 @@ int64_t token_bytes(const Target&, int64_t columns) {
 }
 
 bool prepare(const Target&, const Tokens& tokens, int64_t m, float*, char* out) {
-  load_row(tokens.row(m), tokens.columns, tokens.dtype, reinterpret_cast<float*>(out));
+  tokens.load(m, reinterpret_cast<float*>(out));
   return true;
 }
 
@@ -51,10 +51,10 @@ void dot_rows(const char* row, int64_t bytes, const float* x, int64_t columns, f
 }
 
 template <int DTYPE>
-void multiply_as(const Work& work, int64_t first_row, int64_t last_row) {
-  const int64_t columns = work.tokens->columns, bytes = columns * dtype_bytes(DTYPE);
+void multiply_as(const Work& work, int64_t first_row, int64_t last_row, float* out) {
+  const int64_t columns = work.tokens.columns, bytes = columns * dtype_bytes(DTYPE);
   const float* x = reinterpret_cast<const float*>(work.prepared);
-  const char* weight = reinterpret_cast<const char*>(work.target->weight.codes);
+  const char* weight = reinterpret_cast<const char*>(work.target.weight.codes);
   for (int64_t n = first_row; n < last_row;) {
     float sums[kRows];
     const bool several = n + kRows <= last_row;
@@ -63,14 +63,14 @@ void multiply_as(const Work& work, int64_t first_row, int64_t last_row) {
     } else {
       dot_rows<DTYPE, 1>(weight + n * bytes, bytes, x, columns, sums);
     }
-    for (int r = 0; r < (several ? kRows : 1); ++r)
-      store_element(work.target->out, DTYPE, n++, sums[r]);
+    for (int r = 0; r < (several ? kRows : 1); ++r) out[n++ - first_row] += sums[r];
   }
 }
 
-void multiply(const Work& work, int64_t first_row, int64_t last_row, char*) {
-  with_dtype(work.tokens->dtype,
-             [&](auto tag) { multiply_as<decltype(tag)::value>(work, first_row, last_row); });
+void multiply(const Work& work, int64_t first_row, int64_t last_row, Sums sums, char*) {
+  with_dtype(work.tokens.dtype, [&](auto tag) {
+    multiply_as<decltype(tag)::value>(work, first_row, last_row, sums.data);
+  });
 }
 
 int64_t no_scratch(const Target&, const Tokens&) { return 0; }

@@ -6,8 +6,10 @@
     fisher_statistics(weight, row_weight, column_weight, formats)
     gradient_statistics(weight, gradient, formats)
     packed_matmul(x, packed, fmt, activation), or, to do several at a time,
-    packed_matmuls(x, operands, int8_activations)
+    packed_matmuls(x, operands, int8_activations), operands being `Operand`s and `Mix`es
     square_sums(x, formats)                optional: else made of fake_quantize
+    compensate_group(group, factor, importance, fmt)
+                                           optional: else that of mixbits.rounding
     explain_matmul(fmt, m, n, k, dtype)    optional: which way a product would take, in words
 
 Tensors arrive checked, contiguous and on one device. What an operation means is said once, in

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from ..formats import MX_GROUP, Format, UsageError
-from ..pack import Packed, packed_spec
+from ..pack import Mix, Operand, Packed, packed_spec
+from ..rounding import Group
 
 DTYPE_NUMBERS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # csrc/formats.h, Dtype
 
@@ -133,30 +134,57 @@ def gradient_statistics(weight: Tensor, gradient: Tensor, formats: Sequence[Form
     return out
 
 
+def compensate_group(group: Tensor, factor: Tensor, importance: Tensor, fmt: Format) -> Group:
+    """As `mixbits.rounding.compensate_group`, to the bit."""
+    rows, columns = group.shape
+    codes = torch.empty((rows, columns), dtype=torch.uint8)
+    scale = torch.empty((rows, 1), dtype=torch.uint8 if fmt.is_mx else torch.float16)
+    zero_point = None if fmt.symmetric else torch.empty((rows, 1), dtype=torch.uint8)
+    errors = torch.empty((rows, columns), dtype=torch.float32)
+    inputs = (group.data_ptr(), factor.data_ptr(), importance.data_ptr())
+    outputs = (*_pointers(Packed(codes, scale, zero_point)), errors.data_ptr())
+    sizes = (rows, group.stride(0), factor.stride(0), columns, fmt.code)
+    _native.compensate_group(*inputs, *outputs, *sizes)
+    return Group(codes, scale, zero_point, errors)
+
+
+def linear_numbers(operand: Operand | Mix, columns: int) -> list[int]:
+    """A packed linear of K = `columns` as csrc/bindings.cpp reads it."""
+    if isinstance(operand, Mix):
+        segments, widths, order, rotated = operand
+    else:
+        segments, widths, order, rotated = (operand,), (columns,), None, False
+    place, entry = (0, 0) if order is None else (order.data_ptr(), order.element_size())
+    numbers = [place, entry, int(rotated), segments[0].out_features, len(segments)]
+    for (packed, fmt, activation), width in zip(segments, widths, strict=True):
+        code = 0 if activation is None else activation.code
+        numbers += (*_pointers(packed), width, fmt.code, code)
+    return numbers
+
+
+def plain_numbers(weight: Tensor) -> list[int]:
+    """The same for a weight [N, K] that was left alone, of the model's dtype: its format is 0."""
+    rows, columns = weight.shape
+    return [0, 0, 0, rows, 1, weight.data_ptr(), 0, 0, columns, 0, 0]
+
+
 def packed_matmuls(
-    x: Tensor, operands: Sequence[tuple[Packed, Format, Format | None]], int8_activations: bool
+    x: Tensor, operands: Sequence[Operand | Mix], int8_activations: bool
 ) -> list[Tensor]:
     """x [M, K] times each packed weight [N_i, K] -> [M, N_i], in one call.
 
-    An operand is a packed weight, its format, and that of x or None. Operands of one kind share
-    the tokens that are prepared for them. `int8_activations` lets tokens that have no format
-    become 8-bit integers, 32 of them with one scale.
+    All that see the same columns of x in one way share the tokens that are prepared for them.
+    `int8_activations` lets tokens that have no format become 8-bit integers, 32 of them with one
+    scale.
     """
     tokens, columns = x.shape
     outs: list[Tensor] = []
     targets: list[int] = []
-    for (codes, scale, zero_point), fmt, activation in operands:
-        out = torch.empty((tokens, codes.shape[0]), dtype=x.dtype)
+    for operand in operands:
+        out = torch.empty((tokens, operand.out_features), dtype=x.dtype)
         outs.append(out)
-        targets += (
-            codes.data_ptr(),
-            scale.data_ptr(),
-            0 if zero_point is None else zero_point.data_ptr(),
-            out.data_ptr(),
-            codes.shape[0],
-            fmt.code,
-            0 if activation is None else activation.code,
-        )
+        targets.append(out.data_ptr())
+        targets += linear_numbers(operand, columns)
     _native.packed_matmul(
         x.data_ptr(), tokens, columns, DTYPE_NUMBERS[x.dtype], int8_activations, targets
     )
@@ -176,11 +204,9 @@ def decoder(
 
     Of a layer, norms are the addresses of RMSNorm's weights: of the input, after attention, of
     queries and of keys (0 without). Linears are query, key, value, output, gate, up and down, each
-    in eight numbers: addresses of codes, scales, zero points and bias (0 without), N, the format's
-    code, the activation's (0: as it is), and whether activations may become 8-bit integers. A
-    linear of format 0 was left alone: its codes are a weight [N, K] of `dtype`. `sizes` are those
-    of the hidden and of the intermediate state, key heads, query heads per key head, and a head's
-    width.
+    in numbers: the address of its bias (0 without), whether activations may become 8-bit integers,
+    and `linear_numbers`, or `plain_numbers` of one that was left alone. `sizes` are those of the
+    hidden and of the intermediate state, key heads, query heads per key head, and a head's width.
     """
     scaling = sizes[-1] ** -0.5
     return _native.Decoder(

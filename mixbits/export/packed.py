@@ -13,11 +13,12 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from ..arrange import arrangement_of
-from ..checkpoint import TensorSpec, check_order, check_tensors
+from ..checkpoint import TensorSpec, check_files, plain_dtype, tensor_specs
 from ..formats import Assignment, Format, Mixed, Recipe, Scheme, UsageError
 from ..linear import pack_weight, packed_values
-from ..model import CausalLM, LinearInfo
+from ..model import CausalLM, LinearInfo, find_linears, meta_model
 from ..pack import Packed
+from ..source import open_source
 from ..targets import Fit
 from ..transformers_quantizer import read_config
 
@@ -36,10 +37,14 @@ class PackedModel:
     @classmethod
     def open(cls, folder: Path) -> PackedModel:
         """Raises UsageError if the folder is no checkpoint of ours, or not whole."""
-        recipes = read_config(folder).recipes()
-        shapes, linears, specs = check_tensors(folder, recipes, trust_remote_code=False)
+        config = read_config(folder)
+        recipes, source = config.recipes(), open_source(str(folder), quantized=True)
+        shapes = meta_model(source.config)
+        check_files(shapes, recipes, source.weight_files(), config.to_dict())
+        linears = find_linears(shapes, include_head=True)
+        specs = tensor_specs(shapes, linears, recipes, plain_dtype(folder))
         files = {}
-        for path in sorted(folder.glob("*.safetensors")):
+        for path in source.weight_files():
             with safe_open(path, framework="pt") as file:
                 files.update(dict.fromkeys(file.keys(), path))
         infos = {info.name: info for info in linears}
@@ -83,7 +88,6 @@ class PackedModel:
         if not isinstance(recipe, Mixed) or recipe.order is None:
             return recipe
         order = self.tensor(f"{name}.order")
-        check_order(name, order, self.path)
         return replace(recipe, order=tuple(order.tolist()))
 
 

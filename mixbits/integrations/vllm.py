@@ -31,8 +31,8 @@ from vllm.model_executor.utils import set_weight_attrs
 
 from ..formats import BF16, Assignment, Mixed, Recipe, UsageError
 from ..linear import MixedLinear, PackedLinear
-from ..pack import LAYOUT, recipe_spec
-from ..recipes import parse_recipe
+from ..pack import recipe_spec
+from ..transformers_quantizer import MixbitsConfig
 
 _ALIGNMENT = 64  # bytes: kernels read whole vectors
 
@@ -143,6 +143,9 @@ def _module(recipe: Recipe, rows: int, columns: int, tensors: Mapping[str, Tenso
         linear.weight = nn.Parameter(tensors["weight"], requires_grad=False)
         return linear
     if isinstance(recipe, Mixed):
+        order = tensors.get("order")
+        if order is not None and order.sort().values.tolist() != list(range(columns)):
+            raise UsageError(f"an order must hold each of {columns} columns once")
         linear = MixedLinear(rows, recipe, device="meta")
     else:
         linear = PackedLinear(columns, rows, recipe, device="meta")
@@ -286,10 +289,7 @@ class MixbitsVllmConfig(QuantizationConfig):
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> MixbitsVllmConfig:
         """Raises UsageError for a layout that is not ours, and for packed experts."""
-        if config.get("layout") != LAYOUT or not isinstance(config.get("modules"), dict):
-            raise UsageError(f"this mixbits reads checkpoints of layout {LAYOUT}: got {config}")
-        modes: Any = (config["weight_scale_mode"], config["act_scale_mode"])
-        recipes = {n: parse_recipe(value, *modes) for n, value in config["modules"].items()}
+        recipes = MixbitsConfig(**config).recipes()
         experts = [name for name in recipes if ".experts." in name]
         if experts:
             raise UsageError(

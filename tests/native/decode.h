@@ -15,22 +15,22 @@ struct Sizes {
 };
 
 struct TestLinear {
-  Weight packed;
+  Segments packed;    // without weights where it is plain
   Bytes plain, bias;  // empty where there is none
-  int64_t rows = 0;
-  int activation = 0;
+  int64_t rows = 0, columns = 0;
   bool int8 = false;
 
-  bool is_plain() const { return packed.format == 0; }
-  DecodeLinear get() const {
-    return {is_plain() ? plain.data() : packed.codes.data(),
-            is_plain() ? nullptr : packed.scales.data(),
-            is_plain() ? nullptr : packed.zero_points_or_null(),
-            bias.size() ? bias.data() : nullptr,
-            rows,
-            packed.format,
-            activation,
-            int8};
+  bool is_plain() const { return packed.weights.empty(); }
+  // The result points into `list`.
+  DecodeLinear get(std::vector<PackedSegment>* list) const {
+    Linear linear;
+    if (is_plain()) {
+      list->push_back({plain.data(), nullptr, nullptr, columns, 0, 0});
+      linear = {list->data(), 1, nullptr, 0, false, rows};
+    } else {
+      linear = packed.get(list);
+    }
+    return {linear, bias.size() ? bias.data() : nullptr, int8};
   }
 };
 
@@ -39,14 +39,12 @@ struct TestLayer {
   TestLinear query, key, value, output, gate, up, down;
   Bytes keys, values;  // [key_heads, capacity, width]
 
-  DecodeLayer get() const {
+  // The result points into `lists`, of seven.
+  DecodeLayer get(std::vector<PackedSegment>* lists) const {
     const auto or_null = [](const Bytes& b) { return b.size() ? b.data() : nullptr; };
-    return {input_norm.data(),   attention_norm.data(),
-            or_null(query_norm), or_null(key_norm),
-            query.get(),         key.get(),
-            value.get(),         output.get(),
-            gate.get(),          up.get(),
-            down.get()};
+    return {input_norm.data(),   attention_norm.data(), or_null(query_norm),  or_null(key_norm),
+            query.get(lists),    key.get(lists + 1),    value.get(lists + 2), output.get(lists + 3),
+            gate.get(lists + 4), up.get(lists + 5),     down.get(lists + 6)};
   }
 };
 
@@ -70,8 +68,9 @@ struct TestModel {
     std::vector<DecodeLayer> list;
     std::vector<DecodeCache> caches;
     Outcome out;
+    std::vector<std::vector<PackedSegment>> segments(layers.size() * 7 + 1);
     for (const TestLayer& layer : layers) {
-      list.push_back(layer.get());
+      list.push_back(layer.get(segments.data() + list.size() * 7));
       for (const Bytes* from : {&layer.keys, &layer.values}) {
         out.caches.emplace_back(from->size(), pattern & 1);
         memcpy(out.caches.back().data(), from->data(), size_t(from->size()));
@@ -79,10 +78,18 @@ struct TestModel {
     }
     for (size_t i = 0; i < out.caches.size(); i += 2)
       caches.push_back({out.caches[i].data(), out.caches[i + 1].data(), capacity()});
-    const DecodeModel model = {
-        list.data(), norm.data(),  head.get(), n.hidden, n.intermediate,
-        n.key_heads, n.group,      n.width,    1e-5f,    1.0f / sqrtf(float(n.width)),
-        dtype,       int(n.layers)};
+    const DecodeModel model = {list.data(),
+                               norm.data(),
+                               head.get(&segments.back()),
+                               n.hidden,
+                               n.intermediate,
+                               n.key_heads,
+                               n.group,
+                               n.width,
+                               1e-5f,
+                               1.0f / sqrtf(float(n.width)),
+                               dtype,
+                               int(n.layers)};
     out.logits = Bytes(n.vocab * dtype_size(dtype), pattern & 1);
     out.logits.fill(pattern);
     double seconds = 0;
@@ -164,12 +171,40 @@ class SlowStep {
     return out;
   }
   Row multiply(const TestLinear& linear, const Row& x) const {
-    const Row w = linear.is_plain() ? row(linear.plain) : weight_values(linear.packed);
     Row out(linear.rows);
-    for (size_t i = 0; i < out.size(); ++i) {
-      for (size_t k = 0; k < x.size(); ++k) out[i] += w[i * x.size() + k] * x[k];
+    if (linear.is_plain()) {
+      add_product(row(linear.plain), x.data(), int64_t(x.size()), &out);
+    } else {
+      const Segments& s = linear.packed;
+      const Row arranged = arrange_row(s, x);
+      const double* part = arranged.data();
+      for (const Weight& w : s.weights) {
+        add_product(weight_values(w), part, w.columns, &out);
+        part += w.columns;
+      }
     }
     if (linear.bias.size()) add(&out, row(linear.bias));
+    return out;
+  }
+  static void add_product(const Row& w, const double* x, int64_t columns, Row* out) {
+    for (size_t i = 0; i < out->size(); ++i) {
+      for (int64_t k = 0; k < columns; ++k) (*out)[i] += w[int64_t(i) * columns + k] * x[k];
+    }
+  }
+  // As slow_arranged, without rounding: the sign is that of the bits that two numbers share.
+  static Row arrange_row(const Segments& s, const Row& x) {
+    Row ordered(x.size()), out(x.size());
+    for (size_t i = 0; i < x.size(); ++i) ordered[i] = x[size_t(s.column(int64_t(i)))];
+    if (!s.rotated) return ordered;
+    for (size_t i = 0; i < x.size(); ++i) {
+      const size_t first = i / 32 * 32;
+      if (first + 32 > x.size()) {
+        out[i] = ordered[i];
+        continue;
+      }
+      for (size_t k = 0; k < 32; ++k)
+        out[i] += __builtin_parity(unsigned(k & i % 32)) ? -ordered[first + k] : ordered[first + k];
+    }
     return out;
   }
   // Head number `head` of a row, normalized where the model does, and turned.

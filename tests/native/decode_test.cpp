@@ -23,19 +23,45 @@ Bytes random_tensor(Random& random, int64_t count, int dtype, float scale, float
   return tensor;
 }
 
-// Weights of all formats, and some that were left alone. Activations stay as they are: rounding
-// them may take another code where the step in double takes its neighbour.
+// Makes up for a rotation, by which x grows as the root of 32: the weights are 8 times smaller.
+void shrink(Segments* s) {
+  for (const Weight& w : s->weights) {
+    const bool mx = is_mx(decode_format(w.format).element);
+    for (int64_t g = 0; g < w.rows * w.groups(); ++g) {
+      if (mx) {
+        w.scales.data()[g] = uint8_t(std::max(w.scales.data()[g] - 3, 0));
+        continue;
+      }
+      uint16_t half;
+      memcpy(&half, w.scales.data() + 2 * g, 2);
+      half = float_to_half(half_to_float(half) / 8);
+      memcpy(w.scales.data() + 2 * g, &half, 2);
+    }
+  }
+}
+
+// Weights of all formats in one to three segments, and some that were left alone. Activations stay
+// as they are: rounding them may take another code where the step in double takes its neighbour.
 TestLinear random_linear(Random& random, int64_t rows, int64_t columns, bool bias, int dtype) {
   static const std::vector<int> formats = all_formats();
   TestLinear linear;
   linear.rows = rows;
+  linear.columns = columns;
   const float scale = 1.0f / sqrtf(float(columns));
   if (random.below(5) == 0) {
     linear.plain = random_tensor(random, rows * columns, dtype, scale);
   } else {
-    std::vector<float> values(rows * columns);
-    for (float& v : values) v = scale * random.normal();
-    linear.packed = slow_pack(values, rows, columns, random.choice(formats));
+    for (int64_t left = columns; left > 0;) {
+      const bool last = linear.packed.weights.size() == 2 || random.below(2);
+      const int64_t width = last ? left : random.between(1, int(left));
+      std::vector<float> values(rows * width);
+      for (float& v : values) v = scale * random.normal();
+      linear.packed.weights.push_back(slow_pack(values, rows, width, random.choice(formats)));
+      linear.packed.activations.push_back(0);
+      left -= width;
+    }
+    if (random.below(2)) arrange(&linear.packed, [&](int bound) { return random.below(bound); });
+    if (linear.packed.rotated) shrink(&linear.packed);
   }
   if (bias) linear.bias = random_tensor(random, rows, dtype, 0.1f);
   return linear;

@@ -186,6 +186,51 @@ void fuzz_statistics(Input& in, const char* isa, int threads) {
   REQUIRE(outs[0].equals(outs[1]), "statistics depend on threads, or are not written");
 }
 
+// What compensate_group writes, for a group that is columns of a wider weight.
+struct Compensated {
+  Bytes codes, scales, zero_points, errors;
+
+  Compensated(const Bytes& weight, const Bytes& factor, const Bytes& importance, int64_t rows,
+              int64_t stride, int columns, int format, uint8_t pattern)
+      : codes(rows * columns, pattern & 1),
+        scales(rows * scale_bytes(decode_format(format).element), pattern & 1),
+        zero_points(has_zero_points(format) ? rows : 0),
+        errors(rows * columns * 4) {
+    for (const Bytes* bytes : {&codes, &scales, &zero_points, &errors}) bytes->fill(pattern);
+    const auto floats = [](const Bytes& b) { return reinterpret_cast<float*>(b.data()); };
+    REQUIRE(kernels().compensate_group({floats(weight), floats(factor), floats(importance),
+                                        codes.data(), scales.data(),
+                                        zero_points.size() ? zero_points.data() : nullptr,
+                                        floats(errors), rows, stride, columns, columns, format}),
+            "no memory");
+  }
+};
+
+void fuzz_compensate(Input& in, const char* isa, int threads) {
+  const int format = any_format(in), group = decode_format(format).group_size;
+  const int columns = 1 + in.below(group), more = in.below(3);
+  const int64_t rows = any_rows(in), stride = columns + more;
+  // Of the last row nothing lies behind the group.
+  const Bytes weight((rows * stride - more) * 4), factor(columns * columns * 4);
+  const Bytes importance(columns * 4);
+  const int power = in.below(60) - 30;
+  for (int64_t i = 0; i < weight.size() / 4; ++i)
+    set(weight, kFloat32, i, in.below(500) ? ldexpf(float(int8_t(in.byte())), power) : NAN);
+  for (int64_t i = 0; i < columns * columns; ++i)
+    set(factor, kFloat32, i, i % (columns + 1) ? float(int8_t(in.byte())) / 256 : 1.5f);
+  for (int64_t i = 0; i < columns; ++i) set(importance, kFloat32, i, float(in.byte()));
+  set_isa(isa);
+  omp_set_num_threads(threads);
+  const Compensated a(weight, factor, importance, rows, stride, columns, format, 0);
+  set_isa("scalar");
+  omp_set_num_threads(1);
+  const Compensated b(weight, factor, importance, rows, stride, columns, format, 0xff);
+  REQUIRE(
+      a.codes.equals(b.codes) && a.scales.equals(b.scales) && a.zero_points.equals(b.zero_points),
+      "compensate_group is not that of scalar");
+  same_numbers(a.errors, b.errors, kFloat32, "errors are not those of scalar");
+}
+
 // A NaN scale makes its row's outputs NaN, and a NaN number its token's.
 void check_nan(const Matmul& m, size_t i, const Bytes& out) {
   const Weight& w = m.weights[i];
@@ -241,17 +286,52 @@ void fuzz_matmul(Input& in, const char* isa, int threads) {
   }
 }
 
+Segments any_segments(Input& in, int64_t rows, int64_t columns) {
+  Segments s;
+  for (int64_t left = columns; left > 0;) {
+    const bool last = s.weights.size() + 1 == kMaxSegments || in.below(2);
+    const int64_t width = last ? left : 1 + in.below(int(left));
+    s.weights.emplace_back(any_format(in), rows, width, in.below(8));
+    in.fill_weight(s.weights.back());
+    s.activations.push_back(in.below(2) ? any_format(in) : 0);
+    left -= width;
+  }
+  arrange(&s, [&](int bound) { return in.below(bound); });
+  return s;
+}
+
+void fuzz_segments(Input& in, const char* isa, int threads) {
+  Mixes m;
+  m.tokens = any_tokens(in);
+  m.columns = any_columns(in);
+  m.dtype = in.below(3);
+  m.int8_activations = in.below(2);
+  m.x = Bytes(m.tokens * m.columns * dtype_size(m.dtype), in.below(8));
+  in.fill_tensor(m.x, m.dtype);
+  for (int count = 1 + in.below(in.below(8) ? 2 : 6); count > 0; --count) {
+    const int64_t rows = any_rows(in);
+    if (m.tokens * m.columns * rows > 400000 && !m.linears.empty()) break;
+    m.linears.push_back(any_segments(in, rows, m.columns));
+  }
+  set_isa(isa);
+  const std::vector<Bytes> outs = m.run(1, 0), again = m.run(threads, 0xff);
+  REQUIRE(outs.size() == m.linears.size() && again.size() == outs.size(), "no memory");
+  const size_t alone = size_t(in.below(int(outs.size())));
+  REQUIRE(m.run(1, 0xff, alone, alone + 1)[0].equals(outs[alone]), "company matters");
+  for (size_t i = 0; i < outs.size(); ++i)
+    REQUIRE(outs[i].equals(again[i]), "segments depend on threads, or are not written");
+}
+
 TestLinear any_linear(Input& in, int64_t rows, int64_t columns, bool bias, int dtype) {
   TestLinear linear;
   linear.rows = rows;
+  linear.columns = columns;
   linear.int8 = in.below(2);
   if (in.below(5) == 0) {
     linear.plain = Bytes(rows * columns * dtype_size(dtype), in.below(8));
     in.fill_tensor(linear.plain, dtype);
   } else {
-    linear.packed = Weight(any_format(in), rows, columns, in.below(8));
-    in.fill_weight(linear.packed);
-    if (in.below(2)) linear.activation = any_format(in);
+    linear.packed = any_segments(in, rows, columns);
   }
   if (bias) linear.bias = Bytes(rows * dtype_size(dtype), in.below(8));
   in.fill_tensor(linear.bias, dtype);
@@ -301,7 +381,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   using namespace mixbits::test;
   static const std::vector<const char*> isas = isa_names();
   Input in(data, size);
-  const int operation = in.below(18), threads = 2 + in.below(2);
+  const int operation = in.below(24), threads = 2 + in.below(2);
   const char* isa = in.choice(isas);
   if (operation < 9) {
     fuzz_matmul(in, isa, threads);
@@ -313,6 +393,10 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     fuzz_statistics(in, isa, threads);
   } else if (operation < 17) {
     fuzz_decode(in, isa, threads);
+  } else if (operation < 21) {
+    fuzz_segments(in, isa, threads);
+  } else if (operation < 23) {
+    fuzz_compensate(in, isa, threads);
   } else {
     fuzz_sum_words(in, isa, threads);
   }

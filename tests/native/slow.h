@@ -164,6 +164,39 @@ inline Weight slow_pack(const std::vector<float>& x, int64_t rows, int64_t colum
   return w;
 }
 
+// x [tokens, columns] in the order of a linear's columns, and rotated: sums of 32 in float32, round
+// by round, as the kernels have them.
+inline std::vector<float> slow_arranged(const Segments& s, const std::vector<float>& x) {
+  const int64_t columns = s.columns(), tokens = int64_t(x.size()) / columns;
+  std::vector<float> out(x.size());
+  for (int64_t t = 0; t < tokens; ++t) {
+    float* row = out.data() + t * columns;
+    for (int64_t i = 0; i < columns; ++i) row[i] = x[t * columns + s.column(i)];
+    for (int64_t first = 0; s.rotated && first + 32 <= columns; first += 32) {
+      for (int bit = 1; bit < 32; bit *= 2) {
+        for (int i = 0; i < 32; ++i) {
+          if (i & bit) continue;
+          const float a = row[first + i], b = row[first + i + bit];
+          row[first + i] = a + b;
+          row[first + i + bit] = a - b;
+        }
+      }
+    }
+  }
+  return out;
+}
+
+// Columns [first, first + count) of x [tokens, columns].
+inline std::vector<float> columns_of(const std::vector<float>& x, int64_t columns, int64_t first,
+                                     int64_t count) {
+  std::vector<float> out;
+  for (size_t row = 0; row < x.size(); row += size_t(columns)) {
+    const auto begin = x.begin() + int64_t(row) + first;
+    out.insert(out.end(), begin, begin + count);
+  }
+  return out;
+}
+
 inline std::vector<double> weight_values(const Weight& w) {
   std::vector<double> values(w.rows * w.columns);
   for (int64_t n = 0; n < w.rows; ++n) {

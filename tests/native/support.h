@@ -191,6 +191,57 @@ struct Weight {
   }
 };
 
+// What a Linear points to: segments side by side.
+struct Segments {
+  std::vector<Weight> weights;
+  std::vector<int> activations;  // per weight
+  Bytes order;                   // empty for the natural one
+  int order_bytes = 0;
+  bool rotated = false;
+
+  int64_t rows() const { return weights[0].rows; }
+  int64_t columns() const {
+    int64_t sum = 0;
+    for (const Weight& w : weights) sum += w.columns;
+    return sum;
+  }
+  int64_t column(int64_t place) const {
+    if (!order_bytes) return place;
+    uint32_t entry = 0;
+    memcpy(&entry, order.data() + place * order_bytes, size_t(order_bytes));
+    return entry;
+  }
+  // The result points into `list`.
+  Linear get(std::vector<PackedSegment>* list) const {
+    list->clear();
+    for (size_t i = 0; i < weights.size(); ++i) {
+      const Weight& w = weights[i];
+      list->push_back({w.codes.data(), w.scales.data(), w.zero_points_or_null(), w.columns,
+                       w.format, activations[i]});
+    }
+    return {list->data(), int(list->size()), order_bytes ? order.data() : nullptr,
+            order_bytes,  rotated,           rows()};
+  }
+};
+
+// A random order of all columns, or none, and a rotation, or none; `random(bound)` is below bound.
+template <class R>
+void arrange(Segments* s, const R& random) {
+  const int64_t columns = s->columns();
+  s->rotated = random(2);
+  if (random(4) == 0) return;
+  s->order_bytes = columns <= 256 && random(2) ? 1 : random(2) ? 2 : 4;
+  s->order = Bytes(columns * s->order_bytes, random(2));
+  std::vector<uint32_t> order(columns);
+  for (int64_t i = 0; i < columns; ++i) {
+    const int64_t other = random(int(i + 1));
+    order[i] = order[other];
+    order[other] = uint32_t(i);
+  }
+  for (int64_t i = 0; i < columns; ++i)
+    memcpy(s->order.data() + i * s->order_bytes, &order[i], size_t(s->order_bytes));
+}
+
 // --- operations ---------------------------------------------------------------------------------
 
 inline std::vector<const char*> isa_names() {
@@ -230,12 +281,14 @@ struct Matmul {
     omp_set_num_threads(threads);
     std::vector<Bytes> outs;
     std::vector<MatmulTarget> targets;
+    std::vector<PackedSegment> segments(weights.size());
     for (size_t i = first; i < last; ++i) {
       const Weight& w = weights[i];
       outs.emplace_back(tokens * w.rows * dtype_size(dtype), pattern & 1);
       outs.back().fill(pattern);
-      targets.push_back({w.codes.data(), w.scales.data(), w.zero_points_or_null(),
-                         outs.back().data(), w.rows, w.format, activations[i]});
+      segments[i] = {w.codes.data(), w.scales.data(), w.zero_points_or_null(),
+                     columns,        w.format,        activations[i]};
+      targets.push_back({{&segments[i], 1, nullptr, 0, false, w.rows}, outs.back().data()});
     }
     const bool ok = kernels().packed_matmul(
         {x.data(), targets.data(), tokens, columns, dtype, int(targets.size()), int8_activations});
@@ -244,6 +297,34 @@ struct Matmul {
   }
   std::vector<Bytes> run(int threads, uint8_t pattern) const {
     return run(threads, pattern, 0, weights.size());
+  }
+};
+
+// The same with linears of several segments.
+struct Mixes {
+  Bytes x;
+  int64_t tokens = 0, columns = 0;
+  int dtype = kFloat32;
+  bool int8_activations = false;
+  std::vector<Segments> linears;
+
+  std::vector<Bytes> run(int threads, uint8_t pattern, size_t first, size_t last) const {
+    omp_set_num_threads(threads);
+    std::vector<Bytes> outs;
+    std::vector<MatmulTarget> targets;
+    std::vector<std::vector<PackedSegment>> lists(linears.size());
+    for (size_t i = first; i < last; ++i) {
+      outs.emplace_back(tokens * linears[i].rows() * dtype_size(dtype), pattern & 1);
+      outs.back().fill(pattern);
+      targets.push_back({linears[i].get(&lists[i]), outs.back().data()});
+    }
+    const bool ok = kernels().packed_matmul(
+        {x.data(), targets.data(), tokens, columns, dtype, int(targets.size()), int8_activations});
+    if (!ok) outs.clear();
+    return outs;
+  }
+  std::vector<Bytes> run(int threads, uint8_t pattern) const {
+    return run(threads, pattern, 0, linears.size());
   }
 };
 

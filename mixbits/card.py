@@ -1,0 +1,135 @@
+"""README.md of an output folder: a model card as the Hugging Face hub reads it.
+
+The card says how to load the model, where its bits went, and what it scored. It is meant to be
+published: of local paths it gives the last part only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .report import plus_minus, result_rows, size, task_rows
+from .source import Source
+
+Rows = Sequence[Sequence[str]]
+
+_PACKED = """\
+```
+pip install mixbits
+```
+
+```python
+import mixbits, transformers
+
+model = mixbits.load("{folder}")
+tokenizer = transformers.AutoTokenizer.from_pretrained("{folder}")
+```
+
+With mixbits imported, `transformers.AutoModelForCausalLM.from_pretrained` loads it as well.
+**Without, transformers only warns, and leaves the weights random.** To serve it to clients of
+OpenAI's API, and to score it with lm-eval:
+
+```
+python -m mixbits.serve {folder}
+python -m mixbits.lm_eval --model hf --model_args pretrained={folder} --tasks lambada_openai
+```"""
+_FAKE = """\
+Weights are rounded, but stored in 16 bits: anything that loads the original loads this. Activations
+are not rounded, as they would be where schemes say so."""
+
+
+def _table(rows: Rows) -> str:
+    """Rows (the first is the heading) in Markdown: first column left, the others right."""
+    heading, *others = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+    lines = [heading, ["---", *["---:"] * (len(heading) - 1)], *others]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _last_part(name: str) -> str:
+    return Path(name).resolve().name if Path(name).exists() else name
+
+
+def metadata(source: Source, schemes: Sequence[str]) -> str:
+    """The card's YAML. What licence there is stands in the original's own card."""
+    from huggingface_hub import ModelCardData
+    from huggingface_hub.repocard import metadata_load
+
+    original = {}
+    if (source.path / "README.md").is_file():
+        original = metadata_load(source.path / "README.md") or {}
+    known = {k: original[k] for k in ("license", "license_name", "license_link") if k in original}
+    if not Path(source.name).is_dir():  # a name on the hub
+        known |= {"base_model": source.name, "base_model_relation": "quantized"}
+    tags = ["mixbits", "quantized", "mixed-precision", *(name.lower() for name in schemes)]
+    return ModelCardData(
+        library_name="transformers", pipeline_tag="text-generation", tags=tags, **known
+    ).to_yaml()
+
+
+def _scores(report: dict[str, Any]) -> list[str]:
+    evaluation = report["evaluation"] or {}
+    parts = []
+    if held_out := evaluation.get("held_out"):
+        parts += [
+            f"On {held_out['nsamples']} x {held_out['seqlen']} tokens of "
+            f"{_last_part(held_out['source'])}, of which nothing else has seen any. KL is that of "
+            "the quantized model's next token from the original's; after ± is a standard error.",
+            _table(result_rows(report["bytes_before"], report["bytes_after"], held_out)),
+        ]
+    if tasks := evaluation.get("tasks"):
+        limit = f", the first {tasks['limit']} of each" if tasks["limit"] else ""
+        parts += [
+            f"lm-eval's tasks{limit}:",
+            _table(task_rows(evaluation.get("original_tasks"), tasks)),
+        ]
+    return ["## Scores", *parts] if parts else []
+
+
+def _made(report: dict[str, Any]) -> str:
+    """What was done, in the order in which it was."""
+    lines = []
+    if text := report["calibration"]:
+        lines.append(
+            f"Sensitivities from {text['nsamples']} x {text['seqlen']} tokens of "
+            f"{_last_part(text['source'])}; an exact allocation within the budget."
+        )
+    lines.append(f"Weights rounded by `{report['rounding']['method']}`.")
+    if report["gate"]:
+        best, *others = report["gate"]["candidates"]
+        lines += [
+            f"Of {len(others) + 1} plans of this size, the best on other text: KL "
+            f"{best['kl']:.4f}; next is {other['name']}, behind by "
+            f"{plus_minus(other['behind'], other['interval'])} (95 %)."
+            for other in others[:1]
+        ]
+    where = report["environment"]
+    lines.append(f"mixbits {where['mixbits']}, torch {where['torch']}.")
+    return "\n".join(f"* {line}" for line in lines)
+
+
+def render(
+    folder: str, source: Source, plan: Rows, report: dict[str, Any], fake: bool = False
+) -> str:
+    """The whole card of an output folder of that name.
+
+    `plan` are rows of `report.scheme_rows`; `report` is what report.json holds.
+    """
+    reached, schemes = report["reached"], plan[0][1:-1]
+    parts = [
+        f"---\n{metadata(source, schemes)}\n---",
+        f"# {folder}",
+        f"{_last_part(source.name)} with weights in {', '.join(schemes)}: "
+        f"{reached['avg_bits']:.2f} bits per weight of its linears, scales and everything counted; "
+        f"{size(report['bytes_after'])} instead of {size(report['bytes_before'])}.",
+        "## How to load it",
+        _FAKE if fake else _PACKED.format(folder=folder),
+        *_scores(report),
+        "## Where the bits went",
+        "Linears, or shares of their weights, in each scheme; bits per weight, scales counted.",
+        _table(plan),
+        "## How it was made",
+        _made(report),
+    ]
+    return "\n\n".join(parts) + "\n"

@@ -1,0 +1,30 @@
+"""`python -m mixbits.lm_eval ...`: lm-eval's own command line, where packed models can be loaded.
+
+    python -m mixbits.lm_eval --model hf --model_args pretrained=DIR --tasks lambada_openai
+
+Neither lm-eval nor transformers looks for plugins: without mixbits imported, `lm_eval` itself would
+warn of an unknown quantization type, and score random weights.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from .formats import UsageError
+
+
+def main() -> int:
+    """Hands all arguments on; returns the exit code."""
+    from lm_eval.__main__ import cli_evaluate
+
+    sys.argv[0] = "lm_eval"
+    try:
+        cli_evaluate()
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

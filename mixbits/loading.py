@@ -1,0 +1,75 @@
+"""Load a packed checkpoint: `mixbits.load`.
+
+What from_pretrained does of it, with every check, is in `mixbits.transformers_quantizer`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import ops
+from .formats import UsageError, first_line
+from .linear import PackedLinear
+from .transformers_quantizer import read_config
+
+
+@contextmanager
+def plain_errors(what: str) -> Iterator[None]:
+    """Whatever transformers raises becomes a UsageError: `what`, and why."""
+    try:
+        yield
+    except UsageError:
+        raise
+    except Exception as error:  # dozens of kinds
+        raise UsageError(f"{what}: {first_line(error)}") from None
+
+
+def load(
+    folder: str | Path,
+    backend: str | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    trust_remote_code: bool = False,
+    int8_activations: bool = False,
+    cuda_graphs: bool = True,
+) -> Any:
+    """A transformers model with packed linears, ready for `generate`.
+
+    backend           forces one of `mixbits.ops.backends()`; otherwise the best for the device.
+    dtype             of activations and unquantized weights; the checkpoint's own by default.
+    int8_activations  lets ...A16 schemes round activations to 8 bits on a CPU: faster prefill,
+                      results that are no longer those of the float computation.
+    cuda_graphs       on a GPU, `generate` uses a static cache and replays its one-token steps
+                      (mixbits.graphs), where the model allows it.
+
+    Raises UsageError if the folder is no mixbits checkpoint, any tensor is missing, unexpected or
+    of another shape or dtype, or values or schemes are not those that were written.
+    """
+    folder = Path(folder)
+    read_config(folder)
+    if backend is not None:
+        ops.choose_backend(torch.device(device).type, backend)
+    with plain_errors(f"cannot load the checkpoint in {folder}"):
+        from transformers import AutoModelForCausalLM
+
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype or "auto",
+            # Not "cpu", which comes to the same, but makes save_pretrained warn.
+            device_map=None if torch.device(device).type == "cpu" else device,
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+        )
+    for module in model.modules():
+        if isinstance(module, PackedLinear):
+            module.backend, module.int8_activations = backend, int8_activations
+    if not cuda_graphs:
+        from .graphs import drop_graphs
+
+        drop_graphs(model)
+    return model.requires_grad_(False)

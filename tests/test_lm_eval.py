@@ -1,0 +1,71 @@
+"""lm-eval's own command line gives a packed model the scores that mixbits.quantize gives it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_serve import pack_demo
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import mixbits
+from mixbits import lm_eval
+from mixbits.evaluate import TASKS_DIR, run_tasks
+
+TASK = "stdlib_next_line"
+LIMIT = 12
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return pack_demo(tmp_path_factory.mktemp("lm_eval") / "packed")
+
+
+def arguments(folder: Path, out: Path) -> list[str]:
+    words = ["--model", "hf", "--model_args", f"pretrained={folder}", "--tasks", TASK]
+    words += ["--include_path", str(TASKS_DIR), "--limit", str(LIMIT), "--batch_size", "8"]
+    return [*words, "--device", "cpu", "--output_path", str(out)]
+
+
+def test_the_numbers_are_ours(folder: Path, tmp_path: Path) -> None:
+    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "mixbits.lm_eval", *arguments(folder, tmp_path / "out")],
+        cwd=tmp_path,
+        env=os.environ | offline,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    (results,) = (tmp_path / "out").rglob("results_*.json")
+    theirs = json.loads(results.read_text())["results"][TASK]
+    model, tokenizer = mixbits.load(folder), AutoTokenizer.from_pretrained(folder)
+    ours = run_tasks(model, tokenizer, [TASK], LIMIT)["tasks"][TASK]
+    assert {name for name in ours if "stderr" not in name} >= {"acc", "acc_norm"}
+    for name, value in ours.items():
+        assert theirs[f"{name},none"] == value
+    assert 0.25 < ours["acc"] < 1
+
+
+def test_a_damaged_folder_is_one_line(
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Its model is loaded after an index of all tasks was made, for which others wait."""
+    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+    (tmp_path / "model.safetensors").write_bytes(b"")
+
+    def evaluate() -> None:
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+    monkeypatch.setattr("lm_eval.__main__.cli_evaluate", evaluate)
+    monkeypatch.setattr(sys, "argv", ["mixbits.lm_eval"])
+    assert lm_eval.main() == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: cannot read")

@@ -1,0 +1,312 @@
+"""Linears of several segments: one native call against the slow twin, on every instruction set."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import DTYPES
+from tiny import make_model
+
+from mixbits import checkpoint, ops
+from mixbits.arrange import Arrangement
+from mixbits.fake import FakeLinear, fake_quantize_model
+from mixbits.formats import MAX_SEGMENTS, Mixed, parse_scheme
+from mixbits.linear import (
+    MixedLinear,
+    pack_recipe,
+    packed_linear,
+    recipe_tensors,
+    share_inputs,
+    swap_linears,
+)
+from mixbits.model import find_linears
+from mixbits.pack import Mix, Operand, order_dtype
+from mixbits.source import open_source
+
+# Names of segments' schemes, with columns: whole blocks, blocks across a boundary, a short end.
+SEGMENTS = {
+    "slabs": (("MXFP8", 64), ("MXFP4", 96)),
+    "short end": (("MXFP8", 32), ("MXFP4", 140)),
+    "across blocks": (("MXFP4", 33), ("MXFP8", 50), ("MXFP8E5M2", 17)),
+    "weights only": (("W8A16", 128), ("W4A16", 160), ("W2A16G32ASYM", 1)),
+    "both": (("MXFP8A16", 40), ("MXFP4", 31), ("W4A16ASYM", 130), ("MXFP4A16", 7)),
+    "one": (("MXFP4", 172),),
+    "many columns": (("MXFP8", 1024), ("MXFP4", 3072)),
+}
+ARRANGED = {"natural": (False, False), "ordered": (True, False), "rotated": (True, True)}
+by_segments = pytest.mark.parametrize("segments", SEGMENTS)
+by_arrangement = pytest.mark.parametrize("arranged", ARRANGED)
+
+
+def make_mix(segments, arranged, rows):
+    """A `Mix` of random weights, and what it stands for: float64 [N, K]."""
+    ordered, rotated = ARRANGED[arranged]
+    operands, values = [], []
+    for name, columns in SEGMENTS[segments]:
+        scheme = parse_scheme(name)
+        packed = ops.quantize_pack(torch.randn(rows, columns), scheme.weight, "reference")
+        operands.append(Operand(packed, scheme.weight, scheme.activation))
+        values.append(ops.dequantize(packed, scheme.weight, columns, backend="reference"))
+    columns = tuple(n for _, n in SEGMENTS[segments])
+    order = torch.randperm(sum(columns)).to(order_dtype(sum(columns))) if ordered else None
+    return Mix(tuple(operands), columns, order, rotated), torch.cat(values, 1).double()
+
+
+def exact_product(x, mix, values):
+    """In float64, of x rounded as the reference does; and the sums of magnitudes."""
+    order = None if mix.order is None else mix.order.long()
+    pieces = []
+    for piece, one in zip(
+        Arrangement(order, mix.rotated).input(x).split(mix.columns, -1), mix.operands, strict=True
+    ):
+        rounded = piece
+        if one.activation is not None:
+            rounded = ops.fake_quantize(piece, one.activation, "reference")
+        pieces.append(rounded.double())
+    rounded = torch.cat(pieces, 1)
+    return rounded @ values.T, rounded.abs() @ values.abs().T, rounded
+
+
+def check_mix(x, mix, values, got):
+    """`test_ops.check_matmul`'s rule: at most twice the error of torch's own product."""
+    exact, magnitudes, rounded = exact_product(x, mix, values)
+    torchs = (rounded.float() @ values.float().T).to(x.dtype).double()
+    floor = torch.finfo(x.dtype).eps * exact.abs() + 2.0**-23 * magnitudes
+    # Half a step of the integers that stand for a block of 32 of what has no format.
+    half = 2.0**-23 if x.dtype == torch.float32 or mix.rotated else 2.0**-15
+    start = 0
+    for one, columns in zip(mix.operands, mix.columns, strict=True):
+        if one.activation is None and one.format.element not in ("e4m3", "e5m2"):
+            piece = rounded[:, start : start + columns].abs()
+            blocks = torch.nn.functional.pad(piece, (0, -columns % 32)).unflatten(1, (-1, 32))
+            steps = 1.01 * half * blocks.amax(-1).repeat_interleave(32, -1)[:, :columns]
+            floor += steps @ values[:, start : start + columns].abs().T
+        start += columns
+    assert got.dtype == x.dtype and got.shape == exact.shape
+    error, allowed = (got.double() - exact).abs(), 2 * (torchs - exact).abs() + floor
+    assert (error <= allowed).all(), (error / allowed).max().item()
+
+
+@by_segments
+@by_arrangement
+@pytest.mark.parametrize("tokens", [1, 3, 5, 118])
+def test_a_mix_is_the_product_of_its_values(isa, segments, arranged, tokens):
+    for number, rows in enumerate((1, 17, 100)):
+        mix, values = make_mix(segments, arranged, rows)
+        x = torch.randn(tokens, sum(mix.columns)).to(DTYPES[(number + tokens) % 3])
+        check_mix(x, mix, values, ops.packed_matmuls(x, [mix], "cpu")[0])
+
+
+@by_segments
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+def test_a_mix_is_its_slow_twin(isa, segments, dtype):
+    mix, _ = make_mix(segments, "rotated", 33)
+    x = torch.randn(7, sum(mix.columns)).to(dtype)
+    got, twin = (ops.packed_matmuls(x, [mix], backend)[0] for backend in ("cpu", "reference"))
+    # Both round once to the dtype (2^-9 in bfloat16), and sums to float32 in between.
+    torch.testing.assert_close(got, twin, rtol=0.01, atol=2e-3 * twin.abs().max().item())
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 4, 40, 600])
+def test_company_and_threads_do_not_matter(isa, tokens):
+    """Mixes of one order, of its copy, of another, and plain weights: more than one pass takes."""
+    first, _ = make_mix("short end", "rotated", 40)
+    copy = first._replace(order=first.order.clone())
+    other, _ = make_mix("short end", "ordered", 17)
+    plain = Operand(
+        ops.quantize_pack(torch.randn(20, 172), (fmt := parse_scheme("MXFP4").weight)), fmt
+    )
+    operands = [first, copy, plain, other, first._replace(rotated=False), *[other, plain] * 4]
+    x = torch.randn(tokens, 172).bfloat16()
+    together = ops.packed_matmuls(x, operands, "cpu")
+    assert torch.equal(together[0], together[1])
+    before = torch.get_num_threads()
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        for operand, got in zip(operands, together, strict=True):
+            assert torch.equal(got, ops.packed_matmuls(x, [operand], "cpu")[0])
+    torch.set_num_threads(before)
+
+
+def test_orders_of_every_width(isa):
+    for columns in (256, 257, 1 << 15, (1 << 15) + 1):
+        order = torch.randperm(columns)
+        fmt = parse_scheme("W8A16").weight
+        packed = ops.quantize_pack(torch.randn(3, columns), fmt)
+        mix = Mix((Operand(packed, fmt),), (columns,), order)
+        x = torch.randn(2, columns)
+        stored = mix._replace(order=order.to(order_dtype(columns)))
+        expected = ops.packed_matmul(x[:, order].contiguous(), packed, fmt, backend="cpu")
+        for one in (mix, stored):
+            assert torch.equal(ops.packed_matmuls(x, [one], "cpu")[0], expected)
+
+
+@pytest.mark.parametrize("tokens", [1, 9])
+def test_a_mix_passes_nan_on(isa, tokens):
+    mix, _ = make_mix("slabs", "ordered", 10)
+    x = torch.randn(tokens, 160)
+    x[0, 150] = torch.inf
+    mix.operands[1].packed.weight_scale[3, 1] = 255
+    got = ops.packed_matmuls(x, [mix], "cpu")[0]
+    expected = torch.zeros(tokens, 10, dtype=torch.bool)
+    expected[:, 3] = True
+    expected[0] = True
+    assert torch.equal(got.isnan(), expected)
+
+
+def test_refused_mixes():
+    mix, _ = make_mix("slabs", "ordered", 4)
+    x = torch.randn(2, 160)
+    with pytest.raises(ValueError, match=r"share 160 columns: got \(64, 95\)"):
+        ops.packed_matmuls(x, [mix._replace(columns=(64, 95))])
+    with pytest.raises(ValueError, match="each of 160 columns once"):
+        ops.packed_matmuls(x, [mix._replace(order=torch.zeros(160, dtype=torch.uint8))])
+    with pytest.raises(ValueError, match="weight_packed of in_features=96"):
+        ops.packed_matmuls(x, [mix._replace(operands=mix.operands[:1] * 2)])
+    one = mix.operands[:1]
+    with pytest.raises(ValueError, match=f"1 to {MAX_SEGMENTS} operands"):
+        ops.packed_matmuls(x, [mix._replace(operands=one * 9, columns=(1,) * 9)])
+
+
+# --- linears and models ---------------------------------------------------------------------------
+
+
+def filled(weight, recipe, bias=None):
+    linear = packed_linear(weight, recipe, bias)
+    for name, value in recipe_tensors(recipe, pack_recipe("weight", weight, recipe)).items():
+        owner, _, leaf = name.rpartition(".")
+        setattr(linear.get_submodule(owner), leaf, value)
+    return linear
+
+
+def slab_recipe(columns, low="MXFP4", high="MXFP8", rotated=False, seed=0, folded=False):
+    """A third of the columns, in blocks of 32, in the higher scheme; blocks in random order."""
+    generator = torch.Generator().manual_seed(seed)
+    blocks = torch.arange(columns // 32 * 32).unflatten(0, (-1, 32))
+    shuffled = blocks[torch.randperm(len(blocks), generator=generator)].flatten().tolist()
+    order = (*shuffled, *range(len(shuffled), columns))
+    first = max(32, columns // 96 * 32)
+    segments = ((parse_scheme(high), first), (parse_scheme(low), columns - first))
+    return Mixed(segments, order, rotated, folded)
+
+
+@pytest.mark.parametrize("rotated", [False, True])
+@pytest.mark.parametrize("names", [("MXFP4", "MXFP8"), ("W4A16", "W8A16"), ("W2A16", "W4A16")])
+def test_a_mixed_linear_equals_its_fake_twin(isa, names, rotated):
+    weight, bias = torch.randn(100, 172).bfloat16(), torch.nn.Parameter(torch.randn(100))
+    recipe = slab_recipe(172, *names, rotated)
+    linear, fake = filled(weight, recipe, bias), FakeLinear(weight, recipe, bias)
+    for tokens in (1, 10):
+        x = torch.randn(2, tokens, 172)
+        packed, own, exact = linear(x), fake(x), fake(x.double())
+        assert packed.shape == (2, tokens, 100)
+        assert (packed - exact).abs().max() <= 2 * (own - exact).abs().max()
+
+
+def mixed_model(folder, dtype, names, rotate=("down_proj",)):
+    """Packed model, its fake twin, and that in float64; all linears but the head are mixed."""
+    source = open_source(str(folder))
+    models = [source.load().to(dtype).eval() for _ in range(3)]
+    recipes = {
+        info.name: slab_recipe(info.in_features, *names, info.name.endswith(tuple(rotate)))
+        for info in find_linears(models[0])
+    }
+    swap_linears(models[0], list(recipes), lambda n, w, b: filled(w, recipes[n], b))
+    share_inputs(models[0])
+    for fake in models[1:]:
+        fake_quantize_model(fake, recipes)
+    return models[0], models[1], models[2].double()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("names", [("MXFP4A16", "MXFP8A16"), ("W4A16", "W8A16")], ids="+".join)
+@pytest.mark.parametrize("kind", ["llama", "qwen3_moe"])
+def test_a_mixed_model_equals_its_fake_twin(isa, tmp_path, kind, names, dtype):
+    make_model(tmp_path, kind)
+    ids = torch.arange(24).reshape(2, 12)
+    with torch.no_grad():
+        packed, fake, exact = (
+            m(input_ids=ids, use_cache=False).logits.double()
+            for m in mixed_model(tmp_path, dtype, names)
+        )
+    own = (fake - exact).abs().max()
+    assert own > 0
+    # As in test_linear: both stray from float64 by about `own`, independently.
+    assert (packed - fake).abs().max() <= 2 * own
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_slab_model_with_activations_equals_its_fake_twin(isa, tmp_path, dtype):
+    """The mean over all logits, as a single rounded activation may take the neighbouring code."""
+    make_model(tmp_path)
+    ids = torch.arange(96).reshape(8, 12)
+    with torch.no_grad():
+        packed, fake, exact = (
+            m(input_ids=ids, use_cache=False).logits.double()
+            for m in mixed_model(tmp_path, dtype, ("MXFP4", "MXFP8"))
+        )
+    own = (fake - exact).square().mean().sqrt()
+    assert 0 < (packed - exact).square().mean().sqrt() <= 2 * own
+
+
+def test_folding_changes_no_bfloat16_logit_beyond_rounding(isa, tmp_path):
+    """A folded order is the same product, its columns in the same order."""
+    source = open_source(str(make_model(tmp_path / "model")))
+    model = source.load()
+    linears = find_linears(model)
+    ids = torch.arange(24).reshape(2, 12)
+    logits = []
+    for folded in (False, True):
+        recipes = {
+            info.name: slab_recipe(info.in_features, rotated=True, folded=folded)
+            if info.name.endswith("down_proj")
+            else parse_scheme("MXFP8")
+            for info in linears
+        }
+        folder = tmp_path / f"folded {folded}"
+        folder.mkdir()
+        checkpoint.save(folder, source, model, linears, recipes, {})
+        loaded = checkpoint.load(folder, dtype=torch.bfloat16, backend="cpu")
+        with torch.no_grad():
+            logits.append(loaded(input_ids=ids, use_cache=False).logits)
+    assert torch.equal(*logits)
+
+
+def test_linears_of_one_order_are_multiplied_in_one_call(monkeypatch):
+    parent = torch.nn.Module()
+    for name, seed in (("q_proj", 0), ("k_proj", 0), ("v_proj", 1)):
+        parent.add_module(name, filled(torch.randn(24, 96), slab_recipe(96, seed=seed)))
+    x = torch.randn(1, 2, 96)
+    alone = [(linear, linear(x)) for linear in parent.children()]
+    share_inputs(parent)
+    calls = []
+    original = ops.packed_matmuls_unchecked
+    monkeypatch.setattr(
+        ops, "packed_matmuls_unchecked", lambda *a: calls.append(len(a[1])) or original(*a)
+    )
+    for linear, expected in alone:
+        assert isinstance(linear, MixedLinear) and torch.equal(linear(x), expected)
+    assert calls == [3]
+
+
+def test_a_mixed_linear_survives_moves_and_a_state_dict():
+    weight, x = torch.randn(24, 300), torch.randn(3, 300)
+    recipe = slab_recipe(300, "W4A16", "W8A16")
+    linear = filled(weight, recipe)
+    expected = linear(x)
+    linear.to(torch.bfloat16).float()
+    assert linear.order.dtype == torch.int16 and torch.equal(linear(x), expected)
+    other = packed_linear(weight, slab_recipe(300, "W4A16", "W8A16", seed=1))
+    assert not torch.equal(other.order, linear.order)
+    other(x)  # whatever it remembers must not outlive what follows
+    other.load_state_dict(linear.state_dict())
+    assert torch.equal(other(x), expected)
+
+
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+def test_a_mixed_linear_compiles_without_graph_breaks(backend):
+    torch._dynamo.reset()
+    linear, x = filled(torch.randn(24, 96), slab_recipe(96, rotated=True)), torch.randn(3, 96)
+    expected = linear(x)
+    compiled = torch.compile(linear, fullgraph=True, backend=backend)
+    torch.testing.assert_close(compiled(x), expected, rtol=1e-5, atol=1e-5)
