@@ -30,7 +30,8 @@ from vllm.model_executor.parameter import BasevLLMParameter
 from vllm.model_executor.utils import set_weight_attrs
 
 from ..formats import BF16, Assignment, Mixed, Recipe, UsageError
-from ..linear import MixedLinear, PackedLinear
+from ..linear import AnyPacked, MixedLinear, PackedLinear
+from ..ops import packed_matmuls_unchecked
 from ..pack import recipe_spec
 from ..transformers_quantizer import MixbitsConfig
 
@@ -216,8 +217,8 @@ class MixbitsLinearMethod(LinearMethodBase):
         """x [..., K] -> [..., sum of rows], in x's dtype."""
         linears = layer.packed
         rows = x.reshape(-1, x.shape[-1])
-        if all(isinstance(linear, PackedLinear) for linear in linears):
-            outs = linears[0].multiply(rows, [linear.operand for linear in linears])
+        if all(isinstance(linear, AnyPacked) for linear in linears):
+            outs = packed_matmuls_unchecked(rows, [linear.operand for linear in linears])
         else:
             outs = [linear(rows) for linear in linears]
         y = (outs[0] if len(outs) == 1 else torch.cat(outs, -1)).reshape(*x.shape[:-1], -1)
