@@ -39,6 +39,7 @@ from .model import (
 )
 from .pack import LAYOUT, Rounded, recipe_spec
 from .recipes import describe
+from .scores import read_object
 from .source import Source
 
 SHARD_BYTES = 2 << 30
@@ -346,22 +347,9 @@ def _stored_tensors(files: Sequence[Path]) -> dict[str, tuple[str, tuple[int, ..
     return found
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises UsageError."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"cannot read {path}: {error.strerror}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} is not JSON: {error}") from None
-    if not isinstance(found, dict):
-        raise UsageError(f"{path} must hold a JSON object: got {type(found).__name__}")
-    return found
-
-
 def _plain_dtype(folder: Path) -> torch.dtype:
     """What config.json says that unquantized tensors are stored in."""
-    config = read_json(folder / "config.json")
+    config = read_object(folder / "config.json")
     name = config.get("dtype", config.get("torch_dtype"))
     dtype = getattr(torch, str(name), None)
     if not isinstance(dtype, torch.dtype):

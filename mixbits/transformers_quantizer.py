@@ -20,11 +20,12 @@ from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .checkpoint import check_files, check_order, checksum, crc, read_json
+from .checkpoint import check_files, check_order, checksum, crc
 from .formats import Recipe, UsageError
 from .linear import MixedLinear, packed_linear, share_inputs, swap_linears
 from .pack import LAYOUT
 from .recipes import parse_recipe
+from .scores import read_object
 
 
 class MixbitsConfig(QuantizationConfigMixin):
@@ -139,7 +140,7 @@ def use_fast_steps(model: Any) -> None:
 
 def read_config(folder: Path) -> MixbitsConfig:
     """The quantization_config of a checkpoint folder. Raises UsageError if it is none of ours."""
-    found = read_json(folder / "config.json").get("quantization_config")
+    found = read_object(folder / "config.json").get("quantization_config")
     if not isinstance(found, dict) or found.get("quant_method") != "mixbits":
         raise UsageError(
             f"{folder} is no mixbits checkpoint: config.json has no quant_method mixbits"
