@@ -39,6 +39,7 @@ from .model import (
 )
 from .pack import LAYOUT, Rounded, recipe_spec
 from .recipes import describe
+from .scores import read_object
 from .source import Source
 
 SHARD_BYTES = 2 << 30
@@ -213,20 +214,25 @@ def _write_weights(
     """Returns the `crc` of every tensor."""
     from safetensors.torch import save_file
 
-    places, crcs = {}, []
+    crcs = []
     for shard in shards:
         wanted = {s.name for s in shard.specs}
         tensors = _tensors(model, shard.specs, assignment, rounded)
         tensors = {n: t for n, t in tensors.items() if n in wanted}
         save_file(tensors, folder / shard.file, metadata={"format": "pt"})
         crcs += [crc(name, value) for name, value in tensors.items()]
-        places.update(dict.fromkeys(sorted(wanted), shard.file))
+    write_index(folder, shards)
+    return crcs
+
+
+def write_index(folder: Path, shards: Sequence[Shard]) -> None:
+    """Where each tensor is, if there is more than one file."""
     if len(shards) > 1:
+        places = {name: s.file for s in shards for name in sorted(spec.name for spec in s.specs)}
         total = sum(s.nbytes for shard in shards for s in shard.specs)
         index = {"metadata": {"total_size": total}, "weight_map": places}
         text = json.dumps(index, indent=2) + "\n"
         (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
-    return crcs
 
 
 def quantization_config(
@@ -341,22 +347,9 @@ def _stored_tensors(files: Sequence[Path]) -> dict[str, tuple[str, tuple[int, ..
     return found
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises UsageError."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"cannot read {path}: {error.strerror}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} is not JSON: {error}") from None
-    if not isinstance(found, dict):
-        raise UsageError(f"{path} must hold a JSON object: got {type(found).__name__}")
-    return found
-
-
 def _plain_dtype(folder: Path) -> torch.dtype:
     """What config.json says that unquantized tensors are stored in."""
-    config = read_json(folder / "config.json")
+    config = read_object(folder / "config.json")
     name = config.get("dtype", config.get("torch_dtype"))
     dtype = getattr(torch, str(name), None)
     if not isinstance(dtype, torch.dtype):
@@ -366,8 +359,8 @@ def _plain_dtype(folder: Path) -> torch.dtype:
 
 def check_files(
     model: Any, recipes: Assignment, files: Sequence[Path], quantization: Mapping[str, Any]
-) -> None:
-    """Weight files hold the tensors of `model` with linears packed by `recipes`, and no others.
+) -> list[TensorSpec]:
+    """The tensors of `model` with linears packed by `recipes`: files hold these, and no others.
 
     `model` has shapes only, and its linears still; `quantization` is the `quantization_config`.
     Raises UsageError that names the tensor that is missing, too many, or of another dtype or
@@ -402,6 +395,13 @@ def check_files(
             f"{quantization.get('checksum')}: got {actual}; a file was damaged or edited, or is of "
             f"another checkpoint ({folder})"
         )
+    return specs
+
+
+def check_order(name: str, order: Tensor, folder: Path) -> None:
+    """A wrong order would address memory beyond the input."""
+    if order.sort().values.tolist() != list(range(len(order))):
+        raise UsageError(f"{name}.order must hold each of {len(order)} columns once ({folder})")
 
 
 def crc(name: str, value: Tensor) -> int:
