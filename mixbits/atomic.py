@@ -18,6 +18,8 @@ from types import FrameType
 
 from .formats import UsageError
 
+MARKS = ("plan.json", "mixbits-export.json")  # of folders that `overwrite` may remove
+
 
 @contextmanager
 def atomic_folder(destination: Path, overwrite: bool = False, needs: int = 0) -> Iterator[Path]:
@@ -92,6 +94,6 @@ def check_destination(destination: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise UsageError(f"{destination} exists: pass --overwrite, or another --out")
-    is_ours = (destination / "plan.json").is_file()
+    is_ours = any((destination / name).is_file() for name in MARKS)
     if not destination.is_dir() or not (is_ours or not any(destination.iterdir())):
         raise UsageError(f"{destination} is no mixbits output: --overwrite does not remove it")

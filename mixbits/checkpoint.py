@@ -347,7 +347,7 @@ def _stored_tensors(files: Sequence[Path]) -> dict[str, tuple[str, tuple[int, ..
     return found
 
 
-def _plain_dtype(folder: Path) -> torch.dtype:
+def plain_dtype(folder: Path) -> torch.dtype:
     """What config.json says that unquantized tensors are stored in."""
     config = read_object(folder / "config.json")
     name = config.get("dtype", config.get("torch_dtype"))
@@ -376,7 +376,7 @@ def check_files(
     tied = sorted(_tied_copies(model) & {f"{name}.weight" for name in recipes})
     if tied:
         raise UsageError(f"config.json ties {tied[0]}, which has packed weights ({folder})")
-    specs = tensor_specs(model, linears, recipes, _plain_dtype(folder))
+    specs = tensor_specs(model, linears, recipes, plain_dtype(folder))
     expected = {s.name: (_DTYPE_NAMES[s.dtype], s.shape) for s in specs}
     found = _stored_tensors(files)
     for name in sorted(expected.keys() | found.keys()):

@@ -93,6 +93,7 @@ class Format:
             raise UsageError(
                 f"group_size of {self.element} must be one of {allowed}: got {self.group_size}"
             )
+        _ = self.code  # now, for torch.compile cannot enter the lock of a cached property
 
     @property
     def is_mx(self) -> bool:

@@ -12,6 +12,7 @@ from typing import NoReturn
 
 from .allocate import STRATEGIES
 from .formats import SCALE_MODES, SCHEME_NAMES, UsageError
+from .targets import TARGETS
 
 METHODS = ("fisher", "deltaloss")  # as in mixbits.sensitivity, which would import torch
 ROUNDINGS = ("rtn", "search", "gptq")  # as in mixbits.rounding
@@ -125,6 +126,12 @@ def _plan_options(parser: argparse.ArgumentParser) -> None:
         help="let --avg-bits count elements only, as published tables do",
     )
     group.add_argument("--strategy", choices=STRATEGIES, default="optimal")
+    group.add_argument(
+        "--target",
+        choices=tuple(TARGETS),
+        help="keep to what it can hold, for mixbits.export; vllm implies --fuse, auto-round "
+        "--act-scale-mode floor",
+    )
     group.add_argument("--fuse", action="store_true", help="one scheme for q/k/v, and for gate/up")
     group.add_argument("--per-expert", action="store_true", help="free each expert's linears")
     group.add_argument(
@@ -303,6 +310,24 @@ def _check_measured(args: argparse.Namespace) -> None:
         raise UsageError(f"--curve must be of at least 2 points: got {args.curve}")
 
 
+def _apply_target(args: argparse.Namespace, default_mode: str) -> None:
+    """What the engine that will run the model needs. Raises UsageError where more is asked for."""
+    target = TARGETS[args.target]
+    for name in ("granularity", "rotate"):
+        if getattr(args, name) not in ("layer", "none"):
+            raise UsageError(
+                f"--target {target.name} cannot go with --{name} {getattr(args, name)}"
+            )
+    if target.act_scale_mode is not None:
+        if args.act_scale_mode not in (default_mode, target.act_scale_mode):
+            raise UsageError(
+                f"--target {target.name} rounds activations in scale mode {target.act_scale_mode}: "
+                f"got --act-scale-mode {args.act_scale_mode}"
+            )
+        args.act_scale_mode = target.act_scale_mode
+    args.fuse = args.fuse or target.fuse
+
+
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse and check. Raises UsageError; `command` is what was typed."""
     parser = make_parser()
@@ -334,6 +359,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
             name = option.replace("_", "-")
             raise UsageError(f"--{name} helps to make a plan: it cannot go with --plan")
     _check_measured(args)
+    if args.target:
+        _apply_target(args, parser.get_default("act_scale_mode"))
     if args.out is None:
         args.out = Path(f"{Path(args.model).resolve().name}-mixbits-{_budget_name(args)}")
     words = sys.argv[1:] if argv is None else argv

@@ -226,13 +226,12 @@ def _stage_names(args: argparse.Namespace) -> list[str]:
 def _planned(run: Run, clock: Stages, model: CausalLM, sha256: str, text: Text) -> Planned:
     """The plan that is given, or those that are measured for and solved."""
     from . import findings, stages
-    from .plan import Plan
     from .report import diagnosis
 
     args = run.args
     if args.plan is not None:
         with clock.run("allocate", str(args.plan)):
-            return stages.Planned({"given": Plan.read(args.plan, run.linears)})
+            return stages.Planned({"given": stages.given_plan(run)})
     what = f"reuse {args.scores}" if args.scores else f"{args.method}, {args.schemes}"
     with clock.run("measure", what):
         scores = stages.measure(run, model, text.calibration, sha256)
@@ -302,6 +301,9 @@ def quantize(run: Run) -> None:
         write_report(args.out, evaluation)
     _print_results(report, evaluation)
     print(f"\n  everything is in {args.out}; what it came to in {args.out / 'report.html'}")
+    if args.target:
+        name = "compressed-tensors" if args.target == "vllm" else args.target
+        print(f"  for {args.target}: python -m mixbits.export {args.out} --format {name} --out ...")
 
 
 def main(argv: list[str] | None = None) -> int:

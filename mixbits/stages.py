@@ -33,6 +33,7 @@ from .sensitivity import measure as measure_sensitivity
 from .sensitivity import sorted_columns
 from .source import Source, open_source
 from .streaming import StreamedModel, gradient_dtype
+from .targets import TARGETS, check_fused, check_together, fit
 
 SEARCH_TOLERANCE = 0.02  # of --max-kl, in bits per weight
 
@@ -98,7 +99,34 @@ def prepare(args: argparse.Namespace) -> Run:
         slab_width([*schemes, *(scheme for _, scheme in keep)])
     for pattern, _ in keep:
         match_units(units, pattern)
-    return Run(args, schemes, keep, source, shapes, linears, units)
+    run = Run(args, schemes, keep, source, shapes, linears, units)
+    if args.target:
+        _check_target(run)
+    return run
+
+
+def _check_target(run: Run) -> None:
+    """Whatever is chosen, the target can hold. Raises UsageError that names what it cannot."""
+    if run.args.plan is not None:
+        given_plan(run)
+        return
+    target, options = TARGETS[run.args.target], unit_options(run.units, run.schemes, run.keep)
+    check_together(target, run.all_schemes)
+    for scheme in run.all_schemes:
+        open_to = [u for u, of in zip(run.units, options, strict=True) if scheme in of]
+        linears = [info for unit in open_to for info in unit.linears]
+        fit(target, linears, dict.fromkeys((info.name for info in linears), scheme))
+
+
+def given_plan(run: Run) -> Plan:
+    """The plan of --plan. Raises UsageError where --target cannot hold it."""
+    plan = Plan.read(run.args.plan, run.linears)
+    if run.args.target:
+        target = TARGETS[run.args.target]
+        fit(target, run.linears, plan.assignment)
+        groups = [[i.name for i in unit.linears] for unit in make_units(run.linears, fuse=True)]
+        check_fused(target, groups, plan.assignment)
+    return plan
 
 
 @dataclass

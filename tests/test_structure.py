@@ -15,7 +15,7 @@ PACKAGE = Path(mixbits.__file__).parent
 ROOT = PACKAGE.parent
 # From the top down: a module imports only from lines below its own.
 LAYERS = [
-    {"quantize", "info", "serve", "lm_eval"},
+    {"quantize", "info", "serve", "lm_eval", "export", "integrations"},
     {"findings"},
     {"stages"},
     {"report_html", "card"},
@@ -42,6 +42,7 @@ LAYERS = [
     {"allocate"},
     {"knapsack"},
     {"demo"},
+    {"targets"},
     {"formats"},
 ]
 LEVEL = {name: len(LAYERS) - i for i, names in enumerate(LAYERS) for name in names}
@@ -110,7 +111,7 @@ def test_only_backends_know_the_native_code(path: Path) -> None:
 
 
 def test_the_knapsack_and_the_formats_need_no_torch() -> None:
-    pure = "allocate", "knapsack", "diagnostics", "quality", "charts", "formats"
+    pure = "allocate", "knapsack", "diagnostics", "quality", "charts", "formats", "targets"
     for name in (*pure, "curve", "options"):
         assert not imports(PACKAGE / f"{name}.py") & {".torch", ".transformers"}
     for name in pure:

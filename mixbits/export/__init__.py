@@ -1,0 +1,10 @@
+"""Packed models in the formats of other engines: `python -m mixbits.export`.
+
+    packed              a packed folder, read tensor by tensor
+    compressed_tensors  transformers and vLLM, through compressed-tensors
+    auto_round          transformers, through auto-round
+    gguf                llama.cpp; gguf_tokenizer is its vocabulary
+
+What each can hold is in `mixbits.targets`. Codes and scales are carried over as they are, in
+another order of bytes; with `--lossy`, what a target cannot hold is rounded again.
+"""

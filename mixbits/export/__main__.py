@@ -1,0 +1,144 @@
+"""`python -m mixbits.export DIR --format compressed-tensors|auto-round|gguf --out DIR2`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+from ..formats import UsageError
+
+FORMATS = ("compressed-tensors", "auto-round", "gguf")
+REPORT = "mixbits-export.json"
+_WORST = 5  # linears whose loss is printed; the report has them all
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="python -m mixbits.export",
+        description="Write a packed model as another engine reads it, codes carried over.",
+        epilog="exit codes: 0 done, 2 wrong usage or input, 1 failure",
+    )
+    parser.add_argument("model", type=Path, metavar="DIR", help="a folder from mixbits.quantize")
+    parser.add_argument("--format", choices=FORMATS, required=True, help="who reads it")
+    parser.add_argument("--out", type=Path, required=True, help="output folder")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier output")
+    parser.add_argument(
+        "--lossy",
+        action="store_true",
+        help="round again, and convert, what the format cannot hold; the loss is reported",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("bfloat16", "float16"),
+        help="of what is not packed, and of compressed-tensors' scales (default: the model's own)",
+    )
+    return parser
+
+
+def _writer(name: str) -> Any:
+    if name == "gguf":
+        from . import gguf
+
+        return gguf
+    if name == "auto-round":
+        from . import auto_round
+
+        return auto_round
+    from . import compressed_tensors
+
+    return compressed_tensors
+
+
+def _report(args: argparse.Namespace, fits: Mapping[str, Any], losses: dict[str, float]) -> Any:
+    """What became of every linear, for the output folder."""
+    from .. import __version__
+
+    layers = {
+        name: {"scheme": fit.scheme.name, **({"because": fit.why} if fit.why else {})}
+        for name, fit in fits.items()
+    }
+    return {
+        "mixbits_version": __version__,
+        "source": str(args.model),
+        "format": args.format,
+        "lossy": args.lossy,
+        "linears": layers,
+        "relative_errors": losses,
+    }
+
+
+def _print_losses(fits: Mapping[str, Any], losses: dict[str, float]) -> None:
+    converted = [name for name, fit in fits.items() if fit.why]
+    print(f"{len(fits)} packed linears, {len(converted)} of them converted")
+    worst = sorted(losses, key=lambda name: -losses[name])
+    if not worst or losses[worst[0]] == 0:
+        print("every weight stands for the same number as before")
+        return
+    print("relative error of a weight, worst first")
+    for name in worst[:_WORST]:
+        became = f" ({fits[name].why}: now {fits[name].scheme.name})" if name in converted else ""
+        print(f"  {losses[name]:.2e}  {name}{became}")
+
+
+def export(args: argparse.Namespace) -> None:
+    """Raises UsageError; leaves a complete output folder or none."""
+    import torch
+
+    from ..atomic import atomic_folder
+    from ..targets import TARGETS, fit
+    from .packed import Carrier, PackedModel
+
+    model = PackedModel.open(args.model)
+    linears = list(model.linears.values())
+    if not model.recipes:
+        raise UsageError(f"no linear is packed in {args.model}")
+    fits = fit(TARGETS[args.format], linears, model.recipes, args.lossy)
+    own = str(model.config_json.get("dtype"))
+    dtype = torch.float16 if (args.dtype or own) == "float16" else torch.bfloat16
+    carrier = Carrier(model, fits, dtype, args.lossy)
+    writer = _writer(args.format)
+    needs = sum(spec.nbytes for spec in model.specs.values())
+    with atomic_folder(args.out, args.overwrite, needs) as folder:
+        writer.write(folder, carrier)
+        text = json.dumps(_report(args, fits, carrier.losses), indent=2) + "\n"
+        (folder / REPORT).write_text(text, encoding="utf-8")
+    _print_losses(fits, carrier.losses)
+    if args.format == "gguf" and any(found.scheme.activation for found in fits.values()):
+        print("llama.cpp rounds activations to 8 bits in a way of its own, not as the schemes say")
+    print(f"written to {args.out}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    try:
+        args = make_parser().parse_args(argv)
+        from ..report import quiet
+
+        quiet()
+        export(args)
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        print(f"error: {error.strerror or error}{where}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; no output is half written", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,114 @@
+"""auto-round's own format, for transformers with the auto-round package.
+
+MX linears have the tensors of compressed-tensors (`auto_round:llm_compressor`); their activations
+are rounded with scales by the rule that we call `floor`. Integers are packed as AutoGPTQ does:
+
+    qweight  int32 [K * bits / 32, N]        codes, packed down the columns of the weight
+    scales   float16 [groups, N]
+    qzeros   int32 [groups, N * bits / 32]   zero points less one, packed along the rows
+
+or, where any linear is asymmetric, with the zero points themselves (`auto_round`): a zero point of
+0 has nothing below it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..formats import Format, Scheme
+from ..model import decoder_blocks
+from ..pack import Packed
+from ..reference import pack_codes, unpack_codes
+from . import compressed_tensors
+from .compressed_tensors import words
+from .folder import Piece, Shapes, linear_piece, plain_pieces, write_folder
+from .packed import Carrier
+
+
+def shapes(fmt: Format, rows: int, columns: int) -> Shapes:
+    """Suffix -> dtype and shape of the tensors of a [rows, columns] weight."""
+    if fmt.is_mx:
+        return compressed_tensors.shapes(fmt, rows, columns, torch.uint8)
+    groups = columns // fmt.group_size
+    return {
+        "qweight": (torch.int32, (columns * fmt.bits // 32, rows)),
+        "scales": (torch.float16, (groups, rows)),
+        "qzeros": (torch.int32, (groups, rows * fmt.bits // 32)),
+    }
+
+
+def tensors(packed: Packed, fmt: Format, columns: int, less_one: bool) -> dict[str, Tensor]:
+    """The same weight as `shapes` announces it; `less_one` is AutoGPTQ's way with zero points."""
+    if fmt.is_mx:
+        return compressed_tensors.tensors(packed, fmt, columns)
+    codes, scale, zero_point = packed
+    rows, groups = scale.shape
+    if zero_point is None:
+        points = torch.full((groups, rows), 1 << (fmt.bits - 1), dtype=torch.uint8)
+    else:
+        points = unpack_codes(zero_point, fmt.bits, groups).t()
+    qzeros = words(pack_codes(points - int(less_one), fmt.bits))
+    return {"qweight": words(codes).t(), "scales": scale.t(), "qzeros": qzeros}
+
+
+def _settings(scheme: Scheme) -> dict[str, Any]:
+    """What auto-round calls a scheme."""
+    fmt = scheme.weight
+    if fmt is None:
+        return {"bits": 16, "act_bits": 16}
+    kind = "mx_fp" if fmt.is_mx else "int"
+    found: dict[str, Any] = {"bits": fmt.bits, "group_size": fmt.group_size, "sym": fmt.symmetric}
+    found |= {"data_type": kind, "act_bits": 16}
+    if scheme.activation is not None:
+        found |= {"act_bits": fmt.bits, "act_data_type": kind, "act_group_size": fmt.group_size}
+        found |= {"act_sym": True, "act_dynamic": True}
+    return found
+
+
+def quantization_config(
+    schemes: dict[str, Scheme], unpacked: list[str], blocks: str, packing: str
+) -> dict[str, Any]:
+    """`quantization_config` of config.json: the first linear's scheme, and who differs from it."""
+    first = _settings(next(iter(schemes.values())))
+    others = {name: _settings(scheme) for name, scheme in schemes.items()}
+    inside = f"{blocks}."  # the head is named even if it differs in nothing, or it is left out
+    extra = {n: s for n, s in others.items() if s != first or not n.startswith(inside)}
+    extra |= {name: {"bits": 16, "act_bits": 16} for name in unpacked}
+    return {
+        "quant_method": "auto-round",
+        "packing_format": packing,
+        "block_name_to_quantize": blocks,
+        **first,
+        "extra_config": extra,
+    }
+
+
+def _piece(carrier: Carrier, name: str, less_one: bool) -> Piece:
+    info, fmt = carrier.model.linears[name], carrier.fits[name].scheme.weight
+    assert fmt is not None
+
+    def make() -> dict[str, Tensor]:
+        return tensors(carrier.packed(name), fmt, info.in_features, less_one)
+
+    return linear_piece(name, shapes(fmt, info.out_features, info.in_features), make)
+
+
+def write(folder: Path, carrier: Carrier) -> None:
+    """Fill an existing, empty folder."""
+    schemes = {name: fit.scheme for name, fit in carrier.fits.items()}
+    formats = {name: s.weight for name, s in schemes.items() if s.weight is not None}
+    packing = "auto_round:auto_gptq"
+    if any(fmt.is_mx for fmt in formats.values()):
+        packing = "auto_round:llm_compressor"
+    elif not all(fmt.symmetric for fmt in formats.values()):
+        packing = "auto_round"
+    less_one = packing == "auto_round:auto_gptq"
+    pieces = [_piece(carrier, name, less_one) for name in formats]
+    unpacked = carrier.model.unpacked_linears()
+    blocks = decoder_blocks(carrier.model.shapes)[0]
+    config = quantization_config(schemes, unpacked, blocks, packing)
+    write_folder(folder, carrier, [*pieces, *plain_pieces(carrier)], config)

@@ -1,0 +1,138 @@
+"""compressed-tensors: for transformers, and for vLLM.
+
+    MXFP4  weight_packed  uint8 [N, K / 2], weight_scale uint8 [N, K / 32]: our own bytes
+    MXFP8  weight         float8_e4m3fn [N, K], weight_scale as above
+    int    weight_packed  int32 [N, K * bits / 32], our own bytes four by four
+           weight_scale   [N, groups], in the model's dtype: the loader casts it to that
+           weight_shape   int64 [2]
+           weight_zero_point  int32 [N * bits / 32, groups], packed down the rows
+
+compressed-tensors 0.20 writes zero points so, and vLLM reads them; its own loader in transformers
+expects them unpacked, and refuses asymmetric linears.
+
+Layers with the same scheme are a group, which names them one by one. Activations, where they are
+quantized, are rounded by the engine: dynamically, their scales by the rule that we call `even`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..formats import Format, Scheme
+from ..pack import Packed
+from ..reference import pack_codes, unpack_codes
+from .folder import Piece, Shapes, linear_piece, plain_pieces, write_folder
+from .packed import Carrier
+
+_FORMATS = {"e2m1": "mxfp4-pack-quantized", "e4m3": "mxfp8-quantized"}  # others: pack-quantized
+
+
+def _format_name(fmt: Format) -> str:
+    return _FORMATS.get(fmt.element, "pack-quantized")
+
+
+def words(packed: Tensor) -> Tensor:
+    """uint8 [N, B] -> int32 [N, ceil(B / 4)], the first byte the lowest; the last is filled up."""
+    return torch.nn.functional.pad(packed, (0, -packed.shape[1] % 4)).view(torch.int32)
+
+
+def shapes(fmt: Format, rows: int, columns: int, dtype: torch.dtype) -> Shapes:
+    """Suffix -> dtype and shape of the tensors of a [rows, columns] weight."""
+    groups = columns // fmt.group_size
+    scale = torch.uint8, (rows, groups)
+    if fmt.element == "e4m3":
+        return {"weight": (torch.float8_e4m3fn, (rows, columns)), "weight_scale": scale}
+    if fmt.is_mx:
+        return {"weight_packed": (torch.uint8, (rows, columns // 2)), "weight_scale": scale}
+    found: dict[str, Any] = {
+        "weight_packed": (torch.int32, (rows, columns * fmt.bits // 32)),
+        "weight_scale": (dtype, (rows, groups)),
+        "weight_shape": (torch.int64, (2,)),
+    }
+    if not fmt.symmetric:
+        found["weight_zero_point"] = (torch.int32, (-(-rows * fmt.bits // 32), groups))
+    return found
+
+
+def tensors(packed: Packed, fmt: Format, columns: int) -> dict[str, Tensor]:
+    """The same weight as `shapes` announces it."""
+    codes, scale, zero_point = packed
+    if fmt.element == "e4m3":
+        return {"weight": codes.view(torch.float8_e4m3fn), "weight_scale": scale}
+    if fmt.is_mx:
+        return {"weight_packed": codes, "weight_scale": scale}
+    found = {"weight_packed": words(codes), "weight_scale": scale}
+    found["weight_shape"] = torch.tensor([len(codes), columns])
+    if zero_point is not None:
+        points = unpack_codes(zero_point, fmt.bits, scale.shape[1])
+        found["weight_zero_point"] = words(pack_codes(points.t(), fmt.bits)).t()
+    return found
+
+
+def _arguments(fmt: Format, dynamic: bool) -> dict[str, Any]:
+    """What compressed-tensors calls quantization arguments."""
+    found = {
+        "num_bits": fmt.bits,
+        "type": "float" if fmt.is_mx else "int",
+        "strategy": "group",
+        "group_size": fmt.group_size,
+        "symmetric": fmt.symmetric,
+        "dynamic": dynamic,
+    }
+    marks = {"scale_dtype": "torch.uint8", "zp_dtype": "torch.uint8"}  # of MX, by their presence
+    return {**found, **(marks if fmt.is_mx else {})}
+
+
+def _group(scheme: Scheme, names: list[str]) -> dict[str, Any]:
+    assert scheme.weight is not None
+    inputs = scheme.activation
+    return {
+        "targets": names,
+        "format": _format_name(scheme.weight),
+        "weights": _arguments(scheme.weight, dynamic=False),
+        "input_activations": None if inputs is None else _arguments(inputs, dynamic=True),
+        "output_activations": None,
+    }
+
+
+def quantization_config(schemes: dict[str, Scheme], ignore: list[str]) -> dict[str, Any]:
+    """`quantization_config` of config.json for linears that are quantized, and those that are not.
+
+    A folder of one format has its name; of several, each group has its own.
+    """
+    members: dict[Scheme, list[str]] = {}
+    for name, scheme in schemes.items():
+        members.setdefault(scheme, []).append(name)
+    groups = [_group(scheme, names) for scheme, names in members.items()]
+    formats = {group["format"] for group in groups}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": formats.pop() if len(formats) == 1 else "mixed-precision",
+        "quantization_status": "compressed",
+        "ignore": ignore,
+        "config_groups": {f"group_{i}": group for i, group in enumerate(groups)},
+    }
+
+
+def _piece(carrier: Carrier, name: str) -> Piece:
+    info, fmt = carrier.model.linears[name], carrier.fits[name].scheme.weight
+    assert fmt is not None
+
+    def make() -> dict[str, Tensor]:
+        packed = carrier.round_scales(name, carrier.packed(name), fmt)
+        return tensors(packed, fmt, info.in_features)
+
+    return linear_piece(name, shapes(fmt, info.out_features, info.in_features, carrier.dtype), make)
+
+
+def write(folder: Path, carrier: Carrier) -> None:
+    """Fill an existing, empty folder."""
+    quantized = {n: f.scheme for n, f in carrier.fits.items() if f.scheme.weight is not None}
+    pieces = [_piece(carrier, name) for name in quantized]
+    left = [name for name in carrier.fits if name not in quantized]
+    config = quantization_config(quantized, [*carrier.model.unpacked_linears(), *left])
+    write_folder(folder, carrier, [*pieces, *plain_pieces(carrier)], config)

@@ -1,0 +1,81 @@
+"""A transformers folder with linears in somebody else's layout: config.json and safetensors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from ..checkpoint import Shard, TensorSpec, copy_companions, make_shards, write_index
+from .packed import Carrier
+
+Shapes: TypeAlias = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]  # suffix -> dtype, shape
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Tensors that are made together: `make` gives those that `specs` announce."""
+
+    specs: Sequence[TensorSpec]
+    make: Callable[[], dict[str, Tensor]]
+
+
+def linear_piece(name: str, shapes: Shapes, make: Callable[[], dict[str, Tensor]]) -> Piece:
+    """The tensors `<name>.<suffix>` of one linear; `make` gives suffix -> tensor."""
+    specs = [TensorSpec(f"{name}.{key}", *entry) for key, entry in shapes.items()]
+    return Piece(specs, lambda: {f"{name}.{key}": value for key, value in make().items()})
+
+
+def _plain_piece(carrier: Carrier, spec: TensorSpec) -> Piece:
+    kind = carrier.dtype if spec.dtype.is_floating_point else spec.dtype
+    made = TensorSpec(spec.name, kind, spec.shape)
+    return Piece([made], lambda: {spec.name: carrier.plain(spec.name)})
+
+
+def _unpacked_piece(carrier: Carrier, name: str) -> Piece:
+    """A linear that is packed no more."""
+    info = carrier.model.linears[name]
+    shape = {"weight": (carrier.dtype, (info.out_features, info.in_features))}
+    return linear_piece(name, shape, lambda: {"weight": carrier.unpacked(name)})
+
+
+def plain_pieces(carrier: Carrier) -> list[Piece]:
+    """What is not packed, and linears that have become so."""
+    pieces = [_plain_piece(carrier, spec) for spec in carrier.model.plain.values()]
+    unpacked = [name for name, fit in carrier.fits.items() if not fit.scheme.packed]
+    return pieces + [_unpacked_piece(carrier, name) for name in unpacked]
+
+
+def _write_shard(folder: Path, shard: Shard, pieces: Sequence[Piece]) -> None:
+    from safetensors.torch import save_file
+
+    wanted = {spec.name for spec in shard.specs}
+    tensors: dict[str, Tensor] = {}
+    for piece in pieces:
+        if any(spec.name in wanted for spec in piece.specs):
+            made = piece.make()
+            tensors |= {spec.name: made[spec.name].contiguous() for spec in piece.specs}
+    for name in tensors.keys() - wanted:
+        del tensors[name]
+    save_file(tensors, folder / shard.file, metadata={"format": "pt"})
+
+
+def write_folder(
+    folder: Path, carrier: Carrier, pieces: Sequence[Piece], quantization: dict[str, Any]
+) -> None:
+    """Weights shard by shard, config.json with `quantization`, tokenizer files."""
+    shards = make_shards([spec for piece in pieces for spec in piece.specs])
+    for shard in shards:
+        _write_shard(folder, shard, pieces)
+    write_index(folder, shards)
+    config = carrier.model.config_json
+    config["dtype"] = str(carrier.dtype).removeprefix("torch.")
+    config["quantization_config"] = quantization
+    text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+    (folder / "config.json").write_text(text, encoding="utf-8")
+    copy_companions(carrier.model.path, folder)

@@ -1,0 +1,210 @@
+"""GGUF, for llama.cpp: one file, every weight in the type that holds it exactly.
+
+    MXFP4  MXFP4  per 32 columns: the scale's byte, then 16 bytes, element j in the low and j + 16
+                  in the high half; the same code points
+    int8   Q8_0   per 32 columns: a float16 scale, then 32 signed bytes
+    int4   Q4_0   a float16 scale, then 16 bytes as of MXFP4; the value is (code - 8) * scale
+    int2   Q4_0   the same, 6 above: (code + 6 - 8) * scale
+    else   BF16 or F16; vectors F32
+
+Groups of more than 32 columns become several blocks with one scale. llama.cpp rotates pairs of
+neighbours in the heads of a Llama, transformers pairs of halves: the rows of q and k are put in
+its order. It rounds activations to 8 bits in a way of its own, whatever the scheme.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..formats import MX_GROUP, Format, UsageError
+from ..pack import Packed
+from ..reference import unpack_codes
+from .gguf_tokenizer import add_vocabulary, read_vocabulary
+from .packed import Carrier
+
+FILE = "model.gguf"
+_ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
+_TYPES = {"e2m1": "MXFP4", "int8": "Q8_0", "int4": "Q4_0", "int2": "Q4_0"}
+
+
+def _halves(codes: Tensor) -> Tensor:
+    """uint8 [N, blocks, 32] -> [N, blocks, 16]: element j low, j + 16 high."""
+    low, high = codes.split(MX_GROUP // 2, dim=2)
+    return low | high << 4
+
+
+def blocks(packed: Packed, fmt: Format, columns: int) -> Tensor:
+    """The same weight as rows of blocks, uint8 [N, bytes], in the type that `_TYPES` says."""
+    codes = unpack_codes(packed.weight_packed, fmt.bits, columns).unflatten(1, (-1, MX_GROUP))
+    scale = packed.weight_scale.unsqueeze(2)
+    if not fmt.is_mx:
+        repeated = scale.repeat_interleave(fmt.group_size // MX_GROUP, 1)[:, : codes.shape[1]]
+        scale = repeated.contiguous().view(torch.uint8)
+    if fmt.element == "int2":
+        codes = codes + 6
+    values = codes ^ 0x80 if fmt.bits == 8 else _halves(codes)
+    return torch.cat([scale, values], 2).flatten(1)
+
+
+def rotary_order(rows: int, head_dim: int) -> Tensor:
+    """Rows of a q or k weight in llama.cpp's order: the two halves of a head take turns."""
+    return torch.arange(rows).unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten()
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A tensor of the file: its name, type, numpy shape and dtype, and how it is made."""
+
+    name: str
+    type: str
+    shape: tuple[int, ...]
+    make: Callable[[], Tensor]
+
+    def data(self) -> Any:
+        made = self.make().contiguous()
+        return (made.view(torch.uint8) if made.dtype == torch.bfloat16 else made).numpy()
+
+
+def _gguf() -> Any:
+    try:
+        import gguf
+    except ImportError:
+        raise UsageError("--format gguf needs the gguf package: pip install gguf") from None
+    return gguf
+
+
+def _check_model(config: Any) -> str:
+    """The architecture's name there. Raises UsageError for models that llama.cpp runs otherwise."""
+    kind = config.model_type
+    if kind not in _ARCHITECTURES:
+        known = ", ".join(_ARCHITECTURES)
+        raise UsageError(f"--format gguf knows the architectures {known}: got {kind}")
+    if config.hidden_act != "silu":
+        raise UsageError(f"llama.cpp runs a {kind} with silu only: got {config.hidden_act}")
+    window = getattr(config, "sliding_window", None)
+    if window and window < config.max_position_embeddings:
+        raise UsageError(f"llama.cpp runs a {kind} without sliding windows only: got {window}")
+    return _ARCHITECTURES[kind]
+
+
+def _add_rope(writer: Any, config: Any, head_dim: int) -> Tensor | None:
+    """Settings of rotary embeddings; the divisors of frequencies, where a Llama 3 has them."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    rope = config.rope_parameters
+    kind = rope.get("rope_type", "default")
+    writer.add_rope_dimension_count(head_dim)
+    writer.add_rope_freq_base(float(rope["rope_theta"]))
+    if kind == "linear":
+        writer.add_rope_scaling_type(_gguf().RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(float(rope["factor"]))
+    elif kind == "llama3":
+        plain = rope["rope_theta"] ** -(torch.arange(0, head_dim, 2).float() / head_dim)
+        return plain / ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))[0]
+    elif kind != "default":
+        raise UsageError(f"rotary embeddings must be default, linear or llama3: got {kind}")
+    return None
+
+
+def _add_settings(writer: Any, config: Any, head_dim: int) -> None:
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(head_dim)
+    writer.add_value_length(head_dim)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_quantization_version(_gguf().GGML_QUANT_VERSION)
+
+
+class _Entries:
+    """Makes the entries of a file from a carrier's tensors."""
+
+    def __init__(self, carrier: Carrier, architecture: str, head_dim: int) -> None:
+        gguf = _gguf()
+        self.carrier, self.head_dim = carrier, head_dim
+        self.rotates = architecture == "llama"
+        self.types = gguf.GGML_QUANT_SIZES, gguf.GGMLQuantizationType
+        arch = next(k for k, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+        layers = carrier.model.shapes.config.num_hidden_layers
+        self.names = gguf.get_tensor_name_map(arch, layers)
+
+    def name(self, tensor: str) -> str:
+        found = self.names.get_name(tensor, try_suffixes=(".weight", ".bias"))
+        if found is None:
+            raise UsageError(f"GGUF has no name for {tensor}")
+        return str(found)
+
+    def _order(self, linear: str, rows: int) -> Tensor | slice:
+        is_rotated = self.rotates and linear.rpartition(".")[2] in ("q_proj", "k_proj")
+        return rotary_order(rows, self.head_dim) if is_rotated else slice(None)
+
+    def linear(self, name: str) -> _Entry:
+        info, fmt = self.carrier.model.linears[name], self.carrier.fits[name].scheme.weight
+        rows, columns = info.out_features, info.in_features
+        order = self._order(name, rows)
+        if fmt is None:
+            return self._matrix(
+                f"{name}.weight", (rows, columns), lambda: self.carrier.unpacked(name)[order]
+            )
+        kind = _TYPES[fmt.element]
+        sizes, types = self.types
+        elements, size = sizes[types[kind]]
+
+        def make() -> Tensor:
+            return blocks(self.carrier.packed(name).rows(order), fmt, columns)
+
+        return _Entry(self.name(f"{name}.weight"), kind, (rows, columns // elements * size), make)
+
+    def plain(self, name: str, shape: tuple[int, ...]) -> _Entry:
+        order = self._order(name.rpartition(".")[0], shape[0])
+        if len(shape) == 1:
+            make = lambda: self.carrier.plain(name, torch.float32)[order]  # noqa: E731
+            return _Entry(self.name(name), "F32", shape, make)
+        return self._matrix(name, shape, lambda: self.carrier.plain(name)[order])
+
+    def _matrix(self, name: str, shape: tuple[int, ...], make: Callable[[], Tensor]) -> _Entry:
+        if self.carrier.dtype == torch.float16:
+            return _Entry(self.name(name), "F16", shape, make)
+        return _Entry(self.name(name), "BF16", (shape[0], 2 * shape[1]), make)
+
+
+_NUMPY: dict[str, Any] = {"F32": np.float32, "F16": np.float16}  # others: bytes
+
+
+def write(folder: Path, carrier: Carrier) -> None:
+    """Write `model.gguf` into an existing folder. Raises UsageError for unknown architectures."""
+    gguf, config = _gguf(), carrier.model.shapes.config
+    architecture = _check_model(config)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    writer = gguf.GGUFWriter(folder / FILE, architecture)
+    writer.add_name(carrier.model.path.resolve().name)
+    _add_settings(writer, config, head_dim)
+    divisors = _add_rope(writer, config, head_dim)
+    add_vocabulary(writer, read_vocabulary(carrier.model.path, config, carrier.lossy))
+    make = _Entries(carrier, architecture, head_dim)
+    entries = [make.plain(name, spec.shape) for name, spec in carrier.model.plain.items()]
+    entries += [make.linear(name) for name in carrier.fits]
+    if divisors is not None:
+        entries.append(_Entry("rope_freqs.weight", "F32", tuple(divisors.shape), lambda: divisors))
+    for entry in entries:
+        kind = np.dtype(_NUMPY.get(entry.type, np.uint8))
+        size = int(np.prod(entry.shape)) * kind.itemsize
+        type_number = gguf.GGMLQuantizationType[entry.type]
+        writer.add_tensor_info(entry.name, entry.shape, kind, size, type_number)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for entry in entries:
+        writer.write_tensor_data(entry.data())
+    writer.close()

@@ -1,0 +1,160 @@
+"""A packed folder, read tensor by tensor, and its weights as a target wants them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from ..arrange import arrangement_of
+from ..checkpoint import TensorSpec, check_files, plain_dtype, tensor_specs
+from ..formats import Assignment, Format, Mixed, Recipe, Scheme, UsageError
+from ..linear import pack_weight, packed_values
+from ..model import CausalLM, LinearInfo, find_linears, meta_model
+from ..pack import Packed
+from ..source import open_source
+from ..targets import Fit
+from ..transformers_quantizer import read_config
+
+
+@dataclass(frozen=True)
+class PackedModel:
+    """What a packed folder says of itself; tensors are read when they are asked for."""
+
+    path: Path
+    shapes: CausalLM  # without storage
+    linears: Mapping[str, LinearInfo]
+    recipes: Assignment
+    specs: Mapping[str, TensorSpec]
+    files: Mapping[str, Path]
+
+    @classmethod
+    def open(cls, folder: Path) -> PackedModel:
+        """Raises UsageError if the folder is no checkpoint of ours, or not whole."""
+        config = read_config(folder)
+        recipes, source = config.recipes(), open_source(str(folder), quantized=True)
+        shapes = meta_model(source.config)
+        check_files(shapes, recipes, source.weight_files(), config.to_dict())
+        linears = find_linears(shapes, include_head=True)
+        specs = tensor_specs(shapes, linears, recipes, plain_dtype(folder))
+        files = {}
+        for path in source.weight_files():
+            with safe_open(path, framework="pt") as file:
+                files.update(dict.fromkeys(file.keys(), path))
+        infos = {info.name: info for info in linears}
+        return cls(folder, shapes, infos, recipes, {s.name: s for s in specs}, files)
+
+    @property
+    def config_json(self) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads((self.path / "config.json").read_text("utf-8"))
+        return found
+
+    @property
+    def plain(self) -> dict[str, TensorSpec]:
+        """The tensors that are not packed, by name."""
+        return {name: spec for name, spec in self.specs.items() if spec.linear is None}
+
+    def unpacked_linears(self) -> list[str]:
+        """Every `nn.Linear` that is left alone, the head and routers among them."""
+        linears = (n for n, m in self.shapes.named_modules() if isinstance(m, nn.Linear))
+        return [name for name in linears if name not in self.recipes]
+
+    def tensor(self, name: str) -> Tensor:
+        with safe_open(self.files[name], framework="pt") as file:
+            value: Tensor = file.get_tensor(name)
+        return value
+
+    def packed(self, name: str) -> list[Packed]:
+        """The parts of a linear: one, or those of its segments."""
+        recipe, prefixes = self.recipes[name], [name]
+        if isinstance(recipe, Mixed):
+            prefixes = [f"{name}.segments.{i}" for i in range(len(recipe.segments))]
+        stored = [[(f, f"{p}.{f}") for f in Packed._fields] for p in prefixes]
+        return [Packed(**{f: self.tensor(t) for f, t in s if t in self.specs}) for s in stored]
+
+    def weight(self, name: str) -> Tensor:
+        """The float32 [N, K] that a packed linear stands for, its columns as they come."""
+        recipe, columns = self._ordered(name), self.linears[name].in_features
+        return arrangement_of(recipe).restore(packed_values(self.packed(name), recipe, columns))
+
+    def _ordered(self, name: str) -> Recipe:
+        recipe = self.recipes[name]
+        if not isinstance(recipe, Mixed) or recipe.order is None:
+            return recipe
+        order = self.tensor(f"{name}.order")
+        return replace(recipe, order=tuple(order.tolist()))
+
+
+def relative_error(weight: Tensor, other: Tensor) -> float:
+    """||W - W'|| / ||W||, in float64; 0 for weights of zeros that stay so."""
+    gap = (weight.double() - other.double()).norm()
+    return float(gap / weight.double().norm().clamp(min=torch.finfo(torch.float64).tiny))
+
+
+@dataclass
+class Carrier:
+    """Takes weights to a target, and keeps account of what is lost on the way.
+
+    `losses` has the relative error of every weight that is not the same afterwards, or that was
+    rounded again. Where weights may not be rounded (not `lossy`), that is a UsageError.
+    """
+
+    model: PackedModel
+    fits: Mapping[str, Fit]
+    dtype: torch.dtype  # of what is not packed
+    lossy: bool
+    losses: dict[str, float] = field(default_factory=dict)
+
+    def packed(self, name: str) -> Packed:
+        """Codes and scales of a linear in its fit's format."""
+        recipe, scheme = self.model.recipes[name], self.fits[name].scheme
+        if isinstance(recipe, Scheme) and recipe.weight == scheme.weight:
+            return self.model.packed(name)[0]
+        weight = self.model.weight(name)
+        packed = pack_weight(name, weight, scheme)
+        again = packed_values([packed], scheme, weight.shape[1])
+        self.losses[name] = relative_error(weight, again)
+        return packed
+
+    def unpacked(self, name: str) -> Tensor:
+        """A linear whose fit is not packed, as [N, K] in `dtype`."""
+        weight = self.model.weight(name)
+        self.losses[name] = relative_error(weight, weight.to(self.dtype))
+        return weight.to(self.dtype)
+
+    def round_scales(self, name: str, packed: Packed, fmt: Format) -> Packed:
+        """Float16 scales as `dtype`; MX scales are left alone."""
+        if fmt.is_mx or self.dtype == torch.float16:
+            return packed
+        rounded = packed.weight_scale.to(self.dtype)
+        if not torch.equal(rounded.float(), packed.weight_scale.float()):
+            if not self.lossy:
+                raise UsageError(
+                    f"scales are float16, and would be rounded to the model's own dtype ({name}): "
+                    "pass --dtype float16, or --lossy"
+                )
+            scheme, columns = self.fits[name].scheme, self.model.linears[name].in_features
+            same = packed._replace(weight_scale=rounded.to(torch.float16))
+            values = (packed_values([p], scheme, columns) for p in (packed, same))
+            before = self.losses[name] if self.fits[name].why else 0.0
+            self.losses[name] = before + relative_error(*values)
+        return packed._replace(weight_scale=rounded)
+
+    def plain(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """A tensor that is not packed, in `dtype` (the carrier's), which the user has chosen.
+
+        Raises UsageError for values that are too large for it.
+        """
+        value, dtype = self.model.tensor(name), dtype or self.dtype
+        cast = value.to(dtype) if value.is_floating_point() else value
+        if not torch.equal(cast.double(), value.double()):
+            if not torch.isfinite(cast).all():
+                raise UsageError(f"{name} is too large for {str(dtype).removeprefix('torch.')}")
+            self.losses[name] = relative_error(value, cast)
+        return cast

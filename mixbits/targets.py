@@ -1,0 +1,184 @@
+"""What other engines can hold: asked before a model is quantized for one, and when it is exported.
+
+    compressed-tensors  MXFP4, MXFP8 (with activations, whose scales follow `even`, or without);
+                        W4A16, W8A16
+    vllm                reads compressed-tensors; fused linears (q/k/v, gate/up) take one scheme
+    auto-round          MXFP4, MXFP8 with activations, whose scales follow `floor`; or integers;
+                        not both in one folder
+    gguf                MXFP4 as MXFP4, symmetric integers as Q4_0 and Q8_0, exactly: their scales
+                        are float16 too. Activations are llama.cpp's own affair
+
+All want whole groups in a row, but gguf's groups are of 32, into which ours divide.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from .formats import (
+    BF16,
+    MX_GROUP,
+    Assignment,
+    Mixed,
+    Recipe,
+    ScaleMode,
+    Scheme,
+    UsageError,
+    parse_scheme,
+)
+
+if TYPE_CHECKING:
+    from .model import LinearInfo
+
+_SHOWN = 3  # linears that an error names
+_MX_AND_INT = "MXFP4, MXFP8, each also with A16; W4A16, W8A16"
+
+
+@dataclass(frozen=True)
+class Target:
+    """`act_scale_mode` is how activations are rounded there; None: not as MX at all.
+
+    `fuse`: linears that are multiplied in one call take one scheme. `holds` is for error messages.
+    """
+
+    name: str
+    holds: str
+    act_scale_mode: ScaleMode | None = None
+    fuse: bool = False
+
+    def obstacle(self, recipe: Recipe, rows: int, columns: int) -> str | None:
+        """Why a [rows, columns] weight cannot be held as it is; None where it can."""
+        if isinstance(recipe, Mixed):
+            return "is rotated" if recipe.rotated else "is divided into slabs"
+        fmt = recipe.weight
+        if fmt is None:
+            return None
+        if recipe.name not in self._schemes():
+            return f"is {recipe.name}"
+        width = MX_GROUP if self.name == "gguf" else fmt.group_size
+        if columns % width:
+            return f"has {columns} columns, which groups of {width} do not divide"
+        if self.name == "auto-round" and rows % 32:
+            return f"has {rows} rows, which 32 does not divide"
+        if recipe.activation is not None and self.act_scale_mode is not None:
+            mode = recipe.activation.scale_mode
+            if mode != self.act_scale_mode:
+                return f"rounds activations in scale mode {mode}, not {self.act_scale_mode}"
+        return None
+
+    def _schemes(self) -> set[str]:
+        groups = ("", "G32", "G64")
+        if self.name == "gguf":
+            ints = {f"W{bits}A16{g}" for bits in (2, 4, 8) for g in groups}
+            return {"MXFP4", "MXFP4A16"} | ints
+        bits = (2, 4, 8) if self.name == "auto-round" else (4, 8)
+        ints = {f"W{b}A16{g}{asym}" for b in bits for g in groups for asym in ("", "ASYM")}
+        weight_only = set() if self.name == "auto-round" else {"MXFP4A16", "MXFP8A16"}
+        return {"MXFP4", "MXFP8"} | weight_only | ints
+
+    def substitute(self, recipe: Recipe, rows: int, columns: int) -> Scheme:
+        """What to round a weight to that cannot be held: 8 bits where possible, else 16."""
+        schemes = [scheme for scheme, _ in recipe.parts(columns)]
+        if self.act_scale_mode is not None and isinstance(recipe, Scheme):
+            same = _in_mode(recipe, self.act_scale_mode)
+            if self.obstacle(same, rows, columns) is None:
+                return same
+        quantized_inputs = all(s.activation is not None for s in schemes)
+        names = ["MXFP8"] if quantized_inputs else []
+        names += ["MXFP8A16"] if any(s.weight and s.weight.is_mx for s in schemes) else []
+        for name in (*names, "W8A16G32"):
+            scheme = parse_scheme(name, act_scale_mode=self.act_scale_mode or "even")
+            if self.obstacle(scheme, rows, columns) is None:
+                return scheme
+        return BF16
+
+
+def _in_mode(scheme: Scheme, mode: ScaleMode) -> Scheme:
+    if scheme.activation is None:
+        return scheme
+    return replace(scheme, activation=replace(scheme.activation, scale_mode=mode))
+
+
+TARGETS = {
+    target.name: target
+    for target in (
+        Target("compressed-tensors", _MX_AND_INT, "even"),
+        Target("vllm", _MX_AND_INT, "even", fuse=True),
+        Target("auto-round", "MXFP4, MXFP8; or W2A16, W4A16, W8A16", "floor"),
+        Target("gguf", "MXFP4, MXFP4A16; symmetric W2A16, W4A16, W8A16"),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What a target holds in the place of a recipe, and `why` it is another; None: the same."""
+
+    scheme: Scheme
+    why: str | None = None
+
+
+def _some(reasons: Mapping[str, str]) -> str:
+    """The first few linears with their reasons, and how many more there are."""
+    shown = [f"{name} {why}" for name, why in list(reasons.items())[:_SHOWN]]
+    more = len(reasons) - len(shown)
+    return "; ".join(shown) + (f"; and {more} more" if more else "")
+
+
+def fit(
+    target: Target, linears: Sequence[LinearInfo], assignment: Assignment, lossy: bool = False
+) -> dict[str, Fit]:
+    """Linear -> what the target holds of it, for the packed ones.
+
+    Raises UsageError that names the linears that it cannot hold: all such, or with `lossy` those
+    for which there is no substitute.
+    """
+    fits, obstacles, experts = {}, {}, {}
+    for info in linears:
+        recipe = assignment.get(info.name, BF16)
+        if not recipe.packed:
+            continue
+        if info.is_expert:
+            experts[info.name] = "is an expert's"
+            continue
+        why = target.obstacle(recipe, info.out_features, info.in_features)
+        if why is None:
+            assert isinstance(recipe, Scheme)
+            fits[info.name] = Fit(recipe)
+        else:
+            obstacles[info.name] = why
+            other = target.substitute(recipe, info.out_features, info.in_features)
+            fits[info.name] = Fit(other, why)
+    if experts:
+        raise UsageError(f"experts cannot be exported yet: {_some(experts)}")
+    if obstacles and not lossy:
+        raise UsageError(
+            f"{target.name} cannot hold {len(obstacles)} of {len(fits)} linears: "
+            f"{_some(obstacles)}; it holds whole groups of {target.holds} "
+            "(python -m mixbits.export converts the others with --lossy)"
+        )
+    check_together(target, [found.scheme for found in fits.values()])
+    return fits
+
+
+def check_together(target: Target, schemes: Sequence[Scheme]) -> None:
+    """Raise UsageError for schemes that one folder cannot hold beside each other."""
+    first = {s.weight.is_mx: s.name for s in reversed(schemes) if s.weight is not None}
+    if target.name == "auto-round" and len(first) > 1:
+        raise UsageError(
+            f"auto-round holds MX formats or integers in a folder: got {first[True]} and "
+            f"{first[False]}"
+        )
+
+
+def check_fused(target: Target, groups: Sequence[Sequence[str]], assignment: Assignment) -> None:
+    """Raise UsageError where linears that are multiplied in one call take several schemes."""
+    for names in groups if target.fuse else ():
+        schemes = {assignment.get(name, BF16).name for name in names}
+        if len(schemes) > 1:
+            raise UsageError(
+                f"{target.name} needs one scheme for linears that it fuses: "
+                f"{', '.join(names)} take {', '.join(sorted(schemes))} (see --fuse)"
+            )

@@ -1,0 +1,167 @@
+"""What an engine can hold is told before anything is made for it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tiny import SMALL, make_model, read, write_ids
+
+from mixbits import quantize
+from mixbits.export.__main__ import main as export
+from mixbits.formats import BF16, Mixed, Recipe, UsageError, parse_scheme
+from mixbits.model import LinearInfo
+from mixbits.targets import TARGETS, check_fused, check_together, fit
+
+
+def linear(name: str = "a.q_proj", rows: int = 64, columns: int = 128) -> LinearInfo:
+    return LinearInfo(name, rows, columns, 0)
+
+
+def scheme(name: str, mode: str = "even") -> Recipe:
+    return parse_scheme(name, act_scale_mode=mode)  # type: ignore[arg-type]
+
+
+HELD = {
+    "compressed-tensors": "MXFP4 MXFP8 MXFP4A16 MXFP8A16 W4A16 W8A16G64 W4A16G32ASYM BF16",
+    "vllm": "MXFP4 MXFP8A16 W4A16 BF16",
+    "gguf": "MXFP4 MXFP4A16 W2A16 W4A16G32 W8A16 BF16",
+}
+NOT_HELD = {
+    "compressed-tensors": "MXFP8E5M2 MXFP8E5M2A16 W2A16",
+    "vllm": "W2A16G32 MXFP8E5M2",
+    "auto-round": "MXFP4A16 MXFP8A16 MXFP8E5M2 MXFP4",  # its activations are in mode `even`
+    "gguf": "MXFP8 MXFP8A16 W4A16ASYM W8A16ASYM",
+}
+
+
+@pytest.mark.parametrize("target", HELD)
+def test_what_it_holds_stays_what_it_is(target: str) -> None:
+    info = linear()
+    for name in HELD[target].split():
+        found = fit(TARGETS[target], [info], {info.name: scheme(name)})
+        assert found == {} if name == "BF16" else found[info.name].scheme.name == name
+
+
+@pytest.mark.parametrize("target", NOT_HELD)
+def test_what_it_does_not_hold_is_named_or_converted(target: str) -> None:
+    linears = [linear(f"layer.{i}") for i in range(5)]
+    for name in NOT_HELD[target].split():
+        plan = {info.name: scheme(name) for info in linears}
+        with pytest.raises(UsageError, match=r"5 of 5 .*layer\.0 .*layer\.2 .*and 2 more"):
+            fit(TARGETS[target], linears, plan)
+        found = fit(TARGETS[target], linears, plan, lossy=True)["layer.0"]
+        assert found.why and found.scheme.weight is not None
+        again = {info.name: found.scheme for info in linears}
+        assert fit(TARGETS[target], linears, again)["layer.0"].why is None
+
+
+def test_auto_round_rounds_activations_by_floor() -> None:
+    info = linear()
+    assert not fit(TARGETS["auto-round"], [info], {info.name: scheme("MXFP4", "floor")})[
+        info.name
+    ].why
+    plan = {info.name: scheme("MXFP4", "even")}
+    with pytest.raises(UsageError, match="scale mode even, not floor"):
+        fit(TARGETS["auto-round"], [info], plan)
+    converted = fit(TARGETS["auto-round"], [info], plan, lossy=True)[info.name].scheme
+    assert converted == scheme("MXFP4", "floor")  # the same weights
+
+
+def test_slabs_and_rotations_become_eight_bits() -> None:
+    slabs = Mixed(((parse_scheme("MXFP4A16"), 64), (parse_scheme("MXFP8A16"), 64)))
+    rotated = Mixed(((parse_scheme("MXFP4"), 128),), rotated=True)
+    info = linear()
+    for target, recipe, instead in (
+        ("vllm", slabs, "MXFP8A16"),
+        ("vllm", rotated, "MXFP8"),
+        ("gguf", slabs, "W8A16G32"),
+        ("auto-round", slabs, "W8A16G32"),
+    ):
+        with pytest.raises(UsageError, match=r"slabs|rotated"):
+            fit(TARGETS[target], [info], {info.name: recipe})
+        assert fit(TARGETS[target], [info], {info.name: recipe}, True)[info.name].scheme.name == (
+            instead
+        )
+
+
+def test_short_groups_are_left_in_16_bits() -> None:
+    for rows, columns, target, name in (
+        (64, 172, "vllm", "MXFP4A16"),
+        (64, 172, "gguf", "MXFP4"),
+        (65, 128, "auto-round", "W4A16"),
+    ):
+        info = linear("a", rows, columns)
+        with pytest.raises(UsageError, match=f"{columns} columns|{rows} rows"):
+            fit(TARGETS[target], [info], {"a": scheme(name)})
+        assert fit(TARGETS[target], [info], {"a": scheme(name)}, True)["a"].scheme == BF16
+    # The groups of a GGUF are shorter than ours.
+    assert fit(TARGETS["gguf"], [linear("a", 3, 96)], {"a": scheme("W4A16")})["a"].why is None
+
+
+def test_experts_are_refused() -> None:
+    info = LinearInfo("m.experts.0.gate_proj", 64, 128, 0, is_expert=True)
+    with pytest.raises(UsageError, match="experts"):
+        fit(TARGETS["vllm"], [info], {info.name: scheme("MXFP4")}, lossy=True)
+
+
+def test_schemes_that_cannot_stand_together() -> None:
+    both = [parse_scheme("MXFP4"), parse_scheme("W4A16")]
+    with pytest.raises(UsageError, match="MXFP4 and W4A16"):
+        check_together(TARGETS["auto-round"], both)
+    check_together(TARGETS["vllm"], both)
+    groups, plan = [["a", "b"]], {"a": both[0], "b": both[1]}
+    with pytest.raises(UsageError, match="a, b take MXFP4, W4A16"):
+        check_fused(TARGETS["vllm"], groups, plan)
+    check_fused(TARGETS["compressed-tensors"], groups, plan)
+    with pytest.raises(UsageError, match="a, b take BF16, MXFP4"):
+        check_fused(TARGETS["vllm"], groups, {"a": both[0]})
+
+
+# --- python -m mixbits.quantize --target ---------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--target vllm", "172 columns"),
+        ("--target gguf --keep *.down_proj=BF16", "MXFP8"),
+        (
+            "--target auto-round --schemes MXFP4,W8A16G32 --keep *.down_proj=BF16",
+            "MXFP4 and W8A16G32",
+        ),
+        ("--target vllm --granularity slab", "--granularity slab"),
+        ("--target vllm --rotate ffn", "--rotate ffn"),
+        ("--target auto-round --act-scale-mode rceil", "scale mode floor"),
+        ("--target vllm --plan PLAN", "gate_proj, model.layers.0.mlp.up_proj take BF16, MXFP8"),
+    ],
+)
+def test_a_target_is_checked_before_anything_is_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: str, message: str
+) -> None:
+    model = make_model(tmp_path / "model")
+    (tmp_path / "plan.json").write_text(
+        '{"mixbits_plan": 1, "weight_scale_mode": "floor", "act_scale_mode": "even", "units": [{'
+        '"unit": "u", "scheme": "MXFP8", "linears": {"model.layers.0.mlp.up_proj": "all"}}]}'
+    )
+    (model / "model.safetensors").write_bytes(b"not read")
+    argv = ["--seqlen", "32", *options.replace("PLAN", str(tmp_path / "plan.json")).split()]
+    assert quantize.main([str(model), "--out", str(tmp_path / "out"), *argv]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_a_target_implies_what_it_needs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = make_model(tmp_path / "model", intermediate_size=160, vocab_size=160)
+    ids = str(write_ids(tmp_path / "ids.npy"))
+    for target in ("vllm", "auto-round"):
+        out = tmp_path / target
+        argv = [str(model), "--target", target, "--dataset", ids, "--rounding", "rtn", *SMALL]
+        assert quantize.main([*argv, "--avg-bits", "5.5", "--out", str(out)]) == 0
+        assert f"--format {target.replace('vllm', 'compressed-tensors')}" in capsys.readouterr().out
+        plan = read(out / "plan.json")
+        assert plan["act_scale_mode"] == {"vllm": "even", "auto-round": "floor"}[target]
+        fused = any("+" in unit["unit"] for unit in plan["units"])
+        assert fused == (target == "vllm")
+        name = "compressed-tensors" if fused else target
+        assert export([str(out), "--format", name, "--out", str(tmp_path / f"{target}-out")]) == 0
