@@ -51,15 +51,24 @@ def _last_part(name: str) -> str:
     return Path(name).resolve().name if Path(name).exists() else name
 
 
+def _original(path: Path) -> dict[str, Any]:
+    """The YAML of the original's card; nothing where there is none that can be read."""
+    from huggingface_hub.repocard import metadata_load
+
+    try:
+        return metadata_load(path) or {}
+    except Exception:  # of three libraries: it is not our file
+        return {}
+
+
 def metadata(source: Source, schemes: Sequence[str]) -> str:
     """The card's YAML. What licence there is stands in the original's own card."""
     from huggingface_hub import ModelCardData
-    from huggingface_hub.repocard import metadata_load
 
-    original = {}
-    if (source.path / "README.md").is_file():
-        original = metadata_load(source.path / "README.md") or {}
-    known = {k: original[k] for k in ("license", "license_name", "license_link") if k in original}
+    original = _original(source.path / "README.md")
+    known: dict[str, Any] = {
+        k: original[k] for k in ("license", "license_name", "license_link") if k in original
+    }
     if not Path(source.name).is_dir():  # a name on the hub
         known |= {"base_model": source.name, "base_model_relation": "quantized"}
     tags = ["mixbits", "quantized", "mixed-precision", *(name.lower() for name in schemes)]

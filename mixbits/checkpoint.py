@@ -39,6 +39,7 @@ from .model import (
 )
 from .pack import LAYOUT, Rounded, recipe_spec
 from .recipes import describe
+from .scores import read_object
 from .source import Source
 
 SHARD_BYTES = 2 << 30
@@ -346,22 +347,9 @@ def _stored_tensors(files: Sequence[Path]) -> dict[str, tuple[str, tuple[int, ..
     return found
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises UsageError."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"cannot read {path}: {error.strerror}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} is not JSON: {error}") from None
-    if not isinstance(found, dict):
-        raise UsageError(f"{path} must hold a JSON object: got {type(found).__name__}")
-    return found
-
-
 def plain_dtype(folder: Path) -> torch.dtype:
     """What config.json says that unquantized tensors are stored in."""
-    config = read_json(folder / "config.json")
+    config = read_object(folder / "config.json")
     name = config.get("dtype", config.get("torch_dtype"))
     dtype = getattr(torch, str(name), None)
     if not isinstance(dtype, torch.dtype):
@@ -371,8 +359,8 @@ def plain_dtype(folder: Path) -> torch.dtype:
 
 def check_files(
     model: Any, recipes: Assignment, files: Sequence[Path], quantization: Mapping[str, Any]
-) -> None:
-    """Weight files hold the tensors of `model` with linears packed by `recipes`, and no others.
+) -> list[TensorSpec]:
+    """The tensors of `model` with linears packed by `recipes`: files hold these, and no others.
 
     `model` has shapes only, and its linears still; `quantization` is the `quantization_config`.
     Raises UsageError that names the tensor that is missing, too many, or of another dtype or
@@ -407,6 +395,13 @@ def check_files(
             f"{quantization.get('checksum')}: got {actual}; a file was damaged or edited, or is of "
             f"another checkpoint ({folder})"
         )
+    return specs
+
+
+def check_order(name: str, order: Tensor, folder: Path) -> None:
+    """A wrong order would address memory beyond the input."""
+    if order.sort().values.tolist() != list(range(len(order))):
+        raise UsageError(f"{name}.order must hold each of {len(order)} columns once ({folder})")
 
 
 def crc(name: str, value: Tensor) -> int:

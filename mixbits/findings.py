@@ -112,7 +112,9 @@ def report(run: Run, sha256: str, planned: Planned, choice: Choice, text: Text) 
     """report.json as far as it is known before anything is packed."""
     args, plan, scores = run.args, choice.winner.plan, planned.scores
     rounding: dict[str, Any] = {"method": args.rounding}
-    if args.rounding == "gptq":
+    if choice.winner.tuned is not None:
+        rounding = {"method": "signround", "iterations": args.tune, **text.calibration.describe()}
+    elif args.rounding == "gptq":
         rounding |= {"correction": choice.winner.share, **text.calibration.describe()}
     return {
         "mixbits_report": 1,

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .evaluate import sequence_kl
 from .model import LinearInfo
-from .pack import Packed
+from .pack import Rounded
 from .plan import Plan
 from .rounded import RoundedModel, round_model
 from .streaming import StreamedModel
@@ -31,11 +31,15 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class Candidate:
-    """A plan, and the share of `mixbits.rounding.retarget` that it is rounded with."""
+    """A plan, and the share of `mixbits.rounding.retarget` that it is rounded with.
+
+    `tuned` has its packed weights, where something else has rounded them (`mixbits.signround`).
+    """
 
     name: str
     plan: Plan
     share: float
+    tuned: Rounded | None = None
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,7 @@ class Choice:
     """
 
     winner: Candidate
-    rounded: dict[str, list[Packed]]
+    rounded: Rounded
     rows: list[dict[str, Any]]
 
 
@@ -71,10 +75,11 @@ def judge(
     calibration: Tensor,
     held_out: Tensor,
     batch_size: int = 8,
-) -> tuple[dict[str, list[Packed]], Tensor]:
+) -> tuple[Rounded, Tensor]:
     """Round one candidate; its weights, and its mean KL on each held-out sequence, float64."""
-    recipes = candidate.plan.assignment
-    rounded = round_model(model, linears, recipes, method, calibration, candidate.share)
+    recipes, rounded = candidate.plan.assignment, candidate.tuned
+    if rounded is None:
+        rounded = round_model(model, linears, recipes, method, calibration, candidate.share)
     quantized = RoundedModel(model, linears, recipes, rounded)
     return rounded, sequence_kl(model, quantized, held_out, batch_size)
 
@@ -90,7 +95,7 @@ def choose(
 ) -> Choice:
     """Round every candidate with the calibration's sequences, and compare on the held-out ones."""
     divergences: list[Tensor] = []
-    best: tuple[float, int, dict[str, list[Packed]]] | None = None
+    best: tuple[float, int, Rounded] | None = None
     for index, candidate in enumerate(candidates):
         rounded, kl = judge(model, linears, candidate, method, calibration, held_out, batch_size)
         divergences.append(kl)

@@ -183,6 +183,15 @@ def _rounding_options(parser: argparse.ArgumentParser) -> None:
         help="share of the errors before a linear that gptq makes up for, 0 to 1 (%(default)s)",
     )
     group.add_argument(
+        "--tune",
+        type=_positive,
+        nargs="?",
+        const=200,
+        metavar="STEPS",
+        help="let auto-round learn the rounding of the plan (SignRound, 200 steps for a block); "
+        "with the gate, the better of the two ships",
+    )
+    group.add_argument(
         "--gate",
         type=int,
         default=32,
@@ -336,6 +345,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--granularity slab and --rotate need --method fisher: got {args.method}")
     if args.free_slabs and args.granularity != "slab":
         parser.error("--free-slabs helps --granularity slab only")
+    if args.tune and arranged:
+        parser.error("--tune knows whole linears only: not --granularity slab, nor --rotate")
     if args.seqlen < 2:
         parser.error(f"--seqlen must be at least 2: got {args.seqlen}")
     if all(getattr(args, name) is None for name in ("avg_bits", "size", "plan", "max_kl")):

@@ -46,17 +46,24 @@ def write_text(path: Path, text: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def read_json(path: Path, kind: str) -> dict[str, Any]:
-    """A JSON object with the key `kind` (its version). Raises UsageError otherwise."""
+def read_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises UsageError."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} is not JSON: {error}") from None
-    if not isinstance(data, dict) or data.get(kind) != VERSION:
-        found = data.get(kind) if isinstance(data, dict) else type(data).__name__
-        raise UsageError(f"{path} must hold {kind!r}: {VERSION}: got {found!r}")
+    if not isinstance(data, dict):
+        raise UsageError(f"{path} must hold a JSON object: got {type(data).__name__}")
+    return data
+
+
+def read_json(path: Path, kind: str) -> dict[str, Any]:
+    """A JSON object with the key `kind` (its version). Raises UsageError otherwise."""
+    data = read_object(path)
+    if data.get(kind) != VERSION:
+        raise UsageError(f"{path} must hold {kind!r}: {VERSION}: got {data.get(kind)!r}")
     return data
 
 

@@ -1,7 +1,8 @@
 """`python -m mixbits.serve DIR`: an OpenAI-compatible server of a packed model.
 
 The server is transformers' own (`transformers serve`), one request after the other. Here are its
-checks at the start, and the answers that it lacks: what a request did wrong, and the model's name.
+checks at the start, and what its answers lack: what a request did wrong, the model's name, and
+sampling where a temperature is given.
 """
 
 from __future__ import annotations
@@ -62,6 +63,20 @@ def bad_request(request: Any, error: Any) -> Any:
     return JSONResponse({"error": body}, status_code=getattr(error, "status_code", 400))
 
 
+def _let_sample(handler: Any) -> None:
+    """A temperature, or top_p, asks for sampling, also where the model's own way is greedy."""
+    build = handler._build_generation_config
+
+    def build_generation_config(body: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        config = build(body, *args, **kwargs)
+        asked = [body[name] for name in ("temperature", "top_p") if body.get(name) is not None]
+        if asked:
+            config.do_sample = float(asked[0]) > 0
+        return config
+
+    handler._build_generation_config = build_generation_config
+
+
 def _completed(build: Callable[..., Any]) -> Callable[..., Any]:
     """transformers' `build_server`, and what it lacks."""
     from fastapi import HTTPException
@@ -71,6 +86,9 @@ def _completed(build: Callable[..., Any]) -> Callable[..., Any]:
         model = {"id": manager.force_model, "object": "model", "created": 0, "owned_by": "mixbits"}
         manager.get_gen_models = lambda: [model]  # else those of the hub's cache
         print(f'requests must name the model "{manager.force_model}"', flush=True)
+        for handler in (*args, *kwargs.values()):
+            if hasattr(handler, "_build_generation_config"):
+                _let_sample(handler)
         app = build(manager, *args, **kwargs)
         for kind in (HTTPException, ValueError, TypeError, KeyError, TemplateError):
             app.add_exception_handler(kind, bad_request)

@@ -17,7 +17,7 @@ from torch import nn
 from .formats import UsageError, first_line
 from .linear import check_finite
 
-_FILES = ["*.safetensors", "*.json", "tokenizer*", "*.model", "*.jinja"]
+_FILES = ["*.safetensors", "*.json", "tokenizer*", "*.model", "*.jinja", "README.md"]
 
 
 @dataclass

@@ -164,7 +164,7 @@ def _first_and_held_out(run: Run, tokenizer: Any, gate: int) -> tuple[Sequences,
     calibrates = (
         not (args.scores or args.plan)
         or args.diagnose
-        or (args.rounding == "gptq" and not args.solve_only)
+        or ((args.rounding == "gptq" or args.tune) and not args.solve_only)
     )
     count = _calibrated(args) + gate if calibrates or gate else 0
     held_count = 0 if args.solve_only else args.eval_nsamples
@@ -362,13 +362,27 @@ def _smallest_budget(
     return Budget(total_bits=found.budget, max_kl=args.max_kl), {**search, "measured": rows}
 
 
+def _tuned(run: Run, name: str, plan: Plan, text: Text) -> Candidate:
+    """A plan rounded by auto-round, from a copy of the model."""
+    from .signround import tune
+
+    args, source = run.args, run.source
+    ids, sizes = text.calibration.ids, (args.tune, args.batch_size, args.device)
+    model, tokenizer = source.load(), source.tokenizer()
+    rounded = tune(model, tokenizer, run.linears, plan.assignment, ids, *sizes)
+    return Candidate(f"{name}, tuned", plan, 0.0, rounded)
+
+
 def round_plans(run: Run, model: CausalLM, plans: dict[str, Plan], text: Text) -> Choice:
     """The plan that ships, with its packed weights."""
     args, streamed = run.args, StreamedModel(model, device=run.args.device)
+    tuned = [_tuned(run, *next(iter(plans.items())), text)] if args.tune else []
     if len(plans) > 1:
         ids = text.calibration.ids, text.gate.ids
-        found = candidates(plans, args.rounding, args.correction)
+        found = tuned + candidates(plans, args.rounding, args.correction)
         return choose(streamed, run.linears, found, args.rounding, *ids, args.batch_size)
+    for candidate in tuned:
+        return Choice(candidate, candidate.tuned or {}, [])
     (name, plan), *_ = plans.items()
     rounded = round_model(
         streamed,

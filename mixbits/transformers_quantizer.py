@@ -20,11 +20,12 @@ from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .checkpoint import check_files, checksum, crc, read_json
+from .checkpoint import check_files, check_order, checksum, crc
 from .formats import Recipe, UsageError
 from .linear import MixedLinear, packed_linear, share_inputs, swap_linears
 from .pack import LAYOUT
 from .recipes import parse_recipe
+from .scores import read_object
 
 
 class MixbitsConfig(QuantizationConfigMixin):
@@ -86,10 +87,11 @@ class MixbitsQuantizer(HfQuantizer):
 
         swap_linears(model, list(recipes), make)
 
-    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         for name, module in model.named_modules():
-            if isinstance(module, MixedLinear):
-                _check_order(name, module)
+            order = module.order if isinstance(module, MixedLinear) else None
+            if order is not None and not order.is_meta:  # on disk, where weights are offloaded
+                check_order(name, order, Path(model.name_or_path))
         share_inputs(model)
         use_fast_steps(model)
 
@@ -119,14 +121,6 @@ AUTO_QUANTIZATION_CONFIG_MAPPING["mixbits"] = MixbitsConfig
 AUTO_QUANTIZER_MAPPING["mixbits"] = MixbitsQuantizer
 
 
-def _check_order(name: str, linear: MixedLinear) -> None:
-    """A wrong order would address memory beyond the input."""
-    if linear.order is None or linear.order.is_meta:
-        return
-    if linear.order.sort().values.tolist() != list(range(linear.in_features)):
-        raise UsageError(f"{name}.order must hold each of {linear.in_features} columns once")
-
-
 def use_fast_steps(model: Any) -> None:
     """What makes `generate` fast, for a model that is on one device as a whole."""
     kinds = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
@@ -146,7 +140,7 @@ def use_fast_steps(model: Any) -> None:
 
 def read_config(folder: Path) -> MixbitsConfig:
     """The quantization_config of a checkpoint folder. Raises UsageError if it is none of ours."""
-    found = read_json(folder / "config.json").get("quantization_config")
+    found = read_object(folder / "config.json").get("quantization_config")
     if not isinstance(found, dict) or found.get("quant_method") != "mixbits":
         raise UsageError(
             f"{folder} is no mixbits checkpoint: config.json has no quant_method mixbits"

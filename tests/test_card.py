@@ -90,6 +90,7 @@ def test_licence_and_origin_are_those_of_the_original(shared: Path, tmp_path: Pa
     assert (data.license, data.license_name, data.license_link) == ("other", "a-b", "https://x.y/z")
     assert data.base_model == "org/name" and data["base_model_relation"] == "quantized"
     assert "old" not in data.tags
-    (tmp_path / "snapshot" / "README.md").write_text("# No front matter\n")
-    text = card.metadata(Source(str(tmp_path), tmp_path / "snapshot", None), ["MXFP4"])
-    assert "license" not in text and "base_model" not in text
+    for theirs in ("# No front matter\n", "---\n[\n---\n", "---\n- a\n---\n", "\0"):
+        (tmp_path / "snapshot" / "README.md").write_text(theirs)
+        text = card.metadata(Source(str(tmp_path), tmp_path / "snapshot", None), ["MXFP4"])
+        assert "license" not in text and "base_model" not in text

@@ -8,7 +8,7 @@ from conftest import DTYPES
 from tiny import make_model
 
 from mixbits import checkpoint, ops
-from mixbits.arrange import Arrangement
+from mixbits.arrange import Arrangement, arrangement_of
 from mixbits.fake import FakeLinear, fake_quantize_model
 from mixbits.formats import MAX_SEGMENTS, Mixed, parse_scheme
 from mixbits.linear import (
@@ -270,6 +270,33 @@ def test_folding_changes_no_bfloat16_logit_beyond_rounding(isa, tmp_path):
         with torch.no_grad():
             logits.append(loaded(input_ids=ids, use_cache=False).logits)
     assert torch.equal(*logits)
+
+
+class Arranged(torch.nn.Module):
+    """A linear that was left unquantized, in the order and basis of a recipe."""
+
+    def __init__(self, weight, recipe, bias):
+        super().__init__()
+        self.arrangement, self.bias = arrangement_of(recipe), bias
+        self.arranged = self.arrangement.weight(weight)
+
+    def forward(self, x):
+        arranged = self.arrangement.input(x)
+        y = torch.nn.functional.linear(arranged, self.arranged.to(arranged.dtype)).to(x.dtype)
+        return y if self.bias is None else y + self.bias
+
+
+@pytest.mark.parametrize("rotated", [False, True])
+def test_arrangements_change_no_bfloat16_logit_beyond_rounding(tmp_path, rotated):
+    source = open_source(str(make_model(tmp_path)))
+    plain, arranged, exact = (source.load().bfloat16().eval() for _ in range(3))
+    recipes = {i.name: slab_recipe(i.in_features, rotated=rotated) for i in find_linears(plain)}
+    swap_linears(arranged, list(recipes), lambda n, w, b: Arranged(w, recipes[n], b))
+    ids = torch.arange(24).reshape(2, 12)
+    with torch.no_grad():
+        logits = [m(ids, use_cache=False).logits for m in (plain, arranged, exact.double())]
+    own, other = ((one - logits[2]).abs().max() for one in logits[:2])
+    assert own > 0 and other <= 2 * own
 
 
 def test_linears_of_one_order_are_multiplied_in_one_call(monkeypatch):

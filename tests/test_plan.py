@@ -312,7 +312,7 @@ def test_files_that_are_no_plan(tmp_path: Path, llama: list[LinearInfo]) -> None
     for content, message in (
         (b"{", "is not JSON"),
         (b"\xff", "is not JSON"),
-        (b"[]", "got 'list'"),
+        (b"[]", "got list"),
     ):
         path.write_bytes(content)
         with pytest.raises(UsageError, match=message):

@@ -114,6 +114,19 @@ def test_chat_is_the_templates_prompt_completed(server: Any, folder: Path) -> No
     assert text == complete(server, folder, "# read a file\n", max_tokens=16).choices[0].text
 
 
+def test_a_temperature_is_heeded(server: Any, folder: Path, expected: str) -> None:
+    """The model's generation_config.json does not ask for sampling, like most."""
+
+    def texts(**options: Any) -> list[str]:
+        seeds = (1, 2, 1)
+        return [complete(server, folder, seed=s, **options).choices[0].text for s in seeds]
+
+    for options in ({"temperature": 1.5}, {"temperature": None, "top_p": 0.99}):
+        first, second, again = texts(**options)
+        assert first == again != second
+    assert texts(temperature=0) == [expected] * 3
+
+
 def test_eight_requests_at_a_time_get_their_own_answers(server: Any, folder: Path) -> None:
     prompts = [f"def f{i}(x):\n" for i in range(8)]
     alone = [complete(server, folder, prompt).choices[0].text for prompt in prompts]
