@@ -27,7 +27,7 @@ LAYERS = [
     {"plan", "rounded"},
     {"scores"},
     {"sensitivity"},
-    {"source", "calibration", "fake"},
+    {"source", "calibration", "fake", "signround"},
     {"streaming"},
     {"linear"},
     {"experts"},
