@@ -7,6 +7,7 @@ import torch
 from conftest import DTYPES
 from tiny import make_model
 
+import mixbits
 from mixbits import checkpoint, ops
 from mixbits.arrange import Arrangement, arrangement_of
 from mixbits.fake import FakeLinear, fake_quantize_model
@@ -266,7 +267,7 @@ def test_folding_changes_no_bfloat16_logit_beyond_rounding(isa, tmp_path):
         folder = tmp_path / f"folded {folded}"
         folder.mkdir()
         checkpoint.save(folder, source, model, linears, recipes, {})
-        loaded = checkpoint.load(folder, dtype=torch.bfloat16, backend="cpu")
+        loaded = mixbits.load(folder, dtype=torch.bfloat16, backend="cpu")
         with torch.no_grad():
             logits.append(loaded(input_ids=ids, use_cache=False).logits)
     assert torch.equal(*logits)
