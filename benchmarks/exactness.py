@@ -20,10 +20,9 @@ from typing import Any
 
 import torch
 
-from mixbits import ops
 from mixbits.backends import cpu
 from mixbits.calibration import load_sequences
-from mixbits.fake import FakeLinear, fake_quantize_model
+from mixbits.fake import FakeLinear, fake_input, fake_quantize_model
 from mixbits.formats import Scheme, parse_scheme
 from mixbits.linear import PackedLinear, swap_linears
 from mixbits.model import find_linears
@@ -59,9 +58,7 @@ def linear_ratio(packed: torch.nn.Module, fake: torch.nn.Module, names: list[str
         one, two = packed.get_submodule(name), fake.get_submodule(name)
         assert isinstance(one, PackedLinear) and isinstance(two, FakeLinear)
         x = torch.randn(64, one.in_features, generator=generator)
-        rounded = (
-            x if two.scheme.activation is None else ops.fake_quantize(x, two.scheme.activation)
-        )
+        rounded = fake_input(x, two.recipe, two.arrangement)
         exact = rounded.double() @ two.weight_fake.double().T
         own = (torch.nn.functional.linear(rounded, two.weight_fake) - exact).abs().max()
         worst = max(worst, float((one(x) - exact).abs().max() / own))

@@ -28,9 +28,9 @@ examples:
   python -m mixbits.quantize ./Llama-3.1-8B --size 4.2GB --schemes W2A16,W4A16,W8A16 \\
       --scores llama-4.5/scores.json --solve-only --out plans
       another budget; works when the scores hold these schemes
-  python -m mixbits.quantize ./Llama-3.1-8B --avg-bits 5 --keep '*.down_proj=MXFP8' --fuse \\
-      --dataset text.jsonl --tasks lambada_openai,hellaswag,piqa,winogrande,mmlu --out llama-5
-  python -m mixbits.quantize ./Llama-3.1-8B --plan llama-5/plan.json --eval-nsamples 0 \\
+  python -m mixbits.quantize ./Llama-3.1-8B --avg-bits 5.5 --keep '*.down_proj=MXFP8' --fuse \\
+      --dataset text.jsonl --tasks lambada_openai,hellaswag,piqa,winogrande,mmlu --out llama-5.5
+  python -m mixbits.quantize ./Llama-3.1-8B --plan llama-5.5/plan.json --eval-nsamples 0 \\
       --rounding search --out llama-edited
       a plan of your own; unscored, and rounded without error compensation, it needs no text
   python -m mixbits.quantize ./Llama-3.1-8B --max-kl 0.05 --granularity slab --dataset text.txt \\
