@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 
-from .formats import UsageError
+from .command import exit_code
 
 
 def main() -> int:
@@ -18,12 +18,7 @@ def main() -> int:
     from lm_eval.__main__ import cli_evaluate
 
     sys.argv[0] = "lm_eval"
-    try:
-        cli_evaluate()
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code(cli_evaluate)
 
 
 if __name__ == "__main__":

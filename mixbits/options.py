@@ -8,9 +8,9 @@ import re
 import shlex
 import sys
 from pathlib import Path
-from typing import NoReturn
 
 from .allocate import STRATEGIES
+from .command import Parser
 from .formats import SCALE_MODES, SCHEME_NAMES, UsageError
 from .targets import TARGETS
 
@@ -250,13 +250,8 @@ def _run_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--device", help="where to compute (default: cuda where there is one)")
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(message)  # one sentence, as for any other bad input
-
-
 def make_parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="python -m mixbits.quantize",
         description="Quantize a language model to mixed precision, pack it, and score it.",
         epilog=_EXAMPLES,

@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .command import exit_code
 from .formats import UsageError, first_line, parse_scheme
 from .options import parse_arguments
 
@@ -306,33 +307,25 @@ def quantize(run: Run) -> None:
         print(f"  for {args.target}: python -m mixbits.export {args.out} --format {name} --out ...")
 
 
+def _command(argv: list[str] | None) -> None:
+    args = parse_arguments(argv)
+    from . import stages
+    from .report import quiet
+
+    quiet()
+    _check_device(args)
+    run = stages.prepare(args)
+    if args.dry_run:
+        _dry_run(run)
+    else:
+        if not args.solve_only:
+            _check_evaluation(run)
+        quantize(run)
+
+
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    try:
-        args = parse_arguments(argv)
-        from . import stages
-        from .report import quiet
-
-        quiet()
-        _check_device(args)
-        run = stages.prepare(args)
-        if args.dry_run:
-            _dry_run(run)
-        else:
-            if not args.solve_only:
-                _check_evaluation(run)
-            quantize(run)
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        where = f" ({error.filename})" if error.filename else ""
-        print(f"error: {error.strerror or error}{where}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; no output is half written", file=sys.stderr)
-        return 1
-    return 0
+    return exit_code(lambda: _command(argv))
 
 
 if __name__ == "__main__":

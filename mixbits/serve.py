@@ -15,14 +15,16 @@ import argparse
 import socket
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from .command import Parser, exit_code
 from .formats import UsageError
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m mixbits.serve",
         description="Serve a packed model: /v1/completions, /v1/chat/completions, /v1/models. "
         "There is no authentication: listen to more than this machine in a network you trust.",
@@ -121,24 +123,22 @@ def start(folder: Path, host: str, port: int, device: str, background: bool = Fa
         )
 
 
+def _command(argv: list[str] | None) -> None:
+    args = parse_arguments(argv)
+    import torch
+
+    from .report import quiet
+
+    quiet()
+    _check(args)
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    with suppress(KeyboardInterrupt):  # that is how a server ends
+        start(args.folder, args.host, args.port, device)
+
+
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    args = parse_arguments(argv)
-    try:
-        import torch
-
-        from .report import quiet
-
-        quiet()
-        _check(args)
-        device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        start(args.folder, args.host, args.port, device)
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        pass
-    return 0
+    return exit_code(lambda: _command(argv))
 
 
 if __name__ == "__main__":

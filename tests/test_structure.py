@@ -42,7 +42,7 @@ LAYERS = [
     {"allocate"},
     {"knapsack"},
     {"demo"},
-    {"targets"},
+    {"targets", "command"},
     {"formats"},
 ]
 LEVEL = {name: len(LAYERS) - i for i, names in enumerate(LAYERS) for name in names}

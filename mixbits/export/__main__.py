@@ -8,8 +8,9 @@ import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from ..command import Parser, exit_code
 from ..formats import UsageError
 
 FORMATS = ("compressed-tensors", "auto-round", "gguf")
@@ -17,13 +18,8 @@ REPORT = "mixbits-export.json"
 _WORST = 5  # linears whose loss is printed; the report has them all
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(message)
-
-
 def make_parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="python -m mixbits.export",
         description="Write a packed model as another engine reads it, codes carried over.",
         epilog="exit codes: 0 done, 2 wrong usage or input, 1 failure",
@@ -118,26 +114,18 @@ def export(args: argparse.Namespace) -> None:
     print(f"written to {args.out}")
 
 
+def _command(argv: list[str] | None) -> None:
+    args = make_parser().parse_args(argv)
+    from ..report import quiet
+
+    quiet()
+    export(args)
+
+
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    try:
-        args = make_parser().parse_args(argv)
-        from ..report import quiet
-
-        quiet()
-        export(args)
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        where = f" ({error.filename})" if error.filename else ""
-        print(f"error: {error.strerror or error}{where}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; no output is half written", file=sys.stderr)
-        return 1
-    return 0
+    return exit_code(lambda: _command(argv))
 
 
 if __name__ == "__main__":
