@@ -285,7 +285,7 @@ def _demo_defaults(parser: argparse.ArgumentParser) -> None:
         out=DEMO_OUT,
         tasks="stdlib_next_line",
         eval_original=True,
-        prompt="def read_config(path):",
+        prompt="class Reader:\n    def __init__(self, stream):",
     )
 
 
