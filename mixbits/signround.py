@@ -28,6 +28,8 @@ from .rounding import search
 # What the packed weight may differ by from auto-round's, of the largest in a row: its are bfloat16.
 TOLERANCE = 2.0**-8
 
+UNQUANTIZED: dict[str, Any] = {"bits": 16, "act_bits": 16}
+
 
 def _data_type(fmt: Format) -> str:
     if not fmt.is_mx:
@@ -39,9 +41,9 @@ def layer_option(name: str, scheme: Scheme) -> dict[str, Any]:
     """auto-round's `layer_config` entry. Raises UsageError for a scheme that it does not have."""
     fmt, activation = scheme.weight, scheme.activation
     if fmt is None:
-        return {"bits": 16}
+        return UNQUANTIZED
     if fmt.element == "e5m2":
-        raise UsageError(f"--tune cannot have {scheme.name}: auto-round lacks it ({name})")
+        raise UsageError(f"{scheme.name} is not known to auto-round ({name})")
     option: dict[str, Any] = {"bits": fmt.bits, "group_size": fmt.group_size, "sym": fmt.symmetric}
     option |= {"data_type": _data_type(fmt), "act_bits": 16}
     if activation is not None:
@@ -57,7 +59,7 @@ def _options(linears: Sequence[LinearInfo], recipes: Assignment) -> dict[str, di
         if info.is_expert or not (recipe is None or isinstance(recipe, Scheme)):
             what = "experts" if info.is_expert else "slabs and rotations"
             raise UsageError(f"--tune cannot have {what}: {info.name}")
-        option = {"bits": 16} if recipe is None else layer_option(info.name, recipe)
+        option = UNQUANTIZED if recipe is None else layer_option(info.name, recipe)
         if option.get("data_type", "int") != "int" and info.in_features % MX_GROUP:
             raise UsageError(
                 f"--tune needs whole MX blocks of {MX_GROUP} columns: got {info.in_features} "

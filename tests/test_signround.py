@@ -53,7 +53,7 @@ def test_tuned_weights_are_packed_and_better_than_nearest(tmp_path: Path) -> Non
     ("kind", "scheme", "what"),
     [
         ("qwen3_moe", "MXFP4", "experts"),
-        ("llama", "MXFP8E5M2", "auto-round lacks it"),
+        ("llama", "MXFP8E5M2", "not known to auto-round"),
         ("llama", "MXFP4", "whole MX blocks of 32 columns: got 172"),
     ],
 )

@@ -13,6 +13,7 @@ or, where any linear is asymmetric, with the zero points themselves (`auto_round
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from ..formats import Format, Scheme
 from ..model import decoder_blocks
 from ..pack import Packed
 from ..reference import pack_codes, unpack_codes
+from ..signround import UNQUANTIZED, layer_option
 from . import compressed_tensors
 from .compressed_tensors import words
 from .folder import Piece, Shapes, linear_piece, plain_pieces, write_folder
@@ -55,29 +57,21 @@ def tensors(packed: Packed, fmt: Format, columns: int, less_one: bool) -> dict[s
     return {"qweight": words(codes).t(), "scales": scale.t(), "qzeros": qzeros}
 
 
-def _settings(scheme: Scheme) -> dict[str, Any]:
-    """What auto-round calls a scheme."""
+def _settings(name: str, scheme: Scheme) -> dict[str, Any]:
+    """What auto-round calls a scheme. By what rule weights got their scales is past."""
     fmt = scheme.weight
-    if fmt is None:
-        return {"bits": 16, "act_bits": 16}
-    kind = "mx_fp" if fmt.is_mx else "int"
-    found: dict[str, Any] = {"bits": fmt.bits, "group_size": fmt.group_size, "sym": fmt.symmetric}
-    found |= {"data_type": kind, "act_bits": 16}
-    if scheme.activation is not None:
-        found |= {"act_bits": fmt.bits, "act_data_type": kind, "act_group_size": fmt.group_size}
-        found |= {"act_sym": True, "act_dynamic": True}
-    return found
+    return layer_option(name, replace(scheme, weight=fmt and replace(fmt, scale_mode="floor")))
 
 
 def quantization_config(
     schemes: dict[str, Scheme], unpacked: list[str], blocks: str, packing: str
 ) -> dict[str, Any]:
     """`quantization_config` of config.json: the first linear's scheme, and who differs from it."""
-    first = _settings(next(iter(schemes.values())))
-    others = {name: _settings(scheme) for name, scheme in schemes.items()}
+    others = {name: _settings(name, scheme) for name, scheme in schemes.items()}
+    first = next(iter(others.values()))
     inside = f"{blocks}."  # the head is named even if it differs in nothing, or it is left out
     extra = {n: s for n, s in others.items() if s != first or not n.startswith(inside)}
-    extra |= {name: {"bits": 16, "act_bits": 16} for name in unpacked}
+    extra |= dict.fromkeys(unpacked, UNQUANTIZED)
     return {
         "quant_method": "auto-round",
         "packing_format": packing,
