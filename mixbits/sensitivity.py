@@ -165,8 +165,9 @@ class _FisherLinear(torch.autograd.Function):
         moments.gw = moments.gw + ops.square_sums(arranged.reshape(-1, weight.shape[1]), [])[0]
         for x in inputs:
             moments.sequences += len(x)
+            arranged_weight = ctx.arrangement.weight(weight)
             for scheme in ctx.spread:
-                effects = _effects(x, ctx.arrangement.weight(weight), grads[0], arranged, scheme)
+                effects = _effects(x, arranged_weight, grads[0], arranged, scheme)
                 moments.spread[scheme] = moments.spread.get(scheme, 0.0) + effects.square().sum(0)
         return gw, None, None, None, None, None, None
 
