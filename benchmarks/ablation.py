@@ -8,8 +8,8 @@ numerics (scales of the OCP rule, nearest rounding, one scheme for a linear) to 
 are measured on the same tokens as AutoScheme's rows in `benchmarks/results/autoscheme.csv`
 (`python -m benchmarks.autoscheme`), rounded in memory and compared on the same held-out
 sequences; the bits are of elements only, as there. Printed are KL divergences in 1e-3 nats per
-token, and each variant's ratios to AutoScheme with plain and with its own opt rounding.
-`--skip N` calibrates on other text: N sequences further on.
+token, and each variant's ratios to AutoScheme with plain rounding, with its opt rounding, and
+tuned. `--skip N` calibrates on other text: N sequences further on.
 """
 
 from __future__ import annotations
@@ -37,16 +37,19 @@ from benchmarks.records import Records
 from benchmarks.text import Text, make_text
 from mixbits.arrange import Arrangement
 from mixbits.evaluate import sequence_kl
-from mixbits.formats import parse_scheme
+from mixbits.formats import Assignment, parse_scheme
 from mixbits.model import find_linears, make_units
+from mixbits.pack import Rounded
 from mixbits.plan import Budget, average_bits, solve, unit_options
 from mixbits.report import quiet, table
 from mixbits.rounded import RoundedModel, round_model
 from mixbits.scores import Scores
 from mixbits.sensitivity import measure, sorted_columns
+from mixbits.signround import tune
 from mixbits.source import open_source
 from mixbits.streaming import StreamedModel
 
+ROUNDINGS = ("plain", "opt", "tuned")  # of AutoScheme's rows
 AUTOSCHEME = Path(__file__).parent / "results" / "autoscheme.csv"
 
 
@@ -67,6 +70,7 @@ VARIANTS = {
     "layers, search": Variant(rounding="search"),
     "layers, gptq": Variant(rounding="gptq"),
     "layers, gptq corrected": Variant(rounding="gptq", correction=0.5),
+    "layers, tuned": Variant(rounding="tuned"),  # by auto-round itself
     "layers, rotated, gptq corrected": Variant(rotated=True, rounding="gptq", correction=0.5),
     "slabs, floor": Variant("floor", "shared"),
     "free slabs, floor": Variant("floor", "free"),
@@ -85,7 +89,8 @@ class Subject:
 
     def __init__(self, name: str, text: Text, skip: int) -> None:
         self.name, self.text = name, text
-        model = open_source(text.model).load()
+        self.source = open_source(text.model)
+        model = self.source.load()
         self.model, self.linears = StreamedModel(model), find_linears(model)
         dataset = torch.from_numpy(np.load(text.dataset).astype(np.int64))
         count = len(np.load(text.calibration))
@@ -119,13 +124,20 @@ class Subject:
             self._scores[key] = Scores.build(slabs, self.linears, "fisher", modes, *about, found)
         return self._scores[key], units, unit_options(units, schemes, [])
 
+    def rounded(self, recipes: Assignment, variant: Variant) -> Rounded:
+        """The linears' packed weights."""
+        if variant.rounding == "tuned":
+            model, tokenizer = self.source.load(), self.source.tokenizer()
+            return tune(model, tokenizer, self.linears, recipes, self.ids)
+        how = variant.rounding, self.ids, variant.correction
+        return round_model(self.model, self.linears, recipes, *how)
+
     def figures(self, variant: Variant, bits: float) -> dict[str, Any]:
         scores, units, options = self.scores(variant)
         budget = Budget(avg_bits=bits, ignore_scale_bits=True)
         plan = solve(units, options, scores, budget, "optimal", slabs=bool(variant.slabs))
         recipes, start = plan.assignment, time.perf_counter()
-        how = variant.rounding, self.ids, variant.correction
-        rounded = round_model(self.model, self.linears, recipes, *how)
+        rounded = self.rounded(recipes, variant)
         seconds = time.perf_counter() - start
         quantized = RoundedModel(self.model, self.linears, recipes, rounded)
         kl = sequence_kl(self.model, quantized, self.held_out)
@@ -156,11 +168,11 @@ def geometric_mean(values: Sequence[float]) -> float:
 def print_table(records: Records, model: str, sha256: str, bits: Sequence[str]) -> None:
     """KL of every variant, and the geometric means of its ratios to AutoScheme."""
     theirs = peers(AUTOSCHEME, model)
-    rows = [[f"{model}, 1e-3 nats", *bits, "to plain", "worst", "to opt"]]
-    for rounding in ("plain", "opt"):
+    rows = [[f"{model}, 1e-3 nats", *bits, "to plain", "worst", "to opt", "to tuned"]]
+    for rounding in ROUNDINGS:
         cells = [theirs.get((rounding, b)) for b in bits]
         shown = [f"{kl * 1e3:.1f}" if kl else "-" for kl in cells]
-        rows.append([f"AutoScheme, {rounding}", *shown, "", "", ""])
+        rows.append([f"AutoScheme, {rounding}", *shown, "", "", "", ""])
     for name in VARIANTS:
         keys = [
             {"model": model, "variant": name, "asked": b, "calibration_sha256": sha256}
@@ -174,12 +186,13 @@ def print_table(records: Records, model: str, sha256: str, bits: Sequence[str]) 
             rounding: [
                 kl / theirs[rounding, b] for b, kl in ours.items() if (rounding, b) in theirs
             ]
-            for rounding in ("plain", "opt")
+            for rounding in ROUNDINGS
         }
-        plain, opt = ratios["plain"], ratios["opt"]
+        plain = ratios["plain"]
         means = [f"{geometric_mean(plain):.3f}", f"{max(plain, default=math.nan):.3f}"]
+        others = [f"{geometric_mean(ratios[rounding]):.3f}" for rounding in ROUNDINGS[1:]]
         cells = [f"{ours[b] * 1e3:.1f}" if b in ours else "-" for b in bits]
-        rows.append([name, *cells, *means, f"{geometric_mean(opt):.3f}"])
+        rows.append([name, *cells, *means, *others])
     print("\n" + table(rows))
 
 
@@ -187,12 +200,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.ablation")
     add_text_options(parser)
     parser.add_argument("--bits", default="4.25,4.5,5,6,7")
-    parser.add_argument("--variants", help=f"of: {'; '.join(VARIANTS)} (default: all)")
+    parser.add_argument("--variants", help=f"of: {'; '.join(VARIANTS)} (default: all but tuned)")
     parser.add_argument("--skip", type=int, default=0, help="sequences (at most 32)")
     parser.add_argument("--csv", type=Path, default=Path("ablation.csv"))
     args = parser.parse_args()
     quiet()
-    names = args.variants.split(";") if args.variants else list(VARIANTS)
+    quick = [name for name, variant in VARIANTS.items() if variant.rounding != "tuned"]
+    names = args.variants.split(";") if args.variants else quick
     names = [name.strip() for name in names]
     if unknown := set(names) - set(VARIANTS):
         parser.error(f"--variants must be of {'; '.join(VARIANTS)}: got {sorted(unknown)}")
