@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from .arrange import arrangement_of
+from .arrange import Arrangement, arrangement_of
 from .experts import run_experts
 from .formats import Mixed, Recipe, Scheme, UsageError
 from .model import (
@@ -141,6 +141,12 @@ class PackedLinear(nn.Module):
         packed = Packed(self.weight_packed, self.weight_scale, self.weight_zero_point)
         return Operand(packed, self.scheme.weight, self.scheme.activation)
 
+    @property
+    def weight(self) -> Tensor:
+        """float32 [N, K], made anew at every look: for models that look at their linears'."""
+        assert self.scheme.weight is not None
+        return ops.dequantize(self.operand.packed, self.scheme.weight, self.in_features)
+
     def forward(self, x: Tensor) -> Tensor:
         return _forward(self, x)
 
@@ -204,6 +210,13 @@ class MixedLinear(nn.Module):
     def operand(self) -> Mix:
         operands = tuple(part.operand for part in self.parts)
         return Mix(operands, self.columns, self.order, self.recipe.rotated)
+
+    @property
+    def weight(self) -> Tensor:
+        """As of `PackedLinear`, its columns as x has them."""
+        arranged = torch.cat([part.weight for part in self.parts], 1)
+        order = None if self.order is None else self.order.long()
+        return Arrangement(order, self.recipe.rotated).restore(arranged)
 
     @property
     def backend(self) -> str | None:

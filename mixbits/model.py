@@ -181,8 +181,8 @@ def make_units(
     return [Unit(name, tuple(members)) for name, members in groups.items()]
 
 
-def match_units(units: Sequence[Unit], pattern: str) -> list[int]:
-    """Indices of the units that a `--keep` pattern names.
+def match_units(units: Sequence[Unit], pattern: str, option: str = "--keep") -> list[int]:
+    """Indices of the units that a pattern, given as `option`, names.
 
     A pattern is a shell wildcard over unit or linear names (`*.down_proj`), or a regular
     expression after `re:`. Raises UsageError where nothing matches.
@@ -200,10 +200,20 @@ def match_units(units: Sequence[Unit], pattern: str) -> list[int]:
             if matches(unit.name) or any(matches(info.name) for info in unit.linears)
         ]
     except re.error as error:
-        raise UsageError(f"--keep {pattern!r} is not a regular expression: {error}") from None
+        raise UsageError(f"{option} {pattern!r} is not a regular expression: {error}") from None
     if not found:
-        raise UsageError(f"--keep {pattern!r} matches no unit, such as {units[0].name}")
+        raise UsageError(f"{option} {pattern!r} matches no unit, such as {units[0].name}")
     return found
+
+
+def ignore(linears: Sequence[LinearInfo], patterns: Sequence[str]) -> list[LinearInfo]:
+    """The linears that no `--ignore` pattern names. Raises UsageError where none is left."""
+    units = make_units(linears, per_expert=True)
+    ignored = {i for pattern in patterns for i in match_units(units, pattern, "--ignore")}
+    left = [info for i, unit in enumerate(units) if i not in ignored for info in unit.linears]
+    if not left:
+        raise UsageError(f"--ignore must leave a linear: got {' '.join(patterns)}, which name all")
+    return left
 
 
 def meta_model(config: Any, **kwargs: Any) -> CausalLM:

@@ -141,6 +141,13 @@ def _plan_options(parser: argparse.ArgumentParser) -> None:
         metavar="PATTERN=SCHEME",
         help="fix the linears that match a wildcard, or a regex after re: (repeatable)",
     )
+    group.add_argument(
+        "--ignore",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="leave linears that match as they are, outside the budget (repeatable)",
+    )
     group.add_argument("--quantize-lm-head", action="store_true", help="include the output head")
     for what, name, mode in (
         ("weights rounded to nearest", "--weight-scale-mode", "floor"),
@@ -348,7 +355,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         args.avg_bits = 4.5
     if args.ignore_scale_bits and args.avg_bits is None:
         raise UsageError("--ignore-scale-bits counts for --avg-bits only")
-    making = ("strategy", "scores", "keep", "fuse", "per_expert", "granularity", "rotate")
+    making = ("strategy", "scores", "keep", "ignore", "fuse", "per_expert", "granularity", "rotate")
     for option in (*making, "curve", "diagnose") if args.plan else ():
         if getattr(args, option) != parser.get_default(option):
             name = option.replace("_", "-")

@@ -34,7 +34,7 @@ their order, and `measure` takes it, since the blocks that share a scale are oth
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -211,6 +211,17 @@ def _fill_idle_experts(linears: Sequence[LinearInfo], moments: dict[str, _Moment
         moments.update(dict.fromkeys(idle, _mean(active)) if active else {})
 
 
+def _check_called(linears: Sequence[LinearInfo], called: Collection[str]) -> None:
+    """Raises UsageError for a linear that the model never called: it would look free of charge."""
+    idle = [i.name for i in linears if not i.is_expert and i.name not in called]
+    if idle:
+        raise UsageError(
+            f"linears must be called to be measured: got {len(idle)} whose weights the model uses "
+            f"in another way; leave them as they are: --ignore '*.{idle[0].rpartition('.')[2]}' "
+            f"({idle[0]})"
+        )
+
+
 def _mean(parts: Sequence[_Moments]) -> _Moments:
     count = len(parts)
     return _Moments(
@@ -275,6 +286,7 @@ def _collect(
     with probed(model.model, linears, probe):
         for ids in batches:
             model.forward_backward(ids, loss, progress)
+    _check_called(linears, [name for name, m in moments.items() if m.tokens])
     _fill_idle_experts(linears, moments)
     return moments
 
@@ -422,12 +434,15 @@ def _deltaloss_pass(
         if not torch.is_grad_enabled():
             rounded, rounded_x = _rounded(x, weight, scheme)
             return torch.nn.functional.linear(rounded_x, rounded, bias)
+        called.add(name)
         out: Tensor = _DeltaLossLinear.apply(x, weight, bias, scheme, records[name])
         return out
 
+    called: set[str] = set()
     with probed(model.model, linears, probe):
         for ids in batches:
             model.forward_backward(ids, _next_token_loss, progress)
+    _check_called(linears, called)
 
 
 _MEASURES = {"fisher": _measure_fisher, "deltaloss": _measure_deltaloss}

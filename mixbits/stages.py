@@ -24,7 +24,16 @@ from .checkpoint import predicted_bytes
 from .curve import check_plotting, frontier
 from .formats import Assignment, Scheme, UsageError, first_line, parse_scheme
 from .gate import Candidate, Choice, candidates, choose, judge
-from .model import CausalLM, LinearInfo, Unit, find_linears, make_units, match_units, meta_model
+from .model import (
+    CausalLM,
+    LinearInfo,
+    Unit,
+    find_linears,
+    ignore,
+    make_units,
+    match_units,
+    meta_model,
+)
 from .plan import Budget, Plan, Problem, average_bits, parse_keep, slab_width, unit_options
 from .quality import smallest
 from .rounded import round_model
@@ -91,7 +100,7 @@ def prepare(args: argparse.Namespace) -> Run:
         raise UsageError(
             f"no causal language model is described in {source.path}: {first_line(error)}"
         ) from None
-    linears = find_linears(shapes, include_head=args.quantize_lm_head)
+    linears = ignore(find_linears(shapes, include_head=args.quantize_lm_head), args.ignore)
     slabs = args.granularity == "slab"
     fuse = args.fuse or (slabs and not args.free_slabs)
     units = make_units(linears, fuse, args.per_expert, by_input=slabs)

@@ -196,6 +196,10 @@ class StreamedModel:
 
         return run
 
+    def _cast(self, value: Any) -> Any:
+        is_float = isinstance(value, Tensor) and value.is_floating_point()
+        return value.to(self.dtype) if is_float else value
+
     def _lazily(
         self, module: nn.Module, forward: Callable[..., Any], stack: ExitStack
     ) -> Callable[..., Any]:
@@ -203,7 +207,8 @@ class StreamedModel:
 
         def run(*args: Any, **kwargs: Any) -> Any:
             stack.enter_context(self._resident(module, self.dtype))
-            return forward(*args, **kwargs)
+            # Some models cast what they pass to the dtype that the weight had before.
+            return forward(*map(self._cast, args), **kwargs)
 
         return run
 
