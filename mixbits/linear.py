@@ -23,6 +23,7 @@ from .model import (
     FUSED_GROUPS,
     expert_slice,
     is_experts,
+    linear_weight,
 )
 from .pack import Mix, Operand, Packed, order_dtype, packed_spec
 
@@ -354,9 +355,10 @@ def swap_linears(model: nn.Module, names: list[str], make: MakeLinear) -> None:
         if is_experts(module):
             experts.setdefault(parent, set()).add(name)
             continue
-        linear = model.get_submodule(name)
-        assert isinstance(linear, nn.Linear)
-        model.set_submodule(name, make(name, linear.weight, linear.bias))
+        linear: Any = model.get_submodule(name)
+        weight = linear_weight(linear)
+        assert weight is not None
+        model.set_submodule(name, make(name, weight, linear.bias))
     for parent, chosen in experts.items():
         model.set_submodule(parent, _as_modules(model.get_submodule(parent), parent, chosen, make))
 

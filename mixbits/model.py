@@ -1,8 +1,8 @@
 """Find the parts of a transformers causal language model that can be quantized.
 
-A *linear* is one [N, K] weight: an `nn.Linear` in a decoder block, the head, or one slice of the
-3-D parameters in which transformers 5 holds a block's experts. Slices get the names that they
-have in most checkpoints: `model.layers.0.mlp.experts.7.gate_proj`.
+A *linear* is one [N, K] weight: an `nn.Linear` or GPT-2's `Conv1D` in a decoder block, the head, or
+one slice of the 3-D parameters in which transformers 5 holds a block's experts. Slices get the
+names that they have in most checkpoints: `model.layers.0.mlp.experts.7.gate_proj`.
 
 A *unit* is what the allocation decides on: one linear, or several that must agree.
 """
@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -111,10 +111,32 @@ def head_is_tied(model: CausalLM) -> bool:
     return bool(head.weight is model.get_input_embeddings().weight)
 
 
+def linear_weight(module: nn.Module) -> Tensor | None:
+    """The [N, K] weight of a linear, of which `Conv1D` holds the transpose; None for the others."""
+    weight: Any = getattr(module, "weight", None)
+    if isinstance(module, nn.Linear):
+        return cast("Tensor", weight)
+    return cast("Tensor", weight.T) if is_transposed(module) else None
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether `module` is GPT-2's `Conv1D`, whose name is all that an optional import needs."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
+def check_layout(model: nn.Module, linears: Iterable[LinearInfo], target: str) -> None:
+    """Raises UsageError for a linear that other tools expect to be stored as [K, N]."""
+    names = [info.name for info in linears if not info.is_expert]
+    found = [name for name in names if is_transposed(model.get_submodule(name))]
+    if found:
+        raise UsageError(f"{target} takes nn.Linear only: got Conv1D ({found[0]})")
+
+
 def _linears_in(prefix: str, block: nn.Module, index: int) -> Iterator[LinearInfo]:
     for name, module in block.named_modules(prefix=prefix):
-        if isinstance(module, nn.Linear) and name.rpartition(".")[2] not in _ROUTERS:
-            yield LinearInfo(name, module.out_features, module.in_features, index)
+        weight = linear_weight(module)
+        if weight is not None and name.rpartition(".")[2] not in _ROUTERS:
+            yield LinearInfo(name, weight.shape[0], weight.shape[1], index)
         elif is_experts(module):
             for expert in range(module.down_proj.shape[0]):
                 for projection in EXPERT_PROJECTIONS:
@@ -144,8 +166,8 @@ def weight_of(model: nn.Module, info: LinearInfo) -> Tensor:
     if info.is_expert:
         module, expert, projection = split_expert_name(info.name)
         return expert_slice(model.get_submodule(module), expert, projection)
-    weight = model.get_submodule(info.name).weight
-    assert isinstance(weight, Tensor)
+    weight = linear_weight(model.get_submodule(info.name))
+    assert weight is not None
     return weight
 
 

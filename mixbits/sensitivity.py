@@ -48,11 +48,19 @@ from . import ops
 from .arrange import Arrangement
 from .experts import run_experts
 from .formats import MX_GROUP, Format, Scheme, UsageError
-from .model import LinearInfo, expert_slice, is_experts, split_expert_name, weight_of
+from .model import (
+    LinearInfo,
+    expert_slice,
+    is_experts,
+    linear_weight,
+    split_expert_name,
+    weight_of,
+)
 from .streaming import Progress, StreamedModel, patched
 
 # Linears whose outputs later tokens read, by the last part of their names.
-READ_LATER = {"k_proj", "v_proj", "qkv_proj", "query_key_value", "kv_a_proj_with_mqa", "kv_b_proj"}
+READ_LATER = {"k_proj", "v_proj", "qkv_proj", "query_key_value", "c_attn"}
+READ_LATER |= {"kv_a_proj_with_mqa", "kv_b_proj"}  # of DeepSeek
 # So many sequences err in their sampling as much as taking tokens for independent does: by half.
 PRIOR_SEQUENCES = 8
 LABEL_CHUNK = 512  # tokens whose probabilities are held at once while labels are drawn
@@ -69,8 +77,13 @@ def probed(model: nn.Module, linears: Sequence[LinearInfo], probe: Probe) -> Ite
     names = {info.name for info in linears}
     experts = {split_expert_name(info.name)[0] for info in linears if info.is_expert}
 
-    def plain(name: str, linear: nn.Linear) -> Callable[[Tensor], Tensor]:
-        return lambda x: probe(name, x, linear.weight, linear.bias)
+    def plain(name: str, linear: Any) -> Callable[[Tensor], Tensor]:
+        def run(x: Tensor) -> Tensor:
+            weight = linear_weight(linear)  # the one that is resident now
+            assert weight is not None
+            return probe(name, x, weight, linear.bias)
+
+        return run
 
     def routed(name: str, module: Any) -> Callable[..., Tensor]:
         def linear(expert: int, projection: str, x: Tensor) -> Tensor:
@@ -85,7 +98,7 @@ def probed(model: nn.Module, linears: Sequence[LinearInfo], probe: Probe) -> Ite
 
     with ExitStack() as stack:
         for name, module in model.named_modules():
-            if name in names and isinstance(module, nn.Linear):
+            if name in names:
                 stack.enter_context(patched(module, plain(name, module)))
             elif name in experts and is_experts(module):
                 stack.enter_context(patched(module, routed(name, module)))

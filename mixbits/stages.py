@@ -28,6 +28,7 @@ from .model import (
     CausalLM,
     LinearInfo,
     Unit,
+    check_layout,
     find_linears,
     ignore,
     make_units,
@@ -116,6 +117,7 @@ def prepare(args: argparse.Namespace) -> Run:
 
 def _check_target(run: Run) -> None:
     """Whatever is chosen, the target can hold. Raises UsageError that names what it cannot."""
+    check_layout(run.shapes, run.linears, run.args.target)
     if run.args.plan is not None:
         given_plan(run)
         return

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .model import CausalLM, LinearInfo, decoder_blocks, output_head
+from .model import CausalLM, LinearInfo, decoder_blocks, linear_weight, output_head
 from .staging import Staging, foreign_tensors
 
 GRAPH_BYTES = 512 << 20  # what a backward pass over all blocks may keep of the forward pass
@@ -166,8 +166,8 @@ class StreamedModel:
         parameters = self.model.parameters()
         if any(p.dtype != self.dtype or p.device != self.device for p in parameters):
             return 0
-        linears = [m for m in self.blocks.modules() if isinstance(m, nn.Linear)]
-        return GRAPH_BYTES // max(1, sum(4 * (m.in_features + m.out_features) for m in linears))
+        weights = map(linear_weight, self.blocks.modules())
+        return GRAPH_BYTES // max(1, sum(4 * sum(w.shape) for w in weights if w is not None))
 
     def _outer_modules(self) -> list[nn.Module]:
         """What runs outside the blocks and holds tensors: rotary embedding, norm and head."""

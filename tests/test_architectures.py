@@ -9,6 +9,7 @@ from tiny import SMALL, VOCAB, write_ids
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import mixbits
+from mixbits.export.__main__ import main as export_main
 from mixbits.linear import MixedLinear, PackedLinear
 from mixbits.quantize import main
 
@@ -40,6 +41,7 @@ KINDS = {
     "falcon": {k: v for k, v in SIZES.items() if k != "num_key_value_heads"},
     "gemma2": SIZES | {"head_dim": 16},
     "glm4": SIZES | {"head_dim": 16},  # gate and up in one linear
+    "gpt2": GPT2_SIZES,  # weights are stored as [K, N]
     "gpt_bigcode": GPT2_SIZES,  # its initialisation looks at its linears' weights
     "gpt_neox": SIZES,
     "gpt_oss": SIZES | {"head_dim": 16, "num_local_experts": 4},  # experts with biases stay
@@ -88,6 +90,28 @@ def test_an_architecture_is_quantized_loaded_and_runs(kind: str, tmp_path: Path)
     assert torch.cosine_similarity(logits.flatten(), expected.flatten(), dim=0) > 0.9
     generated = packed.generate(ids[:1], max_new_tokens=3, do_sample=False, eos_token_id=-1)
     assert generated.shape == (1, 15)
+
+
+def test_weights_stored_the_other_way_round(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`Conv1D` weights are rounded along their inputs, in packed and in fake models alike."""
+    make(tmp_path / "model", "gpt2", GPT2_SIZES)
+    command = [str(tmp_path / "model"), "--dataset", str(write_ids(tmp_path / "ids.npy")), *SMALL]
+    rounding = ["--rounding", "rtn", "--schemes", "W4A16,W8A16", "--avg-bits", "6"]
+    for name, more in (("packed", []), ("fake", ["--fake"])):
+        assert main([*command, *rounding, "--out", str(tmp_path / name), *more]) == 0
+    fake = AutoModelForCausalLM.from_pretrained(tmp_path / "fake")
+    packed = mixbits.load(tmp_path / "packed")
+    for name in packed_names(packed):
+        weight = packed.get_submodule(name).weight
+        assert torch.equal(fake.get_submodule(name).weight, weight.T.bfloat16())
+
+    capsys.readouterr()
+    export = [str(tmp_path / "packed"), "--format", "compressed-tensors", "--out"]
+    assert export_main([*export, str(tmp_path / "exported")]) == 2
+    assert main([*command, *rounding, "--target", "vllm"]) == 2
+    assert capsys.readouterr().err.count("got Conv1D (transformer.h.0.attn.c_attn)") == 2
 
 
 def test_a_linear_that_is_never_called_is_named_and_can_be_left_alone(

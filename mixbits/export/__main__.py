@@ -91,6 +91,7 @@ def export(args: argparse.Namespace) -> None:
     import torch
 
     from ..atomic import atomic_folder
+    from ..model import check_layout
     from ..targets import TARGETS, fit
     from .packed import Carrier, PackedModel
 
@@ -98,6 +99,8 @@ def export(args: argparse.Namespace) -> None:
     linears = list(model.linears.values())
     if not model.recipes:
         raise UsageError(f"no linear is packed in {args.model}")
+    packed = [info for info in linears if info.name in model.recipes]
+    check_layout(model.shapes, packed, args.format)
     fits = fit(TARGETS[args.format], linears, model.recipes, args.lossy)
     own = str(model.config_json.get("dtype"))
     dtype = torch.float16 if (args.dtype or own) == "float16" else torch.bfloat16
