@@ -87,8 +87,10 @@ def split_expert_name(name: str) -> tuple[str, int, str]:
 def decoder_blocks(model: CausalLM) -> tuple[str, nn.ModuleList]:
     """Name and list of the decoder blocks. Raises UsageError where there is none."""
     layers = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    decoder = model.get_decoder()  # and not a tower that sees or hears
+    inside = {id(module) for module in decoder.modules()}
     for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == layers:
+        if isinstance(module, nn.ModuleList) and len(module) == layers and id(module) in inside:
             return name, module
     raise UsageError(
         f"{type(model).__name__} has no list of {layers} decoder blocks: "

@@ -40,6 +40,17 @@ KINDS = {
     "deepseek_v3": SIZES | MOE | LATENT | {"n_routed_experts": 4, "n_group": 1, "topk_group": 1},
     "falcon": {k: v for k, v in SIZES.items() if k != "num_key_value_heads"},
     "gemma2": SIZES | {"head_dim": 16},
+    "gemma3": {  # sees: its tower has as many layers as the decoder
+        "text_config": SIZES | {"head_dim": 16},
+        "vision_config": {
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "image_size": 28,
+            "patch_size": 14,
+        },
+    },
     "glm4": SIZES | {"head_dim": 16},  # gate and up in one linear
     "gpt2": GPT2_SIZES,  # weights are stored as [K, N]
     "gpt_bigcode": GPT2_SIZES,  # its initialisation looks at its linears' weights
