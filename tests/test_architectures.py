@@ -1,6 +1,5 @@
 """Models beyond the usual ones go through the default command, are loaded and run."""
 
-import re
 from pathlib import Path
 
 import pytest
@@ -125,17 +124,11 @@ def test_weights_stored_the_other_way_round(
     assert capsys.readouterr().err.count("got Conv1D (transformer.h.0.attn.c_attn)") == 2
 
 
-def test_a_linear_that_is_never_called_is_named_and_can_be_left_alone(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_ignored_linears_stay_as_they_are(tmp_path: Path) -> None:
+    """Mamba multiplies with the weight of dt_proj itself, in most versions of transformers."""
     make(tmp_path / "model", "mamba", STATE_SPACE)
-    dataset = ["--dataset", str(write_ids(tmp_path / "ids.npy"))]
-    command = [str(tmp_path / "model"), *dataset, *SMALL, "--out", str(tmp_path / "out")]
-    for method in ("fisher", "deltaloss"):
-        assert main([*command, "--method", method]) == 2
-        advice = re.search(r"--ignore '([^']+)'", capsys.readouterr().err)
-        assert advice is not None and advice[1] == "*.dt_proj"
-    assert main([*command, "--ignore", advice[1]]) == 0
+    command = [str(tmp_path / "model"), "--dataset", str(write_ids(tmp_path / "ids.npy")), *SMALL]
+    assert main([*command, "--ignore", "*.dt_proj", "--out", str(tmp_path / "out")]) == 0
     packed = packed_names(mixbits.load(tmp_path / "out"))
     assert packed and not any(name.endswith("dt_proj") for name in packed)
 

@@ -297,3 +297,16 @@ def test_labels_are_drawn_as_likely_as_they_are():
     # Five standard deviations of a share.
     bound = 5 * (probabilities[0] * (1 - probabilities[0]) / len(drawn)).sqrt()
     assert ((shares - probabilities[0]).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_linear_that_is_never_called_is_named(tmp_path, method):
+    """Mamba multiplies with dt_proj's weight itself: no score would be its own."""
+    source, ids = _tiny(tmp_path)
+    model = source.load()
+    attention = model.model.layers[1].self_attn
+    attention.unused = torch.nn.Linear(64, 64, dtype=torch.bfloat16)
+    with pytest.raises(
+        UsageError, match=r"--ignore '\*\.unused' \(model.layers.1.self_attn.unused"
+    ):
+        measure(StreamedModel(model), find_linears(model), SCHEMES[:1], ids, method)
