@@ -33,8 +33,9 @@ def linear_piece(name: str, shapes: Shapes, make: Callable[[], dict[str, Tensor]
 
 def _plain_piece(carrier: Carrier, spec: TensorSpec) -> Piece:
     kind = carrier.dtype if spec.dtype.is_floating_point else spec.dtype
-    made = TensorSpec(spec.name, kind, spec.shape)
-    return Piece([made], lambda: {spec.name: carrier.plain(spec.name)})
+    stored = carrier.model.stored_name(spec.name)
+    made = TensorSpec(stored, kind, spec.shape)
+    return Piece([made], lambda: {stored: carrier.plain(spec.name)})
 
 
 def _unpacked_piece(carrier: Carrier, name: str) -> Piece:
@@ -44,11 +45,35 @@ def _unpacked_piece(carrier: Carrier, name: str) -> Piece:
     return linear_piece(name, shape, lambda: {"weight": carrier.unpacked(name)})
 
 
+def _experts_piece(carrier: Carrier, module: str, members: Sequence[str]) -> Piece:
+    """A layer's experts that are not packed, in transformers' own two tensors."""
+    gates, ups, downs = (members[i::3] for i in range(3))
+    gate = carrier.model.linears[gates[0]]
+    rows, columns = gate.out_features, gate.in_features
+    shapes = {
+        "gate_up_proj": (carrier.dtype, (len(gates), 2 * rows, columns)),
+        "down_proj": (carrier.dtype, (len(downs), columns, rows)),
+    }
+
+    def make() -> dict[str, Tensor]:
+        gate, up, down = (
+            torch.stack([carrier.unpacked(name) for name in names]) for names in (gates, ups, downs)
+        )
+        return {"gate_up_proj": torch.cat([gate, up], 1), "down_proj": down}
+
+    return linear_piece(module, shapes, make)
+
+
 def plain_pieces(carrier: Carrier) -> list[Piece]:
     """What is not packed, and linears that have become so."""
-    pieces = [_plain_piece(carrier, spec) for spec in carrier.model.plain.values()]
-    unpacked = [name for name, fit in carrier.fits.items() if not fit.scheme.packed]
-    return pieces + [_unpacked_piece(carrier, name) for name in unpacked]
+    model = carrier.model
+    left = {n: f for n, f in carrier.fits.items() if f.scheme.weight is None}
+    pieces = [_plain_piece(carrier, spec) for spec in model.plain.values()]
+    pieces += [_unpacked_piece(carrier, n) for n in left if not model.linears[n].is_expert]
+    for module, members in model.experts.items():
+        if all(name in left or name not in carrier.fits for name in members):
+            pieces.append(_experts_piece(carrier, module, members))
+    return pieces
 
 
 def _write_shard(folder: Path, shard: Shard, pieces: Sequence[Piece]) -> None:
