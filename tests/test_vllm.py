@@ -425,14 +425,17 @@ def test_vllm_loads_a_whole_model(tmp_path: Path, one_process: None, kind: str) 
         assert torch.equal(model.compute_logits(x), fake.lm_head(x))
 
 
-def test_vllm_loads_a_whole_model_with_experts(tmp_path: Path, one_process: None) -> None:
+@pytest.mark.parametrize("kind", ["qwen3_moe", "mixtral"])
+def test_vllm_loads_a_whole_model_with_experts(
+    tmp_path: Path, one_process: None, kind: str
+) -> None:
     from vllm.engine.arg_utils import EngineArgs
     from vllm.model_executor.model_loader import get_model
 
     plugin.register()
-    sizes = {"moe_intermediate_size": 64, "norm_topk_prob": True}
-    schemes = "MXFP4A16,MXFP8A16,BF16,W4A16G32,MXFP4"
-    source, assignment, folder = packed(tmp_path, schemes, "qwen3_moe", **sizes)
+    sizes = {"moe_intermediate_size": 64, "intermediate_size": 64, "norm_topk_prob": True}
+    schemes = "MXFP4A16,MXFP8A16,BF16,W4A16G32,W8A16G32"
+    source, assignment, folder = packed(tmp_path, schemes, kind, **sizes)
     engine = EngineArgs(
         model=str(folder), dtype="bfloat16", skip_tokenizer_init=True, enforce_eager=True
     ).create_engine_config()
@@ -441,12 +444,12 @@ def test_vllm_loads_a_whole_model_with_experts(tmp_path: Path, one_process: None
     fake, x = fake_model(source, assignment), torch.randn(9, HIDDEN).bfloat16()
     with torch.no_grad():
         for ours, theirs in zip(fake.model.layers, model.model.layers, strict=True):
+            moe = theirs.mlp if kind == "qwen3_moe" else theirs.block_sparse_moe
             logits, weights, choices = ours.mlp.gate(x)
-            assert torch.equal(theirs.mlp.gate(x)[0], logits)
-            router = theirs.mlp.experts.router
-            found = router.select_experts(hidden_states=x, router_logits=logits)
+            assert torch.equal(moe.gate(x)[0], logits)
+            found = moe.experts.router.select_experts(hidden_states=x, router_logits=logits)
             assert torch.equal(found[1].sort().values, choices.sort().values.int())
-            got = theirs.mlp.experts.routed_experts.forward_modular(x, *found)
+            got = moe.experts.routed_experts.forward_modular(x, *found)
             wanted = ours.mlp.experts(x, choices, weights)
             # Some units in the last place of bfloat16: it has weights of tokens in float32.
             assert (got - wanted).abs().max() <= 2**-6 * wanted.abs().max()

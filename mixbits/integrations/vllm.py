@@ -395,6 +395,15 @@ def _expert_loader(layer: Any) -> Any:
     return load
 
 
+def _take_names_of_transformers(prefix: str) -> str:
+    """Let vLLM's Mixtral, which expects those of Mistral's checkpoints, load them."""
+    from vllm.model_executor.models.mixtral import MixtralModel
+
+    renamed: Any = MixtralModel.hf_to_vllm_mapper.orig_to_new_substr
+    renamed[".mlp."] = ".block_sparse_moe."
+    return prefix.replace(".block_sparse_moe.", ".mlp.")
+
+
 class MixbitsVllmConfig(QuantizationConfig):
     """`quantization_config` of a packed folder, as vLLM wants to ask for it."""
 
@@ -422,6 +431,8 @@ class MixbitsVllmConfig(QuantizationConfig):
         return cls(MixbitsConfig(**config).recipes())
 
     def _experts(self, layer: Any, prefix: str) -> MixbitsExpertsMethod | None:
+        if "block_sparse_moe" in prefix:
+            prefix = _take_names_of_transformers(prefix)
         names = [f"{e}.{p}" for e in range(layer.global_num_experts) for p in _SHARDS.values()]
         recipes = {name: self.recipes.get(f"{prefix}.{name}", BF16) for name in names}
         if not any(recipe.packed for recipe in recipes.values()):
