@@ -41,8 +41,7 @@ class Target:
     """`act_scale_mode` is how activations are rounded there; None: not as MX at all.
 
     `fuse`: linears that are multiplied in one call take one scheme. `experts`: so do those of a
-    layer, all of their linears, or projection by projection; None: packed experts are not held at
-    all. `holds` is for error messages.
+    layer, all of their linears, or projection by projection. `holds` is for error messages.
     """
 
     name: str
@@ -143,8 +142,6 @@ def fit(
         recipe = assignment.get(info.name, BF16)
         if not recipe.packed:
             continue
-        if info.is_expert and target.experts is None:
-            raise UsageError(f"{target.name} has no packed experts: got {info.name}")
         why = target.obstacle(recipe, info.out_features, info.in_features)
         if why is None:
             assert isinstance(recipe, Scheme)
@@ -174,7 +171,7 @@ def _agree(
     """
     groups: dict[str, list[LinearInfo]] = {}
     for info in linears:
-        if info.is_expert:
+        if info.is_expert and target.experts:
             name = info.stack if target.experts == "projection" else info.stack.rpartition(".")[0]
             groups.setdefault(name, []).append(info)
     obstacles = {}

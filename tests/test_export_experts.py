@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from exported import IDS, export, fake_model, logits, packed
 from safetensors.torch import load_file
 from tiny import MOE_KINDS, read
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoRoundConfig
 
 from mixbits import reference
 from mixbits.export.__main__ import main
@@ -236,3 +236,47 @@ def test_what_becomes_of_activations_is_said(
         *_, folder = model(tmp_path / scheme, "mixtral", "MXFP4", experts(scheme))
         export(folder, "compressed-tensors")
         assert ("does not round their activations" in capsys.readouterr().out) == said
+
+
+# --- auto-round ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def conversions() -> Iterator[None]:
+    """auto-round's loader takes transformers' merging of experts away, for good."""
+    from transformers import conversion_mapping
+
+    get_mapping = conversion_mapping.get_checkpoint_conversion_mapping
+    saved = {kind: get_mapping(kind) for kind in MOE_KINDS}
+    yield
+    for kind, mapping in saved.items():
+        conversion_mapping.register_checkpoint_conversion_mapping(kind, mapping, overwrite=True)
+
+
+@pytest.mark.parametrize("kind", MOE_KINDS)
+@pytest.mark.parametrize("schemes", ["MXFP4,MXFP8,BF16,MXFP4", "W4A16G32,W8A16G32,BF16,W2A16G32"])
+def test_auto_round_makes_linears_of_experts(
+    tmp_path: Path, conversions: None, kind: str, schemes: str
+) -> None:
+    pytest.importorskip("auto_round", reason="auto-round is not installed")
+    alone = experts("MXFP4", "BF16")  # in the second layer they all are
+    recipes = {name: recipe for name, recipe in alone.items() if not recipe.packed}
+    sizes = {**SIZES[kind], "num_hidden_layers": 2}
+    source, assignment, folder = packed(tmp_path, schemes, kind, "floor", recipes=recipes, **sizes)
+    expected, weights = logits(fake_model(source, assignment)), rounded(source, assignment)
+    out = export(folder, "auto-round")
+    options = {} if "MX" in schemes else {"quantization_config": AutoRoundConfig(backend="torch")}
+    there, info = AutoModelForCausalLM.from_pretrained(
+        out, dtype="auto", output_loading_info=True, **options
+    )
+    assert not any(info.values())
+    for name, weight in weights.items():
+        # Integers are multiplied in float16: one rounding of each value.
+        halves = assignment[name].packed and "MX" not in schemes
+        x = torch.eye(weight.shape[1], dtype=torch.float16 if halves else there.dtype)
+        with torch.no_grad():
+            values = there.get_submodule(name)(x).t()
+        assert torch.equal(values.to(x.dtype), weight.to(x.dtype))
+    if "MX" in schemes:  # its integers want another dtype than what is left alone
+        # Sums of bfloat16 in another order make other codes of activations.
+        assert (logits(there) - expected).norm() < 0.2 * expected.norm()

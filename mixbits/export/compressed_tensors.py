@@ -27,11 +27,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..formats import Format, Scheme, UsageError
+from ..formats import Format, Scheme
 from ..pack import Packed
 from ..reference import pack_codes, unpack_codes
 from .folder import Piece, Shapes, linear_piece, plain_pieces, write_folder
-from .packed import STORED_NAMES, Carrier, PackedModel
+from .packed import Carrier, PackedModel
 
 _FORMATS = {"e2m1": "mxfp4-pack-quantized", "e4m3": "mxfp8-quantized"}  # others: pack-quantized
 
@@ -153,16 +153,13 @@ def _targets(model: PackedModel, names: list[str]) -> list[str]:
 
 
 def write(folder: Path, carrier: Carrier) -> None:
-    """Fill an existing, empty folder. Raises UsageError for packed experts of unknown names."""
+    """Fill an existing, empty folder."""
     model = carrier.model
     quantized = {n: f.scheme for n, f in carrier.fits.items() if f.scheme.weight is not None}
-    kind = model.shapes.config.model_type
-    if kind not in STORED_NAMES and any(model.linears[name].is_expert for name in quantized):
-        raise UsageError(f"experts are exported of {', '.join(STORED_NAMES)} only: got {kind}")
     pieces = [_piece(carrier, name) for name in quantized]
     left = [name for name in carrier.fits if name not in quantized]
     config = quantization_config(quantized, [*model.unpacked_linears(), *left])
     config["ignore"] = _targets(model, config["ignore"])
     for group in config["config_groups"].values():
         group["targets"] = _targets(model, group["targets"])
-    write_folder(folder, carrier, [*pieces, *plain_pieces(carrier)], config)
+    write_folder(folder, carrier, [*pieces, *plain_pieces(carrier, stacked=True)], config)

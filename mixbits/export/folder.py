@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import Shard, TensorSpec, copy_companions, make_shards, write_index
-from .packed import Carrier
+from ..formats import UsageError
+from .packed import STORED_NAMES, Carrier
 
 Shapes: TypeAlias = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]  # suffix -> dtype, shape
 
@@ -39,14 +40,14 @@ def _plain_piece(carrier: Carrier, spec: TensorSpec) -> Piece:
 
 
 def _unpacked_piece(carrier: Carrier, name: str) -> Piece:
-    """A linear that is packed no more."""
+    """A linear that is packed no more, or an expert's that never was."""
     info = carrier.model.linears[name]
     shape = {"weight": (carrier.dtype, (info.out_features, info.in_features))}
     return linear_piece(name, shape, lambda: {"weight": carrier.unpacked(name)})
 
 
-def _experts_piece(carrier: Carrier, module: str, members: Sequence[str]) -> Piece:
-    """A layer's experts that are not packed, in transformers' own two tensors."""
+def _stacked_piece(carrier: Carrier, module: str, members: Sequence[str]) -> Piece:
+    """A layer's experts in transformers' own two tensors."""
     gates, ups, downs = (members[i::3] for i in range(3))
     gate = carrier.model.linears[gates[0]]
     rows, columns = gate.out_features, gate.in_features
@@ -64,15 +65,24 @@ def _experts_piece(carrier: Carrier, module: str, members: Sequence[str]) -> Pie
     return linear_piece(module, shapes, make)
 
 
-def plain_pieces(carrier: Carrier) -> list[Piece]:
-    """What is not packed, and linears that have become so."""
-    model = carrier.model
-    left = {n: f for n, f in carrier.fits.items() if f.scheme.weight is None}
+def plain_pieces(carrier: Carrier, stacked: bool) -> list[Piece]:
+    """What is not quantized, or no more; `stacked`: experts layer by layer, or else one by one.
+
+    Raises UsageError for quantized experts of a model whose loaders are not known.
+    """
+    model, kind = carrier.model, carrier.model.shapes.config.model_type
+    quantized = {name for name, fit in carrier.fits.items() if fit.scheme.weight is not None}
+    if kind not in STORED_NAMES and any(model.linears[name].is_expert for name in quantized):
+        raise UsageError(f"experts are exported of {', '.join(STORED_NAMES)} only: got {kind}")
     pieces = [_plain_piece(carrier, spec) for spec in model.plain.values()]
+    left = [name for name in carrier.fits if name not in quantized]
     pieces += [_unpacked_piece(carrier, n) for n in left if not model.linears[n].is_expert]
     for module, members in model.experts.items():
-        if all(name in left or name not in carrier.fits for name in members):
-            pieces.append(_experts_piece(carrier, module, members))
+        alone = [name for name in members if name not in quantized]
+        if stacked and alone:
+            pieces.append(_stacked_piece(carrier, module, alone))
+        else:
+            pieces += [_unpacked_piece(carrier, name) for name in alone]
     return pieces
 
 
