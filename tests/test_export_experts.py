@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoRoundConfig
 
 from mixbits import reference
 from mixbits.export.__main__ import main
+from mixbits.export.packed import STORED_NAMES
 from mixbits.formats import Recipe, Scheme, parse_scheme
 from mixbits.model import EXPERT_PROJECTIONS, find_linears, weight_of
 from mixbits.source import Source
@@ -236,6 +237,17 @@ def test_what_becomes_of_activations_is_said(
         *_, folder = model(tmp_path / scheme, "mixtral", "MXFP4", experts(scheme))
         export(folder, "compressed-tensors")
         assert ("does not round their activations" in capsys.readouterr().out) == said
+
+
+def test_other_experts_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    *_, folder = model(tmp_path, "mixtral", "BF16", experts("MXFP4"))
+    monkeypatch.delitem(STORED_NAMES, "mixtral")
+    for name in ("compressed-tensors", "auto-round"):
+        argv = [str(folder), "--format", name, "--out", str(tmp_path / name), "--lossy"]
+        assert main(argv) == 2
+        assert "experts are exported of qwen3_moe only: got mixtral" in capsys.readouterr().err
 
 
 # --- auto-round ----------------------------------------------------------------------------------

@@ -349,13 +349,17 @@ def test_whole_experts_on_several_gpus(tmp_path: Path, ranks: Any) -> None:
 
 def test_slabs_of_experts(tmp_path: Path, ranks: Any) -> None:
     recipes: dict[str, Recipe] = {f"{MLP}.experts.0.gate_proj": slabs()}
-    down = Mixed(((parse_scheme("MXFP8A16"), 128), (parse_scheme("MXFP4A16"), 128)), rotated=True)
-    recipes |= {f"{MLP}.experts.1.down_proj": down}
+    recipes |= {f"{MLP}.experts.1.up_proj": slabs(rotated=True)}
     checkpoint = ExpertsCheckpoint(tmp_path, "MXFP4A16", recipes)
     x, weights, choices = routed()
+    total = torch.zeros_like(x)
+    for rank in range(2):
+        ranks(rank, 2)
+        total += checkpoint.layer(2).forward_modular(x, weights, choices)
     with torch.no_grad():
-        wanted = checkpoint.fake.get_submodule(f"{MLP}.experts")(x, choices, weights)
-    close(checkpoint.layer().forward_modular(x, weights, choices), wanted)
+        close(total, checkpoint.fake.get_submodule(f"{MLP}.experts")(x, choices, weights))
+    down = Mixed(((parse_scheme("MXFP8A16"), 128), (parse_scheme("MXFP4A16"), 128)))
+    checkpoint.config.recipes = {f"{MLP}.experts.1.down_proj": down}
     with pytest.raises(UsageError, match=r"cannot be cut.*128 of 256 columns.*experts\.1\.down"):
         checkpoint.layer(2)
 
