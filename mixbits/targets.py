@@ -8,7 +8,8 @@
     gguf                MXFP4 as MXFP4, symmetric integers as Q4_0 and Q8_0, exactly: their scales
                         are float16 too. Activations are llama.cpp's own affair
 
-All want whole groups in a row, but gguf's groups are of 32, into which ours divide.
+All want whole groups in a row, but gguf's groups are of 32, into which ours divide. Experts are
+free in auto-round only; elsewhere some of a layer's, or all, take one scheme.
 """
 
 from __future__ import annotations

@@ -459,41 +459,60 @@ def test_vllm_loads_a_whole_model_with_experts(
             assert (got - wanted).abs().max() <= 2**-6 * wanted.abs().max()
 
 
-@pytest.mark.parametrize("kind", ["qwen3_moe", "mixtral"])
-def test_vllm_reads_experts_of_compressed_tensors(
-    tmp_path: Path, one_process: None, kind: str
-) -> None:
-    """Its layers for them are made and filled; their kernels want a GPU."""
+def experts_of(folder: Path, kind: str) -> dict[str, Tensor]:
+    """What vLLM's own layer for the experts of the first block is filled with."""
     from vllm.engine.arg_utils import EngineArgs
     from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
     from vllm.model_executor.model_loader.utils import initialize_model
 
-    sizes = {"moe_intermediate_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
-    recipes: dict[str, Recipe] = {
-        f"{MLP}.experts.{e}.{p}": parse_scheme("MXFP4A16")
-        for e in range(4)
-        for p in ("gate_proj", "up_proj", "down_proj")
-    }
-    *_, folder = packed(tmp_path, "BF16", kind, recipes=recipes, **sizes)
     engine = EngineArgs(
-        model=str(export(folder, "compressed-tensors")), dtype="bfloat16", skip_tokenizer_init=True
+        model=str(folder), dtype="bfloat16", skip_tokenizer_init=True, enforce_eager=True
     ).create_engine_config()
     with set_current_vllm_config(engine):
         model = initialize_model(vllm_config=engine, model_config=engine.model_config)
         layer = model.model.layers[0]
         experts = (layer.mlp if kind == "qwen3_moe" else layer.block_sparse_moe).experts
         for empty in experts.parameters():
-            empty.data.fill_(0xAA)
+            empty.data.fill_(0x55)
         DefaultModelLoader(engine.load_config).load_weights(model, engine.model_config)
+    return {name: p.data for name, p in experts.routed_experts.named_parameters()}
+
+
+SMALL = {"moe_intermediate_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "mixtral"])
+def test_vllm_reads_experts_of_compressed_tensors(
+    tmp_path: Path, one_process: None, kind: str
+) -> None:
+    """Its kernels for them want a GPU."""
+    recipes: dict[str, Recipe] = {
+        f"{MLP}.experts.{e}.{p}": parse_scheme("MXFP4A16")
+        for e in range(4)
+        for p in ("gate_proj", "up_proj", "down_proj")
+    }
+    *_, folder = packed(tmp_path, "BF16", kind, recipes=recipes, **SMALL)
+    found = experts_of(export(folder, "compressed-tensors"), kind)
     tensors = load_file(folder / "model.safetensors")
     for part in ("packed", "scale"):
         gates, ups, downs = (
             torch.stack([tensors[f"{MLP}.experts.{e}.{p}.weight_{part}"] for e in range(4)])
             for p in ("gate_proj", "up_proj", "down_proj")
         )
-        found = {n: p.data for n, p in experts.routed_experts.named_parameters()}
         assert torch.equal(found[f"w13_weight_{part}"], torch.cat([gates, ups], 1))
         assert torch.equal(found[f"w2_weight_{part}"], downs)
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "mixtral"])
+def test_vllm_reads_experts_that_are_left_alone(
+    tmp_path: Path, one_process: None, kind: str
+) -> None:
+    plugin.register()
+    recipes: dict[str, Recipe] = {f"{ATTENTION}.q_proj": parse_scheme("MXFP4A16")}
+    source, _, folder = packed(tmp_path, "BF16", kind, recipes=recipes, **SMALL)
+    found, wanted = experts_of(folder, kind), source.load().model.layers[0].mlp.experts
+    assert torch.equal(found["w13_weight"], wanted.gate_up_proj)
+    assert torch.equal(found["w2_weight"], wanted.down_proj)
 
 
 def test_layers_compile_into_one_graph(tmp_path: Path, ranks: Any) -> None:

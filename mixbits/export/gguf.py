@@ -7,7 +7,8 @@
     int2   Q4_0   the same, 6 above: (code + 6 - 8) * scale
     else   BF16 or F16; vectors F32
 
-Groups of more than 32 columns become several blocks with one scale. llama.cpp rotates pairs of
+Groups of more than 32 columns become several blocks with one scale. The experts of a layer are
+stacked, projection by projection, and routers are F32. llama.cpp rotates pairs of
 neighbours in the heads of a Llama, transformers pairs of halves: the rows of q and k are put in
 its order. It rounds activations to 8 bits in a way of its own, whatever the scheme.
 """

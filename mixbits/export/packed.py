@@ -31,6 +31,7 @@ from ..source import open_source
 from ..targets import Fit
 from ..transformers_quantizer import read_config
 
+# model type -> what is called otherwise in checkpoints; experts of other types are not exported
 STORED_NAMES = {
     "mixtral": {
         ".mlp.": ".block_sparse_moe.",

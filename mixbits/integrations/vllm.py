@@ -401,6 +401,7 @@ def _take_names_of_transformers(prefix: str) -> str:
 
     renamed: Any = MixtralModel.hf_to_vllm_mapper.orig_to_new_substr
     renamed[".mlp."] = ".block_sparse_moe."
+    renamed |= {".experts.gate_up_proj": ".experts.w13", ".experts.down_proj": ".experts.w2"}
     return prefix.replace(".block_sparse_moe.", ".mlp.")
 
 
