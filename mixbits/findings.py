@@ -23,7 +23,7 @@ from .diagnostics import next_swaps, spearman, stability
 from .evaluate import logits_kl
 from .formats import Assignment
 from .gate import Choice
-from .model import CausalLM, LinearInfo, split_expert_name
+from .model import CausalLM, LinearInfo
 from .plan import Budget, Plan, Problem, average_bits
 from .report import environment
 from .rounded import RoundedModel, round_model
@@ -40,11 +40,7 @@ def linear_bits(linears: Sequence[LinearInfo], assignment: Assignment) -> dict[s
     """Average bits of every linear; the experts of a block and projection share an entry."""
     groups: dict[str, list[LinearInfo]] = {}
     for info in linears:
-        name = info.name
-        if info.is_expert:
-            module, _, projection = split_expert_name(name)
-            name = f"{module}.{projection}"
-        groups.setdefault(name, []).append(info)
+        groups.setdefault(info.stack, []).append(info)
     return {name: average_bits(members, assignment) for name, members in groups.items()}
 
 

@@ -43,6 +43,14 @@ class LinearInfo:
     def numel(self) -> int:
         return self.out_features * self.in_features
 
+    @property
+    def stack(self) -> str:
+        """`a.experts.gate_proj` for that of any expert; the name of any other linear."""
+        if not self.is_expert:
+            return self.name
+        module, _, projection = split_expert_name(self.name)
+        return f"{module}.{projection}"
+
 
 @dataclass(frozen=True)
 class Unit:
@@ -50,6 +58,11 @@ class Unit:
 
     name: str
     linears: tuple[LinearInfo, ...]
+
+
+def is_router(name: str) -> bool:
+    """Whether a module of this name decides where tokens go."""
+    return name.rpartition(".")[2] in _ROUTERS
 
 
 def is_experts(module: nn.Module) -> bool:
@@ -137,7 +150,7 @@ def check_layout(model: nn.Module, linears: Iterable[LinearInfo], target: str) -
 def _linears_in(prefix: str, block: nn.Module, index: int) -> Iterator[LinearInfo]:
     for name, module in block.named_modules(prefix=prefix):
         weight = linear_weight(module)
-        if weight is not None and name.rpartition(".")[2] not in _ROUTERS:
+        if weight is not None and not is_router(name):
             yield LinearInfo(name, weight.shape[0], weight.shape[1], index)
         elif is_experts(module):
             for expert in range(module.down_proj.shape[0]):

@@ -320,6 +320,8 @@ def _apply_target(args: argparse.Namespace, default_mode: str) -> None:
             raise UsageError(
                 f"--target {target.name} cannot go with --{name} {getattr(args, name)}"
             )
+    if args.per_expert and target.experts:
+        raise UsageError(f"--target {target.name} cannot go with --per-expert: experts must agree")
     if target.act_scale_mode is not None:
         if args.act_scale_mode not in (default_mode, target.act_scale_mode):
             raise UsageError(

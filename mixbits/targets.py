@@ -8,14 +8,15 @@
     gguf                MXFP4 as MXFP4, symmetric integers as Q4_0 and Q8_0, exactly: their scales
                         are float16 too. Activations are llama.cpp's own affair
 
-All want whole groups in a row, but gguf's groups are of 32, into which ours divide.
+All want whole groups in a row, but gguf's groups are of 32, into which ours divide. Experts are
+free in auto-round only; elsewhere some of a layer's, or all, take one scheme.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from .formats import (
     BF16,
@@ -40,13 +41,15 @@ _MX_AND_INT = "MXFP4, MXFP8, each also with A16; W4A16, W8A16"
 class Target:
     """`act_scale_mode` is how activations are rounded there; None: not as MX at all.
 
-    `fuse`: linears that are multiplied in one call take one scheme. `holds` is for error messages.
+    `fuse`: linears that are multiplied in one call take one scheme. `experts`: so do those of a
+    layer, all of their linears, or projection by projection. `holds` is for error messages.
     """
 
     name: str
     holds: str
     act_scale_mode: ScaleMode | None = None
     fuse: bool = False
+    experts: Literal["layer", "projection"] | None = "layer"
 
     def obstacle(self, recipe: Recipe, rows: int, columns: int) -> str | None:
         """Why a [rows, columns] weight cannot be held as it is; None where it can."""
@@ -106,8 +109,8 @@ TARGETS = {
     for target in (
         Target("compressed-tensors", _MX_AND_INT, "even"),
         Target("vllm", _MX_AND_INT, "even", fuse=True),
-        Target("auto-round", "MXFP4, MXFP8; or W2A16, W4A16, W8A16", "floor"),
-        Target("gguf", "MXFP4, MXFP4A16; symmetric W2A16, W4A16, W8A16"),
+        Target("auto-round", "MXFP4, MXFP8; or W2A16, W4A16, W8A16", "floor", experts=None),
+        Target("gguf", "MXFP4, MXFP4A16; symmetric W2A16, W4A16, W8A16", experts="projection"),
     )
 }
 
@@ -135,13 +138,10 @@ def fit(
     Raises UsageError that names the linears that it cannot hold: all such, or with `lossy` those
     for which there is no substitute.
     """
-    fits, obstacles, experts = {}, {}, {}
+    fits, obstacles = {}, {}
     for info in linears:
         recipe = assignment.get(info.name, BF16)
         if not recipe.packed:
-            continue
-        if info.is_expert:
-            experts[info.name] = "is an expert's"
             continue
         why = target.obstacle(recipe, info.out_features, info.in_features)
         if why is None:
@@ -151,16 +151,44 @@ def fit(
             obstacles[info.name] = why
             other = target.substitute(recipe, info.out_features, info.in_features)
             fits[info.name] = Fit(other, why)
-    if experts:
-        raise UsageError(f"experts cannot be exported yet: {_some(experts)}")
+    obstacles |= _agree(linears, assignment, target, fits)
     if obstacles and not lossy:
+        count = sum(found.why is not None for found in fits.values())
         raise UsageError(
-            f"{target.name} cannot hold {len(obstacles)} of {len(fits)} linears: "
+            f"{target.name} cannot hold {count} of {len(fits)} linears: "
             f"{_some(obstacles)}; it holds whole groups of {target.holds} "
             "(python -m mixbits.export converts the others with --lossy)"
         )
     check_together(target, [found.scheme for found in fits.values()])
     return fits
+
+
+def _agree(
+    linears: Sequence[LinearInfo], assignment: Assignment, target: Target, fits: dict[str, Fit]
+) -> dict[str, str]:
+    """Give experts that must agree the widest of their schemes, or 16 bits where it does not fit.
+
+    Returns what they are together, with the reason, where they had several.
+    """
+    groups: dict[str, list[LinearInfo]] = {}
+    for info in linears:
+        if info.is_expert and target.experts:
+            name = info.stack if target.experts == "projection" else info.stack.rpartition(".")[0]
+            groups.setdefault(name, []).append(info)
+    obstacles = {}
+    for name, members in groups.items():
+        schemes = [fits[i.name].scheme if i.name in fits else BF16 for i in members]
+        # A GGUF has no activations' schemes.
+        if len({s.weight if target.name == "gguf" else s for s in schemes}) == 1:
+            continue
+        taken = sorted({assignment.get(i.name, BF16).name for i in members})
+        obstacles[name] = f"takes one scheme for all experts, not {', '.join(taken)}"
+        widest = max(schemes, key=lambda s: s.weight.bits if s.weight else 16)
+        shapes = {(i.out_features, i.in_features) for i in members}
+        fitting = all(target.obstacle(widest, *shape) is None for shape in shapes)
+        other = widest if fitting else BF16
+        fits |= {i.name: Fit(other, obstacles[name]) for i in members if i.name in fits}
+    return obstacles
 
 
 def check_together(target: Target, schemes: Sequence[Scheme]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +29,17 @@ def packed(
     mode: ScaleMode = "even",
     head: bool = True,
     recipes: dict[str, Recipe] | None = None,
+    change: Callable[[Path], None] = lambda _: None,
     **overrides: object,
 ) -> tuple[Source, dict[str, Recipe], Path]:
-    """A model, how its linears are packed (schemes in turn, then `recipes`), and its folder."""
+    """A model, how its linears are packed (schemes in turn, then `recipes`), and its folder.
+
+    `change` is what to do to the model's folder before.
+    """
     source = open_source(str(make_model(tmp_path / "model", kind, **{**SIZES, **overrides})))
     if kind == "qwen2":
         _fill_biases(source.path)
+    change(source.path)
     linears = find_linears(source.load(), include_head=head)
     parsed = [parse_scheme(name, act_scale_mode=mode) for name in schemes.split(",")]
     assignment: dict[str, Recipe] = {

@@ -304,10 +304,3 @@ def test_wrong_usage_is_one_sentence(
     assert main(argv) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error and error.count("\n") == 1
-
-
-def test_experts_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    *_, folder = packed(tmp_path, "MXFP4", kind="mixtral", head=False, intermediate_size=64)
-    out = str(tmp_path / "out")
-    assert main([str(folder), "--format", "compressed-tensors", "--out", out, "--lossy"]) == 2
-    assert "model.layers.0.mlp.experts.0.gate_proj is an expert's" in capsys.readouterr().err

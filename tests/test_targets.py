@@ -10,6 +10,7 @@ from tiny import SMALL, make_model, read, write_ids
 from mixbits import quantize
 from mixbits.export.__main__ import main as export
 from mixbits.formats import BF16, Mixed, Recipe, UsageError, parse_scheme
+from mixbits.model import EXPERT_PROJECTIONS as PROJECTIONS
 from mixbits.model import LinearInfo
 from mixbits.targets import TARGETS, check_fused, check_together, fit
 
@@ -99,10 +100,69 @@ def test_short_groups_are_left_in_16_bits() -> None:
     assert fit(TARGETS["gguf"], [linear("a", 3, 96)], {"a": scheme("W4A16")})["a"].why is None
 
 
-def test_experts_are_refused() -> None:
-    info = LinearInfo("m.experts.0.gate_proj", 64, 128, 0, is_expert=True)
-    with pytest.raises(UsageError, match="experts"):
-        fit(TARGETS["vllm"], [info], {info.name: scheme("MXFP4")}, lossy=True)
+def experts(count: int = 2) -> list[LinearInfo]:
+    """Of one layer, whose down projections are too narrow for groups of 64."""
+    shapes = {"gate_proj": (32, 64), "up_proj": (32, 64), "down_proj": (64, 32)}
+    return [
+        LinearInfo(f"m.experts.{expert}.{name}", *shape, 0, is_expert=True)
+        for expert in range(count)
+        for name, shape in shapes.items()
+    ]
+
+
+@pytest.mark.parametrize(
+    ("target", "names", "obstacle", "instead"),
+    [
+        ("gguf", {"0.up_proj": "W8A16G32"}, "m.experts.up_proj", {"up_proj": "W8A16G32"}),
+        ("gguf", {"0.up_proj": "BF16"}, "m.experts.up_proj", {"up_proj": "BF16"}),
+        ("vllm", {"0.up_proj": "MXFP8A16"}, "m.experts", dict.fromkeys(PROJECTIONS, "MXFP8A16")),
+        (
+            "compressed-tensors",
+            {"1.down_proj": "BF16"},
+            "m.experts",
+            dict.fromkeys(PROJECTIONS, "BF16"),
+        ),
+    ],
+)
+def test_experts_agree(
+    target: str, names: dict[str, str], obstacle: str, instead: dict[str, str]
+) -> None:
+    linears = experts()
+    plan = {info.name: scheme("MXFP4A16") for info in linears}
+    assert all(found.why is None for found in fit(TARGETS[target], linears, plan).values())
+    plan |= {f"m.experts.{name}": scheme(other) for name, other in names.items()}
+    with pytest.raises(
+        UsageError, match=rf"{obstacle} takes one scheme for all experts, not \w+, "
+    ):
+        fit(TARGETS[target], linears, plan)
+    fits = fit(TARGETS[target], linears, plan, lossy=True)
+    for info in linears:
+        if plan[info.name].packed:
+            wanted = instead.get(info.name.rpartition(".")[2], "MXFP4A16")
+            assert fits[info.name].scheme.name == wanted
+            assert (fits[info.name].why is None) == (wanted == "MXFP4A16")
+        else:
+            assert info.name not in fits
+
+
+def test_experts_of_unlike_projections() -> None:
+    linears, names = experts(), ("MXFP4A16", "W8A16G32", "MXFP4")
+    plan = {info.name: scheme(names[i % 3]) for i, info in enumerate(linears)}
+    assert all(found.why is None for found in fit(TARGETS["gguf"], linears, plan).values())
+    with pytest.raises(UsageError, match="MXFP4, MXFP4A16, W8A16G32"):
+        fit(TARGETS["vllm"], linears, plan)
+    # A GGUF has no activations' schemes, by which these alone differ.
+    plan = {info.name: scheme("MXFP4A16" if i < 3 else "MXFP4") for i, info in enumerate(linears)}
+    assert all(found.why is None for found in fit(TARGETS["gguf"], linears, plan).values())
+    with pytest.raises(UsageError, match="MXFP4, MXFP4A16"):
+        fit(TARGETS["vllm"], linears, plan)
+
+
+def test_experts_of_auto_round_are_free() -> None:
+    linears, names = experts(), ("MXFP4", "MXFP8", "BF16")
+    plan = {info.name: scheme(names[i % 3], "floor") for i, info in enumerate(linears)}
+    fits = fit(TARGETS["auto-round"], linears, plan)
+    assert len(fits) == 4 and all(found.why is None for found in fits.values())
 
 
 def test_schemes_that_cannot_stand_together() -> None:
@@ -132,6 +192,7 @@ def test_schemes_that_cannot_stand_together() -> None:
         ),
         ("--target vllm --granularity slab", "--granularity slab"),
         ("--target vllm --rotate ffn", "--rotate ffn"),
+        ("--target gguf --per-expert", "--per-expert"),
         ("--target auto-round --act-scale-mode rceil", "scale mode floor"),
         ("--target vllm --plan PLAN", "gate_proj, model.layers.0.mlp.up_proj take BF16, MXFP8"),
     ],

@@ -8,11 +8,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from exported import fake_model, packed
+from exported import export, fake_model, packed
 from safetensors.torch import load_file
 from tiny import read
 from torch import Tensor
@@ -22,9 +23,14 @@ from mixbits.formats import Mixed, Recipe, UsageError, parse_scheme
 os.environ.setdefault("VLLM_TARGET_DEVICE", "cpu")
 pytest.importorskip("vllm", reason="vllm is not installed")
 
-from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.config import (
+    CUDAGraphMode,
+    VllmConfig,
+    get_current_vllm_config,
+    set_current_vllm_config,
+)
 from vllm.model_executor import parameter
-from vllm.model_executor.layers import linear, vocab_parallel_embedding
+from vllm.model_executor.layers import fused_moe, linear, vocab_parallel_embedding
 from vllm.model_executor.layers.quantization import get_quantization_config
 
 from mixbits.integrations import vllm as plugin
@@ -45,9 +51,10 @@ def ranks(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Pretend to be one of several GPUs; sums and gathers are left to the test."""
 
     def pretend(rank: int, size: int) -> None:
-        for module in (parameter, linear, vocab_parallel_embedding):
+        for module in (parameter, linear, vocab_parallel_embedding, fused_moe.config):
             monkeypatch.setattr(module, "get_tensor_model_parallel_rank", lambda: rank)
-            monkeypatch.setattr(module, "get_tensor_model_parallel_world_size", lambda: size)
+            if module is not fused_moe.config:  # which is told
+                monkeypatch.setattr(module, "get_tensor_model_parallel_world_size", lambda: size)
 
     pretend(0, 1)
     return pretend
@@ -56,9 +63,16 @@ def ranks(monkeypatch: pytest.MonkeyPatch) -> Any:
 class Checkpoint:
     """A packed folder, and the layers that vLLM makes of it."""
 
-    def __init__(self, tmp_path: Path, schemes: str, recipes: dict[str, Recipe] | None = None):
-        options = {"intermediate_size": INNER, "vocab_size": VOCAB}
-        source, assignment, folder = packed(tmp_path, schemes, recipes=recipes, **options)
+    def __init__(
+        self,
+        tmp_path: Path,
+        schemes: str,
+        recipes: dict[str, Recipe] | None = None,
+        kind: str = "llama",
+        **sizes: int,
+    ):
+        options = {"intermediate_size": INNER, "vocab_size": VOCAB, **sizes}
+        source, assignment, folder = packed(tmp_path, schemes, kind, recipes=recipes, **options)
         self.fake = fake_model(source, assignment).float()
         plugin.register()
         config = read(folder / "config.json")["quantization_config"]
@@ -248,11 +262,127 @@ def test_a_damaged_tensor_is_refused(tmp_path: Path, ranks: Any) -> None:
 
 def test_other_configurations_are_refused() -> None:
     config = {"layout": 1, "weight_scale_mode": "floor", "act_scale_mode": "even"}
-    name = "model.layers.0.mlp.experts.0.up_proj"
-    with pytest.raises(UsageError, match="experts"):
-        plugin.MixbitsVllmConfig.from_config({**config, "modules": {name: "MXFP4"}})
     with pytest.raises(UsageError, match="layout"):
         plugin.MixbitsVllmConfig.from_config({**config, "layout": 99, "modules": {}})
+
+
+# --- experts -------------------------------------------------------------------------------------
+
+EXPERTS, TOP = 5, 2
+
+
+class ExpertsCheckpoint(Checkpoint):
+    """A Qwen3-MoE of one layer, whose experts take the schemes in turn, or `recipes`."""
+
+    def __init__(self, tmp_path: Path, schemes: str, recipes: dict[str, Recipe] | None = None):
+        sizes = {"num_hidden_layers": 1, "moe_intermediate_size": INNER, "num_experts": EXPERTS}
+        super().__init__(tmp_path, schemes, recipes, kind="qwen3_moe", **sizes)
+
+    def layer(self, size: int = 1, activation: str = "silu", **options: Any) -> Any:
+        # Every GPU would have it once.
+        get_current_vllm_config().compilation_config.static_forward_context.clear()
+        runner = fused_moe.FusedMoEFactory(
+            num_experts=EXPERTS,
+            top_k=TOP,
+            hidden_size=HIDDEN,
+            intermediate_size=INNER,
+            params_dtype=torch.float32,
+            quant_config=self.config,
+            tp_size=size,
+            dp_size=1,
+            pcp_size=1,
+            prefix=f"{MLP}.experts",
+            activation=activation,
+            **options,
+        )
+        own = {k: t for k, t in self.tensors.items() if k.startswith(f"{MLP}.experts.")}
+        weights = [(k.removeprefix(f"{MLP}.experts."), t) for k, t in own.items()]
+        for empty in runner.routed_experts.parameters():
+            empty.data.fill_(0xAA)
+        loaded = set(runner.load_weights(iter(weights)))
+        assert {name.removeprefix("routed_experts.") for name in loaded} == {
+            name for name, value in runner.routed_experts.named_parameters() if value.numel()
+        }
+        method = runner.routed_experts.quant_method
+        method.process_weights_after_loading(runner.routed_experts)
+        method.process_weights_after_loading(runner.routed_experts)
+        assert all("packed." in name for name, _ in runner.routed_experts.named_parameters())
+        return runner.routed_experts
+
+
+def routed(tokens: int = 7) -> tuple[Tensor, Tensor, Tensor]:
+    """Inputs, and every token's weights and experts, of which one has no token."""
+    choices = torch.stack([torch.randperm(EXPERTS - 1)[:TOP] for _ in range(tokens)])
+    return torch.randn(tokens, HIDDEN), torch.rand(tokens, TOP), choices.int()
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("schemes", MIXES)
+def test_experts_on_several_gpus(tmp_path: Path, ranks: Any, schemes: str, size: int) -> None:
+    checkpoint = ExpertsCheckpoint(tmp_path, schemes)
+    x, weights, choices = routed()
+    total = torch.zeros_like(x)
+    for rank in range(size):
+        ranks(rank, size)
+        layer = checkpoint.layer(size)
+        total += layer.forward_modular(x, weights, choices)
+    with torch.no_grad():
+        close(total, checkpoint.fake.get_submodule(f"{MLP}.experts")(x, choices, weights))
+
+
+def test_whole_experts_on_several_gpus(tmp_path: Path, ranks: Any) -> None:
+    # The one with zero points is on the last GPU only.
+    recipes: dict[str, Recipe] = {f"{MLP}.experts.4.up_proj": parse_scheme("W4A16G32ASYM")}
+    checkpoint = ExpertsCheckpoint(tmp_path, "MXFP4A16,MXFP8A16,W4A16G32,BF16", recipes)
+    x, weights, choices = routed()
+    total, config = torch.zeros_like(x), VllmConfig()
+    config.parallel_config.enable_expert_parallel = True
+    for rank in range(2):
+        ranks(rank, 2)
+        with set_current_vllm_config(config):
+            layer = checkpoint.layer(2)
+        assert layer.packed.num_experts == (3, 2)[rank]
+        total += layer.forward_modular(x, weights, choices)
+    with torch.no_grad():
+        close(total, checkpoint.fake.get_submodule(f"{MLP}.experts")(x, choices, weights))
+
+
+def test_slabs_of_experts(tmp_path: Path, ranks: Any) -> None:
+    recipes: dict[str, Recipe] = {f"{MLP}.experts.0.gate_proj": slabs()}
+    recipes |= {f"{MLP}.experts.1.up_proj": slabs(rotated=True)}
+    checkpoint = ExpertsCheckpoint(tmp_path, "MXFP4A16", recipes)
+    x, weights, choices = routed()
+    total = torch.zeros_like(x)
+    for rank in range(2):
+        ranks(rank, 2)
+        total += checkpoint.layer(2).forward_modular(x, weights, choices)
+    with torch.no_grad():
+        close(total, checkpoint.fake.get_submodule(f"{MLP}.experts")(x, choices, weights))
+    down = Mixed(((parse_scheme("MXFP8A16"), 128), (parse_scheme("MXFP4A16"), 128)))
+    checkpoint.config.recipes = {f"{MLP}.experts.1.down_proj": down}
+    with pytest.raises(UsageError, match=r"cannot be cut.*128 of 256 columns.*experts\.1\.down"):
+        checkpoint.layer(2)
+
+
+def test_experts_that_do_not_run_are_refused(tmp_path: Path, ranks: Any) -> None:
+    checkpoint = ExpertsCheckpoint(tmp_path, "MXFP4A16")
+    for options, message in (
+        ({"activation": "relu2"}, "relu2"),
+        ({"apply_router_weight_on_input": True}, "weighted inputs"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            checkpoint.layer(**options)
+    graphs = VllmConfig()
+    graphs.compilation_config.cudagraph_mode = CUDAGraphMode.PIECEWISE
+    with set_current_vllm_config(graphs), pytest.raises(UsageError, match="enforce_eager=True"):
+        checkpoint.layer()
+
+
+def test_experts_that_are_left_alone(tmp_path: Path, ranks: Any) -> None:
+    recipes: dict[str, Recipe] = {f"{ATTENTION}.q_proj": parse_scheme("MXFP4A16")}
+    checkpoint = ExpertsCheckpoint(tmp_path, "BF16", recipes)
+    layer = SimpleNamespace(global_num_experts=EXPERTS)
+    assert checkpoint.config._experts(layer, f"{MLP}.experts") is None
 
 
 @pytest.fixture
@@ -297,6 +427,92 @@ def test_vllm_loads_a_whole_model(tmp_path: Path, one_process: None, kind: str) 
                 # One unit in the last place of bfloat16, of sums in another order.
                 assert (got - wanted).abs().max() <= 2**-7 * wanted.abs().max()
         assert torch.equal(model.compute_logits(x), fake.lm_head(x))
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "mixtral"])
+def test_vllm_loads_a_whole_model_with_experts(
+    tmp_path: Path, one_process: None, kind: str
+) -> None:
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.model_executor.model_loader import get_model
+
+    plugin.register()
+    sizes = {"moe_intermediate_size": 64, "intermediate_size": 64, "norm_topk_prob": True}
+    schemes = "MXFP4A16,MXFP8A16,BF16,W4A16G32,W8A16G32"
+    source, assignment, folder = packed(tmp_path, schemes, kind, **sizes)
+    engine = EngineArgs(
+        model=str(folder), dtype="bfloat16", skip_tokenizer_init=True, enforce_eager=True
+    ).create_engine_config()
+    with set_current_vllm_config(engine):
+        model = get_model(vllm_config=engine)
+    fake, x = fake_model(source, assignment), torch.randn(9, HIDDEN).bfloat16()
+    with torch.no_grad():
+        for ours, theirs in zip(fake.model.layers, model.model.layers, strict=True):
+            moe = theirs.mlp if kind == "qwen3_moe" else theirs.block_sparse_moe
+            logits, weights, choices = ours.mlp.gate(x)
+            assert torch.equal(moe.gate(x)[0], logits)
+            found = moe.experts.router.select_experts(hidden_states=x, router_logits=logits)
+            assert torch.equal(found[1].sort().values, choices.sort().values.int())
+            got = moe.experts.routed_experts.forward_modular(x, *found)
+            wanted = ours.mlp.experts(x, choices, weights)
+            # Some units in the last place of bfloat16: it has weights of tokens in float32.
+            assert (got - wanted).abs().max() <= 2**-6 * wanted.abs().max()
+
+
+def experts_of(folder: Path, kind: str) -> dict[str, Tensor]:
+    """What vLLM's own layer for the experts of the first block is filled with."""
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+    from vllm.model_executor.model_loader.utils import initialize_model
+
+    engine = EngineArgs(
+        model=str(folder), dtype="bfloat16", skip_tokenizer_init=True, enforce_eager=True
+    ).create_engine_config()
+    with set_current_vllm_config(engine):
+        model = initialize_model(vllm_config=engine, model_config=engine.model_config)
+        layer = model.model.layers[0]
+        experts = (layer.mlp if kind == "qwen3_moe" else layer.block_sparse_moe).experts
+        for empty in experts.parameters():
+            empty.data.fill_(0x55)
+        DefaultModelLoader(engine.load_config).load_weights(model, engine.model_config)
+    return {name: p.data for name, p in experts.routed_experts.named_parameters()}
+
+
+SMALL = {"moe_intermediate_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "mixtral"])
+def test_vllm_reads_experts_of_compressed_tensors(
+    tmp_path: Path, one_process: None, kind: str
+) -> None:
+    """Its kernels for them want a GPU."""
+    recipes: dict[str, Recipe] = {
+        f"{MLP}.experts.{e}.{p}": parse_scheme("MXFP4A16")
+        for e in range(4)
+        for p in ("gate_proj", "up_proj", "down_proj")
+    }
+    *_, folder = packed(tmp_path, "BF16", kind, recipes=recipes, **SMALL)
+    found = experts_of(export(folder, "compressed-tensors"), kind)
+    tensors = load_file(folder / "model.safetensors")
+    for part in ("packed", "scale"):
+        gates, ups, downs = (
+            torch.stack([tensors[f"{MLP}.experts.{e}.{p}.weight_{part}"] for e in range(4)])
+            for p in ("gate_proj", "up_proj", "down_proj")
+        )
+        assert torch.equal(found[f"w13_weight_{part}"], torch.cat([gates, ups], 1))
+        assert torch.equal(found[f"w2_weight_{part}"], downs)
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "mixtral"])
+def test_vllm_reads_experts_that_are_left_alone(
+    tmp_path: Path, one_process: None, kind: str
+) -> None:
+    plugin.register()
+    recipes: dict[str, Recipe] = {f"{ATTENTION}.q_proj": parse_scheme("MXFP4A16")}
+    source, _, folder = packed(tmp_path, "BF16", kind, recipes=recipes, **SMALL)
+    found, wanted = experts_of(folder, kind), source.load().model.layers[0].mlp.experts
+    assert torch.equal(found["w13_weight"], wanted.gate_up_proj)
+    assert torch.equal(found["w2_weight"], wanted.down_proj)
 
 
 def test_layers_compile_into_one_graph(tmp_path: Path, ranks: Any) -> None:

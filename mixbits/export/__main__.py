@@ -112,8 +112,11 @@ def export(args: argparse.Namespace) -> None:
         text = json.dumps(_report(args, fits, carrier.losses), indent=2) + "\n"
         (folder / REPORT).write_text(text, encoding="utf-8")
     _print_losses(fits, carrier.losses)
-    if args.format == "gguf" and any(found.scheme.activation for found in fits.values()):
+    rounded = [name for name, found in fits.items() if found.scheme.activation]
+    if args.format == "gguf" and rounded:
         print("llama.cpp rounds activations to 8 bits in a way of its own, not as the schemes say")
+    if args.format == "compressed-tensors" and any(model.linears[n].is_expert for n in rounded):
+        print("transformers dequantizes experts, and does not round their activations")
     print(f"written to {args.out}")
 
 

@@ -9,6 +9,8 @@ are rounded with scales by the rule that we call `floor`. Integers are packed as
 
 or, where any linear is asymmetric, with the zero points themselves (`auto_round`): a zero point of
 0 has nothing below it.
+
+Its loader makes linears of all experts, packed or not, which then may differ in anything.
 """
 
 from __future__ import annotations
@@ -105,4 +107,4 @@ def write(folder: Path, carrier: Carrier) -> None:
     unpacked = carrier.model.unpacked_linears()
     blocks = decoder_blocks(carrier.model.shapes)[0]
     config = quantization_config(schemes, unpacked, blocks, packing)
-    write_folder(folder, carrier, [*pieces, *plain_pieces(carrier)], config)
+    write_folder(folder, carrier, [*pieces, *plain_pieces(carrier, stacked=False)], config)

@@ -12,10 +12,15 @@ expects them unpacked, and refuses asymmetric linears.
 
 Layers with the same scheme are a group, which names them one by one. Activations, where they are
 quantized, are rounded by the engine: dynamically, their scales by the rule that we call `even`.
+
+Experts are stored one by one too, under the names of checkpoints (`experts.7.gate_proj`; a
+Mixtral's are `block_sparse_moe.experts.7.w1`); a group has a pattern for those of a layer, by which
+transformers knows them. Those that are not quantized stay in transformers' own two tensors.
 """
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +31,7 @@ from ..formats import Format, Scheme
 from ..pack import Packed
 from ..reference import pack_codes, unpack_codes
 from .folder import Piece, Shapes, linear_piece, plain_pieces, write_folder
-from .packed import Carrier
+from .packed import Carrier, PackedModel
 
 _FORMATS = {"e2m1": "mxfp4-pack-quantized", "e4m3": "mxfp8-quantized"}  # others: pack-quantized
 
@@ -99,13 +104,20 @@ def _group(scheme: Scheme, names: list[str]) -> dict[str, Any]:
     }
 
 
+def _bits(scheme: Scheme) -> int:
+    assert scheme.weight is not None
+    return scheme.weight.bits
+
+
 def quantization_config(schemes: dict[str, Scheme], ignore: list[str]) -> dict[str, Any]:
     """`quantization_config` of config.json for linears that are quantized, and those that are not.
 
-    A folder of one format has its name; of several, each group has its own.
+    A folder of one format has its name; of several, each group has its own. Groups of more bits
+    come first: transformers reads all experts by the first group that has any, and fails on words
+    of 4 bits that it takes for 8 (for want of groups), but not on words of 8 that it takes for 4.
     """
     members: dict[Scheme, list[str]] = {}
-    for name, scheme in schemes.items():
+    for name, scheme in sorted(schemes.items(), key=lambda entry: -_bits(entry[1])):
         members.setdefault(scheme, []).append(name)
     groups = [_group(scheme, names) for scheme, names in members.items()]
     formats = {group["format"] for group in groups}
@@ -126,13 +138,28 @@ def _piece(carrier: Carrier, name: str) -> Piece:
         packed = carrier.round_scales(name, carrier.packed(name), fmt)
         return tensors(packed, fmt, info.in_features)
 
-    return linear_piece(name, shapes(fmt, info.out_features, info.in_features, carrier.dtype), make)
+    announced = shapes(fmt, info.out_features, info.in_features, carrier.dtype)
+    return linear_piece(carrier.model.stored_name(name), announced, make)
+
+
+def _targets(model: PackedModel, names: list[str]) -> list[str]:
+    """What a group calls these linears. A layer's experts, which agree, are one pattern."""
+    found = {n: model.stored_name(n) for n in names}
+    for module, members in model.experts.items():
+        if members[0] in found:
+            pattern = f"re:{re.escape(model.stored_name(module))}\\..*"
+            found |= dict.fromkeys(members, pattern)
+    return list(dict.fromkeys(found.values()))
 
 
 def write(folder: Path, carrier: Carrier) -> None:
     """Fill an existing, empty folder."""
+    model = carrier.model
     quantized = {n: f.scheme for n, f in carrier.fits.items() if f.scheme.weight is not None}
     pieces = [_piece(carrier, name) for name in quantized]
     left = [name for name in carrier.fits if name not in quantized]
-    config = quantization_config(quantized, [*carrier.model.unpacked_linears(), *left])
-    write_folder(folder, carrier, [*pieces, *plain_pieces(carrier)], config)
+    config = quantization_config(quantized, [*model.unpacked_linears(), *left])
+    config["ignore"] = _targets(model, config["ignore"])
+    for group in config["config_groups"].values():
+        group["targets"] = _targets(model, group["targets"])
+    write_folder(folder, carrier, [*pieces, *plain_pieces(carrier, stacked=True)], config)

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import Shard, TensorSpec, copy_companions, make_shards, write_index
-from .packed import Carrier
+from ..formats import UsageError
+from .packed import STORED_NAMES, Carrier
 
 Shapes: TypeAlias = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]  # suffix -> dtype, shape
 
@@ -33,22 +34,56 @@ def linear_piece(name: str, shapes: Shapes, make: Callable[[], dict[str, Tensor]
 
 def _plain_piece(carrier: Carrier, spec: TensorSpec) -> Piece:
     kind = carrier.dtype if spec.dtype.is_floating_point else spec.dtype
-    made = TensorSpec(spec.name, kind, spec.shape)
-    return Piece([made], lambda: {spec.name: carrier.plain(spec.name)})
+    stored = carrier.model.stored_name(spec.name)
+    made = TensorSpec(stored, kind, spec.shape)
+    return Piece([made], lambda: {stored: carrier.plain(spec.name)})
 
 
 def _unpacked_piece(carrier: Carrier, name: str) -> Piece:
-    """A linear that is packed no more."""
+    """A linear that is packed no more, or an expert's that never was."""
     info = carrier.model.linears[name]
     shape = {"weight": (carrier.dtype, (info.out_features, info.in_features))}
     return linear_piece(name, shape, lambda: {"weight": carrier.unpacked(name)})
 
 
-def plain_pieces(carrier: Carrier) -> list[Piece]:
-    """What is not packed, and linears that have become so."""
-    pieces = [_plain_piece(carrier, spec) for spec in carrier.model.plain.values()]
-    unpacked = [name for name, fit in carrier.fits.items() if not fit.scheme.packed]
-    return pieces + [_unpacked_piece(carrier, name) for name in unpacked]
+def _stacked_piece(carrier: Carrier, module: str, members: Sequence[str]) -> Piece:
+    """A layer's experts in transformers' own two tensors."""
+    gates, ups, downs = (members[i::3] for i in range(3))
+    gate = carrier.model.linears[gates[0]]
+    rows, columns = gate.out_features, gate.in_features
+    shapes = {
+        "gate_up_proj": (carrier.dtype, (len(gates), 2 * rows, columns)),
+        "down_proj": (carrier.dtype, (len(downs), columns, rows)),
+    }
+
+    def make() -> dict[str, Tensor]:
+        gate, up, down = (
+            torch.stack([carrier.unpacked(name) for name in names]) for names in (gates, ups, downs)
+        )
+        return {"gate_up_proj": torch.cat([gate, up], 1), "down_proj": down}
+
+    return linear_piece(module, shapes, make)
+
+
+def plain_pieces(carrier: Carrier, stacked: bool) -> list[Piece]:
+    """What is not quantized, or no more; `stacked`: experts layer by layer, or else one by one.
+
+    Raises UsageError for quantized experts of a model whose loaders are not known.
+    """
+    model, kind = carrier.model, carrier.model.shapes.config.model_type
+    quantized = {name for name, fit in carrier.fits.items() if fit.scheme.weight is not None}
+    if kind not in STORED_NAMES and any(model.linears[name].is_expert for name in quantized):
+        raise UsageError(f"experts are exported of {', '.join(STORED_NAMES)} only: got {kind}")
+    pieces = [_plain_piece(carrier, spec) for spec in model.plain.values()]
+    left = [name for name in carrier.fits if name not in quantized]
+    pieces += [_unpacked_piece(carrier, n) for n in left if not model.linears[n].is_expert]
+    for module, members in model.experts.items():
+        alone = [name for name in members if name not in quantized]
+        if stacked and alone:
+            pieces.append(_stacked_piece(carrier, module, alone))
+        else:
+            pieces += [_unpacked_piece(carrier, name) for name in alone]
+    return pieces
 
 
 def _write_shard(folder: Path, shard: Shard, pieces: Sequence[Piece]) -> None:

@@ -7,14 +7,15 @@
     int2   Q4_0   the same, 6 above: (code + 6 - 8) * scale
     else   BF16 or F16; vectors F32
 
-Groups of more than 32 columns become several blocks with one scale. llama.cpp rotates pairs of
+Groups of more than 32 columns become several blocks with one scale. The experts of a layer are
+stacked, projection by projection, and routers are F32. llama.cpp rotates pairs of
 neighbours in the heads of a Llama, transformers pairs of halves: the rows of q and k are put in
 its order. It rounds activations to 8 bits in a way of its own, whatever the scheme.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,13 +25,21 @@ import torch
 from torch import Tensor
 
 from ..formats import MX_GROUP, Format, UsageError
+from ..model import LinearInfo, is_router
 from ..pack import Packed
 from ..reference import unpack_codes
 from .gguf_tokenizer import add_vocabulary, read_vocabulary
 from .packed import Carrier
 
 FILE = "model.gguf"
-_ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
+_ARCHITECTURES = {
+    "llama": "llama",
+    "mistral": "llama",
+    "mixtral": "llama",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "qwen3_moe": "qwen3moe",
+}
 _TYPES = {"e2m1": "MXFP4", "int8": "Q8_0", "int4": "Q4_0", "int2": "Q4_0"}
 
 
@@ -59,10 +68,9 @@ def rotary_order(rows: int, head_dim: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class _Entry:
-    """A tensor of the file: its name, type, numpy shape and dtype, and how it is made."""
+class _Values:
+    """What a tensor of the file holds: its type, numpy shape and dtype, and how it is made."""
 
-    name: str
     type: str
     shape: tuple[int, ...]
     make: Callable[[], Tensor]
@@ -70,6 +78,12 @@ class _Entry:
     def data(self) -> Any:
         made = self.make().contiguous()
         return (made.view(torch.uint8) if made.dtype == torch.bfloat16 else made).numpy()
+
+
+def _stacked(parts: Sequence[_Values]) -> _Values:
+    """Parts of one type and shape, in one tensor."""
+    shape = len(parts), *parts[0].shape
+    return _Values(parts[0].type, shape, lambda: torch.stack([part.make() for part in parts]))
 
 
 def _gguf() -> Any:
@@ -91,6 +105,11 @@ def _check_model(config: Any) -> str:
     window = getattr(config, "sliding_window", None)
     if window and window < config.max_position_embeddings:
         raise UsageError(f"llama.cpp runs a {kind} without sliding windows only: got {window}")
+    if kind == "qwen3_moe":
+        if config.mlp_only_layers or config.decoder_sparse_step != 1:
+            raise UsageError("llama.cpp runs a qwen3_moe with experts in every layer only")
+        if not config.norm_topk_prob:
+            raise UsageError("llama.cpp runs a qwen3_moe with norm_topk_prob only")
     return _ARCHITECTURES[kind]
 
 
@@ -118,6 +137,11 @@ def _add_settings(writer: Any, config: Any, head_dim: int) -> None:
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_feed_forward_length(config.intermediate_size)
+    if experts := getattr(config, "num_local_experts", None):
+        writer.add_expert_count(experts)
+        writer.add_expert_used_count(config.num_experts_per_tok)
+    if config.model_type == "qwen3_moe":
+        writer.add_expert_feed_forward_length(config.moe_intermediate_size)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_key_length(head_dim)
@@ -134,12 +158,12 @@ class _Entries:
         gguf = _gguf()
         self.carrier, self.head_dim = carrier, head_dim
         self.rotates = architecture == "llama"
-        self.types = gguf.GGML_QUANT_SIZES, gguf.GGMLQuantizationType
+        self.sizes, self.types = gguf.GGML_QUANT_SIZES, gguf.GGMLQuantizationType
         arch = next(k for k, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
         layers = carrier.model.shapes.config.num_hidden_layers
         self.names = gguf.get_tensor_name_map(arch, layers)
 
-    def name(self, tensor: str) -> str:
+    def _name(self, tensor: str) -> str:
         found = self.names.get_name(tensor, try_suffixes=(".weight", ".bias"))
         if found is None:
             raise UsageError(f"GGUF has no name for {tensor}")
@@ -149,34 +173,45 @@ class _Entries:
         is_rotated = self.rotates and linear.rpartition(".")[2] in ("q_proj", "k_proj")
         return rotary_order(rows, self.head_dim) if is_rotated else slice(None)
 
-    def linear(self, name: str) -> _Entry:
-        info, fmt = self.carrier.model.linears[name], self.carrier.fits[name].scheme.weight
+    def all(self) -> dict[str, _Values]:
+        """Name there -> values."""
+        model = self.carrier.model
+        found = {n: self._plain(n, spec.shape) for n, spec in model.plain.items()}
+        stacks: dict[str, list[_Values]] = {}
+        for name, info in model.linears.items():
+            if info.is_expert:
+                stacks.setdefault(info.stack, []).append(self._linear(info))
+            elif name in self.carrier.fits:
+                found[f"{name}.weight"] = self._linear(info)
+        found |= {f"{stack}.weight": _stacked(parts) for stack, parts in stacks.items()}
+        return {self._name(name): values for name, values in found.items()}
+
+    def _linear(self, info: LinearInfo) -> _Values:
+        fit = self.carrier.fits.get(info.name)
         rows, columns = info.out_features, info.in_features
-        order = self._order(name, rows)
-        if fmt is None:
-            return self._matrix(
-                f"{name}.weight", (rows, columns), lambda: self.carrier.unpacked(name)[order]
-            )
+        order = self._order(info.name, rows)
+        if fit is None or fit.scheme.weight is None:
+            return self._matrix((rows, columns), lambda: self.carrier.unpacked(info.name)[order])
+        fmt = fit.scheme.weight
         kind = _TYPES[fmt.element]
-        sizes, types = self.types
-        elements, size = sizes[types[kind]]
+        elements, size = self.sizes[self.types[kind]]
 
         def make() -> Tensor:
-            return blocks(self.carrier.packed(name).rows(order), fmt, columns)
+            return blocks(self.carrier.packed(info.name).rows(order), fmt, columns)
 
-        return _Entry(self.name(f"{name}.weight"), kind, (rows, columns // elements * size), make)
+        return _Values(kind, (rows, columns // elements * size), make)
 
-    def plain(self, name: str, shape: tuple[int, ...]) -> _Entry:
-        order = self._order(name.rpartition(".")[0], shape[0])
-        if len(shape) == 1:
-            make = lambda: self.carrier.plain(name, torch.float32)[order]  # noqa: E731
-            return _Entry(self.name(name), "F32", shape, make)
-        return self._matrix(name, shape, lambda: self.carrier.plain(name)[order])
+    def _plain(self, name: str, shape: tuple[int, ...]) -> _Values:
+        owner = name.rpartition(".")[0]
+        order = self._order(owner, shape[0])
+        if len(shape) == 1 or is_router(owner):  # in 16 bits, llama.cpp rounds a router's input
+            return _Values("F32", shape, lambda: self.carrier.plain(name, torch.float32)[order])
+        return self._matrix(shape, lambda: self.carrier.plain(name)[order])
 
-    def _matrix(self, name: str, shape: tuple[int, ...], make: Callable[[], Tensor]) -> _Entry:
+    def _matrix(self, shape: tuple[int, ...], make: Callable[[], Tensor]) -> _Values:
         if self.carrier.dtype == torch.float16:
-            return _Entry(self.name(name), "F16", shape, make)
-        return _Entry(self.name(name), "BF16", (shape[0], 2 * shape[1]), make)
+            return _Values("F16", shape, make)
+        return _Values("BF16", (shape[0], 2 * shape[1]), make)
 
 
 _NUMPY: dict[str, Any] = {"F32": np.float32, "F16": np.float16}  # others: bytes
@@ -192,19 +227,17 @@ def write(folder: Path, carrier: Carrier) -> None:
     _add_settings(writer, config, head_dim)
     divisors = _add_rope(writer, config, head_dim)
     add_vocabulary(writer, read_vocabulary(carrier.model.path, config, carrier.lossy))
-    make = _Entries(carrier, architecture, head_dim)
-    entries = [make.plain(name, spec.shape) for name, spec in carrier.model.plain.items()]
-    entries += [make.linear(name) for name in carrier.fits]
+    entries = _Entries(carrier, architecture, head_dim).all()
     if divisors is not None:
-        entries.append(_Entry("rope_freqs.weight", "F32", tuple(divisors.shape), lambda: divisors))
-    for entry in entries:
+        entries["rope_freqs.weight"] = _Values("F32", tuple(divisors.shape), lambda: divisors)
+    for name, entry in entries.items():
         kind = np.dtype(_NUMPY.get(entry.type, np.uint8))
         size = int(np.prod(entry.shape)) * kind.itemsize
         type_number = gguf.GGMLQuantizationType[entry.type]
-        writer.add_tensor_info(entry.name, entry.shape, kind, size, type_number)
+        writer.add_tensor_info(name, entry.shape, kind, size, type_number)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    for entry in entries:
+    for entry in entries.values():
         writer.write_tensor_data(entry.data())
     writer.close()

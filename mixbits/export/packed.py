@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -16,11 +17,30 @@ from ..arrange import arrangement_of
 from ..checkpoint import TensorSpec, check_files, plain_dtype, tensor_specs
 from ..formats import Assignment, Format, Mixed, Recipe, Scheme, UsageError
 from ..linear import pack_weight, packed_values
-from ..model import CausalLM, LinearInfo, find_linears, meta_model
+from ..model import (
+    CausalLM,
+    LinearInfo,
+    expert_slice,
+    find_linears,
+    is_router,
+    meta_model,
+    split_expert_name,
+)
 from ..pack import Packed
 from ..source import open_source
 from ..targets import Fit
 from ..transformers_quantizer import read_config
+
+# model type -> what is called otherwise in checkpoints; experts of other types are not exported
+STORED_NAMES = {
+    "mixtral": {
+        ".mlp.": ".block_sparse_moe.",
+        ".gate_proj": ".w1",
+        ".up_proj": ".w3",
+        ".down_proj": ".w2",
+    },
+    "qwen3_moe": {},
+}
 
 
 @dataclass(frozen=True)
@@ -57,13 +77,32 @@ class PackedModel:
 
     @property
     def plain(self) -> dict[str, TensorSpec]:
-        """The tensors that are not packed, by name."""
-        return {name: spec for name, spec in self.specs.items() if spec.linear is None}
+        """The tensors that are not packed, by name; none of experts."""
+        stacks = {f"{m}.{n}" for m in self.experts for n in ("gate_up_proj", "down_proj")}
+        specs = (s for s in self.specs.values() if s.linear is None and s.name not in stacks)
+        return {spec.name: spec for spec in specs}
+
+    @property
+    def experts(self) -> dict[str, list[str]]:
+        """Experts module -> its linears, packed and not."""
+        found: dict[str, list[str]] = {}
+        for info in self.linears.values():
+            if info.is_expert:
+                found.setdefault(split_expert_name(info.name)[0], []).append(info.name)
+        return found
+
+    def stored_name(self, name: str) -> str:
+        """What checkpoints, which other loaders read, call what transformers calls `name`."""
+        for ours, theirs in STORED_NAMES.get(self.shapes.config.model_type, {}).items():
+            name = name.replace(ours, theirs)
+        return name
 
     def unpacked_linears(self) -> list[str]:
-        """Every `nn.Linear` that is left alone, the head and routers among them."""
-        linears = (n for n, m in self.shapes.named_modules() if isinstance(m, nn.Linear))
-        return [name for name in linears if name not in self.recipes]
+        """Every `nn.Linear`, router and expert's linear that is left alone, the head among them."""
+        modules = dict(self.shapes.named_modules())
+        names = [n for n, m in modules.items() if isinstance(m, nn.Linear) or is_router(n)]
+        names += [name for members in self.experts.values() for name in members]
+        return [name for name in names if name not in self.recipes]
 
     def tensor(self, name: str) -> Tensor:
         with safe_open(self.files[name], framework="pt") as file:
@@ -79,9 +118,21 @@ class PackedModel:
         return [Packed(**{f: self.tensor(t) for f, t in s if t in self.specs}) for s in stored]
 
     def weight(self, name: str) -> Tensor:
-        """The float32 [N, K] that a packed linear stands for, its columns as they come."""
+        """The float32 [N, K] that a linear stands for, its columns as they come."""
+        if name not in self.recipes:
+            return self._left_alone(name).float()
         recipe, columns = self._ordered(name), self.linears[name].in_features
         return arrangement_of(recipe).restore(packed_values(self.packed(name), recipe, columns))
+
+    def _left_alone(self, name: str) -> Tensor:
+        """The [N, K] of an expert's linear that is not packed, by itself or in a stack."""
+        if f"{name}.weight_plain" in self.specs:
+            return self.tensor(f"{name}.weight_plain")
+        module, expert, projection = split_expert_name(name)
+        stack = "down_proj" if projection == "down_proj" else "gate_up_proj"
+        with safe_open(self.files[f"{module}.{stack}"], framework="pt") as file:
+            stacked = SimpleNamespace(**{stack: file.get_slice(f"{module}.{stack}")})
+            return expert_slice(stacked, expert, projection)
 
     def _ordered(self, name: str) -> Recipe:
         recipe = self.recipes[name]
@@ -123,8 +174,10 @@ class Carrier:
         return packed
 
     def unpacked(self, name: str) -> Tensor:
-        """A linear whose fit is not packed, as [N, K] in `dtype`."""
+        """A linear that is not packed there, or an expert's that never was, [N, K] in `dtype`."""
         weight = self.model.weight(name)
+        if name not in self.fits:
+            return self._cast(name, weight, self.dtype)
         self.losses[name] = relative_error(weight, weight.to(self.dtype))
         return weight.to(self.dtype)
 
@@ -151,8 +204,11 @@ class Carrier:
 
         Raises UsageError for values that are too large for it.
         """
-        value, dtype = self.model.tensor(name), dtype or self.dtype
-        cast = value.to(dtype) if value.is_floating_point() else value
+        value = self.model.tensor(name)
+        return self._cast(name, value, dtype or self.dtype) if value.is_floating_point() else value
+
+    def _cast(self, name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
+        cast = value.to(dtype)
         if not torch.equal(cast.double(), value.double()):
             if not torch.isfinite(cast).all():
                 raise UsageError(f"{name} is too large for {str(dtype).removeprefix('torch.')}")

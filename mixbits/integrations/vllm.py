@@ -6,16 +6,21 @@ them: the loader sees one parameter of bytes, which knows where each begins.
 
 Rows are cut anywhere. Columns are cut for down_proj and o_proj with tensor parallelism: at whole
 groups only, and not through slabs, whose columns lie in an order of their own.
+
+Experts are linears of their own, through which tokens are led one expert after the other: any mix
+of schemes, at the pace of a loop that asks the host where tokens go. CUDA graphs cannot record it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from vllm.config import CUDAGraphMode, get_current_vllm_config
+from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase, RoutedExperts
 from vllm.model_executor.layers.linear import (
     LinearBase,
     LinearMethodBase,
@@ -30,7 +35,7 @@ from vllm.model_executor.parameter import BasevLLMParameter
 from vllm.model_executor.utils import set_weight_attrs
 
 from ..formats import BF16, Assignment, Mixed, Recipe, UsageError
-from ..linear import AnyPacked, MixedLinear, PackedLinear
+from ..linear import AnyPacked, Experts, MixedLinear, PackedLinear
 from ..ops import packed_matmuls_unchecked
 from ..pack import recipe_spec
 from ..transformers_quantizer import MixbitsConfig
@@ -55,19 +60,20 @@ class Place:
 class ShardedParameter(BasevLLMParameter):
     """Tensors of the linears that a layer fuses, one behind the other; uint8 [bytes].
 
-    `places` maps a linear's number in the layer to its tensor, of this GPU's part.
+    `places` maps a linear's number in the layer, or an expert and the name of a shard, to its
+    tensor, of this GPU's part.
     """
 
-    def __init__(self, data: Tensor, places: Mapping[int, Place], weight_loader: Any) -> None:
+    def __init__(self, data: Tensor, places: Mapping[Any, Place], weight_loader: Any) -> None:
         super().__init__(data=data, weight_loader=weight_loader)
         self.places = places
 
-    def shard(self, number: int) -> Tensor:
+    def shard(self, number: Any) -> Tensor:
         place = self.places[number]
         part = self.data[place.offset : place.end]
         return part.view(place.dtype).view(place.shape)
 
-    def _load(self, loaded: Tensor, number: int, dim: int, rank: int) -> None:
+    def _load(self, loaded: Tensor, number: Any, dim: int, rank: int) -> None:
         target, casts = self.shard(number), self.places[number].casts
         if loaded.dim() == 2:  # an order of columns is the same everywhere
             loaded = loaded.narrow(dim, rank * target.shape[dim], target.shape[dim])
@@ -266,6 +272,139 @@ class MixbitsHeadMethod(LinearMethodBase):
         return y if bias is None else y + bias
 
 
+_SHARDS = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}  # vLLM's names of projections
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": nn.functional.silu,
+    "gelu": nn.functional.gelu,
+}
+
+
+class MixbitsExpertsMethod(FusedMoEMethodBase):
+    """Creates, fills and runs the experts of a layer that this GPU has, or has a part of.
+
+    `recipes` are those of `<expert>.<projection>`.
+    """
+
+    def __init__(self, moe: Any, prefix: str, recipes: Mapping[str, Recipe]) -> None:
+        super().__init__(moe)
+        self.prefix, self.recipes = prefix, recipes
+
+    def maybe_roundup_sizes(self, hidden_size: int, intermediate: int, *_: Any) -> tuple[int, int]:
+        return hidden_size, intermediate
+
+    def get_fused_moe_quant_config(self, layer: Any) -> None:
+        return None
+
+    def _check(self, layer: Any) -> None:
+        """Raise UsageError for what the loop over experts does not do."""
+        if layer.activation.value not in _ACTIVATIONS or layer.swiglu_limit is not None:
+            raise UsageError(f"experts must use silu or gelu: got {layer.activation.value}")
+        if self.moe.has_bias or layer.apply_router_weight_on_input:
+            raise UsageError(f"experts with biases or weighted inputs do not run ({self.prefix})")
+        mode = get_current_vllm_config().compilation_config.cudagraph_mode
+        if mode not in (None, CUDAGraphMode.NONE):
+            raise UsageError(
+                "packed experts ask the host where tokens go, which CUDA graphs cannot record: "
+                f"pass enforce_eager=True, got cudagraph_mode {mode.name}"
+            )
+
+    def create_weights(
+        self,
+        layer: Any,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size_per_partition: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        self._check(layer)
+        part, whole = intermediate_size_per_partition, self.moe.intermediate_size
+        layer.mixbits_linears = {}
+        places: dict[str, dict[Any, Place]] = {}
+        sizes: dict[str, int] = {}
+        for expert in range(extra_weight_attrs["global_num_experts"]):
+            local = layer._map_global_expert_id_to_local_expert_id(expert)
+            for shard, projection in _SHARDS.items():
+                recipe, is_down = self.recipes[f"{expert}.{projection}"], shard == "w2"
+                shape = (hidden_size, part) if is_down else (part, hidden_size)
+                if is_down:
+                    check_cut(f"{self.prefix}.{expert}.{projection}", recipe, whole, part)
+                if local >= 0:
+                    layer.mixbits_linears[local, shard] = recipe, shape
+                for name, (dtype, size) in tensor_spec(recipe, *shape, params_dtype).items():
+                    stored = name if recipe.packed else "weight_plain"
+                    full = f"{'w2' if is_down else 'w13'}_{stored}"
+                    found = places.setdefault(full, {})  # vLLM asks for it even if none is here
+                    if local >= 0:
+                        place = Place(sizes.get(full, 0), dtype, size, casts=not recipe.packed)
+                        found[local, shard] = place
+                        sizes[full] = place.end + -place.end % _ALIGNMENT
+        for name, found in places.items():
+            data = torch.empty(sizes.get(name, 0), dtype=torch.uint8)
+            parameter = ShardedParameter(data, places=found, weight_loader=_expert_loader(layer))
+            layer._parameters[name] = parameter  # dots of segments and all: vLLM asks for it so
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        """Make linears of what was loaded; the tensors stay where they are."""
+        if "packed" in layer._modules:
+            return
+        stored = {n: p for n, p in layer._parameters.items() if isinstance(p, ShardedParameter)}
+        linears = {}
+        for key, (recipe, (rows, columns)) in layer.mixbits_linears.items():
+            own = {
+                name.partition("_")[2]: parameter.shard(key)
+                for name, parameter in stored.items()
+                if key in parameter.places
+            }
+            if not recipe.packed:
+                own = {"weight": own["weight_plain"]}
+            linears[f"{key[0]}.{_SHARDS[key[1]]}"] = _module(recipe, rows, columns, own)
+        for name in stored:
+            del layer._parameters[name]
+        layer.packed = Experts(_ACTIVATIONS[layer.activation.value], linears)
+
+    def apply(
+        self, layer: Any, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, *_: Any, **__: Any
+    ) -> Tensor:
+        """x [T, K], of every token's experts topk_ids [T, k] -> [T, K]."""
+        if layer.expert_map is not None:
+            topk_ids = layer.expert_map[topk_ids.long()]
+        here = (topk_ids >= 0) & (topk_ids < layer.packed.num_experts)
+        y: Tensor = layer.packed(x, topk_ids.where(here, layer.packed.num_experts), topk_weights)
+        return y
+
+
+def _expert_loader(layer: Any) -> Any:
+    """What vLLM calls with each tensor of each expert; whether the expert is here."""
+
+    def load(
+        param: ShardedParameter,
+        loaded_weight: Tensor,
+        weight_name: str,
+        shard_id: str,
+        expert_id: int,
+        return_success: bool = False,
+    ) -> bool:
+        local = layer._map_global_expert_id_to_local_expert_id(expert_id)
+        if local < 0:
+            return False
+        dim = 1 if shard_id == "w2" else 0
+        param._load(loaded_weight, (local, shard_id), dim, layer.moe_config.tp_rank)
+        return True
+
+    return load
+
+
+def _take_names_of_transformers(prefix: str) -> str:
+    """Let vLLM's Mixtral, which expects those of Mistral's checkpoints, load them."""
+    from vllm.model_executor.models.mixtral import MixtralModel
+
+    renamed: Any = MixtralModel.hf_to_vllm_mapper.orig_to_new_substr
+    renamed[".mlp."] = ".block_sparse_moe."
+    renamed |= {".experts.gate_up_proj": ".experts.w13", ".experts.down_proj": ".experts.w2"}
+    return prefix.replace(".block_sparse_moe.", ".mlp.")
+
+
 class MixbitsVllmConfig(QuantizationConfig):
     """`quantization_config` of a packed folder, as vLLM wants to ask for it."""
 
@@ -289,16 +428,21 @@ class MixbitsVllmConfig(QuantizationConfig):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> MixbitsVllmConfig:
-        """Raises UsageError for a layout that is not ours, and for packed experts."""
-        recipes = MixbitsConfig(**config).recipes()
-        experts = [name for name in recipes if ".experts." in name]
-        if experts:
-            raise UsageError(
-                f"packed experts do not run in vLLM yet: got {len(experts)}, such as {experts[0]}"
-            )
-        return cls(recipes)
+        """Raises UsageError for a layout that is not ours."""
+        return cls(MixbitsConfig(**config).recipes())
+
+    def _experts(self, layer: Any, prefix: str) -> MixbitsExpertsMethod | None:
+        if "block_sparse_moe" in prefix:
+            prefix = _take_names_of_transformers(prefix)
+        names = [f"{e}.{p}" for e in range(layer.global_num_experts) for p in _SHARDS.values()]
+        recipes = {name: self.recipes.get(f"{prefix}.{name}", BF16) for name in names}
+        if not any(recipe.packed for recipe in recipes.values()):
+            return None
+        return MixbitsExpertsMethod(layer.moe_config, prefix, recipes)
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> Any:
+        if isinstance(layer, RoutedExperts):
+            return self._experts(layer, prefix)
         if isinstance(layer, ParallelLMHead):
             recipe = self.recipes.get(prefix)
             return None if recipe is None else MixbitsHeadMethod(recipe)
