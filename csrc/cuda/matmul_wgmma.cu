@@ -5,9 +5,9 @@
 // The weight is operand A, in registers, where it is dequantized; staged activations (stage.cu) are
 // operand B in shared memory. A block owns 128 rows and 64, 128 or 256 tokens: two warpgroups
 // multiply 64 rows each with the same B, and one thread of a third copies B, whole 128-column tiles
-// that are contiguous in memory, into a ring of stages. `full` says that a stage's bytes are there,
-// `empty` that all 8 multiplying warps have read it. Weights go from memory to registers, two tiles
-// ahead: every code is wanted by one thread of the block, so shared memory would only add a copy.
+// that are contiguous in memory, into a ring of stages (warpgroups.cuh). Weights go from memory to
+// registers, two tiles ahead: every code is wanted by one thread of the block, so shared memory
+// would only add a copy.
 //
 // A warpgroup dequantizes 64 columns while the matrix unit works on the 64 before: two sets of
 // 16 registers, and a set is refilled when the group that reads it is finished. The loop has about
@@ -21,23 +21,16 @@
 // Registers are given out per warpgroup: 3 x 168 at the start; the copying one gives its own away.
 // After that its code may use 24, so all that follows is inside the branch of either role.
 #include "chunk.cuh"
+#include "warpgroups.cuh"
 
 namespace mixbits {
 namespace cuda {
 namespace {
 
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL) || !defined(__CUDA_ARCH__)
-#define MB_HAS_WGMMA 1
-#endif
-
-constexpr int kGroupRows = 64, kGroups = 2, kBlockRows = kGroups * kGroupRows;
-constexpr int kMultipliers = 128 * kGroups, kBlockThreads = kMultipliers + 128;
-constexpr int kSetPairs = 8;                // pairs of a row in a set: 64 columns of a quad
-constexpr int kSumStride = kBlockRows + 4;  // floats; a warp's stores then spread over the banks
+constexpr int kSetPairs = 8;  // pairs of a row in a set: 64 columns of a quad
 
 MB_HD constexpr int stage_bytes(int tokens) { return tokens * kStagedColumns * 2; }
 MB_HD constexpr int stage_count(int tokens) { return tokens == 256 ? 3 : 4; }
-constexpr int kBarrierBytes = 1024;  // more than enough; keeps what follows aligned
 MB_HD constexpr int shared_bytes(int tokens) {
   const int ring = stage_count(tokens) * stage_bytes(tokens), sums = tokens * kSumStride * 4;
   return kBarrierBytes + (ring > sums ? ring : sums);
@@ -78,21 +71,6 @@ struct WeightTile {  // 128 columns of a lane's two rows
   }
 };
 
-// Copies tiles `first` to `last - 1` of this block's activations into the ring.
-template <int kTokens>
-__device__ __forceinline__ void copy_tiles(const uint8_t* staged, uint8_t* ring, uint64_t* full,
-                                           uint64_t* empty, int first, int last) {
-  constexpr int kStages = stage_count(kTokens), kBytes = stage_bytes(kTokens);
-  for (int i = 0; i < last - first; ++i) {
-    const int stage = i % kStages;
-    // The stage's use number i / kStages begins when the one before is over.
-    if (i >= kStages) ptx::barrier_wait(&empty[stage], (i / kStages + 1) % 2);
-    ptx::barrier_expect(&full[stage], kBytes);
-    ptx::bulk_copy(ring + stage * kBytes, staged + int64_t(first + i) * kBytes, kBytes,
-                   &full[stage]);
-  }
-}
-
 // One tile: two sets, each dequantized while the set before it is multiplied. `before` is `empty`
 // of the tile before.
 template <class T, int kElement, int kTokens>
@@ -127,7 +105,7 @@ __device__ __forceinline__ void multiply_tiles(const PackedWeight& weight, uint8
                                                uint64_t* full, uint64_t* empty, int first, int last,
                                                float (&sums)[kTokens / 2]) {
   constexpr int kStages = stage_count(kTokens), kAhead = 2;
-  const int row = blockIdx.z * kBlockRows + threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
+  const int row = blockIdx.z * kBlockRows + first_row();
   const uint32_t rows[2] = {valid_row(weight, row), valid_row(weight, row + 8)};
   int column =
       first * kStagedColumns + threadIdx.x % 4 * chunk_columns(WeightTile<kElement>::kBits);
@@ -152,16 +130,6 @@ __device__ __forceinline__ void multiply_tiles(const PackedWeight& weight, uint8
     }
   }
   ptx::wgmma_wait<0>();
-}
-
-// Sums of this block's part of the columns -> shared memory [token][row].
-template <int kTokens>
-__device__ __forceinline__ void store_sums(const float (&sums)[kTokens / 2], float* shared) {
-  const int row = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4, token = threadIdx.x % 4 * 2;
-#pragma unroll
-  for (int i = 0; i < kTokens / 2; ++i) {
-    shared[(i / 4 * 8 + token + i % 2) * kSumStride + row + i % 4 / 2 * 8] = sums[i];
-  }
 }
 
 // Adds up this block's share of the cluster's tokens, in the order of the parts, and writes it.
@@ -191,20 +159,14 @@ __global__ void __launch_bounds__(kBlockThreads, 1)  // the 1 fixes the register
   const int tiles = (weight.columns + kStagedColumns - 1) / kStagedColumns;
   const int part = int(ptx::cluster_rank());
   const int first = tiles * part / parts, last = tiles * (part + 1) / parts;
-  if (threadIdx.x == 0) {
-    for (int stage = 0; stage < kStages; ++stage) {
-      ptx::barrier_init(&full[stage], 1);
-      ptx::barrier_init(&empty[stage], kMultipliers / 32);
-    }
-    ptx::barrier_init_fence();
-  }
-  __syncthreads();
+  init_ring<kStages>(full, empty);
 
   if (threadIdx.x >= kMultipliers) {
     ptx::give_registers<24>();
     if (threadIdx.x == kMultipliers) {
-      copy_tiles<kTokens>(staged + int64_t(blockIdx.y) * tiles * stage_bytes(kTokens), ring, full,
-                          empty, first, last);
+      constexpr int kBytes = stage_bytes(kTokens);
+      copy_tiles<kStages, kBytes>(staged + (int64_t(blockIdx.y) * tiles + first) * kBytes, ring,
+                                  full, empty, last - first);
     }
     ptx::cluster_sync();
     ptx::cluster_sync();
