@@ -43,6 +43,7 @@ PYBIND11_MODULE(_cuda, m) {
   m.doc() = "CUDA kernels of mixbits: device pointers, sizes and a stream; no allocation, no sync.";
   m.attr("MAX_TOKENS") = cuda::kMaxTokens;
   m.attr("MAX_FORMATS") = cuda::kMaxFormats;
+  m.attr("E4M3_TOKENS") = cuda::kE4M3Tokens;
 #ifdef MB_WGMMA
   m.attr("HAS_WGMMA") = true;
 #else
@@ -178,4 +179,39 @@ PYBIND11_MODULE(_cuda, m) {
       py::arg("out"), py::arg("tokens"), py::arg("rows"), py::arg("columns"), py::arg("dtype"),
       py::arg("format"), py::arg("block_tokens"), py::arg("parts"), py::arg("stream"),
       "As packed_matmul, from staged activations, on the warpgroup matrix units of sm_90a.");
+
+  m.def(
+      "stage_e4m3",
+      [](uintptr_t x, uintptr_t out, uintptr_t scales, int64_t tokens, int64_t columns, int dtype,
+         uintptr_t stream) {
+#ifdef MB_WGMMA
+        check(cuda::stage_e4m3(pointer<void>(x), pointer<uint8_t>(out), pointer<float>(scales),
+                               tokens, columns, dtype, pointer<void>(stream)));
+#else
+        check("built without sm_90a");
+#endif
+      },
+      py::arg("x"), py::arg("out"), py::arg("scales"), py::arg("tokens"), py::arg("columns"),
+      py::arg("dtype"), py::arg("stream"),
+      "x [tokens, columns] -> uint8 [T, columns rounded up to 128] and float32 [T], T being tokens "
+      "rounded up to E4M3_TOKENS.");
+
+  m.def(
+      "packed_matmul_e4m3",
+      [](uintptr_t staged, uintptr_t codes, uintptr_t scales, uintptr_t row_scales,
+         uintptr_t token_scales, uintptr_t out, int64_t tokens, int64_t rows, int64_t columns,
+         int dtype, int format, uintptr_t stream) {
+#ifdef MB_WGMMA
+        const auto args =
+            matmul_args(staged, codes, scales, 0, out, tokens, rows, columns, dtype, format);
+        check(cuda::packed_matmul_e4m3(args, pointer<uint8_t>(row_scales),
+                                       pointer<float>(token_scales), pointer<void>(stream)));
+#else
+        check("built without sm_90a");
+#endif
+      },
+      py::arg("staged"), py::arg("codes"), py::arg("scales"), py::arg("row_scales"),
+      py::arg("token_scales"), py::arg("out"), py::arg("tokens"), py::arg("rows"),
+      py::arg("columns"), py::arg("dtype"), py::arg("format"), py::arg("stream"),
+      "As packed_matmul_wgmma, of e2m1 weights folded to e4m3, from stage_e4m3.");
 }

@@ -26,7 +26,8 @@ CSRC = TESTS.parent / "csrc"
 SOURCES = sorted(CSRC.glob("cuda/*.cu"))
 # Registers per thread of files whose kernels want more than 64, which let two thirds of an SM's
 # warps be resident. What the matrix kernels may have follows from their launch bounds.
-MAX_REGISTERS = {"matmul": 128, "matmul_mma": 255, "matmul_wgmma": 168}
+MAX_REGISTERS = {"matmul": 128, "matmul_mma": 255, "matmul_wgmma": 168, "matmul_e4m3": 168}
+HOPPER = ("matmul_wgmma", "matmul_e4m3")
 BUDGETS = TESTS / "cuda_budgets.csv"
 
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on the PATH")
@@ -40,7 +41,7 @@ needs_cuobjdump = pytest.mark.skipif(
 
 
 def architectures(source: Path) -> list[str]:
-    return ["90a"] if source.stem == "matmul_wgmma" else ["80", "90a", "100a", "120a"]
+    return ["90a"] if source.stem in HOPPER else ["80", "90a", "100a", "120a"]
 
 
 BUILDS = [(source.stem, arch) for source in SOURCES for arch in architectures(source)]
@@ -122,6 +123,28 @@ def test_wgmma_machine_code(builds):
 @pytest.mark.slow
 @needs_nvcc
 @needs_cuobjdump
+def test_e4m3_machine_code(builds):
+    """Warpgroup products of 8-bit floats, each finished before the next begins."""
+    kernels = sass.disassemble(sass.find_cuobjdump(), builds["matmul_e4m3", "90a"][0])
+    products = [kernel for kernel in kernels if "e4m3_kernel" in kernel.name]
+    staging = [kernel for kernel in kernels if "stage_kernel" in kernel.name]
+    assert len(products) == len(staging) == 2 and len(kernels) == 4  # dtypes
+    for kernel in products:
+        loop = kernel.inner_loop("QGMMA")
+        assert loop.count("QGMMA.64x128x32.F32.E4M3.E4M3") == 2 * 4, kernel.name  # tiles, steps
+        assert loop.count(code_load(0)) == 2 * 2, kernel.name  # tiles, rows
+        assert loop.count("FADD") == 2 * 64, kernel.name  # what leaves the 14 digits
+        assert kernel.count("UBLKCP") and kernel.count("SYNCS")
+        assert kernel.count("USETMAXREG") == 2
+        assert not kernel.writes_under_way("QGMMA", waits_needed=1), kernel.name
+    for kernel in staging:
+        assert kernel.count("F2FP.SATFINITE.E4M3") and kernel.count("LDG.E.64"), kernel.name
+    assert not any(kernel.count("LDL|STL") for kernel in kernels)
+
+
+@pytest.mark.slow
+@needs_nvcc
+@needs_cuobjdump
 @pytest.mark.parametrize(
     ("name", "store"),
     [("dequantize", "STG.E.128"), ("fake_quant", "STG.E.64"), ("stage", "STG.E.64")],
@@ -137,13 +160,16 @@ def test_16_bit_values_move_together(builds, name, store):
 def loop_sizes(builds) -> dict[tuple[str, str], int]:
     """(file, template arguments) -> instructions of the loop around the matrix unit, bfloat16.
 
-    A loop holds 4 chunks of two rows of mma, or two tiles of 128 columns of wgmma; and, out of
-    the way, the branches that repair rare values.
+    A loop holds 4 chunks of two rows of mma, or two tiles of 128 columns of the others; and, out
+    of the way, the branches that repair rare values.
     """
     sizes = {}
-    for name, pattern in (("matmul_mma", "HMMA"), ("matmul_wgmma", "HGMMA")):
+    units = {"matmul_mma": "HMMA", "matmul_wgmma": "HGMMA", "matmul_e4m3": "QGMMA"}
+    for name, pattern in units.items():
         for kernel in sass.disassemble(sass.find_cuobjdump(), builds[name, "90a"][0]):
-            if match := re.search(r"kernelI13__nv_bfloat16((?:Li\d+E)+)E", kernel.name):
+            if "stage_kernel" in kernel.name:
+                continue
+            if match := re.search(r"kernelI13__nv_bfloat16((?:Li\d+E)*)E", kernel.name):
                 arguments = " ".join(re.findall(r"\d+", match[1]))
                 sizes[name, arguments] = len(kernel.inner_loop(pattern))
     return sizes
@@ -239,7 +265,11 @@ int main() {
   for (int token = 0; token < 64; ++token) {
     for (int position = 0; position < kStagedColumns; ++position) {
       printf("byte %d %d %d\n", token, position, staged_byte(64, token, position));
+      printf("folded_byte %d %d %d\n", token, position, folded_byte(token, position));
     }
+  }
+  for (int column = 0; column < kStagedColumns; ++column) {
+    printf("folded %d %d\n", column, folded_position(column));
   }
 }
 """
@@ -295,4 +325,19 @@ def test_staged_bytes_are_swizzled(fragment_maps):
     assert sorted(places) == list(range(0, 64 * 256, 2))
     for token, position, place in fragment_maps["byte"]:
         plain = (position // 64 * 64 + token) * 128 + position % 64 * 2
+        assert place == plain ^ (plain >> 7 & 7) << 4
+
+
+@needs_gpp
+def test_folded_order_is_that_of_the_fragments(fragment_maps):
+    """Position 32 s + 16 u + 4 q + e holds what lane q's register 2u of step s has in byte e."""
+    positions = dict(fragment_maps["folded"])
+    for lane in range(4):
+        for step in range(4):
+            for code in range(8):  # of the word that the step takes: four for each register
+                upper, byte = divmod(code, 4)
+                column = 32 * lane + 8 * step + code
+                assert positions[column] == 32 * step + 16 * upper + 4 * lane + byte
+    for token, position, place in fragment_maps["folded_byte"]:
+        plain = token * 128 + position
         assert place == plain ^ (plain >> 7 & 7) << 4

@@ -6,6 +6,8 @@
     mma         mma.sync, dequantized in registers        few tokens, sm_80 and later
     wgmma       warpgroup mma, dequantized in registers   up to 1024 tokens on sm_90
     scratch     dequantized to memory, then cuBLAS        everything else: the guard
+    fp8         warpgroup mma, folded to e4m3             MXFP4 and many tokens on sm_90, where
+                                                          activations may be rounded to e4m3
 
 The boundaries follow from bytes and instructions (comments below); none has been measured yet.
 """
@@ -20,11 +22,13 @@ import torch
 
 from ..formats import Format
 
-Kernel = Literal["simple", "mma", "wgmma", "scratch"]
+Kernel = Literal["simple", "mma", "wgmma", "scratch", "fp8"]
+# Those that may be forced; fp8 rounds activations, and must be allowed instead.
 KERNELS: tuple[Kernel, ...] = ("simple", "mma", "wgmma", "scratch")
 
 SIMPLE_TOKENS = 16  # csrc/cuda/ops.cuh, kMaxTokens
-WGMMA_ROWS = 128  # of a block, csrc/cuda/matmul_wgmma.cu
+WGMMA_ROWS = 128  # of a block, csrc/cuda/warpgroups.cuh
+FP8_TOKENS = 128  # likewise, csrc/cuda/matmul_e4m3.cu
 TILE = 128  # columns that a block of either kernel takes at a time
 
 
@@ -33,7 +37,7 @@ class Choice:
     """A kernel and its sizes; what a kernel does not have is 0. `str()` prints it.
 
     `row_tiles` (of 16 rows), `token_tiles` (of 8 tokens) and `warps` belong to mma;
-    `block_tokens` and `parts` (blocks that split the columns) to wgmma.
+    `block_tokens` and `parts` (blocks that split the columns) to wgmma, `block_tokens` to fp8.
     """
 
     kernel: Kernel
@@ -50,6 +54,7 @@ class Choice:
             "mma": f"{16 * self.row_tiles} rows x {8 * self.token_tiles} tokens, "
             f"{self.warps} warps along K",
             "wgmma": f"{WGMMA_ROWS} rows x {self.block_tokens} tokens, {self.parts} blocks along K",
+            "fp8": f"{WGMMA_ROWS} rows x {self.block_tokens} tokens, activations in e4m3",
         }
         return f"{self.kernel} ({sizes[self.kernel]})"
 
@@ -88,12 +93,14 @@ def choose(
     has_wgmma: bool = True,
     aligned: bool = True,
     forced: Kernel | None = None,
+    fp8: bool = False,
 ) -> Choice:
     """The kernel for x [tokens, columns] of `dtype` times a weight [rows, columns] of `fmt`.
 
     `processors` is the device's number of multiprocessors; `has_wgmma` whether the library was
     built for sm_90a; `aligned` whether the codes begin at a multiple of 16 bytes. `forced` names
-    a kernel; raises ValueError where that cannot run.
+    a kernel; raises ValueError where that cannot run. `fp8` allows activations in e4m3, for a
+    weight that `mixbits.folding` has found to fit.
     """
     # Rows of codes must be whole chunks that one load brings (csrc/cuda/fragments.h).
     fits = dtype in (torch.bfloat16, torch.float16) and columns % 32 == 0 and aligned
@@ -117,8 +124,15 @@ def choose(
     for name, most in reversed(order):
         if possible[name] and tokens <= most:
             kernel = name
+    # With few tokens the cost is that of reading the weight, which fp8 reads like the others. Its
+    # blocks take half as long as those of wgmma, but do not split the columns to fill the device.
+    blocks = -(-rows // WGMMA_ROWS) * -(-tokens // FP8_TOKENS)
+    if fp8 and fmt.element == "e2m1" and possible["wgmma"] and tokens > FP8_TOKENS:
+        kernel = "fp8" if 2 * blocks >= processors else kernel
     if forced is not None:
         kernel = forced
+    if kernel == "fp8":
+        return Choice("fp8", block_tokens=FP8_TOKENS)
     if kernel == "mma":
         return _mma(tokens, rows, columns)
     if kernel == "wgmma":
