@@ -162,3 +162,16 @@ def test_generate_on_a_loaded_model(tmp_path, shared, run):
     ]
     assert outputs[0].shape == (1, ids.shape[1] + 12)
     assert torch.equal(*outputs)
+
+
+def test_a_model_with_activations_in_8_bit_floats(tmp_path, shared, run):
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs compute capability 9.0")
+    assert run("--avg-bits", "4.25", "--schemes", "MXFP4A16") == 0
+    models = [
+        mixbits.load(tmp_path / "out", device="cuda", fp8_activations=fp8) for fp8 in (True, False)
+    ]
+    assert any(getattr(module, "row_scale", None) is not None for module in models[0].modules())
+    with torch.no_grad():
+        logits = [model(_ids(40).cuda()).logits.float().flatten() for model in models]
+    assert torch.corrcoef(torch.stack(logits))[0, 1] > 0.99
