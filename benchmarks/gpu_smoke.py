@@ -13,8 +13,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from mixbits import ops, reference
-from mixbits.formats import Format
+from mixbits import folding, ops, reference
+from mixbits.formats import Format, UsageError
 from mixbits.pack import Packed, unpack
 
 FORMATS = (
@@ -54,6 +54,7 @@ def checks(backend: str, device: str) -> Iterator[tuple[str, bool]]:
         yield f"square_sums {columns}", _close(got, reference.square_sums(weight, formats), 1e-6)
         for fmt in FORMATS:
             yield from _format_checks(weight, fmt, backend, device)
+    yield from _fp8_checks(backend, device)
 
 
 def _format_checks(
@@ -76,6 +77,23 @@ def _format_checks(
         expected = reference.matmul(x, q, fmt, activation)
         y = ops.packed_matmul(x.to(device), packed, fmt, activation, backend)
         yield f"packed_matmul {name} M={tokens}", _close(y, expected, 1e-2)
+
+
+def _fp8_checks(backend: str, device: str) -> Iterator[tuple[str, bool]]:
+    """Activations in 8-bit floats, where that is possible; enough blocks for it to be chosen."""
+    try:
+        ops.require_fp8(device, backend)
+    except UsageError as error:
+        print(f"skipped: {error}")
+        return
+    fmt, columns, generator = FORMATS[0], COLUMNS[1], torch.Generator().manual_seed(0)
+    packed = ops.quantize_pack(torch.randn(130, columns, generator=generator), fmt, "reference")
+    x = torch.randn(9000, columns, generator=generator).bfloat16()
+    row_scale = ops.fold_rows(packed, fmt, columns)
+    assert row_scale is not None
+    there = packed.to(device), fmt, row_scale.to(device)
+    y = ops.packed_matmul_fp8(x.to(device), *there, backend)
+    yield "packed_matmul_fp8", _close(y, folding.matmul(x, packed, row_scale), 1e-2)
 
 
 def main() -> None:
