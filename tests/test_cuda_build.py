@@ -134,7 +134,7 @@ def test_e4m3_machine_code(builds):
         assert loop.count("QGMMA.64x128x32.F32.E4M3.E4M3") == 2 * 4, kernel.name  # tiles, steps
         assert loop.count(code_load(0)) == 2 * 2, kernel.name  # tiles, rows
         assert loop.count("FADD") == 2 * 64, kernel.name  # what leaves the 14 digits
-        assert kernel.count("UBLKCP") and kernel.count("SYNCS")
+        assert kernel.count("UBLKCP.*MULTICAST") and kernel.count("SYNCS")
         assert kernel.count("USETMAXREG") == 2
         assert not kernel.writes_under_way("QGMMA", waits_needed=1), kernel.name
     for kernel in staging:

@@ -15,7 +15,9 @@
 // matrix unit works for the other one. Of a multiprocessor's 2048 issue slots in the 512 cycles
 // that its matrix unit wants for 128 columns of a block, about 1900 are used (sm_90a machine code).
 //
-// A block goes through all columns: this is for many tokens, where there are blocks enough.
+// At this rate the L2 cache is what limits (24 KB for the 4 million operations of a tile, were it
+// alone): two blocks of 128 rows share the activations that they copy. A block goes through all
+// columns: this is for many tokens, where there are blocks enough.
 #include "../fold.h"
 #include "chunk.cuh"
 #include "group.cuh"
@@ -25,6 +27,7 @@ namespace mixbits {
 namespace cuda {
 namespace {
 
+constexpr int kShare = 2;  // blocks of a cluster: other rows, the same tokens
 constexpr int kBlockTokens = kE4M3Tokens, kSums = kBlockTokens / 2;
 constexpr int kStages = 6, kStageBytes = kBlockTokens * kStagedColumns;
 constexpr int kRingBytes = kStages * kStageBytes, kSumBytes = kBlockTokens * kSumStride * 4;
@@ -121,12 +124,16 @@ __device__ __forceinline__ void multiply_tile(const uint32_t (&a)[4][4], const u
   ptx::wgmma_commit();
 }
 
+__device__ __forceinline__ int first_block_row() {
+  return (blockIdx.z * kShare + blockIdx.x) * kBlockRows;
+}
+
 __device__ __forceinline__ void multiply_tiles(const PackedWeight& weight,
                                                const uint8_t* row_scales, const uint8_t* ring,
                                                uint64_t* full, uint64_t* empty, int tiles,
                                                float (&sums)[kSums]) {
   constexpr int kAhead = 2;  // a tile is loaded that much before it is decoded
-  const int row = blockIdx.y * kBlockRows + first_row();
+  const int row = first_block_row() + first_row();
   const uint32_t rows[2] = {valid_row(weight, row), valid_row(weight, row + 8)};
   const int scales[2] = {row_scales[rows[0]], row_scales[rows[1]]};
   int column = threadIdx.x % 4 * chunk_columns(4);
@@ -151,7 +158,7 @@ __device__ __forceinline__ void multiply_tiles(const PackedWeight& weight,
       loaded[1 - ahead].decode(scales, sets[1 - ahead]);
       loaded[1 - ahead].load(weight, rows, column);
       ptx::wgmma_wait<0>();
-      if (threadIdx.x % 32 == 0) ptx::barrier_arrive(&empty[stage]);
+      if (threadIdx.x % 32 < kShare) ptx::barrier_arrive_at(&empty[stage], threadIdx.x % 32);
 #pragma unroll
       for (int i = 0; i < kSums; ++i) sums[i] += part[i];
       if (++stage == kStages) stage = 0, parity ^= 1;
@@ -166,12 +173,12 @@ __device__ __forceinline__ void write_block(const float* sums, const uint8_t* ro
                                             int tokens) {
   constexpr int kPairs = kBlockRows / 2;
   static_assert(kMultipliers % kPairs == 0, "the same two rows of every token");
-  const int pair = threadIdx.x % kPairs * 2, row = blockIdx.y * kBlockRows + pair;
+  const int pair = threadIdx.x % kPairs * 2, row = first_block_row() + pair;
   if (row >= rows) return;
   const float scale[2] = {e8m0_to_float(row_scales[row]),
                           e8m0_to_float(row_scales[min(row + 1, rows - 1)])};
   for (int place = threadIdx.x / kPairs; place < kBlockTokens; place += kMultipliers / kPairs) {
-    const int token = blockIdx.x * kBlockTokens + place;
+    const int token = blockIdx.y * kBlockTokens + place;
     if (token >= tokens) break;
     const float by = token_scales[token];
     const float* const sum = &sums[place * kSumStride + pair];
@@ -190,14 +197,16 @@ __global__ void __launch_bounds__(kBlockThreads, 1)  // the 1 fixes the register
   uint64_t* empty = full + kStages;
   uint8_t* ring = shared + kBarrierBytes;
   const int tiles = (weight.columns + kStagedColumns - 1) / kStagedColumns;
-  init_ring<kStages>(full, empty);
+  init_ring<kStages, kShare>(full, empty);
+  ptx::cluster_sync();
 
   if (threadIdx.x >= kMultipliers) {
     ptx::give_registers<24>();
     if (threadIdx.x == kMultipliers) {
-      copy_tiles<kStages, kStageBytes>(staged + int64_t(blockIdx.x) * tiles * kStageBytes, ring,
-                                       full, empty, tiles);
+      copy_tiles<kStages, kStageBytes, kShare>(staged + int64_t(blockIdx.y) * tiles * kStageBytes,
+                                               ring, full, empty, tiles);
     }
+    ptx::cluster_sync();
   } else {
     ptx::take_registers<240>();
     float* const block_sums = reinterpret_cast<float*>(ring);
@@ -209,6 +218,7 @@ __global__ void __launch_bounds__(kBlockThreads, 1)  // the 1 fixes the register
     }
     ptx::sync_threads<kMultipliers>();
     write_block<T>(block_sums, row_scales, token_scales, weight.rows, out, tokens);
+    ptx::cluster_sync();  // no block ends while another arrives at its barriers
   }
 #endif
 }
@@ -235,13 +245,13 @@ const char* packed_matmul_e4m3(const MatmulArgs& a, const uint8_t* row_scales,
   PackedWeight weight{};
   if (const char* error = packed_weight(a, &weight)) return error;
   // Blocks that read the same rows of the weight run at the same time and share them in L2.
-  const dim3 grid(unsigned(divide_up(a.tokens, kBlockTokens)),
-                  unsigned(divide_up(a.rows, kBlockRows)));
-  if (grid.y > 65535) return "at most 8388480 rows";
+  const dim3 grid(kShare, unsigned(divide_up(a.tokens, kBlockTokens)),
+                  unsigned(divide_up(a.rows, kShare * kBlockRows)));
+  if (grid.y > 65535 || grid.z > 65535) return "at most 8388480 tokens and 16776960 rows";
   const char* error = "activations must be bfloat16 or float16";
   dispatch_half(a.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    error = ptx::launch_cluster(e4m3_kernel<T>, grid, kBlockThreads, kSharedBytes, 1u, stream,
+    error = ptx::launch_cluster(e4m3_kernel<T>, grid, kBlockThreads, kSharedBytes, kShare, stream,
                                 static_cast<const uint8_t*>(a.x), token_scales, weight, row_scales,
                                 static_cast<T*>(a.out), int(a.tokens));
   });

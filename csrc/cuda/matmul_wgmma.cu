@@ -159,14 +159,14 @@ __global__ void __launch_bounds__(kBlockThreads, 1)  // the 1 fixes the register
   const int tiles = (weight.columns + kStagedColumns - 1) / kStagedColumns;
   const int part = int(ptx::cluster_rank());
   const int first = tiles * part / parts, last = tiles * (part + 1) / parts;
-  init_ring<kStages>(full, empty);
+  init_ring<kStages, 1>(full, empty);
 
   if (threadIdx.x >= kMultipliers) {
     ptx::give_registers<24>();
     if (threadIdx.x == kMultipliers) {
       constexpr int kBytes = stage_bytes(kTokens);
-      copy_tiles<kStages, kBytes>(staged + (int64_t(blockIdx.y) * tiles + first) * kBytes, ring,
-                                  full, empty, last - first);
+      copy_tiles<kStages, kBytes, 1>(staged + (int64_t(blockIdx.y) * tiles + first) * kBytes, ring,
+                                     full, empty, last - first);
     }
     ptx::cluster_sync();
     ptx::cluster_sync();

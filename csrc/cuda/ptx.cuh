@@ -149,6 +149,18 @@ __device__ __forceinline__ void bulk_copy(void* shared, const void* global, uint
       : "memory");
 }
 
+// The same into each block of the cluster whose bit is set in kMask, at the same place there; the
+// barrier of each counts what that block gets.
+template <uint16_t kMask>
+__device__ __forceinline__ void bulk_copy_to_cluster(void* shared, const void* global,
+                                                     uint32_t bytes, uint64_t* barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+      "[%0], [%1], %2, [%3], %4;" ::"r"(shared_address(shared)),
+      "l"(global), "r"(bytes), "r"(shared_address(barrier)), "h"(kMask)
+      : "memory");
+}
+
 // A barrier of the first kThreads threads of the block.
 template <int kThreads>
 __device__ __forceinline__ void sync_threads() {
@@ -180,6 +192,19 @@ __device__ __forceinline__ void cluster_sync() {
       "barrier.cluster.arrive.release.aligned;\n"
       "barrier.cluster.wait.acquire.aligned;" ::
           : "memory");
+}
+
+// Arrives at the barrier that block `rank` of the cluster has where this block has `own`. Nothing
+// that was written is made visible to that block: it says only that reads are over.
+__device__ __forceinline__ void barrier_arrive_at(uint64_t* own, uint32_t rank) {
+  asm volatile(
+      "{\n"
+      ".reg .b32 remote;\n"
+      "mapa.shared::cluster.u32 remote, %0, %1;\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [remote];\n"
+      "}" ::"r"(shared_address(own)),
+      "r"(rank)
+      : "memory");
 }
 
 // What block `rank` of the cluster has where this block has `own`.

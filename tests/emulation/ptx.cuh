@@ -108,11 +108,12 @@ inline void barrier_init(uint64_t* barrier, int arrivals) {
   *mbarrier(barrier) = {uint64_t(arrivals), uint64_t(arrivals), 0, 0};
 }
 inline void barrier_init_fence() {}
-inline void barrier_arrive(uint64_t* barrier) {
-  if (mbarrier(barrier)->pending == 0) emulate::fail("one arrival too many");
-  mbarrier(barrier)->pending -= 1;
-  settle(mbarrier(barrier));
+inline void arrive(MBarrier* barrier) {
+  if (barrier->pending == 0) emulate::fail("one arrival too many");
+  barrier->pending -= 1;
+  settle(barrier);
 }
+inline void barrier_arrive(uint64_t* barrier) { arrive(mbarrier(barrier)); }
 inline void barrier_expect(uint64_t* barrier, uint32_t bytes) {
   mbarrier(barrier)->bytes += bytes;
   barrier_arrive(barrier);
@@ -137,6 +138,23 @@ inline void bulk_copy(void* shared, const void* global, uint32_t bytes, uint64_t
       {static_cast<char*>(shared), static_cast<const char*>(global), bytes, mbarrier(barrier)});
 }
 
+// Where block `rank` has what this block has at `own`.
+template <class T>
+T* in_block(T* own, uint32_t rank) {
+  return reinterpret_cast<T*>(emulate::blocks[rank]->shared() + shared_address(own));
+}
+template <uint16_t kMask>
+inline void bulk_copy_to_cluster(void* shared, const void* global, uint32_t bytes,
+                                 uint64_t* barrier) {
+  for (uint32_t rank = 0; kMask >> rank; ++rank) {
+    if (kMask >> rank & 1) {
+      bulk_copy(static_cast<char*>(shared), global, bytes, barrier);
+      copies.back().to = in_block(static_cast<char*>(shared), rank);
+      copies.back().barrier = in_block(mbarrier(barrier), rank);
+    }
+  }
+}
+
 template <int kThreads>
 inline void sync_threads() {
   if (emulate::me().index >= kThreads) emulate::fail("a thread that the barrier does not count");
@@ -151,9 +169,9 @@ inline void take_registers() {}
 
 inline uint32_t cluster_rank() { return emulate::me().block; }
 inline void cluster_sync() { emulate::wait(emulate::cluster, int(emulate::threads.size())); }
-inline float load_cluster(const float* own, uint32_t rank) {
-  const char* there = emulate::blocks[rank]->shared() + shared_address(own);
-  return *reinterpret_cast<const float*>(there);
+inline float load_cluster(const float* own, uint32_t rank) { return *in_block(own, rank); }
+inline void barrier_arrive_at(uint64_t* own, uint32_t rank) {
+  arrive(in_block(mbarrier(own), rank));
 }
 template <class Kernel, class... Args>
 const char* launch_cluster(Kernel kernel, dim3 grid, int threads, size_t shared_bytes,
