@@ -141,6 +141,7 @@ inline void bulk_copy(void* shared, const void* global, uint32_t bytes, uint64_t
 // Where block `rank` has what this block has at `own`.
 template <class T>
 T* in_block(T* own, uint32_t rank) {
+  if (emulate::blocks[rank]->running == 0) emulate::fail("shared memory of a block that has ended");
   return reinterpret_cast<T*>(emulate::blocks[rank]->shared() + shared_address(own));
 }
 template <uint16_t kMask>
