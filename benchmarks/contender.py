@@ -134,7 +134,7 @@ def mixbits_fp8_peer(dtype: torch.dtype) -> Peer:
         x = x.to(dtype)
         row_scale = ops.fold_rows(packed[0], fmt, x.shape[1])
         if row_scale is None:
-            raise ValueError("block scales are more than 15 binades apart in a row")
+            raise ValueError("a row's block scales do not lie within 15 binades")
         scales = [row_scale.clone() for _ in packed]
 
         def run(i: int) -> Tensor:

@@ -253,9 +253,9 @@ def _products(linears: Sequence[AnyPacked], x: Tensor) -> list[Tensor]:
 def allow_fp8_activations(model: nn.Module) -> None:
     """Let activations of MXFP4A16 linears be 8-bit floats, where the weights' scales allow it.
 
-    The others stay as they are: other schemes, linears of several segments, and rows whose block
-    scales are more than 15 binades apart (`mixbits.folding`). Weights must be there, and stay.
-    Raises UsageError if no linear is left.
+    The others stay as they are: other schemes, linears of several segments, and those with a row
+    whose block scales do not lie within 15 binades (`mixbits.folding`). Weights must be there, and
+    stay. Raises UsageError if no linear is left.
     """
     segments = {part for m in model.modules() if isinstance(m, MixedLinear) for part in m.parts}
     linears = [m for m in model.modules() if isinstance(m, PackedLinear) and m not in segments]

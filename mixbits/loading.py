@@ -45,8 +45,8 @@ def load(
     dtype             of activations and unquantized weights; the checkpoint's own by default.
     int8_activations  lets ...A16 schemes round activations to 8 bits on a CPU: faster prefill,
                       results that are no longer those of the float computation.
-    fp8_activations   lets MXFP4A16 linears round activations to 8-bit floats on a GPU of compute
-                      capability 9.0 where many tokens are multiplied; likewise for prefill.
+    fp8_activations   the like for MXFP4A16 on a GPU of compute capability 9.0: activations may
+                      become 8-bit floats where many tokens are multiplied (mixbits.folding).
     cuda_graphs       on a GPU, `generate` uses a static cache and replays its one-token steps
                       (mixbits.graphs), where the model allows it.
 

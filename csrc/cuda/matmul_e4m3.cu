@@ -15,9 +15,9 @@
 // matrix unit works for the other one. Of a multiprocessor's 2048 issue slots in the 512 cycles
 // that its matrix unit wants for 128 columns of a block, about 1900 are used (sm_90a machine code).
 //
-// At this rate the L2 cache is what limits (24 KB for the 4 million operations of a tile, were it
-// alone): two blocks of 128 rows share the activations that they copy. A block goes through all
-// columns: this is for many tokens, where there are blocks enough.
+// In those cycles a block on its own would want 24 KB from L2, 48 bytes per cycle: two blocks of
+// 128 rows share the activations that they copy, which leaves 32. A block goes through all columns:
+// this is for many tokens, where there are blocks enough.
 #include "../fold.h"
 #include "chunk.cuh"
 #include "group.cuh"
