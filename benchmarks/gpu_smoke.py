@@ -57,6 +57,23 @@ def checks(backend: str, device: str) -> Iterator[tuple[str, bool]]:
     yield from _fp8_checks(backend, device)
 
 
+def _fp8_checks(backend: str, device: str) -> Iterator[tuple[str, bool]]:
+    """Activations in 8-bit floats, where that is possible; enough blocks for it to be chosen."""
+    try:
+        ops.require_fp8(device, backend)
+    except UsageError as error:
+        print(f"skipped: {error}")
+        return
+    fmt, columns, generator = FORMATS[0], COLUMNS[1], torch.Generator().manual_seed(0)
+    packed = ops.quantize_pack(torch.randn(130, columns, generator=generator), fmt, "reference")
+    x = torch.randn(9000, columns, generator=generator).bfloat16()
+    row_scale = ops.fold_rows(packed, fmt, columns)
+    assert row_scale is not None
+    there = packed.to(device), fmt, row_scale.to(device)
+    y = ops.packed_matmul_fp8(x.to(device), *there, backend)
+    yield "packed_matmul_fp8", _close(y, folding.matmul(x, packed, row_scale), 1e-2)
+
+
 def _format_checks(
     weight: Tensor, fmt: Format, backend: str, device: str
 ) -> Iterator[tuple[str, bool]]:
@@ -77,23 +94,6 @@ def _format_checks(
         expected = reference.matmul(x, q, fmt, activation)
         y = ops.packed_matmul(x.to(device), packed, fmt, activation, backend)
         yield f"packed_matmul {name} M={tokens}", _close(y, expected, 1e-2)
-
-
-def _fp8_checks(backend: str, device: str) -> Iterator[tuple[str, bool]]:
-    """Activations in 8-bit floats, where that is possible; enough blocks for it to be chosen."""
-    try:
-        ops.require_fp8(device, backend)
-    except UsageError as error:
-        print(f"skipped: {error}")
-        return
-    fmt, columns, generator = FORMATS[0], COLUMNS[1], torch.Generator().manual_seed(0)
-    packed = ops.quantize_pack(torch.randn(130, columns, generator=generator), fmt, "reference")
-    x = torch.randn(9000, columns, generator=generator).bfloat16()
-    row_scale = ops.fold_rows(packed, fmt, columns)
-    assert row_scale is not None
-    there = packed.to(device), fmt, row_scale.to(device)
-    y = ops.packed_matmul_fp8(x.to(device), *there, backend)
-    yield "packed_matmul_fp8", _close(y, folding.matmul(x, packed, row_scale), 1e-2)
 
 
 def main() -> None:

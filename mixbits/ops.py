@@ -247,6 +247,46 @@ def gradient_statistics(
     return module.gradient_statistics(*tensors, list(formats))
 
 
+def require_fp8(device: torch.device | str, backend: str | None = None) -> None:
+    """Raise UsageError that says why products on `device` cannot have activations in e4m3."""
+    device = torch.device(device)
+    name = choose_backend(device.type, backend or os.environ.get("MIXBITS_BACKEND") or None)
+    why: str | None = f"the cuda backend is needed: got {name} on {device.type}"
+    if name == "cuda":
+        why = _module("cuda_fp8").why_unavailable(device)
+    if why is not None:
+        raise UsageError(f"activations in 8-bit floats: {why}")
+
+
+def fold_rows(packed: Packed, fmt: Format, in_features: int) -> Tensor | None:
+    """Scales of rows that make a weight in e2m1 one of e4m3, or None where a row does not fit.
+
+    See `mixbits.folding.fold_rows`. Raises UsageError for other formats.
+    """
+    if fmt.element != "e2m1":
+        raise UsageError(f"activations in 8-bit floats need weights in e2m1: got {fmt.element}")
+    _check_packed(packed, fmt, in_features, packed.weight_packed.device)
+    return folding.fold_rows(packed)
+
+
+def packed_matmul_fp8(
+    x: Tensor, packed: Packed, fmt: Format, row_scale: Tensor, backend: str | None = None
+) -> Tensor:
+    """`packed_matmul` of a weight in e2m1, where x may be rounded to e4m3, for speed.
+
+    `row_scale` is what `fold_rows` gave for this very weight, whose tensors must be contiguous:
+    nothing looks again. Where nothing is gained (few tokens), x is left as it is; else the result
+    is that of `mixbits.folding.matmul`, but for the order of sums, and for the 14 binary digits
+    that sums over 128 columns have. Raises UsageError where `require_fp8` does.
+    """
+    _check_values("x", x, 2)
+    require_fp8(x.device, backend)
+    if x.numel() == 0:
+        return x.new_zeros((x.shape[0], row_scale.shape[0]))
+    out: Tensor = _module("cuda_fp8").packed_matmul(x.contiguous(), packed, fmt, row_scale)
+    return out
+
+
 def square_sums(x: Tensor, formats: Sequence[Format], backend: str | None = None) -> Tensor:
     """float64 [1 + formats, K]: sums over the rows of x [T, K] of x_k^2 and (x - Q(x))_k^2.
 
@@ -379,46 +419,6 @@ def _one_by_one(x: Tensor, operand: Operand | Mix, multiply: Callable[..., Tenso
     parts = zip(operand.operands, arranged.split(operand.columns, -1), strict=True)
     products = (_one_by_one(part.contiguous(), one, multiply) for one, part in parts)
     return functools.reduce(torch.add, products).to(x.dtype)
-
-
-def require_fp8(device: torch.device | str, backend: str | None = None) -> None:
-    """Raise UsageError that says why products on `device` cannot have activations in e4m3."""
-    device = torch.device(device)
-    name = choose_backend(device.type, backend or os.environ.get("MIXBITS_BACKEND") or None)
-    why: str | None = f"the cuda backend is needed: got {name} on {device.type}"
-    if name == "cuda":
-        why = _module("cuda_fp8").why_unavailable(device)
-    if why is not None:
-        raise UsageError(f"activations in 8-bit floats: {why}")
-
-
-def fold_rows(packed: Packed, fmt: Format, in_features: int) -> Tensor | None:
-    """Scales of rows that make a weight in e2m1 one of e4m3, or None where a row does not fit.
-
-    See `mixbits.folding.fold_rows`. Raises UsageError for other formats.
-    """
-    if fmt.element != "e2m1":
-        raise UsageError(f"activations in 8-bit floats need weights in e2m1: got {fmt.element}")
-    _check_packed(packed, fmt, in_features, packed.weight_packed.device)
-    return folding.fold_rows(packed)
-
-
-def packed_matmul_fp8(
-    x: Tensor, packed: Packed, fmt: Format, row_scale: Tensor, backend: str | None = None
-) -> Tensor:
-    """`packed_matmul` of a weight in e2m1, where x may be rounded to e4m3, for speed.
-
-    `row_scale` is what `fold_rows` gave for this very weight, whose tensors must be contiguous:
-    nothing looks again. Where nothing is gained (few tokens), x is left as it is; else the result
-    is that of `mixbits.folding.matmul`, but for the order of sums, and for the 14 binary digits
-    that sums over 128 columns have. Raises UsageError where `require_fp8` does.
-    """
-    _check_values("x", x, 2)
-    require_fp8(x.device, backend)
-    if x.numel() == 0:
-        return x.new_zeros((x.shape[0], row_scale.shape[0]))
-    out: Tensor = _module("cuda_fp8").packed_matmul(x.contiguous(), packed, fmt, row_scale)
-    return out
 
 
 # --- torch.ops.mixbits: what torch.compile sees ------------------------------------------------

@@ -5,7 +5,7 @@ import torch
 from conftest import FORMATS, INT_FORMATS, MX_FORMATS, format_id
 
 from mixbits.backends import cuda
-from mixbits.backends.cuda_choice import KERNELS, Choice, choose
+from mixbits.backends.cuda_choice import KERNELS, Choice, choose, choose_fp8
 from mixbits.formats import UsageError
 
 AMPERE, HOPPER, BLACKWELL = (8, 0), (9, 0), (10, 0)
@@ -32,6 +32,25 @@ BF16 = torch.bfloat16
 @pytest.mark.parametrize("fmt", [MXFP4, INT_FORMATS[0]], ids=format_id)
 def test_kernels_by_device_and_tokens(fmt, capability, tokens, kernel):
     assert choose(capability, fmt, BF16, tokens, 8192, 8192).kernel == kernel
+
+
+def test_fp8_is_taken_where_it_is_allowed_and_gains(monkeypatch):
+    def kernel(tokens, rows=8192, capability=HOPPER, fmt=MXFP4, dtype=BF16, **more):
+        return choose_fp8(capability, fmt, dtype, tokens, rows, 8192, **more).kernel
+
+    assert [kernel(tokens) for tokens in (1, 16, 128)] == ["mma", "mma", "wgmma"]
+    assert [kernel(tokens) for tokens in (129, 2048, 100000)] == ["fp8"] * 3
+    # A device with 132 processors wants 66 blocks of 128 rows by 128 tokens.
+    assert kernel(2048, rows=512) == "scratch" and kernel(2048, rows=640) == "fp8"
+    assert kernel(256, rows=1024) == "wgmma"
+    assert kernel(2048, dtype=torch.float32) == "scratch"
+    assert kernel(2048, capability=AMPERE) == kernel(2048, capability=BLACKWELL) == "scratch"
+    assert kernel(2048, fmt=MX_FORMATS[4]) == kernel(2048, fmt=INT_FORMATS[0]) == "scratch"
+    assert kernel(2048, aligned=False) == kernel(2048, has_wgmma=False) == "scratch"
+    assert kernel(2048, forced="scratch") == "scratch"
+    monkeypatch.setenv("MIXBITS_CUDA_KERNEL", "fp8")
+    with pytest.raises(UsageError, match="must be one of simple, mma, wgmma, scratch: got 'fp8'"):
+        cuda._forced_kernel()
 
 
 def test_what_matrix_units_cannot_take():
@@ -92,26 +111,6 @@ def test_forced_by_the_environment(monkeypatch):
         cuda._forced_kernel()
 
 
-def test_fp8_is_taken_where_it_is_allowed_and_gains(monkeypatch):
-    def kernel(tokens, rows=8192, capability=HOPPER, fmt=MXFP4, dtype=BF16, **more):
-        return choose(capability, fmt, dtype, tokens, rows, 8192, fp8=True, **more).kernel
-
-    assert [kernel(tokens) for tokens in (1, 16, 128)] == ["mma", "mma", "wgmma"]
-    assert [kernel(tokens) for tokens in (129, 2048, 100000)] == ["fp8"] * 3
-    # A device with 132 processors wants 66 blocks of 128 rows by 128 tokens.
-    assert kernel(2048, rows=512) == "scratch" and kernel(2048, rows=640) == "fp8"
-    assert kernel(256, rows=1024) == "wgmma"
-    assert kernel(2048, dtype=torch.float32) == "scratch"
-    assert kernel(2048, capability=AMPERE) == kernel(2048, capability=BLACKWELL) == "scratch"
-    assert kernel(2048, fmt=MX_FORMATS[4]) == kernel(2048, fmt=INT_FORMATS[0]) == "scratch"
-    assert kernel(2048, aligned=False) == kernel(2048, has_wgmma=False) == "scratch"
-    assert kernel(2048, forced="scratch") == "scratch"
-    assert choose(HOPPER, MXFP4, BF16, 2048, 8192, 8192).kernel == "scratch"
-    monkeypatch.setenv("MIXBITS_CUDA_KERNEL", "fp8")
-    with pytest.raises(UsageError, match="must be one of simple, mma, wgmma, scratch: got 'fp8'"):
-        cuda._forced_kernel()
-
-
 def test_choices_print():
     assert str(Choice("scratch")) == "scratch (dequantized, then cuBLAS)"
     assert str(choose(HOPPER, MXFP4, BF16, 1, 8192, 8192)) == (
@@ -120,6 +119,6 @@ def test_choices_print():
     assert str(choose(HOPPER, MXFP4, BF16, 100, 8192, 8192)) == (
         "wgmma (128 rows x 128 tokens, 2 blocks along K)"
     )
-    assert str(choose(HOPPER, MXFP4, BF16, 2048, 8192, 8192, fp8=True)) == (
+    assert str(choose_fp8(HOPPER, MXFP4, BF16, 2048, 8192, 8192)) == (
         "fp8 (128 rows x 128 tokens, activations in e4m3)"
     )

@@ -271,7 +271,7 @@ MXFP4 = MX_FORMATS[0]
 @pytest.fixture
 def fp8(monkeypatch):
     """The products of cuda_fp8, for any number of tokens."""
-    monkeypatch.setattr(cuda, "explain", lambda x, packed, fmt, fp8=False: FP8)
+    monkeypatch.setattr(cuda_fp8, "explain", lambda x, packed, fmt: FP8)
     return cuda_fp8
 
 
@@ -456,6 +456,21 @@ def test_matrix_units(fmt, choice, monkeypatch):
 
 
 @needs_gpu
+@pytest.mark.parametrize("choice", [MMA[2], *WGMMA], ids=str)
+def test_same_bits_every_time(choice, monkeypatch):
+    """Many blocks, long rows: a race would move a bit now and then. fake_quantize may be fused."""
+    skip_unless_it_runs(choice)
+    use(monkeypatch, choice)
+    fmt = MX_FORMATS[0]
+    packed = cuda.quantize_pack(torch.randn(4096, 4096, device=GPU), fmt)
+    x = torch.randn(200, 4096, device=GPU, dtype=torch.bfloat16)
+    first = cuda.packed_matmul(x, packed, fmt, fmt)
+    for _ in range(50):
+        assert torch.equal(first, cuda.packed_matmul(x, packed, fmt, fmt))
+    assert torch.equal(first, cuda.packed_matmul(cuda.fake_quantize(x, fmt), packed, fmt, None))
+
+
+@needs_gpu
 @pytest.mark.parametrize("columns", [33, 96, 640, 8200])
 def test_fp8_tokens(columns):
     skip_unless_it_runs(FP8)
@@ -483,7 +498,7 @@ def test_fp8_has_the_same_bits_every_time():
     packed = cuda.quantize_pack(torch.randn(4096, 4096, device=GPU), MXFP4)
     row_scale = folding.fold_rows(packed)
     x = torch.randn(700, 4096, device=GPU, dtype=torch.bfloat16)
-    assert cuda.explain(x, packed, MXFP4, fp8=True) == FP8
+    assert cuda_fp8.explain(x, packed, MXFP4) == FP8
     first = cuda_fp8.packed_matmul(x, packed, MXFP4, row_scale)
     for _ in range(50):
         assert torch.equal(first, cuda_fp8.packed_matmul(x, packed, MXFP4, row_scale))
@@ -492,21 +507,6 @@ def test_fp8_has_the_same_bits_every_time():
         out = cuda_fp8.packed_matmul(x, packed, MXFP4, row_scale)
     graph.replay()
     assert torch.equal(first, out)
-
-
-@needs_gpu
-@pytest.mark.parametrize("choice", [MMA[2], *WGMMA], ids=str)
-def test_same_bits_every_time(choice, monkeypatch):
-    """Many blocks, long rows: a race would move a bit now and then. fake_quantize may be fused."""
-    skip_unless_it_runs(choice)
-    use(monkeypatch, choice)
-    fmt = MX_FORMATS[0]
-    packed = cuda.quantize_pack(torch.randn(4096, 4096, device=GPU), fmt)
-    x = torch.randn(200, 4096, device=GPU, dtype=torch.bfloat16)
-    first = cuda.packed_matmul(x, packed, fmt, fmt)
-    for _ in range(50):
-        assert torch.equal(first, cuda.packed_matmul(x, packed, fmt, fmt))
-    assert torch.equal(first, cuda.packed_matmul(cuda.fake_quantize(x, fmt), packed, fmt, None))
 
 
 @needs_gpu

@@ -105,7 +105,7 @@ __device__ __forceinline__ void multiply_tiles(const PackedWeight& weight, uint8
                                                uint64_t* full, uint64_t* empty, int first, int last,
                                                float (&sums)[kTokens / 2]) {
   constexpr int kStages = stage_count(kTokens), kAhead = 2;
-  const int row = blockIdx.z * kBlockRows + first_row();
+  const int row = blockIdx.z * kBlockRows + threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
   const uint32_t rows[2] = {valid_row(weight, row), valid_row(weight, row + 8)};
   int column =
       first * kStagedColumns + threadIdx.x % 4 * chunk_columns(WeightTile<kElement>::kBits);

@@ -71,19 +71,6 @@ const char* packed_matmul(const MatmulArgs& args, void* stream);
 const char* packed_matmul_mma(const MatmulArgs& args, int row_tiles, int token_tiles, int warps,
                               void* stream);
 
-// Bytes that `stage_activations` writes.
-int64_t staged_bytes(int64_t tokens, int64_t columns, int block_tokens);
-
-// x [tokens, columns] of dtype (not float32), fake-quantized to the MX format `activation` unless
-// that is 0 -> out, as fragments.h says, for a weight of weight_format.
-const char* stage_activations(const void* x, void* out, int64_t tokens, int64_t columns, int dtype,
-                              int weight_format, int activation, int block_tokens, void* stream);
-
-// packed_matmul with args.x from `stage_activations`, aligned to 16 bytes, for the same
-// block_tokens (64, 128 or 256); the columns are split between `parts` blocks (1, 2, 4 or 8) of
-// a cluster. Needs sm_90a, columns a multiple of 32, and codes aligned to 16 bytes.
-const char* packed_matmul_wgmma(const MatmulArgs& args, int block_tokens, int parts, void* stream);
-
 constexpr int kE4M3Tokens = 128;  // of a block of `packed_matmul_e4m3`
 
 // x [tokens, columns] of dtype (not float32) rounded to e4m3, with a scale per token -> out
@@ -97,6 +84,19 @@ const char* stage_e4m3(const void* x, uint8_t* out, float* scales, int64_t token
 // a multiple of 32, and codes aligned to 16 bytes.
 const char* packed_matmul_e4m3(const MatmulArgs& args, const uint8_t* row_scales,
                                const float* token_scales, void* stream);
+
+// Bytes that `stage_activations` writes.
+int64_t staged_bytes(int64_t tokens, int64_t columns, int block_tokens);
+
+// x [tokens, columns] of dtype (not float32), fake-quantized to the MX format `activation` unless
+// that is 0 -> out, as fragments.h says, for a weight of weight_format.
+const char* stage_activations(const void* x, void* out, int64_t tokens, int64_t columns, int dtype,
+                              int weight_format, int activation, int block_tokens, void* stream);
+
+// packed_matmul with args.x from `stage_activations`, aligned to 16 bytes, for the same
+// block_tokens (64, 128 or 256); the columns are split between `parts` blocks (1, 2, 4 or 8) of
+// a cluster. Needs sm_90a, columns a multiple of 32, and codes aligned to 16 bytes.
+const char* packed_matmul_wgmma(const MatmulArgs& args, int block_tokens, int parts, void* stream);
 
 }  // namespace cuda
 }  // namespace mixbits

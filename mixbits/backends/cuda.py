@@ -168,14 +168,13 @@ def _forced_kernel() -> Kernel | None:
     return name
 
 
-def explain(x: Tensor, packed: Packed, fmt: Format, fp8: bool = False) -> Choice:
-    """How `packed_matmul` multiplies these, or `cuda_fp8.packed_matmul` does; print it."""
+def explain(x: Tensor, packed: Packed, fmt: Format) -> Choice:
+    """How `packed_matmul` multiplies these; print it."""
     tokens, columns = x.shape
     sizes = (fmt, x.dtype, tokens, packed.weight_packed.shape[0], columns)
     capability, processors = _device_facts(x.device)
     aligned = packed.weight_packed.data_ptr() % 16 == 0
-    has_wgmma, forced = _native().HAS_WGMMA, _forced_kernel()
-    return choose(capability, *sizes, processors, has_wgmma, aligned, forced, fp8)
+    return choose(capability, *sizes, processors, _native().HAS_WGMMA, aligned, _forced_kernel())
 
 
 def packed_matmul(

@@ -27,9 +27,9 @@ Kernel = Literal["simple", "mma", "wgmma", "scratch", "fp8"]
 KERNELS: tuple[Kernel, ...] = ("simple", "mma", "wgmma", "scratch")
 
 SIMPLE_TOKENS = 16  # csrc/cuda/ops.cuh, kMaxTokens
-WGMMA_ROWS = 128  # of a block, csrc/cuda/warpgroups.cuh
-FP8_TOKENS = 128  # likewise, csrc/cuda/matmul_e4m3.cu
+WGMMA_ROWS = 128  # of a block, csrc/cuda/matmul_wgmma.cu
 TILE = 128  # columns that a block of either kernel takes at a time
+FP8_TOKENS = 128  # of a block, csrc/cuda/matmul_e4m3.cu; it has WGMMA_ROWS too
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,32 @@ class Choice:
             "fp8": f"{WGMMA_ROWS} rows x {self.block_tokens} tokens, activations in e4m3",
         }
         return f"{self.kernel} ({sizes[self.kernel]})"
+
+
+@functools.cache
+def choose_fp8(
+    capability: tuple[int, int],
+    fmt: Format,
+    dtype: torch.dtype,
+    tokens: int,
+    rows: int,
+    columns: int,
+    processors: int = 132,
+    has_wgmma: bool = True,
+    aligned: bool = True,
+    forced: Kernel | None = None,
+) -> Choice:
+    """`choose` where activations may be e4m3, and `mixbits.folding` has found the weight to fit."""
+    fits = dtype in (torch.bfloat16, torch.float16) and columns % 32 == 0 and aligned
+    possible = fits and fmt.element == "e2m1" and capability == (9, 0) and has_wgmma
+    # With few tokens the cost is that of reading the weight, which fp8 reads like the others. Its
+    # blocks take half as long as those of wgmma, but do not split the columns to fill the device.
+    blocks = -(-rows // WGMMA_ROWS) * -(-tokens // FP8_TOKENS)
+    gains = tokens > FP8_TOKENS and 2 * blocks >= processors
+    if forced is None and possible and gains:
+        return Choice("fp8", block_tokens=FP8_TOKENS)
+    sizes = (tokens, rows, columns, processors, has_wgmma, aligned, forced)
+    return choose(capability, fmt, dtype, *sizes)
 
 
 def _mma(tokens: int, rows: int, columns: int) -> Choice:
@@ -93,14 +119,12 @@ def choose(
     has_wgmma: bool = True,
     aligned: bool = True,
     forced: Kernel | None = None,
-    fp8: bool = False,
 ) -> Choice:
     """The kernel for x [tokens, columns] of `dtype` times a weight [rows, columns] of `fmt`.
 
     `processors` is the device's number of multiprocessors; `has_wgmma` whether the library was
     built for sm_90a; `aligned` whether the codes begin at a multiple of 16 bytes. `forced` names
-    a kernel; raises ValueError where that cannot run. `fp8` allows activations in e4m3, for a
-    weight that `mixbits.folding` has found to fit.
+    a kernel; raises ValueError where that cannot run.
     """
     # Rows of codes must be whole chunks that one load brings (csrc/cuda/fragments.h).
     fits = dtype in (torch.bfloat16, torch.float16) and columns % 32 == 0 and aligned
@@ -124,15 +148,8 @@ def choose(
     for name, most in reversed(order):
         if possible[name] and tokens <= most:
             kernel = name
-    # With few tokens the cost is that of reading the weight, which fp8 reads like the others. Its
-    # blocks take half as long as those of wgmma, but do not split the columns to fill the device.
-    blocks = -(-rows // WGMMA_ROWS) * -(-tokens // FP8_TOKENS)
-    if fp8 and fmt.element == "e2m1" and possible["wgmma"] and tokens > FP8_TOKENS:
-        kernel = "fp8" if 2 * blocks >= processors else kernel
     if forced is not None:
         kernel = forced
-    if kernel == "fp8":
-        return Choice("fp8", block_tokens=FP8_TOKENS)
     if kernel == "mma":
         return _mma(tokens, rows, columns)
     if kernel == "wgmma":

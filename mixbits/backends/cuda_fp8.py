@@ -12,6 +12,7 @@ from torch import Tensor
 from ..formats import Format
 from ..pack import Packed
 from . import cuda
+from .cuda_choice import Choice, choose_fp8
 
 COLUMNS = 128  # of a tile, csrc/cuda/fragments.h
 
@@ -24,12 +25,21 @@ def why_unavailable(device: torch.device) -> str | None:
     return None if cuda._native().HAS_WGMMA else "mixbits._cuda was built without sm_90a"
 
 
+def explain(x: Tensor, packed: Packed, fmt: Format) -> Choice:
+    """How `packed_matmul` multiplies these; print it."""
+    tokens, columns = x.shape
+    sizes = (fmt, x.dtype, tokens, packed.weight_packed.shape[0], columns)
+    capability, processors = cuda._device_facts(x.device)
+    has_wgmma, aligned = cuda._native().HAS_WGMMA, packed.weight_packed.data_ptr() % 16 == 0
+    return choose_fp8(capability, *sizes, processors, has_wgmma, aligned, cuda._forced_kernel())
+
+
 def packed_matmul(x: Tensor, packed: Packed, fmt: Format, row_scale: Tensor) -> Tensor:
     """x [M, K] times packed e2m1 [N, K] -> [M, N]; x is rounded to e4m3 where that saves time.
 
     `row_scale` is that of `mixbits.folding.fold_rows`.
     """
-    choice = cuda.explain(x, packed, fmt, fp8=True)
+    choice = explain(x, packed, fmt)
     if choice.kernel != "fp8":
         return cuda.packed_matmul(x, packed, fmt, None, choice)
     native = cuda._native()
