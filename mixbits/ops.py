@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from . import reference, rounding
-from .arrange import Arrangement
+from .arrange import Arrangement, check_order
 from .formats import MAX_SEGMENTS, Format, UsageError
 from .pack import Mix, Operand, Packed, order_dtype, packed_spec
 from .rounding import Group
@@ -334,8 +334,7 @@ def _checked_mix(mix: Mix, in_features: int, device: torch.device) -> Mix:
     if mix.order is None:
         return mix._replace(operands=operands)
     _check_device("order", mix.order, device)
-    if sorted(mix.order.tolist()) != list(range(in_features)):
-        raise ValueError(f"an order must hold each of {in_features} columns once")
+    check_order(mix.order, in_features)
     order = mix.order.to(order_dtype(in_features)).contiguous()
     return mix._replace(operands=operands, order=order)
 
