@@ -88,6 +88,12 @@ class Mix(NamedTuple):
         """Whether no rotated block, nor a block of a rounded input, lies across two segments."""
         return all(columns % MX_GROUP == 0 for columns in self.columns[:-1])
 
+    @property
+    def takes_input_as_is(self) -> bool:
+        """Whether x is neither put in order, nor rotated, nor rounded."""
+        rounded = any(one.activation is not None for one in self.operands)
+        return self.order is None and not self.rotated and not rounded
+
     def input_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """What holds an arranged and rounded x of `dtype` without rounding it once more.
 

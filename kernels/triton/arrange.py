@@ -109,9 +109,9 @@ def arrange_kernel(
 
 def arrange(x: torch.Tensor, mix: Mix, dtype: torch.dtype) -> torch.Tensor:
     """x [M, K] as `mix` multiplies it, in `dtype`; x itself where that is how it comes."""
-    codes = tuple(0 if (fmt := one.activation) is None else fmt.code for one in mix.operands)
-    if mix.order is None and not mix.rotated and not any(codes):
+    if mix.takes_input_as_is:
         return x
+    codes = tuple(0 if (fmt := one.activation) is None else fmt.code for one in mix.operands)
     rows, columns = x.shape
     out = x.new_empty((rows, columns), dtype=dtype)
     if out.numel() == 0:
