@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mixbits import folding, ops, reference
 from mixbits.formats import Format, UsageError
-from mixbits.pack import Packed, unpack
+from mixbits.pack import Mix, Operand, Packed, order_dtype, unpack
 
 FORMATS = (
     Format("e2m1", 32),
@@ -96,12 +96,36 @@ def _format_checks(
         yield f"packed_matmul {name} M={tokens}", _close(y, expected, 1e-2)
 
 
+def _mixed_checks(backend: str, device: str) -> Iterator[tuple[str, bool]]:
+    """Weights in segments, in an order of their own; MX ones rotated."""
+    columns, width = COLUMNS[1], 352
+    for high, low in ((FORMATS[1], FORMATS[0]), (FORMATS[5], FORMATS[4])):
+        weight = torch.randn(ROWS, columns, generator=torch.Generator().manual_seed(width))
+        parts = zip((high, low), weight.split((width, columns - width), 1), strict=True)
+        operands = [
+            Operand(ops.quantize_pack(part, fmt, "reference"), fmt, fmt if fmt.is_mx else None)
+            for fmt, part in parts
+        ]
+        order = torch.arange(columns).flip(0).to(order_dtype(columns))
+        mix = Mix(tuple(operands), (width, columns - width), order, high.is_mx)
+        there = mix._replace(
+            operands=tuple(one._replace(packed=one.packed.to(device)) for one in operands),
+            order=order.to(device),
+        )
+        for tokens in TOKENS:
+            x = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(tokens))
+            x = x.bfloat16()
+            expected = ops.packed_matmuls(x, [mix], "reference")[0]
+            y = ops.packed_matmuls(x.to(device), [there], backend)[0]
+            yield f"mix {high.element}+{low.element} M={tokens}", _close(y, expected, 1e-2)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_smoke", description=__doc__)
     parser.add_argument("backend", choices=ops.BACKENDS)
     parser.add_argument("--device", default="cuda")
     args = parser.parse_args()
-    results = list(checks(args.backend, args.device))
+    results = [*checks(args.backend, args.device), *_mixed_checks(args.backend, args.device)]
     if args.device == "cuda":
         torch.cuda.synchronize()
     wrong = [name for name, right in results if not right]

@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 from . import folding, reference, rounding
-from .arrange import Arrangement
+from .arrange import Arrangement, check_order
 from .formats import MAX_SEGMENTS, Format, UsageError
 from .pack import Mix, Operand, Packed, order_dtype, packed_spec
 from .rounding import Group
@@ -376,8 +376,7 @@ def _checked_mix(mix: Mix, in_features: int, device: torch.device) -> Mix:
     if mix.order is None:
         return mix._replace(operands=operands)
     _check_device("order", mix.order, device)
-    if sorted(mix.order.tolist()) != list(range(in_features)):
-        raise ValueError(f"an order must hold each of {in_features} columns once")
+    check_order(mix.order, in_features)
     order = mix.order.to(order_dtype(in_features)).contiguous()
     return mix._replace(operands=operands, order=order)
 
@@ -402,10 +401,18 @@ def packed_matmuls_unchecked(
     if hasattr(module, "packed_matmuls"):
         outs: list[Tensor] = module.packed_matmuls(x, operands, int8_activations)
         return outs
-    return [_one_by_one(x, operand, module.packed_matmul) for operand in operands]
+    mixed = getattr(module, "mixed_matmul", None)
+    return [
+        mixed(x, operand)
+        if mixed is not None and isinstance(operand, Mix) and operand.is_regular
+        else _one_by_one(x, operand, module.packed_matmul, backend)
+        for operand in operands
+    ]
 
 
-def _one_by_one(x: Tensor, operand: Operand | Mix, multiply: Callable[..., Tensor]) -> Tensor:
+def _one_by_one(
+    x: Tensor, operand: Operand | Mix, multiply: Callable[..., Tensor], backend: str | None
+) -> Tensor:
     """A product by a backend that knows packed weights only: the slow twin of a native `Mix`."""
     if isinstance(operand, Operand):
         if operand.packed.weight_packed.numel() == 0:
@@ -414,11 +421,18 @@ def _one_by_one(x: Tensor, operand: Operand | Mix, multiply: Callable[..., Tenso
     # torch indexes by 32 bits at least.
     order = None if operand.order is None else operand.order.int()
     arranged = Arrangement(order, operand.rotated).input(x)
-    if len(operand.operands) > 1:
-        arranged = arranged.float()
     parts = zip(operand.operands, arranged.split(operand.columns, -1), strict=True)
-    products = (_one_by_one(part.contiguous(), one, multiply) for one, part in parts)
+    products = [_product_of_part(part, one, multiply, backend) for one, part in parts]
     return functools.reduce(torch.add, products).to(x.dtype)
+
+
+def _product_of_part(
+    x: Tensor, one: Operand, multiply: Callable[..., Tensor], backend: str | None
+) -> Tensor:
+    """In float32, for a sum that is rounded once; x is rounded in its own dtype, as elsewhere."""
+    if one.activation is not None:
+        x = fake_quantize(x, one.activation, backend)
+    return _one_by_one(x.contiguous().float(), one._replace(activation=None), multiply, backend)
 
 
 # --- torch.ops.mixbits: what torch.compile sees ------------------------------------------------
@@ -442,7 +456,7 @@ def _compiled_matmul(
         )
         return out
 
-    return _one_by_one(x, operand, multiply)
+    return _one_by_one(x, operand, multiply, backend)
 
 
 @functools.cache

@@ -84,13 +84,35 @@ def code_load(element: int) -> str:
     return f"LDG.E.NA.LTC128B.{64 if element == 3 else 128}.CONSTANT"
 
 
+def plain_and_mixed(path: Path) -> tuple[list[sass.Kernel], list[sass.Kernel]]:
+    """Kernels for weights of one format, and those for weights in segments."""
+    kernels = sass.disassemble(sass.find_cuobjdump(), path)
+    mixed = [kernel for kernel in kernels if "mixed" in kernel.name]
+    return [kernel for kernel in kernels if kernel not in mixed], mixed
+
+
+def check_mixed(mixed: sass.Kernel, parts: list[sass.Kernel], products: str) -> None:
+    """It has the products and the loads of its parts, one for each format; no call, no stack."""
+    for pattern in (products, *map(re.escape, (code_load(0), code_load(3)))):
+        assert mixed.count(pattern) == sum(part.count(pattern) for part in parts), mixed.name
+    assert mixed.count(products)
+    assert not mixed.count("CALL|LDL|STL"), mixed.name
+    assert len(mixed.code) <= sum(len(part.code) for part in parts), mixed.name
+
+
 @pytest.mark.slow
 @needs_nvcc
 @needs_cuobjdump
 @pytest.mark.parametrize("arch", ["80", "90a", "100a", "120a"])
 def test_mma_machine_code(builds, arch):
     """Tensor cores, wide loads of codes, nothing in local memory."""
-    kernels = sass.disassemble(sass.find_cuobjdump(), builds["matmul_mma", arch][0])
+    kernels, mixed = plain_and_mixed(builds["matmul_mma", arch][0])
+    assert len(mixed) == 2 * 2  # dtypes, shapes
+    for kernel in mixed:
+        dtype, shape = re.search(r"kernelI(\d+\D+\d*)((?:Li\dE)+)E", kernel.name).groups()
+        parts = [k for k in kernels if re.search(f"kernelI{dtype}Li\\dE{shape}E", k.name)]
+        assert len(parts) == 6
+        check_mixed(kernel, parts, "HMMA.16816.F32")
     assert len(kernels) == 2 * 6 * 3  # dtypes, elements, shapes
     for kernel in kernels:
         loop = kernel.inner_loop("HMMA")
@@ -105,7 +127,14 @@ def test_mma_machine_code(builds, arch):
 @needs_cuobjdump
 def test_wgmma_machine_code(builds):
     """Warpgroup products from registers in the loop, bulk copies, registers given and taken."""
-    kernels = sass.disassemble(sass.find_cuobjdump(), builds["matmul_wgmma", "90a"][0])
+    kernels, mixed = plain_and_mixed(builds["matmul_wgmma", "90a"][0])
+    assert len(mixed) == 2 * 2  # dtypes; e2m1 and e4m3, integers
+    for kernel in mixed:
+        dtype, mx = re.search(r"kernelI(\d+\D+\d*)Lb(\d)E", kernel.name).groups()
+        family = "[01]" if mx == "1" else "[345]"
+        parts = [k for k in kernels if re.search(f"kernelI{dtype}Li{family}ELi128E", k.name)]
+        check_mixed(kernel, parts, "HGMMA.64x128x16.F32")
+        assert kernel.count("UBLKCP") and kernel.count("SYNCS")
     assert len(kernels) == 2 * 6 * 3  # dtypes, elements, tokens of a block
     for kernel in kernels:
         element, tokens = map(int, re.search(r"Li(\d)ELi(\d+)E", kernel.name).groups())
@@ -146,14 +175,14 @@ def test_e4m3_machine_code(builds):
 @needs_nvcc
 @needs_cuobjdump
 @pytest.mark.parametrize(
-    ("name", "store"),
-    [("dequantize", "STG.E.128"), ("fake_quant", "STG.E.64"), ("stage", "STG.E.64")],
+    ("name", "store", "count"),  # stage: rows, and tiles
+    [("dequantize", "STG.E.128", 1), ("fake_quant", "STG.E.64", 1), ("stage", "STG.E.64", 2)],
 )
-def test_16_bit_values_move_together(builds, name, store):
+def test_16_bit_values_move_together(builds, name, store, count):
     """8 or 16 bytes per lane and store: the compiler splits copies of structs of 16-bit values."""
     for kernel in sass.disassemble(sass.find_cuobjdump(), builds[name, "90a"][0]):
-        if "6__half" in kernel.name or "bfloat16" in kernel.name:
-            assert kernel.count(re.escape(store)) == 1, kernel.name
+        if ("6__half" in kernel.name or "bfloat16" in kernel.name) and "fEEv" not in kernel.name:
+            assert kernel.count(re.escape(store)) == count, kernel.name
             assert not kernel.count("LDL|STL"), kernel.name
 
 
@@ -167,7 +196,7 @@ def loop_sizes(builds) -> dict[tuple[str, str], int]:
     units = {"matmul_mma": "HMMA", "matmul_wgmma": "HGMMA", "matmul_e4m3": "QGMMA"}
     for name, pattern in units.items():
         for kernel in sass.disassemble(sass.find_cuobjdump(), builds[name, "90a"][0]):
-            if "stage_kernel" in kernel.name:
+            if "stage" in kernel.name or "mixed" in kernel.name:  # the latter are made of these
                 continue
             if match := re.search(r"kernelI13__nv_bfloat16((?:Li\d+E)*)E", kernel.name):
                 arguments = " ".join(re.findall(r"\d+", match[1]))

@@ -24,7 +24,7 @@ from conftest import FORMATS, INT_FORMATS, MX_FORMATS, assert_same_bits, format_
 from torch import Tensor
 
 from mixbits import folding, ops, pack, reference
-from mixbits.backends import cuda, cuda_fp8
+from mixbits.backends import cuda, cuda_fp8, scratch
 from mixbits.backends.cuda_choice import Choice
 from mixbits.formats import INTEGERS, MINIFLOATS, MX_GROUP, Format, parse_scheme
 from mixbits.linear import PackedLinear, allow_fp8_activations
@@ -119,7 +119,7 @@ def test_emulated_round_trip(emulated, fmt, columns):
 @pytest.mark.parametrize("element", [*MINIFLOATS, *INTEGERS])
 def test_emulated_matmul(emulated, element, shape, monkeypatch):
     """As the backend chooses: all ways but wgmma occur, and scratch in several blocks."""
-    monkeypatch.setattr(cuda, "SCRATCH_BYTES", 4 * 64 * 4)  # four float32 rows
+    monkeypatch.setattr(scratch, "SCRATCH_BYTES", 4 * 64 * 4)  # four float32 rows
     fmt = Format(element, 32, symmetric=element in MINIFLOATS)
     checks.check_matmul(emulated, CPU, fmt, shape)
 
@@ -172,6 +172,48 @@ def test_emulated_matrix_units(emulated, fmt, choice, monkeypatch):
 def test_emulated_wide_blocks(emulated, fmt, choice, monkeypatch):
     use(monkeypatch, choice)
     checks.check_matmul(emulated, CPU, fmt, (choice.block_tokens + 3, 130, 1056))
+
+
+MIXED = [*MMA[:2], *(Choice("wgmma", block_tokens=128, parts=parts) for parts in (1, 2))]
+
+
+@emulated_test
+@pytest.mark.parametrize("choice", MIXED, ids=str)
+@pytest.mark.parametrize("segments", ["MX", "MX, inputs alone", "integers"])
+def test_emulated_mixed(emulated, segments, choice, monkeypatch):
+    """Segments that fill no tile; rows and tokens likewise."""
+    monkeypatch.setattr(cuda, "explain_mixed", lambda x, mix: choice)
+    checks.check_mixed(emulated, CPU, segments, (17, 69), "ordered", [torch.bfloat16])
+    checks.check_mixed(emulated, CPU, segments, (1, 1), dtypes=[torch.float16])
+
+
+@emulated_test
+@pytest.mark.parametrize("segments", checks.MIXES)
+def test_emulated_mixed_as_chosen(emulated, segments, monkeypatch):
+    """All ways but wgmma's occur, and scratch in several blocks."""
+    monkeypatch.setattr(scratch, "SCRATCH_BYTES", 8 * 320 * 4)
+    for shape, arranged in zip(((1, 15), (3, 100), (17, 17)), checks.ARRANGED, strict=True):
+        checks.check_mixed(emulated, CPU, segments, shape, arranged)
+
+
+@emulated_test
+def test_emulated_arrange(emulated):
+    checks.check_arrange(cuda._stage, CPU)
+
+
+@emulated_test
+def test_emulated_mixed_misaligned(emulated):
+    """Codes that begin anywhere take narrower loads; an input that does is staged."""
+    mix, _ = checks.make_mix(checks.MIXES["MX, inputs alone"], "natural", 5)
+    x = torch.randn(3 * 224 + 1).bfloat16()[1:].view(3, 224)
+    expected = cuda.mixed_matmul(x, mix)
+    codes = mix.operands[1].packed.weight_packed
+    shifted = torch.empty(codes.numel() + 1, dtype=torch.uint8)[1:].view(codes.shape).copy_(codes)
+    packed = mix.operands[1].packed._replace(weight_packed=shifted)
+    moved = mix._replace(operands=(mix.operands[0], mix.operands[1]._replace(packed=packed)))
+    assert cuda.explain_mixed(x, mix).kernel == "mma"
+    assert cuda.explain_mixed(x, moved).kernel == "simple"
+    torch.testing.assert_close(cuda.mixed_matmul(x, moved), expected)
 
 
 @emulated_test
@@ -453,6 +495,28 @@ def test_matrix_units(fmt, choice, monkeypatch):
     use(monkeypatch, choice)
     for shape in ((19, 69, 672), (1, 3, 32), (300, 257, 4096)):
         checks.check_matmul(cuda, GPU, fmt, shape)
+
+
+@needs_gpu
+@pytest.mark.parametrize("arranged", checks.ARRANGED)
+@pytest.mark.parametrize("segments", checks.MIXES)
+def test_mixed_matmul(segments, arranged):
+    for shape in ((1, 15), (3, 257), (17, 100), (118, 17), (1100, 100)):
+        checks.check_mixed(cuda, GPU, segments, shape, arranged)
+
+
+@needs_gpu
+@pytest.mark.parametrize("segments", ["MX", "integers"])
+@pytest.mark.parametrize("choice", MIXED, ids=str)
+def test_mixed_kernels(segments, choice, monkeypatch):
+    skip_unless_it_runs(choice)
+    monkeypatch.setattr(cuda, "explain_mixed", lambda x, mix: choice)
+    checks.check_mixed(cuda, GPU, segments, (300, 257), "ordered", HALVES)
+
+
+@needs_gpu
+def test_arrange():
+    checks.check_arrange(cuda._stage, GPU)
 
 
 @needs_gpu

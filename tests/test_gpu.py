@@ -15,6 +15,7 @@ from mixbits import ops, quantize, reference
 from mixbits.backends import cuda
 from mixbits.formats import Format, parse_scheme
 from mixbits.model import find_linears
+from mixbits.pack import Mix, Operand, order_dtype
 from mixbits.sensitivity import measure
 from mixbits.source import open_source
 from mixbits.streaming import StreamedModel
@@ -114,6 +115,35 @@ def test_a_graph_replays_an_operation_to_the_bit(backend, name, tokens, rows):
 
     eager = step()
     step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = step()
+    for _ in range(3):
+        out.fill_(torch.nan)
+        graph.replay()
+        assert torch.equal(out, eager)
+    x.copy_(torch.randn_like(x))
+    graph.replay()
+    assert torch.equal(out, step())
+
+
+@pytest.mark.parametrize("schemes", [("MXFP8", "MXFP4"), ("W8A16", "W4A16")], ids="+".join)
+@pytest.mark.parametrize("tokens", [1, 16, 64, 300, 1100])
+def test_a_graph_replays_a_mix_to_the_bit(backend, schemes, tokens):
+    columns = (384, 640)
+    operands = []
+    for name, width in zip(schemes, columns, strict=True):
+        scheme = parse_scheme(name)
+        packed = ops.quantize_pack(torch.randn(256, width, device="cuda"), scheme.weight, backend)
+        operands.append(Operand(packed, scheme.weight, scheme.activation))
+    order = torch.randperm(1024, device="cuda").to(order_dtype(1024))
+    mix = Mix(tuple(operands), columns, order, rotated=operands[0].activation is not None)
+    x = torch.randn(tokens, 1024, device="cuda").bfloat16()
+
+    def step():
+        return ops.packed_matmuls_unchecked(x, [mix], backend)[0]
+
+    eager = step()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out = step()

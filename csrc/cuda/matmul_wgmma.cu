@@ -100,11 +100,26 @@ __device__ __forceinline__ void multiply_tile(const PackedWeight& weight,
   ptx::wgmma_wait<1>();
 }
 
+// Where the multiplying warps are in the ring.
+template <int kTokens>
+struct RingPlace {
+  int stage = 0, stage_before = stage_count(kTokens) - 1, parity = 0;
+  bool not_first = false;
+
+  __device__ __forceinline__ void advance() {
+    stage_before = stage++;
+    if (stage == stage_count(kTokens)) stage = 0, parity ^= 1;
+    not_first = true;
+  }
+};
+
+// Tiles `first` to `last - 1` of the weight, from `place` of the ring on.
 template <class T, int kElement, int kTokens>
 __device__ __forceinline__ void multiply_tiles(const PackedWeight& weight, uint8_t* ring,
                                                uint64_t* full, uint64_t* empty, int first, int last,
+                                               RingPlace<kTokens>& place,
                                                float (&sums)[kTokens / 2]) {
-  constexpr int kStages = stage_count(kTokens), kAhead = 2;
+  constexpr int kAhead = 2;
   const int row = blockIdx.z * kBlockRows + threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
   const uint32_t rows[2] = {valid_row(weight, row), valid_row(weight, row + 8)};
   int column =
@@ -115,18 +130,16 @@ __device__ __forceinline__ void multiply_tiles(const PackedWeight& weight, uint8
   for (int ahead = 0; ahead < kAhead; ++ahead) {
     tiles[ahead].load(weight, rows, column + ahead * kStagedColumns);
   }
-  int stage = 0, stage_before = kStages - 1, parity = 0;
   for (int start = first; start < last; start += kAhead) {
 #pragma unroll
     for (int ahead = 0; ahead < kAhead; ++ahead, column += kStagedColumns) {
       if (start + ahead >= last) break;
-      ptx::barrier_wait(&full[stage], parity);
-      const uint32_t b = ptx::shared_address(ring + stage * stage_bytes(kTokens));
+      ptx::barrier_wait(&full[place.stage], place.parity);
+      const uint32_t b = ptx::shared_address(ring + place.stage * stage_bytes(kTokens));
       multiply_tile<T, kElement, kTokens>(weight, tiles[ahead], column, ptx::swizzled_operand(b),
-                                          sets, sums, start + ahead > first, &empty[stage_before]);
+                                          sets, sums, place.not_first, &empty[place.stage_before]);
       tiles[ahead].load(weight, rows, column + kAhead * kStagedColumns);
-      stage_before = stage++;
-      if (stage == kStages) stage = 0, parity ^= 1;
+      place.advance();
     }
   }
   ptx::wgmma_wait<0>();
@@ -147,16 +160,16 @@ __device__ __forceinline__ void add_parts(const float* sums, int rows, T* out, i
   }
 }
 
-template <class T, int kElement, int kTokens>
-__global__ void __launch_bounds__(kBlockThreads, 1)  // the 1 fixes the registers at entry
-    wgmma_kernel(const uint8_t* staged, PackedWeight weight, T* out, int tokens, int parts) {
-#ifdef MB_HAS_WGMMA
+// One block: `multiply(ring, full, empty, first, last, sums)` adds the products of its part of the
+// weight's `tiles`, from `first` to `last - 1`.
+template <class T, int kTokens, class Multiply>
+__device__ __forceinline__ void multiply_block(const uint8_t* staged, int tiles, int rows, T* out,
+                                               int tokens, int parts, Multiply multiply) {
   constexpr int kStages = stage_count(kTokens);
   extern __shared__ __align__(1024) uint8_t shared[];
   uint64_t* full = reinterpret_cast<uint64_t*>(shared);
   uint64_t* empty = full + kStages;
   uint8_t* ring = shared + kBarrierBytes;
-  const int tiles = (weight.columns + kStagedColumns - 1) / kStagedColumns;
   const int part = int(ptx::cluster_rank());
   const int first = tiles * part / parts, last = tiles * (part + 1) / parts;
   init_ring<kStages, 1>(full, empty);
@@ -175,14 +188,77 @@ __global__ void __launch_bounds__(kBlockThreads, 1)  // the 1 fixes the register
     float* const block_sums = reinterpret_cast<float*>(ring);
     {
       float sums[kTokens / 2] = {};
-      multiply_tiles<T, kElement, kTokens>(weight, ring, full, empty, first, last, sums);
+      multiply(ring, full, empty, first, last, sums);
       ptx::sync_threads<kMultipliers>();  // nobody reads the ring any more
       store_sums<kTokens>(sums, block_sums);
     }
     ptx::cluster_sync();
-    add_parts<T, kTokens>(block_sums, weight.rows, out, tokens, part, parts);
+    add_parts<T, kTokens>(block_sums, rows, out, tokens, part, parts);
     ptx::cluster_sync();  // no block ends while another reads its sums
   }
+}
+
+template <class T, int kElement, int kTokens>
+__global__ void __launch_bounds__(kBlockThreads, 1)  // the 1 fixes the registers at entry
+    wgmma_kernel(const uint8_t* staged, PackedWeight weight, T* out, int tokens, int parts) {
+#ifdef MB_HAS_WGMMA
+  const int tiles = (weight.columns + kStagedColumns - 1) / kStagedColumns;
+  multiply_block<T, kTokens>(staged, tiles, weight.rows, out, tokens, parts,
+                             [&](uint8_t* ring, uint64_t* full, uint64_t* empty, int first,
+                                 int last, float (&sums)[kTokens / 2]) {
+                               RingPlace<kTokens> place;
+                               multiply_tiles<T, kElement, kTokens>(weight, ring, full, empty,
+                                                                    first, last, place, sums);
+                             });
+#endif
+}
+
+// What the segments of a mix may be: kMx e2m1 and e4m3, else integers. With code for all six
+// formats in one kernel ptxas makes functions of them, and no product of wgmma may be under way in
+// a call (C7510): the matrix unit would wait for every group. With e5m2 beside the other two it
+// spills.
+template <bool kMx, class Function>
+__device__ __forceinline__ void dispatch_family(int element, Function function) {
+  if constexpr (kMx) {
+    if (element == kE2M1) function(std::integral_constant<int, kE2M1>());
+    if (element == kE4M3) function(std::integral_constant<int, kE4M3>());
+  } else {
+    if (element == kInt2) function(std::integral_constant<int, kInt2>());
+    if (element == kInt4) function(std::integral_constant<int, kInt4>());
+    if (element == kInt8) function(std::integral_constant<int, kInt8>());
+  }
+}
+
+bool is_family(const MixedWeight& mix, bool mx) {
+  for (int i = 0; i < mix.count; ++i) {
+    const int element = mix.segments[i].element;
+    if (is_mx(element) != mx || element == kE5M2) return false;
+  }
+  return true;
+}
+
+// Segments of a weight, one after the other; their tiles count on.
+template <class T, bool kMx>
+__global__ void __launch_bounds__(kBlockThreads, 1)
+    mixed_wgmma_kernel(const uint8_t* staged, const __grid_constant__ MixedWeight mix, T* out,
+                       int tokens, int parts) {
+#ifdef MB_HAS_WGMMA
+  multiply_block<T, kMixedTokens>(
+      staged, mix.segments[mix.count - 1].end, mix.segments[0].weight.rows, out, tokens, parts,
+      [&](uint8_t* ring, uint64_t* full, uint64_t* empty, int first, int last,
+          float (&sums)[kMixedTokens / 2]) {
+        RingPlace<kMixedTokens> place;
+        for (int s = 0; s < mix.count; ++s) {
+          const Segment& segment = mix.segments[s];
+          const int begin = max(first, segment.first) - segment.first;
+          const int end = min(last, segment.end) - segment.first;
+          if (begin >= end) continue;
+          dispatch_family<kMx>(segment.element, [&](auto element) {
+            multiply_tiles<T, element.value, kMixedTokens>(segment.weight, ring, full, empty, begin,
+                                                           end, place, sums);
+          });
+        }
+      });
 #endif
 }
 
@@ -197,14 +273,48 @@ const char* launch(const MatmulArgs& a, const PackedWeight& weight, int parts, v
                              int(a.tokens), parts);
 }
 
+template <class T, bool kMx>
+const char* launch_mixed(const MixedArgs& a, const MixedWeight& mix, int parts, void* stream) {
+  const dim3 grid(unsigned(parts), unsigned(divide_up(a.tokens, kMixedTokens)),
+                  unsigned(divide_up(a.rows, kBlockRows)));
+  return ptx::launch_cluster(
+      mixed_wgmma_kernel<T, kMx>, grid, kBlockThreads, shared_bytes(kMixedTokens), unsigned(parts),
+      stream, static_cast<const uint8_t*>(a.x), mix, static_cast<T*>(a.out), int(a.tokens), parts);
+}
+
+const char* refused(int64_t rows, int parts) {
+  if (parts < 1 || parts > 8 || (parts & (parts - 1)) != 0) return "1, 2, 4 or 8 parts";
+  if (divide_up(rows, kBlockRows) > 65535) return "at most 8388480 rows";
+  return nullptr;
+}
+
 }  // namespace
+
+const char* mixed_matmul_wgmma(const MixedArgs& a, int parts, void* stream) {
+  if (a.tokens == 0 || a.rows == 0 || a.columns == 0) return nullptr;
+  if (const char* error = refused(a.rows, parts)) return error;
+  MixedWeight mix{};
+  if (const char* error = mixed_weight(a, &mix)) return error;
+  int tiles = 0;
+  for (int i = 0; i < mix.count; ++i) {
+    mix.segments[i].first = tiles;
+    tiles += int(divide_up(mix.segments[i].weight.columns, kStagedColumns));
+    mix.segments[i].end = tiles;
+  }
+  const char* error = "no kernel of these formats";
+  dispatch_half(a.dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    if (is_family(mix, true)) error = launch_mixed<T, true>(a, mix, parts, stream);
+    if (is_family(mix, false)) error = launch_mixed<T, false>(a, mix, parts, stream);
+  });
+  return error;
+}
 
 const char* packed_matmul_wgmma(const MatmulArgs& a, int block_tokens, int parts, void* stream) {
   if (a.tokens == 0 || a.rows == 0 || a.columns == 0) return nullptr;
-  if (parts < 1 || parts > 8 || (parts & (parts - 1)) != 0) return "1, 2, 4 or 8 parts";
+  if (const char* error = refused(a.rows, parts)) return error;
   PackedWeight weight{};
   if (const char* error = packed_weight(a, &weight)) return error;
-  if (divide_up(a.rows, kBlockRows) > 65535) return "at most 8388480 rows";
   const char* error = "no kernel of these sizes";
   dispatch_half(a.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;

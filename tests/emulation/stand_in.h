@@ -23,6 +23,7 @@
 #define __shared__ static
 #define __align__(n) __attribute__((aligned(n)))
 #define __launch_bounds__(...)
+#define __grid_constant__
 using std::max;
 using std::min;
 struct dim3 {
