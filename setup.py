@@ -65,13 +65,13 @@ def cpu_objects() -> list[tuple[str, str, str]]:
 
 
 def cuda_objects() -> list[tuple[str, str, str]]:
-    """wgmma exists on sm_90a only, so its file is compiled for that alone, or left out."""
+    """wgmma exists on sm_90a only, so its files are compiled for that alone, or left out."""
     archs = os.environ.get("MIXBITS_CUDA_ARCH", "80;90a;100a;120a").replace(",", ";").split(";")
     gencode = {a: f"-gencode arch=compute_{a},code=sm_{a}" for a in archs if a}
     flags = "-DMB_WGMMA" if "90a" in gencode else ""
     objects = [("csrc/bindings_cuda.cpp", "bindings_cuda", flags)]
     for source in sorted((ROOT / "csrc/cuda").glob("*.cu")):
-        only = ["90a"] if source.stem == "matmul_wgmma" else list(gencode)
+        only = ["90a"] if source.stem in ("matmul_wgmma", "matmul_e4m3") else list(gencode)
         flags = " ".join(gencode[a] for a in only if a in gencode)
         if flags:
             objects.append((source.relative_to(ROOT).as_posix(), source.stem, flags))

@@ -15,6 +15,7 @@ from mixbits.formats import Format, parse_scheme
 from mixbits.pack import unpack
 
 Packing = TypeVar("Packing")
+FP8 = "MXFP4A16 fp8"  # what tables call MXFP4A16 with activations that may be 8-bit floats
 
 
 @dataclass
@@ -121,6 +122,33 @@ def mixbits_peer(
     mode = " int8" if int8_activations else ""
     where = f"{backend} " if backend else ""
     return Peer(f"mixbits {where}{scheme_name}{mode} {str(dtype).removeprefix('torch.')}", make)
+
+
+def mixbits_fp8_peer(dtype: torch.dtype) -> Peer:
+    """MXFP4 weights with activations in e4m3: `mixbits.ops.packed_matmul_fp8`."""
+    fmt = parse_scheme("MXFP4A16").weight
+    assert fmt is not None
+
+    def make(weights: Sequence[Tensor], x: Tensor, threads: int) -> Multiplication:
+        packed = pack_all(weights, lambda w: ops.quantize_pack(w, fmt, "cuda"))
+        x = x.to(dtype)
+        row_scale = ops.fold_rows(packed[0], fmt, x.shape[1])
+        if row_scale is None:
+            raise ValueError("a row's block scales do not lie within 15 binades")
+        scales = [row_scale.clone() for _ in packed]
+
+        def run(i: int) -> Tensor:
+            return ops.packed_matmul_fp8(x, packed[i], fmt, scales[i], "cuda")
+
+        return Multiplication(
+            run,
+            nbytes(*packed[0], row_scale),
+            x,
+            lambda: ops.dequantize(packed[0], fmt, x.shape[1]),
+            "activations in e4m3 where tokens are many",
+        )
+
+    return Peer(f"mixbits cuda {FP8} {str(dtype).removeprefix('torch.')}", make)
 
 
 class Rotation:

@@ -11,7 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.contender import Multiplication, Peer, mixbits_peer, nbytes, pack_all
+from benchmarks.contender import (
+    FP8,
+    Multiplication,
+    Peer,
+    mixbits_fp8_peer,
+    mixbits_peer,
+    nbytes,
+    pack_all,
+)
 from benchmarks.peers import torch_linear
 from mixbits import ops
 from mixbits.formats import first_line, parse_scheme
@@ -80,6 +88,8 @@ def contenders(
     for scheme in schemes:
         found += [(mixbits_peer(scheme, torch.bfloat16, backend=b), scheme, b) for b in backends]
         found.append((gemlite(scheme), scheme, "gemlite"))
+    if "MXFP4" in schemes and "cuda" in backends:
+        found.append((mixbits_fp8_peer(torch.bfloat16), FP8, "cuda"))
     usable = []
     for peer, scheme, backend in found:
         reason = why_not(peer, device)

@@ -13,9 +13,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from mixbits import ops, reference
-from mixbits.formats import Format
-from mixbits.pack import Packed, unpack
+from mixbits import folding, ops, reference
+from mixbits.formats import Format, UsageError
+from mixbits.pack import Mix, Operand, Packed, order_dtype, unpack
 
 FORMATS = (
     Format("e2m1", 32),
@@ -54,6 +54,24 @@ def checks(backend: str, device: str) -> Iterator[tuple[str, bool]]:
         yield f"square_sums {columns}", _close(got, reference.square_sums(weight, formats), 1e-6)
         for fmt in FORMATS:
             yield from _format_checks(weight, fmt, backend, device)
+    yield from _fp8_checks(backend, device)
+
+
+def _fp8_checks(backend: str, device: str) -> Iterator[tuple[str, bool]]:
+    """Activations in 8-bit floats, where that is possible; enough blocks for it to be chosen."""
+    try:
+        ops.require_fp8(device, backend)
+    except UsageError as error:
+        print(f"skipped: {error}")
+        return
+    fmt, columns, generator = FORMATS[0], COLUMNS[1], torch.Generator().manual_seed(0)
+    packed = ops.quantize_pack(torch.randn(130, columns, generator=generator), fmt, "reference")
+    x = torch.randn(9000, columns, generator=generator).bfloat16()
+    row_scale = ops.fold_rows(packed, fmt, columns)
+    assert row_scale is not None
+    there = packed.to(device), fmt, row_scale.to(device)
+    y = ops.packed_matmul_fp8(x.to(device), *there, backend)
+    yield "packed_matmul_fp8", _close(y, folding.matmul(x, packed, row_scale), 1e-2)
 
 
 def _format_checks(
@@ -78,12 +96,36 @@ def _format_checks(
         yield f"packed_matmul {name} M={tokens}", _close(y, expected, 1e-2)
 
 
+def _mixed_checks(backend: str, device: str) -> Iterator[tuple[str, bool]]:
+    """Weights in segments, in an order of their own; MX ones rotated."""
+    columns, width = COLUMNS[1], 352
+    for high, low in ((FORMATS[1], FORMATS[0]), (FORMATS[5], FORMATS[4])):
+        weight = torch.randn(ROWS, columns, generator=torch.Generator().manual_seed(width))
+        parts = zip((high, low), weight.split((width, columns - width), 1), strict=True)
+        operands = [
+            Operand(ops.quantize_pack(part, fmt, "reference"), fmt, fmt if fmt.is_mx else None)
+            for fmt, part in parts
+        ]
+        order = torch.arange(columns).flip(0).to(order_dtype(columns))
+        mix = Mix(tuple(operands), (width, columns - width), order, high.is_mx)
+        there = mix._replace(
+            operands=tuple(one._replace(packed=one.packed.to(device)) for one in operands),
+            order=order.to(device),
+        )
+        for tokens in TOKENS:
+            x = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(tokens))
+            x = x.bfloat16()
+            expected = ops.packed_matmuls(x, [mix], "reference")[0]
+            y = ops.packed_matmuls(x.to(device), [there], backend)[0]
+            yield f"mix {high.element}+{low.element} M={tokens}", _close(y, expected, 1e-2)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_smoke", description=__doc__)
     parser.add_argument("backend", choices=ops.BACKENDS)
     parser.add_argument("--device", default="cuda")
     args = parser.parse_args()
-    results = list(checks(args.backend, args.device))
+    results = [*checks(args.backend, args.device), *_mixed_checks(args.backend, args.device)]
     if args.device == "cuda":
         torch.cuda.synchronize()
     wrong = [name for name, right in results if not right]

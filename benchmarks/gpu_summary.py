@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from benchmarks.contender import FP8
 from mixbits.report import table
 
 LARGE = 8192
@@ -26,6 +27,7 @@ RATIOS = {
     2048: (0.85, 0.85),
 }
 AIMS = {1: (3.5, 1.85), 16: (3.4, None), 64: (2.8, None), 256: (1.0, None), 2048: (0.93, None)}
+FP8_TOKENS, FP8_RATIO = 2048, 1.4  # MXFP4A16 with activations in 8-bit floats: M, the same ratio
 SAME_BITS = {"MXFP4": "W4A16", "MXFP8": "W8A16"}
 INTEGERS = 0.95  # of the target of the MX format with as many bits
 ROUNDING = 0.85  # fake quantization: of the bandwidth of copying
@@ -60,6 +62,24 @@ def _default_backend(rows: Iterable[Row]) -> str:
     return next((name for name in ("cuda", "triton") if name in names), "cuda")
 
 
+def _large(rows: Sequence[Row], scheme: str, backend: str, tokens: int) -> list[Row]:
+    return [
+        row
+        for row in rows
+        if (row["scheme"], row["backend"], row["M"]) == (scheme, backend, str(tokens))
+        and min(int(row["N"]), int(row["K"])) >= LARGE
+    ]
+
+
+def fp8_line(rows: Sequence[Row]) -> Line:
+    chosen = [row for row in rows if row["section"] == "matmul"]
+    large = _large(chosen, FP8, "cuda", FP8_TOKENS)
+    error = max((float(row["relative_error"]) for row in large), default=0.0)
+    remark = f"relative error {error:.1e}" if large else ""
+    what = f"{FP8}, M = {FP8_TOKENS}, cuda: times cuBLAS bfloat16"
+    return _at_least(what, FP8_RATIO, [float(row["ratio"]) for row in large], remark)
+
+
 def ratio_lines(rows: Sequence[Row]) -> list[Line]:
     chosen = [row for row in rows if row["section"] == "matmul"]
     backend = _default_backend(chosen)
@@ -71,12 +91,7 @@ def ratio_lines(rows: Sequence[Row]) -> list[Line]:
                 (scheme, targets[column]),
                 (integer, round(INTEGERS * targets[column], 4)),
             ):
-                large = [
-                    row
-                    for row in chosen
-                    if (row["scheme"], row["backend"], row["M"]) == (name, backend, str(tokens))
-                    and min(int(row["N"]), int(row["K"])) >= LARGE
-                ]
+                large = _large(chosen, name, backend, tokens)
                 reading = max((float(row["share_of_read"]) for row in large), default=0.0)
                 remark = f"{reading:.0%} of read bandwidth" if tokens == 1 and large else ""
                 if aim and name == scheme:
@@ -154,6 +169,7 @@ def summary(rows: Sequence[Row], stages: Sequence[Row]) -> list[Line]:
     return [
         *stage_lines(stages),
         *ratio_lines(rows),
+        fp8_line(rows),
         *bandwidth_lines(rows),
         *sensitivity_lines(rows),
     ]

@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <stdexcept>
 #include <vector>
 
@@ -37,12 +38,25 @@ cuda::MatmulArgs matmul_args(uintptr_t x, uintptr_t codes, uintptr_t scales, uin
           format};
 }
 
+// [codes, scales, zero_points, columns, format, activation] of each segment
+using Segments = std::vector<std::array<int64_t, 6>>;
+
+std::vector<cuda::SegmentArgs> segment_args(const Segments& segments) {
+  std::vector<cuda::SegmentArgs> args;
+  for (const auto& s : segments) {
+    args.push_back({pointer<uint8_t>(s[0]), pointer<void>(s[1]), pointer<uint8_t>(s[2]), s[3],
+                    int(s[4]), int(s[5])});
+  }
+  return args;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m) {
   m.doc() = "CUDA kernels of mixbits: device pointers, sizes and a stream; no allocation, no sync.";
   m.attr("MAX_TOKENS") = cuda::kMaxTokens;
   m.attr("MAX_FORMATS") = cuda::kMaxFormats;
+  m.attr("E4M3_TOKENS") = cuda::kE4M3Tokens;
 #ifdef MB_WGMMA
   m.attr("HAS_WGMMA") = true;
 #else
@@ -82,14 +96,14 @@ PYBIND11_MODULE(_cuda, m) {
   m.def(
       "dequantize",
       [](uintptr_t codes, uintptr_t scales, uintptr_t zero_points, uintptr_t out, int64_t rows,
-         int64_t columns, int dtype, int format, uintptr_t stream) {
+         int64_t columns, int64_t stride, int dtype, int format, uintptr_t stream) {
         check(cuda::dequantize(pointer<uint8_t>(codes), pointer<void>(scales),
                                pointer<uint8_t>(zero_points), pointer<void>(out), rows, columns,
-                               dtype, format, pointer<void>(stream)));
+                               stride, dtype, format, pointer<void>(stream)));
       },
       py::arg("codes"), py::arg("scales"), py::arg("zero_points"), py::arg("out"), py::arg("rows"),
-      py::arg("columns"), py::arg("dtype"), py::arg("format"), py::arg("stream"),
-      "out: [rows, columns] of dtype.");
+      py::arg("columns"), py::arg("stride"), py::arg("dtype"), py::arg("format"), py::arg("stream"),
+      "out: [rows, columns] of dtype, rows `stride` values apart.");
 
   m.def("statistics_row_blocks", &cuda::statistics_row_blocks, py::arg("rows"), py::arg("columns"),
         "First dimension of the workspace of `statistics`.");
@@ -150,16 +164,81 @@ PYBIND11_MODULE(_cuda, m) {
 
   m.def(
       "stage_activations",
-      [](uintptr_t x, uintptr_t out, int64_t tokens, int64_t columns, int dtype, int weight_format,
-         int activation, int block_tokens, uintptr_t stream) {
-        check(cuda::stage_activations(pointer<void>(x), pointer<void>(out), tokens, columns, dtype,
-                                      weight_format, activation, block_tokens,
-                                      pointer<void>(stream)));
+      [](uintptr_t x, uintptr_t out, uintptr_t order, int order_bytes, bool rotated,
+         const Segments& segments, int64_t tokens, int64_t columns, int dtype, int out_dtype,
+         int block_tokens, uintptr_t stream) {
+        const auto parts = segment_args(segments);
+        const cuda::StageArgs args{pointer<void>(x),
+                                   pointer<void>(out),
+                                   pointer<void>(order),
+                                   order_bytes,
+                                   rotated,
+                                   parts.data(),
+                                   int(parts.size()),
+                                   tokens,
+                                   columns,
+                                   dtype,
+                                   out_dtype,
+                                   block_tokens};
+        check(cuda::stage_activations(args, pointer<void>(stream)));
       },
-      py::arg("x"), py::arg("out"), py::arg("tokens"), py::arg("columns"), py::arg("dtype"),
-      py::arg("weight_format"), py::arg("activation"), py::arg("block_tokens"), py::arg("stream"),
-      "x [tokens, columns], fake-quantized to `activation` unless 0 -> what packed_matmul_wgmma "
-      "reads.");
+      py::arg("x"), py::arg("out"), py::arg("order"), py::arg("order_bytes"), py::arg("rotated"),
+      py::arg("segments"), py::arg("tokens"), py::arg("columns"), py::arg("dtype"),
+      py::arg("out_dtype"), py::arg("block_tokens"), py::arg("stream"),
+      "x [tokens, columns], ordered, rotated, and fake-quantized to the activation of each segment "
+      "unless 0 -> rows of out_dtype, or with block_tokens what the wgmma products read. A segment "
+      "is [codes, scales, zero_points, columns, format, activation].");
+
+  m.def(
+      "mixed_matmul",
+      [](uintptr_t x, const Segments& segments, uintptr_t sums, uintptr_t out, int64_t tokens,
+         int64_t rows, int64_t columns, int dtype, uintptr_t stream) {
+        const auto parts = segment_args(segments);
+        const cuda::MixedArgs args{
+            pointer<void>(x), parts.data(), int(parts.size()), pointer<void>(out),
+            tokens,           rows,         columns,           dtype};
+        check(cuda::mixed_matmul(args, pointer<float>(sums), pointer<void>(stream)));
+      },
+      py::arg("x"), py::arg("segments"), py::arg("sums"), py::arg("out"), py::arg("tokens"),
+      py::arg("rows"), py::arg("columns"), py::arg("dtype"), py::arg("stream"),
+      "As packed_matmul, for segments side by side; sums: a workspace, float32 [tokens, rows].");
+
+  m.def(
+      "mixed_matmul_mma",
+      [](uintptr_t x, const Segments& segments, uintptr_t out, int64_t tokens, int64_t rows,
+         int64_t columns, int dtype, int row_tiles, int token_tiles, int warps, uintptr_t stream) {
+        const auto parts = segment_args(segments);
+        const cuda::MixedArgs args{
+            pointer<void>(x), parts.data(), int(parts.size()), pointer<void>(out),
+            tokens,           rows,         columns,           dtype};
+        check(cuda::mixed_matmul_mma(args, row_tiles, token_tiles, warps, pointer<void>(stream)));
+      },
+      py::arg("x"), py::arg("segments"), py::arg("out"), py::arg("tokens"), py::arg("rows"),
+      py::arg("columns"), py::arg("dtype"), py::arg("row_tiles"), py::arg("token_tiles"),
+      py::arg("warps"), py::arg("stream"), "As packed_matmul_mma, for segments side by side.");
+
+  m.def(
+      "mixed_matmul_wgmma",
+      [](uintptr_t staged, const Segments& segments, uintptr_t out, int64_t tokens, int64_t rows,
+         int64_t columns, int dtype, int parts, uintptr_t stream) {
+#ifdef MB_WGMMA
+        const auto weights = segment_args(segments);
+        const cuda::MixedArgs args{pointer<void>(staged),
+                                   weights.data(),
+                                   int(weights.size()),
+                                   pointer<void>(out),
+                                   tokens,
+                                   rows,
+                                   columns,
+                                   dtype};
+        check(cuda::mixed_matmul_wgmma(args, parts, pointer<void>(stream)));
+#else
+        check("built without sm_90a");
+#endif
+      },
+      py::arg("staged"), py::arg("segments"), py::arg("out"), py::arg("tokens"), py::arg("rows"),
+      py::arg("columns"), py::arg("dtype"), py::arg("parts"), py::arg("stream"),
+      "As packed_matmul_wgmma, for segments side by side, with block_tokens 128.");
 
   m.def(
       "packed_matmul_wgmma",
@@ -178,4 +257,39 @@ PYBIND11_MODULE(_cuda, m) {
       py::arg("out"), py::arg("tokens"), py::arg("rows"), py::arg("columns"), py::arg("dtype"),
       py::arg("format"), py::arg("block_tokens"), py::arg("parts"), py::arg("stream"),
       "As packed_matmul, from staged activations, on the warpgroup matrix units of sm_90a.");
+
+  m.def(
+      "stage_e4m3",
+      [](uintptr_t x, uintptr_t out, uintptr_t scales, int64_t tokens, int64_t columns, int dtype,
+         uintptr_t stream) {
+#ifdef MB_WGMMA
+        check(cuda::stage_e4m3(pointer<void>(x), pointer<uint8_t>(out), pointer<float>(scales),
+                               tokens, columns, dtype, pointer<void>(stream)));
+#else
+        check("built without sm_90a");
+#endif
+      },
+      py::arg("x"), py::arg("out"), py::arg("scales"), py::arg("tokens"), py::arg("columns"),
+      py::arg("dtype"), py::arg("stream"),
+      "x [tokens, columns] -> uint8 [T, columns rounded up to 128] and float32 [T], T being tokens "
+      "rounded up to E4M3_TOKENS.");
+
+  m.def(
+      "packed_matmul_e4m3",
+      [](uintptr_t staged, uintptr_t codes, uintptr_t scales, uintptr_t row_scales,
+         uintptr_t token_scales, uintptr_t out, int64_t tokens, int64_t rows, int64_t columns,
+         int dtype, int format, uintptr_t stream) {
+#ifdef MB_WGMMA
+        const auto args =
+            matmul_args(staged, codes, scales, 0, out, tokens, rows, columns, dtype, format);
+        check(cuda::packed_matmul_e4m3(args, pointer<uint8_t>(row_scales),
+                                       pointer<float>(token_scales), pointer<void>(stream)));
+#else
+        check("built without sm_90a");
+#endif
+      },
+      py::arg("staged"), py::arg("codes"), py::arg("scales"), py::arg("row_scales"),
+      py::arg("token_scales"), py::arg("out"), py::arg("tokens"), py::arg("rows"),
+      py::arg("columns"), py::arg("dtype"), py::arg("format"), py::arg("stream"),
+      "As packed_matmul_wgmma, of e2m1 weights folded to e4m3, from stage_e4m3.");
 }

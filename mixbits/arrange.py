@@ -17,7 +17,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .formats import MX_GROUP, Recipe, Scheme
+from .formats import MX_GROUP, Recipe, Scheme, UsageError
+
+
+def check_order(order: Tensor, in_features: int, name: str = "an order", where: str = "") -> None:
+    """Raise UsageError unless `order` is one of `in_features` columns.
+
+    Kernels trust it: a wrong one would address memory beyond the input.
+    """
+    if order.sort().values.tolist() != list(range(in_features)):
+        raise UsageError(f"{name} must hold each of {in_features} columns once{where}")
 
 
 def hadamard(x: Tensor) -> Tensor:

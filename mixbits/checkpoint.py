@@ -398,12 +398,6 @@ def check_files(
     return specs
 
 
-def check_order(name: str, order: Tensor, folder: Path) -> None:
-    """A wrong order would address memory beyond the input."""
-    if order.sort().values.tolist() != list(range(len(order))):
-        raise UsageError(f"{name}.order must hold each of {len(order)} columns once ({folder})")
-
-
 def crc(name: str, value: Tensor) -> int:
     """crc32 of a tensor's name and values."""
     data: Any = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()

@@ -95,12 +95,14 @@ class PackedLinear(nn.Module):
 
     Buffers as in `mixbits.pack`, empty until a checkpoint or `PackedLinear.from_weight` fills
     them. `backend` forces one of `mixbits.ops.backends()`; `int8_activations` is explained at
-    `mixbits.ops.packed_matmul`.
+    `mixbits.ops.packed_matmul`, and `row_scale`, which says that activations may be 8-bit floats,
+    at `mixbits.ops.packed_matmul_fp8`.
     """
 
     weight_packed: Tensor
     weight_scale: Tensor
     weight_zero_point: Tensor | None
+    row_scale: Tensor | None
     # How often anything has been set on any packed linear: who remembers addresses and settings
     # of all those of a model sees in one look that they still hold.
     changes = 0
@@ -121,6 +123,7 @@ class PackedLinear(nn.Module):
         self.int8_activations = False
         self.siblings: SharedInput | None = None
         self.register_buffer("weight_zero_point", None)
+        self.register_buffer("row_scale", None, persistent=False)
         for name, (dtype, shape) in packed_spec(scheme.weight, out_features, in_features).items():
             self._buffers[name] = torch.empty(shape, dtype=dtype, device=device)
         self.bias = bias
@@ -149,7 +152,12 @@ class PackedLinear(nn.Module):
         return ops.dequantize(self.operand.packed, self.scheme.weight, self.in_features)
 
     def forward(self, x: Tensor) -> Tensor:
-        return _forward(self, x)
+        if self.row_scale is None or torch.compiler.is_compiling():
+            return _forward(self, x)
+        packed, fmt, _ = self.operand
+        rows = x.reshape(-1, self.in_features)
+        y = ops.packed_matmul_fp8(rows, packed, fmt, self.row_scale, self.backend)
+        return _add_bias(self, y.reshape(*x.shape[:-1], self.out_features))
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
@@ -167,9 +175,9 @@ class PackedLinear(nn.Module):
         return self
 
     def extra_repr(self) -> str:
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, {self.scheme.name}"
-        )
+        mode = "" if self.row_scale is None else ", activations may be fp8"
+        sizes = f"in_features={self.in_features}, out_features={self.out_features}"
+        return f"{sizes}, {self.scheme.name}{mode}"
 
 
 class MixedLinear(nn.Module):
@@ -241,6 +249,10 @@ def _forward(linear: AnyPacked, x: Tensor) -> Tensor:
     y = None if linear.siblings is None else linear.siblings.product(linear, x)
     if y is None:
         y = _products([linear], x)[0]
+    return _add_bias(linear, y)
+
+
+def _add_bias(linear: AnyPacked, y: Tensor) -> Tensor:
     return y if linear.bias is None else y + linear.bias.to(y.dtype)
 
 
@@ -250,6 +262,26 @@ def _products(linears: Sequence[AnyPacked], x: Tensor) -> list[Tensor]:
     operands = [linear.operand for linear in linears]
     outs = ops.packed_matmuls_unchecked(rows, operands, first.backend, first.int8_activations)
     return [out.reshape(*x.shape[:-1], out.shape[1]) for out in outs]
+
+
+def allow_fp8_activations(model: nn.Module) -> None:
+    """Let activations of MXFP4A16 linears be 8-bit floats, where the weights' scales allow it.
+
+    The others stay as they are: other schemes, linears of several segments, and those with a row
+    whose block scales do not lie within 15 binades (`mixbits.folding`). Weights must be there, and
+    stay. Raises UsageError if no linear is left.
+    """
+    segments = {part for m in model.modules() if isinstance(m, MixedLinear) for part in m.parts}
+    linears = [m for m in model.modules() if isinstance(m, PackedLinear) and m not in segments]
+    chosen = [m for m in linears if m.operand.format.element == "e2m1" and not m.operand.activation]
+    for one in chosen:
+        packed, fmt, _ = one.operand
+        one.row_scale = ops.fold_rows(packed, fmt, one.in_features)
+    if all(one.row_scale is None for one in chosen):
+        raise UsageError(
+            f"fp8_activations needs MXFP4A16 linears with block scales within 15 binades per row: "
+            f"got {len(chosen)} MXFP4A16 linears of {len(linears)} packed in one scheme"
+        )
 
 
 def packed_linear(weight: Tensor, recipe: Recipe, bias: nn.Parameter | None = None) -> AnyPacked:

@@ -14,7 +14,7 @@ import torch
 
 from . import ops
 from .formats import UsageError, first_line
-from .linear import PackedLinear
+from .linear import PackedLinear, allow_fp8_activations
 from .transformers_quantizer import read_config
 
 
@@ -36,6 +36,7 @@ def load(
     device: torch.device | str = "cpu",
     trust_remote_code: bool = False,
     int8_activations: bool = False,
+    fp8_activations: bool = False,
     cuda_graphs: bool = True,
 ) -> Any:
     """A transformers model with packed linears, ready for `generate`.
@@ -44,16 +45,21 @@ def load(
     dtype             of activations and unquantized weights; the checkpoint's own by default.
     int8_activations  lets ...A16 schemes round activations to 8 bits on a CPU: faster prefill,
                       results that are no longer those of the float computation.
+    fp8_activations   the like for MXFP4A16 on a GPU of compute capability 9.0: activations may
+                      become 8-bit floats where many tokens are multiplied (mixbits.folding).
     cuda_graphs       on a GPU, `generate` uses a static cache and replays its one-token steps
                       (mixbits.graphs), where the model allows it.
 
     Raises UsageError if the folder is no mixbits checkpoint, any tensor is missing, unexpected or
-    of another shape or dtype, or values or schemes are not those that were written.
+    of another shape or dtype, or values or schemes are not those that were written; or if
+    fp8_activations could have no effect.
     """
     folder = Path(folder)
     read_config(folder)
     if backend is not None:
         ops.choose_backend(torch.device(device).type, backend)
+    if fp8_activations:
+        ops.require_fp8(device, backend)
     with plain_errors(f"cannot load the checkpoint in {folder}"):
         from transformers import AutoModelForCausalLM
 
@@ -68,6 +74,8 @@ def load(
     for module in model.modules():
         if isinstance(module, PackedLinear):
             module.backend, module.int8_activations = backend, int8_activations
+    if fp8_activations:
+        allow_fp8_activations(model)
     if not cuda_graphs:
         from .graphs import drop_graphs
 

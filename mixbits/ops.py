@@ -10,6 +10,8 @@
     compensate_group      group [N, columns], factor, ...      rounding.Group
     packed_matmul         x [M, K], Packed [N, K]              [M, N], x's dtype
     packed_matmuls        x [M, K], Operands or Mixes [N_i, K] list of [M, N_i]
+    fold_rows             Packed, K                            uint8 [N], or None
+    packed_matmul_fp8     x [M, K], Packed [N, K], uint8 [N]   [M, N], x's dtype
 
 What each means is said in `mixbits.reference`. Values may be bfloat16, float16 or float32, need
 not be contiguous, and lie on one device. No gradient flows through any of these.
@@ -31,8 +33,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import reference, rounding
-from .arrange import Arrangement
+from . import folding, reference, rounding
+from .arrange import Arrangement, check_order
 from .formats import MAX_SEGMENTS, Format, UsageError
 from .pack import Mix, Operand, Packed, order_dtype, packed_spec
 from .rounding import Group
@@ -245,6 +247,46 @@ def gradient_statistics(
     return module.gradient_statistics(*tensors, list(formats))
 
 
+def require_fp8(device: torch.device | str, backend: str | None = None) -> None:
+    """Raise UsageError that says why products on `device` cannot have activations in e4m3."""
+    device = torch.device(device)
+    name = choose_backend(device.type, backend or os.environ.get("MIXBITS_BACKEND") or None)
+    why: str | None = f"the cuda backend is needed: got {name} on {device.type}"
+    if name == "cuda":
+        why = _module("cuda_fp8").why_unavailable(device)
+    if why is not None:
+        raise UsageError(f"activations in 8-bit floats: {why}")
+
+
+def fold_rows(packed: Packed, fmt: Format, in_features: int) -> Tensor | None:
+    """Scales of rows that make a weight in e2m1 one of e4m3, or None where a row does not fit.
+
+    See `mixbits.folding.fold_rows`. Raises UsageError for other formats.
+    """
+    if fmt.element != "e2m1":
+        raise UsageError(f"activations in 8-bit floats need weights in e2m1: got {fmt.element}")
+    _check_packed(packed, fmt, in_features, packed.weight_packed.device)
+    return folding.fold_rows(packed)
+
+
+def packed_matmul_fp8(
+    x: Tensor, packed: Packed, fmt: Format, row_scale: Tensor, backend: str | None = None
+) -> Tensor:
+    """`packed_matmul` of a weight in e2m1, where x may be rounded to e4m3, for speed.
+
+    `row_scale` is what `fold_rows` gave for this very weight, whose tensors must be contiguous:
+    nothing looks again. Where nothing is gained (few tokens), x is left as it is; else the result
+    is that of `mixbits.folding.matmul`, but for the order of sums, and for the 14 binary digits
+    that sums over 128 columns have. Raises UsageError where `require_fp8` does.
+    """
+    _check_values("x", x, 2)
+    require_fp8(x.device, backend)
+    if x.numel() == 0:
+        return x.new_zeros((x.shape[0], row_scale.shape[0]))
+    out: Tensor = _module("cuda_fp8").packed_matmul(x.contiguous(), packed, fmt, row_scale)
+    return out
+
+
 def square_sums(x: Tensor, formats: Sequence[Format], backend: str | None = None) -> Tensor:
     """float64 [1 + formats, K]: sums over the rows of x [T, K] of x_k^2 and (x - Q(x))_k^2.
 
@@ -334,8 +376,7 @@ def _checked_mix(mix: Mix, in_features: int, device: torch.device) -> Mix:
     if mix.order is None:
         return mix._replace(operands=operands)
     _check_device("order", mix.order, device)
-    if sorted(mix.order.tolist()) != list(range(in_features)):
-        raise ValueError(f"an order must hold each of {in_features} columns once")
+    check_order(mix.order, in_features)
     order = mix.order.to(order_dtype(in_features)).contiguous()
     return mix._replace(operands=operands, order=order)
 
@@ -360,10 +401,18 @@ def packed_matmuls_unchecked(
     if hasattr(module, "packed_matmuls"):
         outs: list[Tensor] = module.packed_matmuls(x, operands, int8_activations)
         return outs
-    return [_one_by_one(x, operand, module.packed_matmul) for operand in operands]
+    mixed = getattr(module, "mixed_matmul", None)
+    return [
+        mixed(x, operand)
+        if mixed is not None and isinstance(operand, Mix) and operand.is_regular
+        else _one_by_one(x, operand, module.packed_matmul, backend)
+        for operand in operands
+    ]
 
 
-def _one_by_one(x: Tensor, operand: Operand | Mix, multiply: Callable[..., Tensor]) -> Tensor:
+def _one_by_one(
+    x: Tensor, operand: Operand | Mix, multiply: Callable[..., Tensor], backend: str | None
+) -> Tensor:
     """A product by a backend that knows packed weights only: the slow twin of a native `Mix`."""
     if isinstance(operand, Operand):
         if operand.packed.weight_packed.numel() == 0:
@@ -372,11 +421,18 @@ def _one_by_one(x: Tensor, operand: Operand | Mix, multiply: Callable[..., Tenso
     # torch indexes by 32 bits at least.
     order = None if operand.order is None else operand.order.int()
     arranged = Arrangement(order, operand.rotated).input(x)
-    if len(operand.operands) > 1:
-        arranged = arranged.float()
     parts = zip(operand.operands, arranged.split(operand.columns, -1), strict=True)
-    products = (_one_by_one(part.contiguous(), one, multiply) for one, part in parts)
+    products = [_product_of_part(part, one, multiply, backend) for one, part in parts]
     return functools.reduce(torch.add, products).to(x.dtype)
+
+
+def _product_of_part(
+    x: Tensor, one: Operand, multiply: Callable[..., Tensor], backend: str | None
+) -> Tensor:
+    """In float32, for a sum that is rounded once; x is rounded in its own dtype, as elsewhere."""
+    if one.activation is not None:
+        x = fake_quantize(x, one.activation, backend)
+    return _one_by_one(x.contiguous().float(), one._replace(activation=None), multiply, backend)
 
 
 # --- torch.ops.mixbits: what torch.compile sees ------------------------------------------------
@@ -400,7 +456,7 @@ def _compiled_matmul(
         )
         return out
 
-    return _one_by_one(x, operand, multiply)
+    return _one_by_one(x, operand, multiply, backend)
 
 
 @functools.cache

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .formats import Format, Mixed, Recipe, order_bits
+from .formats import MX_GROUP, Format, Mixed, Recipe, order_bits
 
 LAYOUT = 1  # the number of this layout; a checkpoint records it
 
@@ -58,6 +58,9 @@ class Operand(NamedTuple):
         return self.packed.weight_packed.shape[0]
 
 
+Part: TypeAlias = tuple[Packed, Format, int]  # a packed weight [N, K], its format, and K
+
+
 class Mix(NamedTuple):
     """Several `Operand`s side by side over the columns of one weight [N, K].
 
@@ -74,6 +77,33 @@ class Mix(NamedTuple):
     @property
     def out_features(self) -> int:
         return self.operands[0].out_features
+
+    @property
+    def parts(self) -> list[Part]:
+        pairs = zip(self.operands, self.columns, strict=True)
+        return [(one.packed, one.format, columns) for one, columns in pairs]
+
+    @property
+    def is_regular(self) -> bool:
+        """Whether no rotated block, nor a block of a rounded input, lies across two segments."""
+        return all(columns % MX_GROUP == 0 for columns in self.columns[:-1])
+
+    @property
+    def takes_input_as_is(self) -> bool:
+        """Whether x is neither put in order, nor rotated, nor rounded."""
+        rounded = any(one.activation is not None for one in self.operands)
+        return self.order is None and not self.rotated and not rounded
+
+    def input_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """What holds an arranged and rounded x of `dtype` without rounding it once more.
+
+        That is `dtype`, unless x is rotated: rotated sums are float32. Rounded ones have at most 4
+        digits, and a range that bfloat16 has and float16 has not.
+        """
+        rounded = all(one.activation is not None for one in self.operands)
+        if not self.rotated or (rounded and dtype == torch.bfloat16):
+            return dtype
+        return torch.float32
 
 
 Rounded: TypeAlias = Mapping[str, Sequence[Packed]]  # linear -> its packed parts

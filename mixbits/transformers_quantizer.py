@@ -20,7 +20,8 @@ from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .checkpoint import check_files, check_order, checksum, crc
+from .arrange import check_order
+from .checkpoint import check_files, checksum, crc
 from .formats import Recipe, UsageError
 from .linear import MixedLinear, packed_linear, share_inputs, swap_linears
 from .pack import LAYOUT
@@ -91,7 +92,7 @@ class MixbitsQuantizer(HfQuantizer):
         for name, module in model.named_modules():
             order = module.order if isinstance(module, MixedLinear) else None
             if order is not None and not order.is_meta:  # on disk, where weights are offloaded
-                check_order(name, order, Path(model.name_or_path))
+                check_order(order, module.in_features, f"{name}.order", f" ({model.name_or_path})")
         share_inputs(model)
         use_fast_steps(model)
 

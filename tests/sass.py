@@ -21,9 +21,9 @@ def find_cuobjdump() -> Path | None:
 
 
 def written(opcode: str, operands: str) -> set[int]:
-    """Registers that an instruction of the kinds around HGMMA writes; it names them first."""
+    """Registers that an instruction of the kinds around HGMMA and QGMMA writes, its first."""
     first = re.match(r"\s*R(\d+)\b", operands)
-    if first is None or re.match("HGMMA|ST|BRA|B?SYNC|BSSY|ISETP", opcode):
+    if first is None or re.match("[HQ]GMMA|ST|BRA|B?SYNC|BSSY|ISETP", opcode):
         return set()
     count = 4 if ".128" in opcode else 2 if re.search(r"\.64|CS2R|WIDE", opcode) else 1
     return set(range(int(first[1]), int(first[1]) + count))
@@ -56,27 +56,27 @@ class Kernel:
         most = max((n for n, _ in found), default=0)
         return min((loop for n, loop in found if n == most and n), key=len, default=[])
 
-    def writes_under_way(self) -> list[str]:
+    def writes_under_way(self, unit: str = "HGMMA", waits_needed: int = 2) -> list[str]:
         """What writes to the operand registers of a wgmma of the loop that may still read them.
 
-        The kernel waits after each group for the group before: a product is finished at the
-        second wait after its own group ends ("gsb0").
+        A product is finished so many waits after its own group ends ("gsb0"): two where the
+        kernel waits after each group for the group before.
         """
-        loop = self.loop_code("HGMMA")
+        loop = self.loop_code(unit)
         found = []
         for i, (opcode, operands) in enumerate(loop):
-            if not opcode.startswith("HGMMA"):
+            if not opcode.startswith(unit):
                 continue
             first = int(re.findall(r"\bR(\d+)", operands)[1])
             ended, waits = False, 0
             for op, rest in (loop + loop)[i:]:
-                ended |= op.startswith("HGMMA") and "gsb0" in rest
+                ended |= op.startswith(unit) and "gsb0" in rest
                 waits += ended and op.startswith("WARPGROUP.DEPBAR")
-                if waits == 2:
+                if waits == waits_needed:
                     break
                 if written(op, rest) & set(range(first, first + 4)):
                     found.append(f"{op}{rest} after {opcode}{operands}")
-            assert waits == 2
+            assert waits == waits_needed
         return found
 
 

@@ -352,6 +352,8 @@ def test_an_unknown_backend_is_refused(intact: Path) -> None:
         mixbits.load(intact, backend="abacus")
     with pytest.raises(UsageError, match="cannot be used"):
         mixbits.load(intact, backend="cuda")
+    with pytest.raises(UsageError, match="8-bit floats: the cuda backend is needed: got cpu"):
+        mixbits.load(intact, backend="cpu", fp8_activations=True)
 
 
 # -------------------------------------------------------------------------------- atomic writing

@@ -26,7 +26,8 @@ CSRC = TESTS.parent / "csrc"
 SOURCES = sorted(CSRC.glob("cuda/*.cu"))
 # Registers per thread of files whose kernels want more than 64, which let two thirds of an SM's
 # warps be resident. What the matrix kernels may have follows from their launch bounds.
-MAX_REGISTERS = {"matmul": 128, "matmul_mma": 255, "matmul_wgmma": 168}
+MAX_REGISTERS = {"matmul": 128, "matmul_mma": 255, "matmul_wgmma": 168, "matmul_e4m3": 168}
+HOPPER = ("matmul_wgmma", "matmul_e4m3")
 BUDGETS = TESTS / "cuda_budgets.csv"
 
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on the PATH")
@@ -40,7 +41,7 @@ needs_cuobjdump = pytest.mark.skipif(
 
 
 def architectures(source: Path) -> list[str]:
-    return ["90a"] if source.stem == "matmul_wgmma" else ["80", "90a", "100a", "120a"]
+    return ["90a"] if source.stem in HOPPER else ["80", "90a", "100a", "120a"]
 
 
 BUILDS = [(source.stem, arch) for source in SOURCES for arch in architectures(source)]
@@ -83,13 +84,35 @@ def code_load(element: int) -> str:
     return f"LDG.E.NA.LTC128B.{64 if element == 3 else 128}.CONSTANT"
 
 
+def plain_and_mixed(path: Path) -> tuple[list[sass.Kernel], list[sass.Kernel]]:
+    """Kernels for weights of one format, and those for weights in segments."""
+    kernels = sass.disassemble(sass.find_cuobjdump(), path)
+    mixed = [kernel for kernel in kernels if "mixed" in kernel.name]
+    return [kernel for kernel in kernels if kernel not in mixed], mixed
+
+
+def check_mixed(mixed: sass.Kernel, parts: list[sass.Kernel], products: str) -> None:
+    """It has the products and the loads of its parts, one for each format; no call, no stack."""
+    for pattern in (products, *map(re.escape, (code_load(0), code_load(3)))):
+        assert mixed.count(pattern) == sum(part.count(pattern) for part in parts), mixed.name
+    assert mixed.count(products)
+    assert not mixed.count("CALL|LDL|STL"), mixed.name
+    assert len(mixed.code) <= sum(len(part.code) for part in parts), mixed.name
+
+
 @pytest.mark.slow
 @needs_nvcc
 @needs_cuobjdump
 @pytest.mark.parametrize("arch", ["80", "90a", "100a", "120a"])
 def test_mma_machine_code(builds, arch):
     """Tensor cores, wide loads of codes, nothing in local memory."""
-    kernels = sass.disassemble(sass.find_cuobjdump(), builds["matmul_mma", arch][0])
+    kernels, mixed = plain_and_mixed(builds["matmul_mma", arch][0])
+    assert len(mixed) == 2 * 2  # dtypes, shapes
+    for kernel in mixed:
+        dtype, shape = re.search(r"kernelI(\d+\D+\d*)((?:Li\dE)+)E", kernel.name).groups()
+        parts = [k for k in kernels if re.search(f"kernelI{dtype}Li\\dE{shape}E", k.name)]
+        assert len(parts) == 6
+        check_mixed(kernel, parts, "HMMA.16816.F32")
     assert len(kernels) == 2 * 6 * 3  # dtypes, elements, shapes
     for kernel in kernels:
         loop = kernel.inner_loop("HMMA")
@@ -104,7 +127,14 @@ def test_mma_machine_code(builds, arch):
 @needs_cuobjdump
 def test_wgmma_machine_code(builds):
     """Warpgroup products from registers in the loop, bulk copies, registers given and taken."""
-    kernels = sass.disassemble(sass.find_cuobjdump(), builds["matmul_wgmma", "90a"][0])
+    kernels, mixed = plain_and_mixed(builds["matmul_wgmma", "90a"][0])
+    assert len(mixed) == 2 * 2  # dtypes; e2m1 and e4m3, integers
+    for kernel in mixed:
+        dtype, mx = re.search(r"kernelI(\d+\D+\d*)Lb(\d)E", kernel.name).groups()
+        family = "[01]" if mx == "1" else "[345]"
+        parts = [k for k in kernels if re.search(f"kernelI{dtype}Li{family}ELi128E", k.name)]
+        check_mixed(kernel, parts, "HGMMA.64x128x16.F32")
+        assert kernel.count("UBLKCP") and kernel.count("SYNCS")
     assert len(kernels) == 2 * 6 * 3  # dtypes, elements, tokens of a block
     for kernel in kernels:
         element, tokens = map(int, re.search(r"Li(\d)ELi(\d+)E", kernel.name).groups())
@@ -122,28 +152,53 @@ def test_wgmma_machine_code(builds):
 @pytest.mark.slow
 @needs_nvcc
 @needs_cuobjdump
+def test_e4m3_machine_code(builds):
+    """Warpgroup products of 8-bit floats, each finished before the next begins."""
+    kernels = sass.disassemble(sass.find_cuobjdump(), builds["matmul_e4m3", "90a"][0])
+    products = [kernel for kernel in kernels if "e4m3_kernel" in kernel.name]
+    staging = [kernel for kernel in kernels if "stage_kernel" in kernel.name]
+    assert len(products) == len(staging) == 2 and len(kernels) == 4  # dtypes
+    for kernel in products:
+        loop = kernel.inner_loop("QGMMA")
+        assert loop.count("QGMMA.64x128x32.F32.E4M3.E4M3") == 2 * 4, kernel.name  # tiles, steps
+        assert loop.count(code_load(0)) == 2 * 2, kernel.name  # tiles, rows
+        assert loop.count("FADD") == 2 * 64, kernel.name  # what leaves the 14 digits
+        assert kernel.count("UBLKCP.*MULTICAST") and kernel.count("SYNCS")
+        assert kernel.count("USETMAXREG") == 2
+        assert not kernel.writes_under_way("QGMMA", waits_needed=1), kernel.name
+    for kernel in staging:
+        assert kernel.count("F2FP.SATFINITE.E4M3") and kernel.count("LDG.E.64"), kernel.name
+    assert not any(kernel.count("LDL|STL") for kernel in kernels)
+
+
+@pytest.mark.slow
+@needs_nvcc
+@needs_cuobjdump
 @pytest.mark.parametrize(
-    ("name", "store"),
-    [("dequantize", "STG.E.128"), ("fake_quant", "STG.E.64"), ("stage", "STG.E.64")],
+    ("name", "store", "count"),  # stage: rows, and tiles
+    [("dequantize", "STG.E.128", 1), ("fake_quant", "STG.E.64", 1), ("stage", "STG.E.64", 2)],
 )
-def test_16_bit_values_move_together(builds, name, store):
+def test_16_bit_values_move_together(builds, name, store, count):
     """8 or 16 bytes per lane and store: the compiler splits copies of structs of 16-bit values."""
     for kernel in sass.disassemble(sass.find_cuobjdump(), builds[name, "90a"][0]):
-        if "6__half" in kernel.name or "bfloat16" in kernel.name:
-            assert kernel.count(re.escape(store)) == 1, kernel.name
+        if ("6__half" in kernel.name or "bfloat16" in kernel.name) and "fEEv" not in kernel.name:
+            assert kernel.count(re.escape(store)) == count, kernel.name
             assert not kernel.count("LDL|STL"), kernel.name
 
 
 def loop_sizes(builds) -> dict[tuple[str, str], int]:
     """(file, template arguments) -> instructions of the loop around the matrix unit, bfloat16.
 
-    A loop holds 4 chunks of two rows of mma, or two tiles of 128 columns of wgmma; and, out of
-    the way, the branches that repair rare values.
+    A loop holds 4 chunks of two rows of mma, or two tiles of 128 columns of the others; and, out
+    of the way, the branches that repair rare values.
     """
     sizes = {}
-    for name, pattern in (("matmul_mma", "HMMA"), ("matmul_wgmma", "HGMMA")):
+    units = {"matmul_mma": "HMMA", "matmul_wgmma": "HGMMA", "matmul_e4m3": "QGMMA"}
+    for name, pattern in units.items():
         for kernel in sass.disassemble(sass.find_cuobjdump(), builds[name, "90a"][0]):
-            if match := re.search(r"kernelI13__nv_bfloat16((?:Li\d+E)+)E", kernel.name):
+            if "stage" in kernel.name or "mixed" in kernel.name:  # the latter are made of these
+                continue
+            if match := re.search(r"kernelI13__nv_bfloat16((?:Li\d+E)*)E", kernel.name):
                 arguments = " ".join(re.findall(r"\d+", match[1]))
                 sizes[name, arguments] = len(kernel.inner_loop(pattern))
     return sizes
@@ -239,7 +294,11 @@ int main() {
   for (int token = 0; token < 64; ++token) {
     for (int position = 0; position < kStagedColumns; ++position) {
       printf("byte %d %d %d\n", token, position, staged_byte(64, token, position));
+      printf("folded_byte %d %d %d\n", token, position, folded_byte(token, position));
     }
+  }
+  for (int column = 0; column < kStagedColumns; ++column) {
+    printf("folded %d %d\n", column, folded_position(column));
   }
 }
 """
@@ -295,4 +354,19 @@ def test_staged_bytes_are_swizzled(fragment_maps):
     assert sorted(places) == list(range(0, 64 * 256, 2))
     for token, position, place in fragment_maps["byte"]:
         plain = (position // 64 * 64 + token) * 128 + position % 64 * 2
+        assert place == plain ^ (plain >> 7 & 7) << 4
+
+
+@needs_gpp
+def test_folded_order_is_that_of_the_fragments(fragment_maps):
+    """Position 32 s + 16 u + 4 q + e holds what lane q's register 2u of step s has in byte e."""
+    positions = dict(fragment_maps["folded"])
+    for lane in range(4):
+        for step in range(4):
+            for code in range(8):  # of the word that the step takes: four for each register
+                upper, byte = divmod(code, 4)
+                column = 32 * lane + 8 * step + code
+                assert positions[column] == 32 * step + 16 * upper + 4 * lane + byte
+    for token, position, place in fragment_maps["folded_byte"]:
+        plain = token * 128 + position
         assert place == plain ^ (plain >> 7 & 7) << 4

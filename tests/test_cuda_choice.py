@@ -1,11 +1,13 @@
 """The choice of a CUDA kernel is a pure function, and every choice can run."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from conftest import FORMATS, INT_FORMATS, MX_FORMATS, format_id
 
 from mixbits.backends import cuda
-from mixbits.backends.cuda_choice import KERNELS, Choice, choose
+from mixbits.backends.cuda_choice import KERNELS, Choice, choose, choose_fp8, choose_mixed
 from mixbits.formats import UsageError
 
 AMPERE, HOPPER, BLACKWELL = (8, 0), (9, 0), (10, 0)
@@ -32,6 +34,64 @@ BF16 = torch.bfloat16
 @pytest.mark.parametrize("fmt", [MXFP4, INT_FORMATS[0]], ids=format_id)
 def test_kernels_by_device_and_tokens(fmt, capability, tokens, kernel):
     assert choose(capability, fmt, BF16, tokens, 8192, 8192).kernel == kernel
+
+
+def test_fp8_is_taken_where_it_is_allowed_and_gains(monkeypatch):
+    def kernel(tokens, rows=8192, capability=HOPPER, fmt=MXFP4, dtype=BF16, **more):
+        return choose_fp8(capability, fmt, dtype, tokens, rows, 8192, **more).kernel
+
+    assert [kernel(tokens) for tokens in (1, 16, 128)] == ["mma", "mma", "wgmma"]
+    assert [kernel(tokens) for tokens in (129, 2048, 100000)] == ["fp8"] * 3
+    # A device with 132 processors wants 66 blocks of 128 rows by 128 tokens.
+    assert kernel(2048, rows=512) == "scratch" and kernel(2048, rows=640) == "fp8"
+    assert kernel(256, rows=1024) == "wgmma"
+    assert kernel(2048, dtype=torch.float32) == "scratch"
+    assert kernel(2048, capability=AMPERE) == kernel(2048, capability=BLACKWELL) == "scratch"
+    assert kernel(2048, fmt=MX_FORMATS[4]) == kernel(2048, fmt=INT_FORMATS[0]) == "scratch"
+    assert kernel(2048, aligned=False) == kernel(2048, has_wgmma=False) == "scratch"
+    assert kernel(2048, forced="scratch") == "scratch"
+    monkeypatch.setenv("MIXBITS_CUDA_KERNEL", "fp8")
+    with pytest.raises(UsageError, match="must be one of simple, mma, wgmma, scratch: got 'fp8'"):
+        cuda._forced_kernel()
+@pytest.mark.parametrize(
+    ("capability", "tokens", "kernel"),
+    [
+        (HOPPER, 1, "mma"),
+        (HOPPER, 16, "mma"),
+        (HOPPER, 17, "wgmma"),
+        (HOPPER, 1025, "scratch"),
+        (AMPERE, 32, "mma"),
+        (AMPERE, 33, "scratch"),
+        ((7, 5), 16, "simple"),
+    ],
+)
+@pytest.mark.parametrize(
+    "formats", [(MX_FORMATS[3], MXFP4), (INT_FORMATS[-1], INT_FORMATS[0])], ids=str
+)
+def test_kernels_for_segments(formats, capability, tokens, kernel):
+    choice = choose_mixed(capability, formats, BF16, tokens, 8192, (2048, 6144))
+    assert choice.kernel == kernel
+    assert (choice.row_tiles, choice.token_tiles) in {(0, 0), (1, 1), (4, 1)}
+    assert choice.block_tokens in (0, 128)
+
+
+def test_segments_that_no_matrix_kernel_takes():
+    """A short last segment; float32; formats that wgmma has no common code for."""
+    mx = (MX_FORMATS[3], MXFP4)
+    assert choose_mixed(HOPPER, mx, BF16, 3, 64, (32, 140)).kernel == "simple"
+    assert choose_mixed(HOPPER, mx, BF16, 40, 64, (32, 140)).kernel == "scratch"
+    assert choose_mixed(HOPPER, mx, torch.float32, 3, 64, (32, 64)).kernel == "simple"
+    for other in (INT_FORMATS[0], MX_FORMATS[6]):
+        assert choose_mixed(HOPPER, (other, MXFP4), BF16, 3, 64, (32, 64)).kernel == "mma"
+        assert choose_mixed(HOPPER, (other, MXFP4), BF16, 40, 64, (32, 64)).kernel == "scratch"
+    with pytest.raises(ValueError, match=r"'wgmma' .* e4m3\+e2m1 weights \[64, 172\] on compute"):
+        choose_mixed(HOPPER, mx, BF16, 40, 64, (32, 140), forced="wgmma")
+
+
+def test_every_segment_gets_a_warp():
+    for tokens, most in ((1, 16), (16, 12)):
+        choice = choose_mixed(HOPPER, (MXFP4,) * 8, BF16, tokens, 64, (32,) * 8)
+        assert 8 <= choice.warps <= most
 
 
 def test_what_matrix_units_cannot_take():
@@ -92,6 +152,15 @@ def test_forced_by_the_environment(monkeypatch):
         cuda._forced_kernel()
 
 
+def test_a_product_is_explained_without_tensors(monkeypatch):
+    monkeypatch.setattr(cuda, "_native", lambda: SimpleNamespace(HAS_WGMMA=True))
+    monkeypatch.setattr(cuda, "_device_facts", lambda device: (HOPPER, 132))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    for tokens in (1, 100):
+        expected = str(choose(HOPPER, MXFP4, BF16, tokens, 4096, 8192))
+        assert cuda.explain_matmul(MXFP4, tokens, 4096, 8192, BF16) == expected
+
+
 def test_choices_print():
     assert str(Choice("scratch")) == "scratch (dequantized, then cuBLAS)"
     assert str(choose(HOPPER, MXFP4, BF16, 1, 8192, 8192)) == (
@@ -99,4 +168,7 @@ def test_choices_print():
     )
     assert str(choose(HOPPER, MXFP4, BF16, 100, 8192, 8192)) == (
         "wgmma (128 rows x 128 tokens, 2 blocks along K)"
+    )
+    assert str(choose_fp8(HOPPER, MXFP4, BF16, 2048, 8192, 8192)) == (
+        "fp8 (128 rows x 128 tokens, activations in e4m3)"
     )

@@ -23,10 +23,11 @@ import torch
 from conftest import FORMATS, INT_FORMATS, MX_FORMATS, assert_same_bits, format_id, hard_rows
 from torch import Tensor
 
-from mixbits import pack, reference
-from mixbits.backends import cuda
+from mixbits import folding, ops, pack, reference
+from mixbits.backends import cuda, cuda_fp8, scratch
 from mixbits.backends.cuda_choice import Choice
-from mixbits.formats import INTEGERS, MINIFLOATS, MX_GROUP, Format
+from mixbits.formats import INTEGERS, MINIFLOATS, MX_GROUP, Format, parse_scheme
+from mixbits.linear import PackedLinear, allow_fp8_activations
 
 TESTS = Path(__file__).resolve().parent
 CSRC = TESTS.parent / "csrc"
@@ -118,7 +119,7 @@ def test_emulated_round_trip(emulated, fmt, columns):
 @pytest.mark.parametrize("element", [*MINIFLOATS, *INTEGERS])
 def test_emulated_matmul(emulated, element, shape, monkeypatch):
     """As the backend chooses: all ways but wgmma occur, and scratch in several blocks."""
-    monkeypatch.setattr(cuda, "SCRATCH_BYTES", 4 * 64 * 4)  # four float32 rows
+    monkeypatch.setattr(scratch, "SCRATCH_BYTES", 4 * 64 * 4)  # four float32 rows
     fmt = Format(element, 32, symmetric=element in MINIFLOATS)
     checks.check_matmul(emulated, CPU, fmt, shape)
 
@@ -171,6 +172,48 @@ def test_emulated_matrix_units(emulated, fmt, choice, monkeypatch):
 def test_emulated_wide_blocks(emulated, fmt, choice, monkeypatch):
     use(monkeypatch, choice)
     checks.check_matmul(emulated, CPU, fmt, (choice.block_tokens + 3, 130, 1056))
+
+
+MIXED = [*MMA[:2], *(Choice("wgmma", block_tokens=128, parts=parts) for parts in (1, 2))]
+
+
+@emulated_test
+@pytest.mark.parametrize("choice", MIXED, ids=str)
+@pytest.mark.parametrize("segments", ["MX", "MX, inputs alone", "integers"])
+def test_emulated_mixed(emulated, segments, choice, monkeypatch):
+    """Segments that fill no tile; rows and tokens likewise."""
+    monkeypatch.setattr(cuda, "explain_mixed", lambda x, mix: choice)
+    checks.check_mixed(emulated, CPU, segments, (17, 69), "ordered", [torch.bfloat16])
+    checks.check_mixed(emulated, CPU, segments, (1, 1), dtypes=[torch.float16])
+
+
+@emulated_test
+@pytest.mark.parametrize("segments", checks.MIXES)
+def test_emulated_mixed_as_chosen(emulated, segments, monkeypatch):
+    """All ways but wgmma's occur, and scratch in several blocks."""
+    monkeypatch.setattr(scratch, "SCRATCH_BYTES", 8 * 320 * 4)
+    for shape, arranged in zip(((1, 15), (3, 100), (17, 17)), checks.ARRANGED, strict=True):
+        checks.check_mixed(emulated, CPU, segments, shape, arranged)
+
+
+@emulated_test
+def test_emulated_arrange(emulated):
+    checks.check_arrange(cuda._stage, CPU)
+
+
+@emulated_test
+def test_emulated_mixed_misaligned(emulated):
+    """Codes that begin anywhere take narrower loads; an input that does is staged."""
+    mix, _ = checks.make_mix(checks.MIXES["MX, inputs alone"], "natural", 5)
+    x = torch.randn(3 * 224 + 1).bfloat16()[1:].view(3, 224)
+    expected = cuda.mixed_matmul(x, mix)
+    codes = mix.operands[1].packed.weight_packed
+    shifted = torch.empty(codes.numel() + 1, dtype=torch.uint8)[1:].view(codes.shape).copy_(codes)
+    packed = mix.operands[1].packed._replace(weight_packed=shifted)
+    moved = mix._replace(operands=(mix.operands[0], mix.operands[1]._replace(packed=packed)))
+    assert cuda.explain_mixed(x, mix).kernel == "mma"
+    assert cuda.explain_mixed(x, moved).kernel == "simple"
+    torch.testing.assert_close(cuda.mixed_matmul(x, moved), expected)
 
 
 @emulated_test
@@ -261,6 +304,150 @@ def test_emulated_misaligned_codes(emulated):
     torch.testing.assert_close(got, emulated.packed_matmul(x, aligned, fmt, None))
 
 
+# --- activations in 8-bit floats -------------------------------------------------------------
+
+FP8 = Choice("fp8", block_tokens=128)
+MXFP4 = MX_FORMATS[0]
+
+
+@pytest.fixture
+def fp8(monkeypatch):
+    """The products of cuda_fp8, for any number of tokens."""
+    monkeypatch.setattr(cuda_fp8, "explain", lambda x, packed, fmt: FP8)
+    return cuda_fp8
+
+
+def staged_codes(staged: Tensor, tokens: int, columns: int) -> Tensor:
+    """[tokens, columns] from the tiles of 128 by 128 that the product reads, said once more."""
+    tiles = staged.view(-1, staged.shape[1] // 128, 128, 8, 16)  # block, tile, token, piece, byte
+    swizzle = torch.arange(8)[None] ^ torch.arange(128)[:, None] % 8
+    pieces = tiles.gather(3, swizzle[None, None, :, :, None].expand_as(tiles))
+    # [step, half, lane, code] of a row of 128 bytes -> columns [lane, step, half, code].
+    rows = pieces.reshape(*tiles.shape[:3], 4, 2, 4, 4).permute(0, 2, 1, 5, 3, 4, 6)
+    return rows.reshape(staged.shape)[:tokens, :columns]
+
+
+def check_fp8_tokens(device: torch.device, columns: int) -> None:
+    """The codes and scales of the definition, and zeros where there are no tokens and columns."""
+    for dtype in HALVES:
+        x = torch.cat([hard_rows(columns, dtype), torch.randn(7, columns).to(dtype)])
+        x[0] = 0
+        staged, got_scale = cuda_fp8.quantize_tokens(x.to(device))
+        codes, scale = folding.quantize_tokens(x)
+        assert_same_bits(got_scale[: len(x)].cpu(), scale)
+        finite = scale.isfinite()
+        assert finite.sum() > 8 and not finite.all()
+        got = staged_codes(staged.cpu(), len(x), staged.shape[1])
+        assert_same_bits(got[finite, :columns], codes.view(torch.uint8)[finite])
+        assert not got[finite, columns:].any()
+        assert not staged_codes(staged.cpu(), *staged.shape)[len(x) :].any()
+
+
+def fp8_product(device: torch.device, x: Tensor, packed: pack.Packed) -> Tensor:
+    row_scale = folding.fold_rows(packed)
+    there = packed.to(device), MXFP4, row_scale.to(device)
+    return cuda_fp8.packed_matmul(x.to(device), *there).cpu()
+
+
+def check_fp8_matmul(device: torch.device, shape: tuple[int, int, int]) -> None:
+    """As check_matmul, of the tokens that 8 bits leave."""
+    m, n, k = shape
+    generator = torch.Generator().manual_seed(m + n + k)
+    weight = torch.randn(n, k, generator=generator) * torch.rand(n, 1, generator=generator)
+    q = reference.quantize(weight, MXFP4)
+    w = reference.dequantize(q, MXFP4)
+    for dtype in HALVES:
+        x = torch.randn(m, k, generator=generator).to(dtype)
+        codes, scale = folding.quantize_tokens(x)
+        rounded = codes.double() * scale.double()[:, None]
+        exact = rounded @ w.double().T
+        plain = (rounded.float() @ w.T).to(dtype)
+        got = fp8_product(device, x, pack.pack(q, MXFP4))
+        assert (got.dtype, got.shape) == (dtype, (m, n))
+        allowed = 2 * (plain.double() - exact).abs().max().item()
+        allowed = max(allowed, torch.finfo(dtype).eps * exact.abs().max().item())
+        error = (got.double() - exact).abs().max().item()
+        assert error <= allowed, f"{dtype} {shape}: error {error:.3g}, allowed {allowed:.3g}"
+
+
+def check_fp8_weights(device: torch.device) -> None:
+    """Every code in every binade of a row, and zeros beyond them: exact, as the identity shows."""
+    rows = torch.arange(20)[:, None]
+    scale = (120 + (torch.arange(15) + rows) % 15).to(torch.uint8)
+    codes = ((torch.arange(480) + 7 * rows) % 16).to(torch.uint8)
+    codes[17, 32:64], scale[17, 1] = 8, 3
+    codes[18, 32:64], scale[18, 1] = 0, 250
+    codes[19], scale[19] = 0, 254
+    q = reference.Quantized(codes, scale)
+    got = fp8_product(device, torch.eye(480, dtype=torch.bfloat16), pack.pack(q, MXFP4))
+    assert torch.equal(got.T, reference.dequantize(q, MXFP4, torch.bfloat16))
+
+
+def check_fp8_long_rows(device: torch.device) -> None:
+    """Terms of one sign: added in 14 digits throughout, they would lose one part in a hundred."""
+    generator = torch.Generator().manual_seed(0)
+    weight, x = (0.5 + torch.rand(n, 8192, generator=generator) for n in (8, 3))
+    packed = pack.pack(reference.quantize(weight, MXFP4), MXFP4)
+    got = fp8_product(device, x.half(), packed)
+    expected = folding.matmul(x.half().float(), packed, folding.fold_rows(packed))
+    torch.testing.assert_close(got.float(), expected, rtol=2.0**-10, atol=0)
+
+
+def check_fp8_bad_tokens(device: torch.device) -> None:
+    """A token that is not finite is NaN, and no other."""
+    x = torch.randn(5, 96, dtype=torch.bfloat16)
+    packed = pack.pack(reference.quantize(torch.randn(6, 96), MXFP4), MXFP4)
+    expected = fp8_product(device, x, packed)
+    x[1, 7], x[3, 90] = torch.nan, -torch.inf
+    expected[[1, 3]] = torch.nan
+    assert_same_bits(fp8_product(device, x, packed), expected)
+
+
+@emulated_test
+@pytest.mark.parametrize("columns", [33, 96, 640])
+def test_emulated_fp8_tokens(emulated, columns):
+    check_fp8_tokens(CPU, columns)
+
+
+@emulated_test
+@pytest.mark.parametrize("shape", [(1, 3, 32), (131, 69, 672), (19, 133, 1056)], ids=str)
+def test_emulated_fp8_matmul(emulated, fp8, shape):
+    check_fp8_matmul(CPU, shape)
+
+
+FP8_CHECKS = [check_fp8_weights, check_fp8_long_rows, check_fp8_bad_tokens]
+each_fp8_check = pytest.mark.parametrize("check", FP8_CHECKS, ids=lambda check: check.__name__)
+
+
+@emulated_test
+@each_fp8_check
+def test_emulated_fp8(emulated, fp8, check):
+    check(CPU)
+
+
+@emulated_test
+def test_emulated_fp8_is_left_to_others_where_nothing_is_gained(emulated):
+    """Few tokens, float32, and codes that no chunk can be loaded from: the same bits as without."""
+    packed = emulated.quantize_pack(torch.randn(6, 96), MXFP4)
+    row_scale = folding.fold_rows(packed)
+    for x in (torch.randn(3, 96, dtype=torch.bfloat16), torch.randn(200, 96)):
+        got = cuda_fp8.packed_matmul(x, packed, MXFP4, row_scale)
+        assert_same_bits(got, emulated.packed_matmul(x, packed, MXFP4, None))
+
+
+@emulated_test
+def test_emulated_fp8_linear(emulated, fp8, monkeypatch):
+    """A linear that allows it, with a bias, for x of three dimensions."""
+    monkeypatch.setattr(ops, "choose_backend", lambda device_type, requested: "cuda")
+    bias = torch.nn.Parameter(torch.randn(6, dtype=torch.bfloat16), requires_grad=False)
+    linear = PackedLinear.from_weight(torch.randn(6, 96), parse_scheme("MXFP4A16"), bias)
+    allow_fp8_activations(linear)
+    x = torch.randn(2, 5, 96, dtype=torch.bfloat16)
+    expected = folding.matmul(x.view(10, 96), linear.operand.packed, linear.row_scale).view(2, 5, 6)
+    torch.testing.assert_close(linear(x), expected + bias, rtol=2.0**-7, atol=2.0**-7)
+    assert linear(x[:, :0]).shape == (2, 0, 6)
+
+
 # --- GPU -------------------------------------------------------------------------------------
 
 GPU = torch.device("cuda")
@@ -296,7 +483,7 @@ def test_matmul(fmt, shape):
 
 def skip_unless_it_runs(choice: Choice) -> None:
     (major, minor), _ = cuda._device_facts(GPU)
-    if (major, minor) < (8, 0) or (choice.kernel == "wgmma" and (major, minor) != (9, 0)):
+    if (major, minor) < (8, 0) or (choice.kernel in ("wgmma", "fp8") and (major, minor) != (9, 0)):
         pytest.skip(f"{choice} does not run on compute capability {major}.{minor}")
 
 
@@ -308,6 +495,28 @@ def test_matrix_units(fmt, choice, monkeypatch):
     use(monkeypatch, choice)
     for shape in ((19, 69, 672), (1, 3, 32), (300, 257, 4096)):
         checks.check_matmul(cuda, GPU, fmt, shape)
+
+
+@needs_gpu
+@pytest.mark.parametrize("arranged", checks.ARRANGED)
+@pytest.mark.parametrize("segments", checks.MIXES)
+def test_mixed_matmul(segments, arranged):
+    for shape in ((1, 15), (3, 257), (17, 100), (118, 17), (1100, 100)):
+        checks.check_mixed(cuda, GPU, segments, shape, arranged)
+
+
+@needs_gpu
+@pytest.mark.parametrize("segments", ["MX", "integers"])
+@pytest.mark.parametrize("choice", MIXED, ids=str)
+def test_mixed_kernels(segments, choice, monkeypatch):
+    skip_unless_it_runs(choice)
+    monkeypatch.setattr(cuda, "explain_mixed", lambda x, mix: choice)
+    checks.check_mixed(cuda, GPU, segments, (300, 257), "ordered", HALVES)
+
+
+@needs_gpu
+def test_arrange():
+    checks.check_arrange(cuda._stage, GPU)
 
 
 @needs_gpu
@@ -323,6 +532,45 @@ def test_same_bits_every_time(choice, monkeypatch):
     for _ in range(50):
         assert torch.equal(first, cuda.packed_matmul(x, packed, fmt, fmt))
     assert torch.equal(first, cuda.packed_matmul(cuda.fake_quantize(x, fmt), packed, fmt, None))
+
+
+@needs_gpu
+@pytest.mark.parametrize("columns", [33, 96, 640, 8200])
+def test_fp8_tokens(columns):
+    skip_unless_it_runs(FP8)
+    check_fp8_tokens(GPU, columns)
+
+
+@needs_gpu
+@pytest.mark.parametrize("shape", [(1, 3, 32), (131, 130, 672), (300, 257, 4096)], ids=str)
+def test_fp8_matmul(fp8, shape):
+    skip_unless_it_runs(FP8)
+    check_fp8_matmul(GPU, shape)
+
+
+@needs_gpu
+@each_fp8_check
+def test_fp8(fp8, check):
+    skip_unless_it_runs(FP8)
+    check(GPU)
+
+
+@needs_gpu
+def test_fp8_has_the_same_bits_every_time():
+    """Chosen by itself for many tokens, captured and eager."""
+    skip_unless_it_runs(FP8)
+    packed = cuda.quantize_pack(torch.randn(4096, 4096, device=GPU), MXFP4)
+    row_scale = folding.fold_rows(packed)
+    x = torch.randn(700, 4096, device=GPU, dtype=torch.bfloat16)
+    assert cuda_fp8.explain(x, packed, MXFP4) == FP8
+    first = cuda_fp8.packed_matmul(x, packed, MXFP4, row_scale)
+    for _ in range(50):
+        assert torch.equal(first, cuda_fp8.packed_matmul(x, packed, MXFP4, row_scale))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = cuda_fp8.packed_matmul(x, packed, MXFP4, row_scale)
+    graph.replay()
+    assert torch.equal(first, out)
 
 
 @needs_gpu

@@ -12,8 +12,10 @@ from tiny import SMALL, make_model
 
 import mixbits
 from mixbits import ops, quantize, reference
+from mixbits.backends import cuda
 from mixbits.formats import Format, parse_scheme
 from mixbits.model import find_linears
+from mixbits.pack import Mix, Operand, order_dtype
 from mixbits.sensitivity import measure
 from mixbits.source import open_source
 from mixbits.streaming import StreamedModel
@@ -125,6 +127,35 @@ def test_a_graph_replays_an_operation_to_the_bit(backend, name, tokens, rows):
     assert torch.equal(out, step())
 
 
+@pytest.mark.parametrize("schemes", [("MXFP8", "MXFP4"), ("W8A16", "W4A16")], ids="+".join)
+@pytest.mark.parametrize("tokens", [1, 16, 64, 300, 1100])
+def test_a_graph_replays_a_mix_to_the_bit(backend, schemes, tokens):
+    columns = (384, 640)
+    operands = []
+    for name, width in zip(schemes, columns, strict=True):
+        scheme = parse_scheme(name)
+        packed = ops.quantize_pack(torch.randn(256, width, device="cuda"), scheme.weight, backend)
+        operands.append(Operand(packed, scheme.weight, scheme.activation))
+    order = torch.randperm(1024, device="cuda").to(order_dtype(1024))
+    mix = Mix(tuple(operands), columns, order, rotated=operands[0].activation is not None)
+    x = torch.randn(tokens, 1024, device="cuda").bfloat16()
+
+    def step():
+        return ops.packed_matmuls_unchecked(x, [mix], backend)[0]
+
+    eager = step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = step()
+    for _ in range(3):
+        out.fill_(torch.nan)
+        graph.replay()
+        assert torch.equal(out, eager)
+    x.copy_(torch.randn_like(x))
+    graph.replay()
+    assert torch.equal(out, step())
+
+
 def test_square_sums(backend):
     x = torch.randn(300, 1000, device="cuda")
     formats = [MX_FORMATS[0], Format("int4", 128)]
@@ -162,3 +193,19 @@ def test_generate_on_a_loaded_model(tmp_path, shared, run):
     ]
     assert outputs[0].shape == (1, ids.shape[1] + 12)
     assert torch.equal(*outputs)
+
+
+def test_a_model_with_activations_in_8_bit_floats(tmp_path, shared, run, monkeypatch):
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs compute capability 9.0")
+    # A device with one processor, which so small a model fills.
+    monkeypatch.setattr(cuda, "_device_facts", lambda device: ((9, 0), 1))
+    assert run("--avg-bits", "5", "--schemes", "MXFP4A16,MXFP8A16") == 0
+    models = [
+        mixbits.load(tmp_path / "out", device="cuda", fp8_activations=fp8) for fp8 in (True, False)
+    ]
+    assert any(getattr(module, "row_scale", None) is not None for module in models[0].modules())
+    with torch.no_grad():
+        logits = [model(_ids(40).cuda()).logits.float().flatten() for model in models]
+    assert not torch.equal(*logits)
+    assert torch.corrcoef(torch.stack(logits))[0, 1] > 0.99

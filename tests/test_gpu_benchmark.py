@@ -113,9 +113,19 @@ def test_the_worst_large_shape_of_the_default_backend_decides():
     assert _verdicts(gpu_summary.ratio_lines(near), "W4A16, M = 1,") == ["FAIL"]
 
 
+def test_8_bit_floats_have_a_target_of_their_own_and_their_error_beside_it():
+    def row(ratio, error, tokens=2048, scheme=gpu_summary.FP8):
+        return {**_matmul_row(scheme, tokens, ratio), "relative_error": str(error)}
+
+    line = gpu_summary.fp8_line([row(1.5, 0.02), row(1.41, 0.03), row(1.0, 0.1, tokens=1024)])
+    assert (line.verdict, line.found, line.remark) == ("PASS", "1.41", "relative error 3.0e-02")
+    assert gpu_summary.fp8_line([row(1.39, 0.02)]).verdict == "FAIL"
+    assert gpu_summary.fp8_line([row(1.5, 0.0, scheme="MXFP4")]).verdict == "MISSING"
+
+
 def test_every_target_has_a_line_and_nothing_passes_unmeasured():
     lines = gpu_summary.summary([], [{"stage": "build", "code": "skipped", "seconds": "0"}])
-    assert len(lines) == 1 + 4 * len(gpu_summary.RATIOS) + 3 + 2
+    assert len(lines) == 1 + 4 * len(gpu_summary.RATIOS) + 1 + 3 + 2
     assert {line.verdict for line in lines} == {"MISSING"}
 
 

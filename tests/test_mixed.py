@@ -40,15 +40,19 @@ by_arrangement = pytest.mark.parametrize("arranged", ARRANGED)
 
 
 def make_mix(segments, arranged, rows):
-    """A `Mix` of random weights, and what it stands for: float64 [N, K]."""
+    """A `Mix` of random weights, and what it stands for: float64 [N, K].
+
+    `segments` are schemes with their columns, or the name of some.
+    """
     ordered, rotated = ARRANGED[arranged]
+    segments = SEGMENTS.get(segments, segments)
     operands, values = [], []
-    for name, columns in SEGMENTS[segments]:
+    for name, columns in segments:
         scheme = parse_scheme(name)
         packed = ops.quantize_pack(torch.randn(rows, columns), scheme.weight, "reference")
         operands.append(Operand(packed, scheme.weight, scheme.activation))
         values.append(ops.dequantize(packed, scheme.weight, columns, backend="reference"))
-    columns = tuple(n for _, n in SEGMENTS[segments])
+    columns = tuple(n for _, n in segments)
     order = torch.randperm(sum(columns)).to(order_dtype(sum(columns))) if ordered else None
     return Mix(tuple(operands), columns, order, rotated), torch.cat(values, 1).double()
 
@@ -106,6 +110,14 @@ def test_a_mix_is_its_slow_twin(isa, segments, dtype):
     got, twin = (ops.packed_matmuls(x, [mix], backend)[0] for backend in ("cpu", "reference"))
     # Both round once to the dtype (2^-9 in bfloat16), and sums to float32 in between.
     torch.testing.assert_close(got, twin, rtol=0.01, atol=2e-3 * twin.abs().max().item())
+
+
+def test_the_slow_twin_rounds_inputs_as_the_cpu_does(isa):
+    """Small blocks of float16 lose digits that float32 would keep."""
+    mix, _ = make_mix("slabs", "ordered", 33)
+    x = torch.randn(7, 160).half() * 2.0**-12
+    got, twin = (ops.packed_matmuls(x, [mix], backend)[0] for backend in ("cpu", "reference"))
+    torch.testing.assert_close(got, twin, rtol=2e-3, atol=2.0**-23)
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 4, 40, 600])

@@ -33,6 +33,7 @@ LAYERS = [
     {"experts"},
     {"ops"},
     {"backends"},
+    {"folding"},
     {"pack", "rounding"},
     {"reference"},
     {"model", "attention", "cache", "staging"},

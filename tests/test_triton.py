@@ -8,9 +8,11 @@ four architectures, and their PTX is looked at.
 The `check_*` functions take a backend, and serve the CUDA kernels too.
 """
 
+import itertools
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from types import ModuleType
 
 import pytest
@@ -24,8 +26,11 @@ from conftest import (
     format_id,
     hard_rows,
 )
+from test_mixed import ARRANGED, exact_product, make_mix
 
 from mixbits import pack, reference
+from mixbits.arrange import Arrangement
+from mixbits.backends import scratch
 from mixbits.formats import MINIFLOATS, MX_GROUP, Format
 
 pytest.importorskip("triton", reason="triton is not installed")
@@ -128,17 +133,94 @@ def check_matmul(
         plain = rounded.to(device) @ reference.dequantize(q, fmt, dtype).to(device).T
         got = backend.packed_matmul(x.to(device), packed, fmt, activation)
         assert (got.dtype, got.shape) == (dtype, (m, n))
-        allowed = 2 * (plain.cpu().double() - exact).abs().max().item()
-        # Few and short sums may be exact by luck: one ulp of the largest result is always
-        # allowed, and one float32 rounding of the largest sum of magnitudes.
         magnitude = rounded.double().abs() @ reference.dequantize(q, fmt).double().abs().T
-        allowed = max(allowed, torch.finfo(dtype).eps * exact.abs().max().item())
-        allowed += torch.finfo(torch.float32).eps * magnitude.max().item()
-        error = (got.cpu().double() - exact).abs().max().item()
-        assert error <= allowed, f"{dtype} {shape}: error {error:.3g}, allowed {allowed:.3g}"
+        check_error(got, plain, exact, magnitude)
+
+
+def check_error(
+    got: torch.Tensor, plain: torch.Tensor, exact: torch.Tensor, magnitude: torch.Tensor
+) -> None:
+    """Of `got`, at most twice that of torch's `plain`; `magnitude` has the sums of |products|."""
+    allowed = 2 * (plain.cpu().double() - exact).abs().max().item()
+    # Few and short sums may be exact by luck: one ulp of the largest result is always
+    # allowed, and one float32 rounding of the largest sum of magnitudes.
+    allowed = max(allowed, torch.finfo(got.dtype).eps * exact.abs().max().item())
+    allowed += torch.finfo(torch.float32).eps * magnitude.max().item()
+    error = (got.cpu().double() - exact).abs().max().item()
+    assert error <= allowed, f"{got.dtype} {got.shape}: error {error:.3g}, allowed {allowed:.3g}"
+
+
+# Schemes of segments with their columns; not all kernels take 172, whose last group is short.
+MIXES = {
+    "MX": (("MXFP8", 96), ("MXFP4", 32), ("MXFP8", 160)),
+    "MX, inputs alone": (("MXFP4A16", 160), ("MXFP8A16", 64)),
+    "integers": (("W8A16", 128), ("W4A16ASYM", 64), ("W2A16G32ASYM", 96)),
+    "both": (("MXFP8E5M2", 32), ("W4A16", 160), ("MXFP4", 64)),
+    "172": (("MXFP8", 32), ("MXFP4", 140)),
+    "one": (("MXFP4", 172),),
+}
+
+
+def check_mixed(
+    backend: ModuleType,
+    device: torch.device,
+    segments: str | tuple[tuple[str, int], ...],
+    shape: tuple[int, int],
+    arranged: str = "natural",
+    dtypes: Sequence[torch.dtype] = DTYPES,
+) -> None:
+    """`check_matmul` for a weight in segments, rows of x in order and rotated."""
+    m, n = shape
+    mix, values = make_mix(MIXES.get(segments, segments), arranged, n)
+    order = None if mix.order is None else mix.order.to(device)
+    operands = tuple(one._replace(packed=one.packed.to(device)) for one in mix.operands)
+    there = mix._replace(operands=operands, order=order)
+    for dtype in dtypes:
+        x = torch.randn(m, values.shape[1]).to(dtype)
+        exact, magnitude, rounded = exact_product(x, mix, values)
+        inner = mix.input_dtype(dtype)
+        plain = (rounded.to(inner).to(device) @ values.to(inner).to(device).T).to(dtype)
+        got = backend.mixed_matmul(x.to(device), there)
+        assert (got.dtype, got.shape) == (dtype, (m, n))
+        check_error(got, plain, exact, magnitude)
+
+
+def arranged_reference(x: torch.Tensor, mix: pack.Mix) -> torch.Tensor:
+    """x as `mix` multiplies it, by mixbits.arrange and mixbits.reference."""
+    order = None if mix.order is None else mix.order.int()
+    pieces = Arrangement(order, mix.rotated).input(x).split(mix.columns, -1)
+    rounded = [
+        piece if one.activation is None else reference.fake_quantize(piece, one.activation)
+        for piece, one in zip(pieces, mix.operands, strict=True)
+    ]
+    return torch.cat(rounded, 1).to(mix.input_dtype(x.dtype))
+
+
+def check_arrange(
+    arrange: Callable[[torch.Tensor, pack.Mix, torch.dtype], torch.Tensor], device: torch.device
+) -> None:
+    """To the bit: NaN, infinity, ties and subnormals go through an order, a rotation, a rounding.
+
+    Orders are of one, two and four bytes per column.
+    """
+    for columns in (172, 300):
+        segments = (("MXFP8", 64), ("MXFP4A16", 32), ("MXFP4", columns - 96))
+        for how in ARRANGED:
+            mix, _ = make_mix(segments, how, 1)
+            orders = [None] if mix.order is None else [mix.order, mix.order.int()]
+            for order, dtype in itertools.product(orders, DTYPES):
+                one = mix._replace(order=None if order is None else order.to(device))
+                x = hard_rows(columns, dtype)
+                got = arrange(x.to(device), one, mix.input_dtype(dtype))
+                assert_same_bits(got.cpu(), arranged_reference(x, mix))
 
 
 def check_empty(backend: ModuleType, device: torch.device, fmt: Format) -> None:
+    for rows, tokens in ((3, 0), (0, 3)):
+        packed = backend.quantize_pack(torch.ones(rows, 64, device=device), fmt)
+        mix = pack.Mix((pack.Operand(packed, fmt), pack.Operand(packed, fmt)), (64, 64))
+        x = torch.ones(tokens, 128, device=device)
+        assert backend.mixed_matmul(x, mix).shape == (tokens, rows)
     weight = torch.ones(3, 64, device=device)
     packed = backend.quantize_pack(weight, fmt)
     assert backend.fake_quantize(weight[:0], fmt).shape == (0, 64)
@@ -228,6 +310,31 @@ def test_matmul_with_activations(backend, fmt):
 
 
 @needs_device
+@pytest.mark.parametrize("segments", MIXES)
+def test_mixed_matmul(backend, segments):
+    shapes = ((17, 100), torch.float16), ((1, 15), torch.float32), ((3, 17), torch.bfloat16)
+    for (shape, dtype), arranged in zip(shapes, ARRANGED, strict=True):
+        check_mixed(backend, DEVICE, segments, shape, arranged, [dtype])
+
+
+@needs_device
+def test_mixed_matmul_of_long_rows(backend, monkeypatch):
+    """Columns that are split among programs; and the weight of many tokens, in blocks of rows."""
+    segments = (("MXFP8", 160), ("MXFP4", 864))
+    check_mixed(backend, DEVICE, segments, (1, 1), "rotated", [torch.bfloat16])
+    check_mixed(backend, DEVICE, "integers", (118, 33), "ordered", [torch.bfloat16])
+    monkeypatch.setattr(backend, "MAX_FUSED_TOKENS", 16)
+    monkeypatch.setattr(scratch, "SCRATCH_BYTES", 8 * 320 * 4)
+    check_mixed(backend, DEVICE, "both", (17, 33), "ordered")
+    check_mixed(backend, DEVICE, "172", (118, 17), "rotated")
+
+
+@needs_device
+def test_arrange(backend):
+    check_arrange(backend._kernels("arrange").arrange, DEVICE)
+
+
+@needs_device
 def test_empty(backend):
     check_empty(backend, DEVICE, INT_FORMATS[1])
 
@@ -275,11 +382,13 @@ def compile_ptx(tmp_path, monkeypatch):
         names = kernel.arg_names
         types = {name: signature.get(name, "constexpr") for name in names}
         assert {name for name, kind in types.items() if kind == "constexpr"} == set(constants)
-        attributes = {
-            (i,): [["tt.divisibility", 16]]
+        places = [
+            place
             for i, name in enumerate(names)
             if types[name] != "constexpr" and name not in odd
-        }
+            for place in places_of(i, types[name])
+        ]
+        attributes = {place: [["tt.divisibility", 16]] for place in places}
         source = ASTSource(kernel, types, constants, attributes)
         target = GPUTarget("cuda", architecture, 32)
         compiled = triton.compile(
@@ -288,6 +397,13 @@ def compile_ptx(tmp_path, monkeypatch):
         return compiled.asm["ptx"]
 
     return compile_one
+
+
+def places_of(argument: int, kind: str | tuple[str, ...]) -> list[tuple[int, ...]]:
+    """Of one argument, or of each member of a tuple."""
+    if isinstance(kind, str):
+        return [(argument,)]
+    return [(argument, member) for member in range(len(kind))]
 
 
 def packed_signature(fmt: Format) -> dict[str, str]:
@@ -315,7 +431,7 @@ def test_elementwise_kernels_compile(compile_ptx, architecture):
         ptx = compile_ptx(fake_quant.fake_quantize_kernel, signature, tile, {}, architecture)
         assert_exact_arithmetic(ptx)
         assert "ld.global.v4.b32" in ptx and "st.global.v4.b32" in ptx
-        signature = {**packed_signature(fmt), "out_ptr": "*bf16", **size}
+        signature = {**packed_signature(fmt), "out_ptr": "*bf16", "stride": "i32", **size}
         ptx = compile_ptx(dequantize.dequantize_kernel, signature, tile, {}, architecture)
         assert_exact_arithmetic(ptx)
         assert "st.global.v4.b32" in ptx
@@ -364,23 +480,29 @@ def test_gemm_compiles_to_tensor_cores(compile_ptx, architecture, dtype):
     """16-bit inputs use the architecture's matrix instructions, float32 is never TF32."""
     from mixbits.kernels import gemm
 
-    for fmt in (COMPILED_FORMATS[0], COMPILED_FORMATS[2]):
-        for m in (1, 64):
-            shared = gemm.shared_bytes(torch.device("cpu"))
-            config = gemm.candidates(m, 4096, 4096, fmt, dtype, shared)[0]
-            ptx = compile_ptx(
-                *gemm_case(gemm, fmt, dtype, config), architecture, odd=("m", "split_k")
-            )
-            assert ".ftz" not in ptx
-            if dtype == torch.bfloat16:  # loads run ahead of use, 16 bytes each
-                assert "cp.async.cg.shared.global" in ptx
-            if dtype == torch.float32:
-                assert "tf32" not in ptx
-            else:
-                assert ARCHITECTURES[architecture] in ptx or (m == 1 and "mma." in ptx)
+    mxfp4, mxfp8, int4 = COMPILED_FORMATS
+    cases = [([fmt], m) for fmt in (mxfp4, int4) for m in (1, 64)]
+    if dtype == torch.bfloat16:
+        cases += [([mxfp8, mxfp4], 1), ([mxfp8, int4], 64)]
+    for formats, m in cases:
+        segments = tuple((fmt, 4096) for fmt in formats)
+        config = gemm.candidates(m, 4096, segments, dtype, gemm.shared_bytes(torch.device("cpu")))[
+            0
+        ]
+        ptx = compile_ptx(
+            *gemm_case(gemm, formats, dtype, config), architecture, odd=("m", "split_k")
+        )
+        assert ".ftz" not in ptx
+        if dtype == torch.bfloat16:  # loads run ahead of use, 16 bytes each
+            assert "cp.async.cg.shared.global" in ptx
+        if dtype == torch.float32:
+            assert "tf32" not in ptx
+        else:
+            products = ptx.count(ARCHITECTURES[architecture]) or (m == 1 and ptx.count("mma."))
+            assert products >= len(formats)
 
 
-def gemm_case(gemm, fmt, dtype, config):
+def gemm_case(gemm, formats, dtype, config):
     """Kernel, signature, constants, and launch options."""
     import triton.language as tl
 
@@ -389,10 +511,38 @@ def gemm_case(gemm, fmt, dtype, config):
     options = {field.lower(): constants.pop(field) for field in ("NUM_WARPS", "NUM_STAGES")}
     constants.pop("SPLIT_K")
     out = "*fp32" if config.split_k > 1 else f"*{name}"
-    signature = {"x_ptr": f"*{name}", "out_ptr": out, **packed_signature(fmt)}
+    signature = {"x_ptr": f"*{name}", "out_ptr": out, "columns": ("i32",) * len(formats)}
+    each = [packed_signature(fmt) for fmt in formats]
+    for one in each[0]:
+        plural = f"{one}s" if one.endswith("ptr") else one
+        signature[plural] = tuple(types[one] for types in each)
     signature |= {"m": "i32", "n": "i32", "k": "i32", "split_k": "i32"}
-    constants |= {"CODE": fmt.code, "dot_dtype": getattr(tl, dtype_name(dtype))}
+    codes = tuple(fmt.code for fmt in formats)
+    constants |= {"CODES": codes, "dot_dtype": getattr(tl, dtype_name(dtype))}
     return gemm.packed_matmul_kernel, signature, constants, options
+
+
+@pytest.mark.slow
+@needs_compiler
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_arrange_compiles(compile_ptx, architecture):
+    """Columns in order are gathered one by one, and stored 16 bytes at a time all the same."""
+    from mixbits.kernels import arrange, launch, numerics
+
+    constants = {
+        "CODES": (COMPILED_FORMATS[1].code, 0),
+        "ROWS": launch.TILE_ROWS,
+        "COLUMNS": numerics.TILE_COLUMNS,
+        "WIDTH": MX_GROUP,
+    }
+    signature = {"x_ptr": "*bf16", "order_ptr": "*i16", "out_ptr": "*bf16"}
+    signature |= {"rows": "i32", "columns": "i32", "widths": ("i32", "i32")}
+    for ordered, rotated in ((False, False), (True, True)):
+        how = {"ORDERED": ordered, "ROTATED": rotated}
+        ptx = compile_ptx(arrange.arrange_kernel, signature, {**constants, **how}, {}, architecture)
+        assert_exact_arithmetic(ptx)
+        assert "st.global.v4.b32" in ptx
+        assert ("ld.global.v4.b32" in ptx) or ordered
 
 
 def dtype_name(dtype: torch.dtype) -> str:

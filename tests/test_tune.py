@@ -71,20 +71,33 @@ def test_a_file_that_says_something_else_is_measured_over(tuning):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("shape", [(1, 1, 1), (1, 4096, 4096), (64, 1024, 4096), (256, 70, 172)])
-@pytest.mark.parametrize("fmt", [Format("e2m1", 32), Format("int4", 128), Format("int2", 64)])
-def test_every_candidate_fits_its_kernel(fmt, shape, dtype):
+@pytest.mark.parametrize(
+    "formats",
+    [
+        ["e2m1", 32],
+        ["int4", 128],
+        ["int2", 64],
+        ["e4m3", 32, "e2m1", 32],
+        ["int8", 128, "int4", 32],
+    ],
+    ids=str,
+)
+def test_every_candidate_fits_its_kernel(formats, shape, dtype):
     m, n, k = shape
+    segments = tuple((Format(*pair), k) for pair in zip(*[iter(formats)] * 2, strict=True))
     for shared in (99 << 10, 227 << 10):  # of consumer GPUs, and of an H100
-        configs = gemm.candidates(m, n, k, fmt, dtype, shared)
+        configs = gemm.candidates(m, n, segments, dtype, shared)
         assert 1 <= len(configs) <= 4 and len(set(configs)) == len(configs)
         for config in configs:
-            assert config.block_k % fmt.group_size == 0
-            assert config.scale_first or config.block_k == fmt.group_size
-            assert 1 <= config.split_k <= max(1, -(-k // config.block_k))
             assert config.block_m >= min(m, 32) and config.block_m <= 128
-            tile = config.block_k * (
-                config.block_m * dtype.itemsize + config.block_n * fmt.bits / 8
-            )
-            values = config.block_n * config.block_k * dtype.itemsize
-            assert config.num_stages >= 1 and config.num_stages * tile + values <= shared
-        assert configs is gemm.candidates(m, n, k, fmt, dtype, shared)
+            most = 0
+            sizes = zip(segments, config.block_k, config.scale_first, strict=True)
+            for (fmt, columns), block_k, scale_first in sizes:
+                assert block_k % fmt.group_size == 0
+                assert scale_first or block_k == fmt.group_size
+                most += -(-columns // block_k)
+                tile = block_k * (config.block_m * dtype.itemsize + config.block_n * fmt.bits / 8)
+                values = config.block_n * block_k * dtype.itemsize
+                assert config.num_stages >= 1 and config.num_stages * tile + values <= shared
+            assert 1 <= config.split_k <= most
+        assert configs is gemm.candidates(m, n, segments, dtype, shared)

@@ -51,6 +51,38 @@ inline const char* packed_weight(const MatmulArgs& a, PackedWeight* weight) {
   return nullptr;
 }
 
+struct Segment {
+  PackedWeight weight;
+  int element;
+  int first_column;  // of the whole weight
+  int first, end;    // what the kernel divides among segments: warps, or tiles of columns
+};
+
+// Weights side by side, of `columns` in all.
+struct MixedWeight {
+  Segment segments[kMaxSegments];
+  int count, columns;
+};
+
+// The weights of `a`, or why their chunks cannot be loaded whole. `first` and `end` are not set.
+inline const char* mixed_weight(const MixedArgs& a, MixedWeight* mix) {
+  if (a.segment_count < 1 || a.segment_count > kMaxSegments) return "1 to 8 segments";
+  int64_t first_column = 0;
+  for (int i = 0; i < a.segment_count; ++i) {
+    const SegmentArgs& s = a.segments[i];
+    Segment& segment = mix->segments[i];
+    const MatmulArgs one{nullptr,  s.codes, s.scales,  s.zero_points, nullptr,
+                         a.tokens, a.rows,  s.columns, a.dtype,       s.format};
+    if (const char* error = packed_weight(one, &segment.weight)) return error;
+    segment.element = decode_format(s.format).element;
+    segment.first_column = int(first_column);
+    first_column += s.columns;
+  }
+  mix->count = a.segment_count;
+  mix->columns = int(first_column);
+  return nullptr;
+}
+
 // A row too many is the last one: it is computed and not stored.
 __device__ __forceinline__ uint32_t valid_row(const PackedWeight& w, int row) {
   return uint32_t(min(row, w.rows - 1));

@@ -126,9 +126,10 @@ void dispatch_half(int dtype, Function function) {
   if (dtype == kFloat16) function(TypeTag<__half>());
 }
 
-// Calls function(std::integral_constant<int, element>).
+// Calls function(std::integral_constant<int, element>); in a kernel, as jumps to code for each.
+#pragma nv_exec_check_disable
 template <class Function>
-void dispatch_element(int element, Function function) {
+MB_HD void dispatch_element(int element, Function function) {
   if (element == kE2M1) function(std::integral_constant<int, kE2M1>());
   if (element == kE4M3) function(std::integral_constant<int, kE4M3>());
   if (element == kE5M2) function(std::integral_constant<int, kE5M2>());

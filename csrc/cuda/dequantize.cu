@@ -28,7 +28,7 @@ __device__ inline uint64_t load_codes(const uint8_t* row, int64_t column, int64_
 }
 
 struct DequantizeShape {
-  int64_t rows, columns;
+  int64_t rows, columns, stride;  // of a row of the output
   int group_size;
   bool codes_aligned, out_aligned;
 };
@@ -58,25 +58,26 @@ __global__ void __launch_bounds__(kThreads)
       const int code = int(lane_codes >> (i * kBits)) & ((1 << kBits) - 1);
       values[i] = decode<kElement>(code, offset) * scale;
     }
-    store_columns(out + row * columns, column, columns, shape.out_aligned, values);
+    store_columns(out + row * shape.stride, column, columns, shape.out_aligned, values);
   }
 }
 
 }  // namespace
 
 const char* dequantize(const uint8_t* codes, const void* scales, const uint8_t* zero_points,
-                       void* out, int64_t rows, int64_t columns, int dtype, int format,
-                       void* stream) {
+                       void* out, int64_t rows, int64_t columns, int64_t stride, int dtype,
+                       int format, void* stream) {
   if (rows == 0 || columns == 0) return nullptr;
   const Format f = decode_format(format);
   const int bits = element_bits(f.element);
-  DequantizeShape shape{rows, columns, f.group_size, false, false};
+  DequantizeShape shape{rows, columns, stride, f.group_size, false, false};
   shape.codes_aligned =
       columns % kColumns == 0 && rows_aligned(codes, packed_bytes(columns, bits), bits);
   const unsigned grid = grid_for(rows * divide_up(columns, kWarpColumns));
   dispatch_dtype(dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    shape.out_aligned = rows_aligned(out, columns * sizeof(T), kColumns * sizeof(T));
+    shape.out_aligned =
+        columns % kColumns == 0 && rows_aligned(out, stride * sizeof(T), kColumns * sizeof(T));
     dispatch_element(f.element, [&](auto element) {
       dequantize_kernel<T, element.value><<<grid, kThreads, 0, cudaStream_t(stream)>>>(
           codes, scales, zero_points, static_cast<T*>(out), shape);

@@ -52,6 +52,18 @@ MB_HD static inline constexpr int staged_byte(int block_tokens, int token, int p
   return row + piece * 16 + position % 8 * 2;
 }
 
+// e2m1 folded to 8 bits (../fold.h) goes in steps of 32 values, whose registers hold four each:
+// step s takes word s of each lane's chunk, its codes 0-3 as a0 (a1 of the row 8 below) and 4-7 as
+// a2 (a3) of the PTX manual's m16n8k32, which wgmma's m64k32 repeats. 128 values of a token are one
+// row of 128 bytes, tokens follow each other, and the swizzle is the same.
+MB_HD static inline constexpr int folded_position(int column) {
+  const int lane = column / 32, step = column % 32 / 8, code = column % 8;
+  return step * 32 + code / 4 * 16 + lane * 4 + code % 4;
+}
+MB_HD static inline constexpr int folded_byte(int token, int position) {
+  return token * kStagedColumns + (position / 16 ^ token % 8) * 16 + position % 16;
+}
+
 static_assert(pair_column(4, 0, 1) == 4 && pair_column(8, 1, 1) == 3 && pair_column(2, 9, 0) == 17,
               "pairs are 16 bits apart");
 static_assert(staged_position(4, 0) == 0 && staged_position(4, 4) == 1 &&

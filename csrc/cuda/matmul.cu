@@ -51,9 +51,11 @@ __device__ inline void drop_codes(uint32_t (&words)[kWords]) {
 }
 
 struct MatmulShape {
-  int64_t tokens, rows, columns;
+  int64_t tokens, rows, columns, stride;  // of a token
   int group_size;
   bool x_aligned, codes_aligned;
+  float* sums;       // [tokens, rows]: what segments before this one add up to, and this one too
+  bool first, last;  // the last segment writes the output instead
 };
 
 template <class T, int kElement, int kTokens, int kRows>
@@ -101,7 +103,7 @@ __global__ void __launch_bounds__(kThreads, 2)  // 128 registers: fewer would sp
       for (int t = 0; t < kTokens; ++t) {
         float values[kPart];
         const int64_t token = min(first_token + t, shape.tokens - 1);
-        load_columns(x + token * columns, column + part, columns, shape.x_aligned, values);
+        load_columns(x + token * shape.stride, column + part, columns, shape.x_aligned, values);
 #pragma unroll
         for (int r = 0; r < kRows; ++r) {
 #pragma unroll
@@ -117,7 +119,13 @@ __global__ void __launch_bounds__(kThreads, 2)  // 128 registers: fewer would sp
     for (int r = 0; r < kRows; ++r) {
       const float sum = combine_lanes(sums[t][r], 32, [](float a, float b) { return a + b; });
       if (lane == 0 && first_token + t < shape.tokens && first_row + r < shape.rows) {
-        out[(first_token + t) * shape.rows + first_row + r] = from_float<T>(sum);
+        const int64_t at = (first_token + t) * shape.rows + first_row + r;
+        const float total = shape.first ? sum : shape.sums[at] + sum;
+        if (shape.last) {
+          out[at] = from_float<T>(total);
+        } else {
+          shape.sums[at] = total;
+        }
       }
     }
   }
@@ -131,13 +139,10 @@ void launch(const MatmulArgs& a, const MatmulShape& shape, cudaStream_t stream) 
       static_cast<const T*>(a.x), a.codes, a.scales, a.zero_points, static_cast<T*>(a.out), shape);
 }
 
-}  // namespace
-
-const char* packed_matmul(const MatmulArgs& a, void* stream) {
-  if (a.tokens == 0 || a.rows == 0 || a.columns == 0) return nullptr;
+const char* multiply(const MatmulArgs& a, MatmulShape shape, void* stream) {
   if (a.tokens > kMaxTokens) return "at most 16 tokens in one call";
   const Format f = decode_format(a.format);
-  MatmulShape shape{a.tokens, a.rows, a.columns, f.group_size, false, false};
+  shape.group_size = f.group_size;
   const int bits = element_bits(f.element);
   // Whole 16-byte (int2: 8-byte) pieces: rows then also end at the end of one.
   shape.codes_aligned = a.columns * bits % 8 == 0 &&
@@ -145,7 +150,7 @@ const char* packed_matmul(const MatmulArgs& a, void* stream) {
   const cudaStream_t s = cudaStream_t(stream);
   dispatch_dtype(a.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    shape.x_aligned = a.columns % 8 == 0 && rows_aligned(a.x, a.columns * sizeof(T), 16);
+    shape.x_aligned = a.columns % 8 == 0 && rows_aligned(a.x, shape.stride * sizeof(T), 16);
     dispatch_element(f.element, [&](auto element) {
       constexpr int kElement = element.value;
       if (a.tokens == 1) {
@@ -158,6 +163,30 @@ const char* packed_matmul(const MatmulArgs& a, void* stream) {
     });
   });
   return launch_result();
+}
+
+}  // namespace
+
+const char* packed_matmul(const MatmulArgs& a, void* stream) {
+  if (a.tokens == 0 || a.rows == 0 || a.columns == 0) return nullptr;
+  return multiply(a, {a.tokens, a.rows, a.columns, a.columns, 0, false, false, nullptr, true, true},
+                  stream);
+}
+
+const char* mixed_matmul(const MixedArgs& a, float* sums, void* stream) {
+  if (a.tokens == 0 || a.rows == 0 || a.columns == 0) return nullptr;
+  const char* x = static_cast<const char*>(a.x);
+  const char* error = nullptr;
+  for (int i = 0; i < a.segment_count && error == nullptr; ++i) {
+    const SegmentArgs& s = a.segments[i];
+    error = multiply({x, s.codes, s.scales, s.zero_points, a.out, a.tokens, a.rows, s.columns,
+                      a.dtype, s.format},
+                     {a.tokens, a.rows, s.columns, a.columns, 0, false, false, sums, i == 0,
+                      i == a.segment_count - 1},
+                     stream);
+    x += s.columns * (a.dtype == kFloat32 ? 4 : 2);
+  }
+  return error;
 }
 
 }  // namespace cuda

@@ -5,9 +5,9 @@
 // The weight is operand A, in registers, where it is dequantized; staged activations (stage.cu) are
 // operand B in shared memory. A block owns 128 rows and 64, 128 or 256 tokens: two warpgroups
 // multiply 64 rows each with the same B, and one thread of a third copies B, whole 128-column tiles
-// that are contiguous in memory, into a ring of stages. `full` says that a stage's bytes are there,
-// `empty` that all 8 multiplying warps have read it. Weights go from memory to registers, two tiles
-// ahead: every code is wanted by one thread of the block, so shared memory would only add a copy.
+// that are contiguous in memory, into a ring of stages (warpgroups.cuh). Weights go from memory to
+// registers, two tiles ahead: every code is wanted by one thread of the block, so shared memory
+// would only add a copy.
 //
 // A warpgroup dequantizes 64 columns while the matrix unit works on the 64 before: two sets of
 // 16 registers, and a set is refilled when the group that reads it is finished. The loop has about
@@ -21,23 +21,16 @@
 // Registers are given out per warpgroup: 3 x 168 at the start; the copying one gives its own away.
 // After that its code may use 24, so all that follows is inside the branch of either role.
 #include "chunk.cuh"
+#include "warpgroups.cuh"
 
 namespace mixbits {
 namespace cuda {
 namespace {
 
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL) || !defined(__CUDA_ARCH__)
-#define MB_HAS_WGMMA 1
-#endif
-
-constexpr int kGroupRows = 64, kGroups = 2, kBlockRows = kGroups * kGroupRows;
-constexpr int kMultipliers = 128 * kGroups, kBlockThreads = kMultipliers + 128;
-constexpr int kSetPairs = 8;                // pairs of a row in a set: 64 columns of a quad
-constexpr int kSumStride = kBlockRows + 4;  // floats; a warp's stores then spread over the banks
+constexpr int kSetPairs = 8;  // pairs of a row in a set: 64 columns of a quad
 
 MB_HD constexpr int stage_bytes(int tokens) { return tokens * kStagedColumns * 2; }
 MB_HD constexpr int stage_count(int tokens) { return tokens == 256 ? 3 : 4; }
-constexpr int kBarrierBytes = 1024;  // more than enough; keeps what follows aligned
 MB_HD constexpr int shared_bytes(int tokens) {
   const int ring = stage_count(tokens) * stage_bytes(tokens), sums = tokens * kSumStride * 4;
   return kBarrierBytes + (ring > sums ? ring : sums);
@@ -78,21 +71,6 @@ struct WeightTile {  // 128 columns of a lane's two rows
   }
 };
 
-// Copies tiles `first` to `last - 1` of this block's activations into the ring.
-template <int kTokens>
-__device__ __forceinline__ void copy_tiles(const uint8_t* staged, uint8_t* ring, uint64_t* full,
-                                           uint64_t* empty, int first, int last) {
-  constexpr int kStages = stage_count(kTokens), kBytes = stage_bytes(kTokens);
-  for (int i = 0; i < last - first; ++i) {
-    const int stage = i % kStages;
-    // The stage's use number i / kStages begins when the one before is over.
-    if (i >= kStages) ptx::barrier_wait(&empty[stage], (i / kStages + 1) % 2);
-    ptx::barrier_expect(&full[stage], kBytes);
-    ptx::bulk_copy(ring + stage * kBytes, staged + int64_t(first + i) * kBytes, kBytes,
-                   &full[stage]);
-  }
-}
-
 // One tile: two sets, each dequantized while the set before it is multiplied. `before` is `empty`
 // of the tile before.
 template <class T, int kElement, int kTokens>
@@ -122,11 +100,26 @@ __device__ __forceinline__ void multiply_tile(const PackedWeight& weight,
   ptx::wgmma_wait<1>();
 }
 
+// Where the multiplying warps are in the ring.
+template <int kTokens>
+struct RingPlace {
+  int stage = 0, stage_before = stage_count(kTokens) - 1, parity = 0;
+  bool not_first = false;
+
+  __device__ __forceinline__ void advance() {
+    stage_before = stage++;
+    if (stage == stage_count(kTokens)) stage = 0, parity ^= 1;
+    not_first = true;
+  }
+};
+
+// Tiles `first` to `last - 1` of the weight, from `place` of the ring on.
 template <class T, int kElement, int kTokens>
 __device__ __forceinline__ void multiply_tiles(const PackedWeight& weight, uint8_t* ring,
                                                uint64_t* full, uint64_t* empty, int first, int last,
+                                               RingPlace<kTokens>& place,
                                                float (&sums)[kTokens / 2]) {
-  constexpr int kStages = stage_count(kTokens), kAhead = 2;
+  constexpr int kAhead = 2;
   const int row = blockIdx.z * kBlockRows + threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
   const uint32_t rows[2] = {valid_row(weight, row), valid_row(weight, row + 8)};
   int column =
@@ -137,31 +130,19 @@ __device__ __forceinline__ void multiply_tiles(const PackedWeight& weight, uint8
   for (int ahead = 0; ahead < kAhead; ++ahead) {
     tiles[ahead].load(weight, rows, column + ahead * kStagedColumns);
   }
-  int stage = 0, stage_before = kStages - 1, parity = 0;
   for (int start = first; start < last; start += kAhead) {
 #pragma unroll
     for (int ahead = 0; ahead < kAhead; ++ahead, column += kStagedColumns) {
       if (start + ahead >= last) break;
-      ptx::barrier_wait(&full[stage], parity);
-      const uint32_t b = ptx::shared_address(ring + stage * stage_bytes(kTokens));
+      ptx::barrier_wait(&full[place.stage], place.parity);
+      const uint32_t b = ptx::shared_address(ring + place.stage * stage_bytes(kTokens));
       multiply_tile<T, kElement, kTokens>(weight, tiles[ahead], column, ptx::swizzled_operand(b),
-                                          sets, sums, start + ahead > first, &empty[stage_before]);
+                                          sets, sums, place.not_first, &empty[place.stage_before]);
       tiles[ahead].load(weight, rows, column + kAhead * kStagedColumns);
-      stage_before = stage++;
-      if (stage == kStages) stage = 0, parity ^= 1;
+      place.advance();
     }
   }
   ptx::wgmma_wait<0>();
-}
-
-// Sums of this block's part of the columns -> shared memory [token][row].
-template <int kTokens>
-__device__ __forceinline__ void store_sums(const float (&sums)[kTokens / 2], float* shared) {
-  const int row = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4, token = threadIdx.x % 4 * 2;
-#pragma unroll
-  for (int i = 0; i < kTokens / 2; ++i) {
-    shared[(i / 4 * 8 + token + i % 2) * kSumStride + row + i % 4 / 2 * 8] = sums[i];
-  }
 }
 
 // Adds up this block's share of the cluster's tokens, in the order of the parts, and writes it.
@@ -179,32 +160,26 @@ __device__ __forceinline__ void add_parts(const float* sums, int rows, T* out, i
   }
 }
 
-template <class T, int kElement, int kTokens>
-__global__ void __launch_bounds__(kBlockThreads, 1)  // the 1 fixes the registers at entry
-    wgmma_kernel(const uint8_t* staged, PackedWeight weight, T* out, int tokens, int parts) {
-#ifdef MB_HAS_WGMMA
+// One block: `multiply(ring, full, empty, first, last, sums)` adds the products of its part of the
+// weight's `tiles`, from `first` to `last - 1`.
+template <class T, int kTokens, class Multiply>
+__device__ __forceinline__ void multiply_block(const uint8_t* staged, int tiles, int rows, T* out,
+                                               int tokens, int parts, Multiply multiply) {
   constexpr int kStages = stage_count(kTokens);
   extern __shared__ __align__(1024) uint8_t shared[];
   uint64_t* full = reinterpret_cast<uint64_t*>(shared);
   uint64_t* empty = full + kStages;
   uint8_t* ring = shared + kBarrierBytes;
-  const int tiles = (weight.columns + kStagedColumns - 1) / kStagedColumns;
   const int part = int(ptx::cluster_rank());
   const int first = tiles * part / parts, last = tiles * (part + 1) / parts;
-  if (threadIdx.x == 0) {
-    for (int stage = 0; stage < kStages; ++stage) {
-      ptx::barrier_init(&full[stage], 1);
-      ptx::barrier_init(&empty[stage], kMultipliers / 32);
-    }
-    ptx::barrier_init_fence();
-  }
-  __syncthreads();
+  init_ring<kStages, 1>(full, empty);
 
   if (threadIdx.x >= kMultipliers) {
     ptx::give_registers<24>();
     if (threadIdx.x == kMultipliers) {
-      copy_tiles<kTokens>(staged + int64_t(blockIdx.y) * tiles * stage_bytes(kTokens), ring, full,
-                          empty, first, last);
+      constexpr int kBytes = stage_bytes(kTokens);
+      copy_tiles<kStages, kBytes, 1>(staged + (int64_t(blockIdx.y) * tiles + first) * kBytes, ring,
+                                     full, empty, last - first);
     }
     ptx::cluster_sync();
     ptx::cluster_sync();
@@ -213,14 +188,77 @@ __global__ void __launch_bounds__(kBlockThreads, 1)  // the 1 fixes the register
     float* const block_sums = reinterpret_cast<float*>(ring);
     {
       float sums[kTokens / 2] = {};
-      multiply_tiles<T, kElement, kTokens>(weight, ring, full, empty, first, last, sums);
+      multiply(ring, full, empty, first, last, sums);
       ptx::sync_threads<kMultipliers>();  // nobody reads the ring any more
       store_sums<kTokens>(sums, block_sums);
     }
     ptx::cluster_sync();
-    add_parts<T, kTokens>(block_sums, weight.rows, out, tokens, part, parts);
+    add_parts<T, kTokens>(block_sums, rows, out, tokens, part, parts);
     ptx::cluster_sync();  // no block ends while another reads its sums
   }
+}
+
+template <class T, int kElement, int kTokens>
+__global__ void __launch_bounds__(kBlockThreads, 1)  // the 1 fixes the registers at entry
+    wgmma_kernel(const uint8_t* staged, PackedWeight weight, T* out, int tokens, int parts) {
+#ifdef MB_HAS_WGMMA
+  const int tiles = (weight.columns + kStagedColumns - 1) / kStagedColumns;
+  multiply_block<T, kTokens>(staged, tiles, weight.rows, out, tokens, parts,
+                             [&](uint8_t* ring, uint64_t* full, uint64_t* empty, int first,
+                                 int last, float (&sums)[kTokens / 2]) {
+                               RingPlace<kTokens> place;
+                               multiply_tiles<T, kElement, kTokens>(weight, ring, full, empty,
+                                                                    first, last, place, sums);
+                             });
+#endif
+}
+
+// What the segments of a mix may be: kMx e2m1 and e4m3, else integers. With code for all six
+// formats in one kernel ptxas makes functions of them, and no product of wgmma may be under way in
+// a call (C7510): the matrix unit would wait for every group. With e5m2 beside the other two it
+// spills.
+template <bool kMx, class Function>
+__device__ __forceinline__ void dispatch_family(int element, Function function) {
+  if constexpr (kMx) {
+    if (element == kE2M1) function(std::integral_constant<int, kE2M1>());
+    if (element == kE4M3) function(std::integral_constant<int, kE4M3>());
+  } else {
+    if (element == kInt2) function(std::integral_constant<int, kInt2>());
+    if (element == kInt4) function(std::integral_constant<int, kInt4>());
+    if (element == kInt8) function(std::integral_constant<int, kInt8>());
+  }
+}
+
+bool is_family(const MixedWeight& mix, bool mx) {
+  for (int i = 0; i < mix.count; ++i) {
+    const int element = mix.segments[i].element;
+    if (is_mx(element) != mx || element == kE5M2) return false;
+  }
+  return true;
+}
+
+// Segments of a weight, one after the other; their tiles count on.
+template <class T, bool kMx>
+__global__ void __launch_bounds__(kBlockThreads, 1)
+    mixed_wgmma_kernel(const uint8_t* staged, const __grid_constant__ MixedWeight mix, T* out,
+                       int tokens, int parts) {
+#ifdef MB_HAS_WGMMA
+  multiply_block<T, kMixedTokens>(
+      staged, mix.segments[mix.count - 1].end, mix.segments[0].weight.rows, out, tokens, parts,
+      [&](uint8_t* ring, uint64_t* full, uint64_t* empty, int first, int last,
+          float (&sums)[kMixedTokens / 2]) {
+        RingPlace<kMixedTokens> place;
+        for (int s = 0; s < mix.count; ++s) {
+          const Segment& segment = mix.segments[s];
+          const int begin = max(first, segment.first) - segment.first;
+          const int end = min(last, segment.end) - segment.first;
+          if (begin >= end) continue;
+          dispatch_family<kMx>(segment.element, [&](auto element) {
+            multiply_tiles<T, element.value, kMixedTokens>(segment.weight, ring, full, empty, begin,
+                                                           end, place, sums);
+          });
+        }
+      });
 #endif
 }
 
@@ -235,14 +273,48 @@ const char* launch(const MatmulArgs& a, const PackedWeight& weight, int parts, v
                              int(a.tokens), parts);
 }
 
+template <class T, bool kMx>
+const char* launch_mixed(const MixedArgs& a, const MixedWeight& mix, int parts, void* stream) {
+  const dim3 grid(unsigned(parts), unsigned(divide_up(a.tokens, kMixedTokens)),
+                  unsigned(divide_up(a.rows, kBlockRows)));
+  return ptx::launch_cluster(
+      mixed_wgmma_kernel<T, kMx>, grid, kBlockThreads, shared_bytes(kMixedTokens), unsigned(parts),
+      stream, static_cast<const uint8_t*>(a.x), mix, static_cast<T*>(a.out), int(a.tokens), parts);
+}
+
+const char* refused(int64_t rows, int parts) {
+  if (parts < 1 || parts > 8 || (parts & (parts - 1)) != 0) return "1, 2, 4 or 8 parts";
+  if (divide_up(rows, kBlockRows) > 65535) return "at most 8388480 rows";
+  return nullptr;
+}
+
 }  // namespace
+
+const char* mixed_matmul_wgmma(const MixedArgs& a, int parts, void* stream) {
+  if (a.tokens == 0 || a.rows == 0 || a.columns == 0) return nullptr;
+  if (const char* error = refused(a.rows, parts)) return error;
+  MixedWeight mix{};
+  if (const char* error = mixed_weight(a, &mix)) return error;
+  int tiles = 0;
+  for (int i = 0; i < mix.count; ++i) {
+    mix.segments[i].first = tiles;
+    tiles += int(divide_up(mix.segments[i].weight.columns, kStagedColumns));
+    mix.segments[i].end = tiles;
+  }
+  const char* error = "no kernel of these formats";
+  dispatch_half(a.dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    if (is_family(mix, true)) error = launch_mixed<T, true>(a, mix, parts, stream);
+    if (is_family(mix, false)) error = launch_mixed<T, false>(a, mix, parts, stream);
+  });
+  return error;
+}
 
 const char* packed_matmul_wgmma(const MatmulArgs& a, int block_tokens, int parts, void* stream) {
   if (a.tokens == 0 || a.rows == 0 || a.columns == 0) return nullptr;
-  if (parts < 1 || parts > 8 || (parts & (parts - 1)) != 0) return "1, 2, 4 or 8 parts";
+  if (const char* error = refused(a.rows, parts)) return error;
   PackedWeight weight{};
   if (const char* error = packed_weight(a, &weight)) return error;
-  if (divide_up(a.rows, kBlockRows) > 65535) return "at most 8388480 rows";
   const char* error = "no kernel of these sizes";
   dispatch_half(a.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;

@@ -23,10 +23,10 @@ const char* fake_quantize(const void* x, void* out, int64_t rows, int64_t column
 const char* quantize_pack(const void* weight, uint8_t* codes, void* scales, uint8_t* zero_points,
                           int64_t rows, int64_t columns, int dtype, int format, void* stream);
 
-// out: [rows, columns] of dtype.
+// out: [rows, columns] of dtype, rows `stride` values apart.
 const char* dequantize(const uint8_t* codes, const void* scales, const uint8_t* zero_points,
-                       void* out, int64_t rows, int64_t columns, int dtype, int format,
-                       void* stream);
+                       void* out, int64_t rows, int64_t columns, int64_t stride, int dtype,
+                       int format, void* stream);
 
 constexpr int kMaxFormats = 16;  // of one call to `statistics`
 
@@ -71,18 +71,84 @@ const char* packed_matmul(const MatmulArgs& args, void* stream);
 const char* packed_matmul_mma(const MatmulArgs& args, int row_tiles, int token_tiles, int warps,
                               void* stream);
 
-// Bytes that `stage_activations` writes.
-int64_t staged_bytes(int64_t tokens, int64_t columns, int block_tokens);
+constexpr int kE4M3Tokens = 128;  // of a block of `packed_matmul_e4m3`
 
-// x [tokens, columns] of dtype (not float32), fake-quantized to the MX format `activation` unless
-// that is 0 -> out, as fragments.h says, for a weight of weight_format.
-const char* stage_activations(const void* x, void* out, int64_t tokens, int64_t columns, int dtype,
-                              int weight_format, int activation, int block_tokens, void* stream);
+// x [tokens, columns] of dtype (not float32) rounded to e4m3, with a scale per token -> out
+// [T, columns rounded up to 128], as fragments.h says, and scales [T], T being tokens rounded up
+// to whole blocks.
+const char* stage_e4m3(const void* x, uint8_t* out, float* scales, int64_t tokens, int64_t columns,
+                       int dtype, void* stream);
+
+// packed_matmul of e2m1 weights folded to e4m3 (../fold.h), args.x and token_scales being from
+// `stage_e4m3`, args.x aligned to 16 bytes; row_scales [rows] are e8m0 bytes. Needs sm_90a, columns
+// a multiple of 32, and codes aligned to 16 bytes.
+const char* packed_matmul_e4m3(const MatmulArgs& args, const uint8_t* row_scales,
+                               const float* token_scales, void* stream);
+
+constexpr int kMaxSegments = 8;  // mixbits.formats.MAX_SEGMENTS
+
+struct SegmentArgs {
+  const uint8_t* codes;
+  const void* scales;
+  const uint8_t* zero_points;  // null for formats without
+  int64_t columns;             // a multiple of 32 in all but the last
+  int format, activation;      // 0 where activations are left alone
+};
+
+// x [tokens, columns] of dtype -> out, in the order of `order`, rotated, and fake-quantized to the
+// MX format that each segment has for activations. With block_tokens 0 out is [tokens, columns] of
+// out_dtype, else what packed_matmul_wgmma reads (fragments.h), in 16 bits. out_dtype is dtype or
+// float32.
+struct StageArgs {
+  const void* x;
+  void* out;
+  const void* order;  // [columns] unsigned integers of order_bytes (1, 2 or 4), or null
+  int order_bytes;
+  bool rotated;
+  const SegmentArgs* segments;  // host memory, read before the call returns
+  int segment_count;
+  int64_t tokens, columns;
+  int dtype, out_dtype, block_tokens;
+};
+const char* stage_activations(const StageArgs& args, void* stream);
+
+// Bytes of what packed_matmul_wgmma reads; of segments, columns are those of all, each rounded up
+// to a multiple of 128.
+int64_t staged_bytes(int64_t tokens, int64_t columns, int block_tokens);
 
 // packed_matmul with args.x from `stage_activations`, aligned to 16 bytes, for the same
 // block_tokens (64, 128 or 256); the columns are split between `parts` blocks (1, 2, 4 or 8) of
 // a cluster. Needs sm_90a, columns a multiple of 32, and codes aligned to 16 bytes.
 const char* packed_matmul_wgmma(const MatmulArgs& args, int block_tokens, int parts, void* stream);
+
+// --- weights in segments of columns, each in a format of its own ------------------------------
+
+// As MatmulArgs, for segments side by side of `columns` in all; these are host memory and are read
+// before the call returns.
+struct MixedArgs {
+  const void* x;
+  const SegmentArgs* segments;
+  int segment_count;
+  void* out;
+  int64_t tokens, rows, columns;
+  int dtype;
+};
+
+// As packed_matmul: a launch for each segment, which adds to `sums`, float32 [tokens, rows]; the
+// last rounds what they and its own add up to.
+const char* mixed_matmul(const MixedArgs& args, float* sums, void* stream);
+
+// As packed_matmul_mma: one launch, one rounding. A segment's columns are a multiple of 32; there
+// are as many warps as segments at least; (row_tiles, token_tiles) is (1, 1) or (4, 1). A kernel
+// has code for all formats, six times as much to compile as one for a single format: so there are
+// few sizes.
+const char* mixed_matmul_mma(const MixedArgs& args, int row_tiles, int token_tiles, int warps,
+                             void* stream);
+
+// As packed_matmul_wgmma, with activations staged in blocks of kMixedTokens. Segments are e2m1 and
+// e4m3, or integers.
+constexpr int kMixedTokens = 128;
+const char* mixed_matmul_wgmma(const MixedArgs& args, int parts, void* stream);
 
 }  // namespace cuda
 }  // namespace mixbits

@@ -54,6 +54,21 @@ __device__ __forceinline__ uint32_t and_or(uint32_t a, uint32_t b, uint32_t c) {
   return result;
 }
 
+// Four bytes of low (numbers 0-3) and high (4-7): number i is chosen by bits 4i to 4i + 2 of the
+// selector. Where bit 4i + 3 is set, that byte's sign bit fills all of it.
+__device__ __forceinline__ uint32_t permute(uint32_t low, uint32_t high, uint32_t selector) {
+  uint32_t result;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(result) : "r"(low), "r"(high), "r"(selector));
+  return result;
+}
+
+// Two numbers rounded to e4m3, to nearest even and saturating; sm_89 and later.
+__device__ __forceinline__ uint32_t to_e4m3(float low, float high) {
+  uint16_t result;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(result) : "f"(high), "f"(low));
+  return result;
+}
+
 // --- mma.sync, sm_80 and later --------------------------------------------------------------
 
 // c [16 rows, 8 tokens] += a [16 rows, 16] b [16, 8 tokens]. With g = lane / 4 and q = lane % 4:
@@ -134,6 +149,18 @@ __device__ __forceinline__ void bulk_copy(void* shared, const void* global, uint
       : "memory");
 }
 
+// The same into each block of the cluster whose bit is set in kMask, at the same place there; the
+// barrier of each counts what that block gets.
+template <uint16_t kMask>
+__device__ __forceinline__ void bulk_copy_to_cluster(void* shared, const void* global,
+                                                     uint32_t bytes, uint64_t* barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+      "[%0], [%1], %2, [%3], %4;" ::"r"(shared_address(shared)),
+      "l"(global), "r"(bytes), "r"(shared_address(barrier)), "h"(kMask)
+      : "memory");
+}
+
 // A barrier of the first kThreads threads of the block.
 template <int kThreads>
 __device__ __forceinline__ void sync_threads() {
@@ -165,6 +192,19 @@ __device__ __forceinline__ void cluster_sync() {
       "barrier.cluster.arrive.release.aligned;\n"
       "barrier.cluster.wait.acquire.aligned;" ::
           : "memory");
+}
+
+// Arrives at the barrier that block `rank` of the cluster has where this block has `own`. Nothing
+// that was written is made visible to that block: it says only that reads are over.
+__device__ __forceinline__ void barrier_arrive_at(uint64_t* own, uint32_t rank) {
+  asm volatile(
+      "{\n"
+      ".reg .b32 remote;\n"
+      "mapa.shared::cluster.u32 remote, %0, %1;\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [remote];\n"
+      "}" ::"r"(shared_address(own)),
+      "r"(rank)
+      : "memory");
 }
 
 // What block `rank` of the cluster has where this block has `own`.
@@ -285,6 +325,19 @@ __device__ __forceinline__ void wgmma(float (&d)[kSize], const uint32_t* a, uint
 #undef MB_TEXT
 #undef MB_REST
   }
+}
+
+// d [64 rows, 128 tokens] = (kAdd: +=) a [64 rows, 32] b [32, 128 tokens] of e4m3, else as `wgmma`.
+// With g = lane / 4 and q = lane % 4: a0 and a2 are row g, a1 and a3 row g + 8; a0 and a1 hold
+// values 4q to 4q + 3, the others those 16 further.
+template <bool kAdd>
+__device__ __forceinline__ void wgmma_e4m3(float (&d)[64], const uint32_t* a, uint64_t b) {
+  asm volatile(
+      "{\n.reg .pred add;\nsetp.ne.u32 add, %69, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 {" MB_TEXT32_0 ", " MB_TEXT32_1
+      "}, {%64, %65, %66, %67}, %68, add, 1, 1;\n}"
+      : MB_D32(0), MB_D32(32)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(int(kAdd)));
 }
 #undef MB_WGMMA
 #undef MB_TEXT64_1

@@ -28,9 +28,10 @@ def dequantize_kernel(
     packed_ptr,  # uint8 [rows, packed_bytes]
     scale_ptr,  # uint8 or float16 [rows, groups]
     zero_ptr,  # uint8 [rows, zero_bytes]; not read for symmetric formats
-    out_ptr,  # [rows, columns], contiguous
+    out_ptr,  # [rows, columns], rows `stride` values apart
     rows,
     columns,
+    stride,
     packed_bytes,
     groups,
     zero_bytes,
@@ -59,32 +60,38 @@ def dequantize_kernel(
     values = values * numerics.scale_value(scale, CODE)[:, :, None]
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     out = numerics.from_float32(tl.reshape(values, (ROWS, COLUMNS)), out_ptr.dtype.element_ty)
-    tl.store(out_ptr + row * columns + column, out, mask=row_inside & (column < columns))
+    tl.store(out_ptr + row * stride + column, out, mask=row_inside & (column < columns))
 
 
 def dequantize(packed: Packed, fmt: Format, in_features: int, dtype: torch.dtype) -> torch.Tensor:
     """Packed [N, K] -> [N, K] in `dtype` (float32, float16, bfloat16); `in_features` is K."""
     codes = packed.weight_packed
-    rows = codes.shape[0]
-    out = torch.empty((rows, in_features), dtype=dtype, device=codes.device)
+    out = torch.empty((codes.shape[0], in_features), dtype=dtype, device=codes.device)
+    dequantize_into(out, packed, fmt)
+    return out
+
+
+def dequantize_into(out: torch.Tensor, packed: Packed, fmt: Format) -> None:
+    """Packed [N, K] -> out [N, K] of any of these dtypes; rows may be part of longer ones."""
+    rows, columns = out.shape
     if out.numel() == 0:
-        return out
-    grid = (triton.cdiv(rows, TILE_ROWS), triton.cdiv(in_features, numerics.TILE_COLUMNS))
-    zero_point = packed.weight_zero_point
+        return
+    codes, scale, zero_point = packed
+    grid = (triton.cdiv(rows, TILE_ROWS), triton.cdiv(columns, numerics.TILE_COLUMNS))
     with device_of(codes):
         dequantize_kernel[grid](
             codes,
-            packed.weight_scale,
+            scale,
             codes if zero_point is None else zero_point,
             out,
             rows,
-            in_features,
-            fmt.packed_bytes(in_features),
-            fmt.groups(in_features),
-            fmt.zero_point_bytes(in_features),
+            columns,
+            out.stride(0),
+            fmt.packed_bytes(columns),
+            fmt.groups(columns),
+            fmt.zero_point_bytes(columns),
             CODE=fmt.code,
             ROWS=TILE_ROWS,
             COLUMNS=numerics.TILE_COLUMNS,
             enable_fp_fusion=False,
         )
-    return out

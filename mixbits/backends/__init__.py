@@ -7,6 +7,8 @@
     gradient_statistics(weight, gradient, formats)
     packed_matmul(x, packed, fmt, activation), or, to do several at a time,
     packed_matmuls(x, operands, int8_activations), operands being `Operand`s and `Mix`es
+    mixed_matmul(x, mix)                   optional: a regular `Mix` as one product; else its
+                                           segments are multiplied one by one
     square_sums(x, formats)                optional: else made of fake_quantize
     compensate_group(group, factor, importance, fmt)
                                            optional: else that of mixbits.rounding

@@ -8,6 +8,8 @@ goes; `explain` tells what it picked, and MIXBITS_CUDA_KERNEL forces one of its 
 Weights lie on the device as they lie in the file; nothing is repacked or copied at load. The
 ways for few tokens dequantize in registers. For many, the weight is dequantized into a scratch
 tensor of bounded size in x's dtype, and torch (cuBLAS) multiplies: the guard of the others.
+A linear of several segments goes each of these ways as one product: x is put in order, rotated
+and fake-quantized in one pass, and one kernel adds up the products of all segments.
 Values of the weight are rounded to x's dtype in all ways but `simple`, as a model in that dtype
 has them.
 
@@ -26,11 +28,11 @@ import torch
 from torch import Tensor
 
 from ..formats import MX_GROUP, Format, UsageError
-from ..pack import Packed, packed_spec
-from .cuda_choice import KERNELS, Choice, Kernel, choose
+from ..pack import Mix, Operand, Packed, packed_spec
+from .cuda_choice import KERNELS, TILE, Choice, Kernel, choose, choose_mixed
+from .scratch import matmul_through_scratch
 
 DTYPE_NUMBERS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # csrc/formats.h, Dtype
-SCRATCH_BYTES = 64 << 20
 
 
 @functools.cache
@@ -101,10 +103,10 @@ def quantize_pack(weight: Tensor, fmt: Format) -> Packed:
 
 
 def _dequantize_into(out: Tensor, packed: Packed, fmt: Format) -> None:
-    rows, columns = out.shape
+    """Packed [N, K] -> out [N, K], whose rows may be parts of longer ones."""
     if out.numel() == 0:
         return
-    sizes = (rows, columns, DTYPE_NUMBERS[out.dtype], fmt.code)
+    sizes = (*out.shape, out.stride(0), DTYPE_NUMBERS[out.dtype], fmt.code)
     with torch.cuda.device(out.device):
         _native().dequantize(*_pointers(packed), out.data_ptr(), *sizes, _stream(out))
 
@@ -170,11 +172,39 @@ def _forced_kernel() -> Kernel | None:
 
 def explain(x: Tensor, packed: Packed, fmt: Format) -> Choice:
     """How `packed_matmul` multiplies these; print it."""
-    tokens, columns = x.shape
-    sizes = (fmt, x.dtype, tokens, packed.weight_packed.shape[0], columns)
-    capability, processors = _device_facts(x.device)
     aligned = packed.weight_packed.data_ptr() % 16 == 0
-    return choose(capability, *sizes, processors, _native().HAS_WGMMA, aligned, _forced_kernel())
+    (tokens, columns), rows = x.shape, packed.weight_packed.shape[0]
+    return _choose(fmt, tokens, rows, columns, x.dtype, x.device, aligned)
+
+
+def _choose(
+    fmt: Format,
+    tokens: int,
+    rows: int,
+    columns: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    aligned: bool,
+) -> Choice:
+    capability, processors = _device_facts(device)
+    sizes = (tokens, rows, columns, processors, _native().HAS_WGMMA, aligned, _forced_kernel())
+    return choose(capability, fmt, dtype, *sizes)
+
+
+def explain_matmul(fmt: Format, m: int, n: int, k: int, dtype: torch.dtype) -> str:
+    """Which way `packed_matmul` takes for x [m, k] of `dtype` and a weight [n, k]."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    return str(_choose(fmt, m, n, k, dtype, device, aligned=True))
+
+
+def explain_mixed(x: Tensor, mix: Mix) -> Choice:
+    """How `mixed_matmul` multiplies these; print it."""
+    capability, processors = _device_facts(x.device)
+    formats = tuple(one.format for one in mix.operands)
+    aligned = all(one.packed.weight_packed.data_ptr() % 16 == 0 for one in mix.operands)
+    sizes = (x.shape[0], mix.out_features, mix.columns, processors, _native().HAS_WGMMA)
+    dtype = mix.input_dtype(x.dtype)
+    return choose_mixed(capability, formats, dtype, *sizes, aligned, _forced_kernel())
 
 
 def packed_matmul(
@@ -198,7 +228,7 @@ def packed_matmul(
     if activation is not None:
         x = fake_quantize(x, activation)
     if choice.kernel == "scratch":
-        return _matmul_through_scratch(x, packed, fmt)
+        return matmul_through_scratch(x, [(packed, fmt, columns)], x.dtype, _dequantize_into)
     if choice.kernel == "mma" and x.data_ptr() % 16:
         x = x.clone()
     out = x.new_empty((tokens, rows))
@@ -217,40 +247,71 @@ def _matmul_staged(
     x: Tensor, packed: Packed, fmt: Format, activation: Format | None, choice: Choice
 ) -> Tensor:
     """The product by wgmma; x is fake-quantized while it is staged, M * K * 2 bytes each way."""
+    tokens, columns = x.shape
+    rows = packed.weight_packed.shape[0]
+    mix = Mix((Operand(packed, fmt, activation),), (columns,))
+    staged = _stage(x, mix, x.dtype, choice.block_tokens)
+    out = x.new_empty((tokens, rows))
+    sizes = (tokens, rows, columns, DTYPE_NUMBERS[x.dtype], fmt.code)
+    shape = (choice.block_tokens, choice.parts)
+    pointers = (staged.data_ptr(), *_pointers(packed), out.data_ptr())
+    with torch.cuda.device(x.device):
+        _native().packed_matmul_wgmma(*pointers, *sizes, *shape, _stream(x))
+    return out
+
+
+def _segments(mix: Mix) -> list[tuple[int, ...]]:
+    """A mix as csrc/bindings_cuda.cpp reads it."""
+    return [
+        (*_pointers(packed), columns, fmt.code, 0 if activation is None else activation.code)
+        for (packed, fmt, activation), columns in zip(mix.operands, mix.columns, strict=True)
+    ]
+
+
+def _stage(x: Tensor, mix: Mix, dtype: torch.dtype, block_tokens: int = 0) -> Tensor:
+    """x [M, K] as `mix` multiplies it, in one pass: rows of `dtype`, or what wgmma reads."""
     native = _native()
     tokens, columns = x.shape
-    rows = packed.weight_packed.shape[0]
-    dtype = DTYPE_NUMBERS[x.dtype]
-    staged_bytes = native.staged_bytes(tokens, columns, choice.block_tokens)
-    staged = torch.empty(staged_bytes, dtype=torch.uint8, device=x.device)
-    out = x.new_empty((tokens, rows))
-    codes = (fmt.code, 0 if activation is None else activation.code, choice.block_tokens)
-    sizes = (tokens, rows, columns, dtype, fmt.code, choice.block_tokens, choice.parts)
+    if block_tokens == 0 and mix.takes_input_as_is and x.data_ptr() % 16 == 0:
+        return x
+    if block_tokens == 0:
+        staged = x.new_empty((tokens, columns), dtype=dtype)
+    else:
+        padded = sum(-(-width // TILE) * TILE for width in mix.columns)
+        size = native.staged_bytes(tokens, padded, block_tokens)
+        staged = torch.empty(size, dtype=torch.uint8, device=x.device)
+    order = (0, 0) if mix.order is None else (mix.order.data_ptr(), mix.order.element_size())
+    pointers = (x.data_ptr(), staged.data_ptr(), *order, mix.rotated, _segments(mix))
+    sizes = (tokens, columns, DTYPE_NUMBERS[x.dtype], DTYPE_NUMBERS[dtype], block_tokens)
     with torch.cuda.device(x.device):
-        stream = _stream(x)
-        native.stage_activations(
-            x.data_ptr(), staged.data_ptr(), tokens, columns, dtype, *codes, stream
-        )
-        native.packed_matmul_wgmma(
-            staged.data_ptr(), *_pointers(packed), out.data_ptr(), *sizes, stream
-        )
-    return out
+        native.stage_activations(*pointers, *sizes, _stream(x))
+    return staged
 
 
-def _matmul_through_scratch(x: Tensor, packed: Packed, fmt: Format) -> Tensor:
-    """The product for many tokens, over blocks of output rows whose scratch stays bounded."""
-    x = x.detach()  # products into a given tensor have no gradient
+def mixed_matmul(x: Tensor, mix: Mix, choice: Choice | None = None) -> Tensor:
+    """x [M, K] times a regular mix [N, K] -> [M, N], whose sums are rounded once.
+
+    `choice` as in `packed_matmul`.
+    """
     tokens, columns = x.shape
-    rows = packed.weight_packed.shape[0]
-    block = min(rows, max(1, SCRATCH_BYTES // (columns * x.element_size())))
-    scratch = x.new_empty((block, columns))
-    if block == rows:
-        _dequantize_into(scratch, packed, fmt)
-        return x @ scratch.T
-    out = x.new_empty((tokens, rows))
-    for first in range(0, rows, block):
-        last = min(first + block, rows)
-        part = scratch[: last - first]
-        _dequantize_into(part, packed.rows(slice(first, last)), fmt)
-        torch.mm(x, part.T, out=out[:, first:last])
-    return out
+    rows = mix.out_features
+    if columns == 0 or tokens == 0 or rows == 0:
+        return x.new_zeros((tokens, rows))
+    choice = choice or explain_mixed(x, mix)
+    dtype = mix.input_dtype(x.dtype)
+    staged = _stage(x, mix, dtype, choice.block_tokens)
+    if choice.kernel == "scratch":
+        return matmul_through_scratch(staged, mix.parts, x.dtype, _dequantize_into)
+    out = staged.new_empty((tokens, rows), dtype=dtype)
+    first, last = (staged.data_ptr(), _segments(mix)), (out.data_ptr(), tokens, rows, columns)
+    number = DTYPE_NUMBERS[dtype]
+    with torch.cuda.device(x.device):
+        if choice.kernel == "mma":
+            shape = (choice.row_tiles, choice.token_tiles, choice.warps)
+            _native().mixed_matmul_mma(*first, *last, number, *shape, _stream(x))
+        elif choice.kernel == "wgmma":
+            _native().mixed_matmul_wgmma(*first, *last, number, choice.parts, _stream(x))
+        else:
+            sums = torch.empty_like(out, dtype=torch.float32)
+            _native().mixed_matmul(*first, sums.data_ptr(), *last, number, _stream(x))
+    return out.to(x.dtype)

@@ -6,6 +6,8 @@
     mma         mma.sync, dequantized in registers        few tokens, sm_80 and later
     wgmma       warpgroup mma, dequantized in registers   up to 1024 tokens on sm_90
     scratch     dequantized to memory, then cuBLAS        everything else: the guard
+    fp8         warpgroup mma, folded to e4m3             MXFP4 and many tokens on sm_90, where
+                                                          activations may be rounded to e4m3
 
 The boundaries follow from bytes and instructions (comments below); none has been measured yet.
 """
@@ -18,14 +20,17 @@ from typing import Literal
 
 import torch
 
-from ..formats import Format
+from ..formats import INTEGERS, Format
 
-Kernel = Literal["simple", "mma", "wgmma", "scratch"]
+Kernel = Literal["simple", "mma", "wgmma", "scratch", "fp8"]
+# Those that may be forced; fp8 rounds activations, and must be allowed instead.
 KERNELS: tuple[Kernel, ...] = ("simple", "mma", "wgmma", "scratch")
 
 SIMPLE_TOKENS = 16  # csrc/cuda/ops.cuh, kMaxTokens
 WGMMA_ROWS = 128  # of a block, csrc/cuda/matmul_wgmma.cu
+MIXED_TOKENS = 128  # the one size of its blocks for weights in segments, csrc/cuda/ops.cuh
 TILE = 128  # columns that a block of either kernel takes at a time
+FP8_TOKENS = 128  # of a block, csrc/cuda/matmul_e4m3.cu; it has WGMMA_ROWS too
 
 
 @dataclass(frozen=True)
@@ -33,7 +38,7 @@ class Choice:
     """A kernel and its sizes; what a kernel does not have is 0. `str()` prints it.
 
     `row_tiles` (of 16 rows), `token_tiles` (of 8 tokens) and `warps` belong to mma;
-    `block_tokens` and `parts` (blocks that split the columns) to wgmma.
+    `block_tokens` and `parts` (blocks that split the columns) to wgmma, `block_tokens` to fp8.
     """
 
     kernel: Kernel
@@ -50,23 +55,54 @@ class Choice:
             "mma": f"{16 * self.row_tiles} rows x {8 * self.token_tiles} tokens, "
             f"{self.warps} warps along K",
             "wgmma": f"{WGMMA_ROWS} rows x {self.block_tokens} tokens, {self.parts} blocks along K",
+            "fp8": f"{WGMMA_ROWS} rows x {self.block_tokens} tokens, activations in e4m3",
         }
         return f"{self.kernel} ({sizes[self.kernel]})"
 
 
-def _mma(tokens: int, rows: int, columns: int) -> Choice:
+@functools.cache
+def choose_fp8(
+    capability: tuple[int, int],
+    fmt: Format,
+    dtype: torch.dtype,
+    tokens: int,
+    rows: int,
+    columns: int,
+    processors: int = 132,
+    has_wgmma: bool = True,
+    aligned: bool = True,
+    forced: Kernel | None = None,
+) -> Choice:
+    """`choose` where activations may be e4m3, and `mixbits.folding` has found the weight to fit."""
+    fits = dtype in (torch.bfloat16, torch.float16) and columns % 32 == 0 and aligned
+    possible = fits and fmt.element == "e2m1" and capability == (9, 0) and has_wgmma
+    # With few tokens the cost is that of reading the weight, which fp8 reads like the others. Its
+    # blocks take half as long as those of wgmma, but do not split the columns to fill the device.
+    blocks = -(-rows // WGMMA_ROWS) * -(-tokens // FP8_TOKENS)
+    gains = tokens > FP8_TOKENS and 2 * blocks >= processors
+    if forced is None and possible and gains:
+        return Choice("fp8", block_tokens=FP8_TOKENS)
+    sizes = (tokens, rows, columns, processors, has_wgmma, aligned, forced)
+    return choose(capability, fmt, dtype, *sizes)
+
+
+def _mma(tokens: int, columns: int, segments: int) -> Choice:
     # A block reads x once per 16 * row_tiles rows: x must stay below the weight's own bytes, so
     # more tokens need more rows; few rows leave multiprocessors idle, so one token takes 16.
     row_tiles, token_tiles = (1, 1) if tokens <= 2 else (4, 1) if tokens <= 8 else (4, 2)
+    if segments > 1:
+        token_tiles = 1  # the only ones there are for weights in segments
     most = 16 if row_tiles == 1 else 12 if token_tiles == 1 else 8  # max_warps, matmul_mma.cu
     # A warp wants at least two tiles of its rows; fewer than 4 warps leave the SM's parts idle.
-    warps = max(4, min(most, -(-columns // TILE) // 2))
+    warps = max(4, segments, min(most, -(-columns // TILE) // 2))
     return Choice("mma", row_tiles=row_tiles, token_tiles=token_tiles, warps=warps)
 
 
-def _wgmma(tokens: int, rows: int, columns: int, processors: int) -> Choice:
+def _wgmma(tokens: int, rows: int, columns: int, segments: int, processors: int) -> Choice:
     block_tokens = 64 if tokens <= 64 else 128 if tokens <= 128 else 256
-    if tokens > 256 and -(-tokens // 128) * 128 < -(-tokens // 256) * 256:
+    if segments > 1:
+        block_tokens = MIXED_TOKENS
+    elif tokens > 256 and -(-tokens // 128) * 128 < -(-tokens // 256) * 256:
         block_tokens = 128  # less padding
     blocks = -(-rows // WGMMA_ROWS) * -(-tokens // block_tokens)
     # Split the columns while that fills idle multiprocessors and leaves each part 4 tiles.
@@ -103,24 +139,76 @@ def choose(
         "wgmma": fits and capability == (9, 0) and has_wgmma,
         "scratch": True,
     }
-    if forced is not None and not possible[forced]:
-        raise ValueError(
-            f"kernel {forced!r} cannot take {tokens} tokens of {dtype} with {fmt.element} weights "
-            f"[{rows}, {columns}] on compute capability {capability[0]}.{capability[1]}"
-        )
     # mma pays for the weight once per 16 tokens, and dequantizes it as often: about 4
     # instructions per weight, against the 2 bytes written and read again that scratch costs.
     few = 16 if possible["wgmma"] else 64
     # From about 1024 tokens on, dequantizing once is less than 1/10 of the product's own time.
-    order: tuple[tuple[Kernel, int], ...] = (("mma", few), ("simple", 16), ("wgmma", 1024))
-    kernel: Kernel = "scratch"
-    for name, most in reversed(order):
-        if possible[name] and tokens <= most:
-            kernel = name
-    if forced is not None:
-        kernel = forced
+    limits: dict[Kernel, int] = {"mma": few, "simple": SIMPLE_TOKENS, "wgmma": 1024}
+    what = f"{dtype} with {fmt.element} weights [{rows}, {columns}]"
+    kernel = _first(possible, limits, tokens, forced, f"{what} on {_name(capability)}")
     if kernel == "mma":
-        return _mma(tokens, rows, columns)
+        return _mma(tokens, columns, 1)
     if kernel == "wgmma":
-        return _wgmma(tokens, rows, columns, processors)
+        return _wgmma(tokens, rows, columns, 1, processors)
     return Choice(kernel)
+
+
+@functools.cache
+def choose_mixed(
+    capability: tuple[int, int],
+    formats: tuple[Format, ...],
+    dtype: torch.dtype,
+    tokens: int,
+    rows: int,
+    columns: tuple[int, ...],
+    processors: int = 132,
+    has_wgmma: bool = True,
+    aligned: bool = True,
+    forced: Kernel | None = None,
+) -> Choice:
+    """The same for a weight in segments: of `formats`, with `columns` each.
+
+    `dtype` is that of the activations once they are in order, rotated and rounded.
+    """
+    whole = all(width % 32 == 0 for width in columns)
+    fits = dtype in (torch.bfloat16, torch.float16) and whole and aligned
+    elements = {fmt.element for fmt in formats}
+    # What one kernel has code for, csrc/cuda/matmul_wgmma.cu.
+    family = elements <= {"e2m1", "e4m3"} or elements <= set(INTEGERS)
+    possible: dict[Kernel, bool] = {
+        "simple": tokens <= SIMPLE_TOKENS,
+        "mma": fits and capability >= (8, 0),
+        "wgmma": fits and family and capability == (9, 0) and has_wgmma,
+        "scratch": True,
+    }
+    # Its blocks have 8 tokens at most: beyond 16, the weight is dequantized too often.
+    few = 16 if possible["wgmma"] else 32
+    limits: dict[Kernel, int] = {"mma": few, "simple": SIMPLE_TOKENS, "wgmma": 1024}
+    names = "+".join(fmt.element for fmt in formats)
+    what = f"{dtype} with {names} weights [{rows}, {sum(columns)}]"
+    kernel = _first(possible, limits, tokens, forced, f"{what} on {_name(capability)}")
+    if kernel == "mma":
+        return _mma(tokens, sum(columns), len(columns))
+    if kernel == "wgmma":
+        return _wgmma(tokens, rows, sum(columns), len(columns), processors)
+    return Choice(kernel)
+
+
+def _name(capability: tuple[int, int]) -> str:
+    return f"compute capability {capability[0]}.{capability[1]}"
+
+
+def _first(
+    possible: dict[Kernel, bool],
+    limits: dict[Kernel, int],  # numbers of tokens, in the order of preference
+    tokens: int,
+    forced: Kernel | None,
+    what: str,
+) -> Kernel:
+    """`forced`, or the first kernel that takes so many tokens. Raises ValueError, with `what`."""
+    if forced is None:
+        some = (name for name, most in limits.items() if possible[name] and tokens <= most)
+        return next(some, "scratch")
+    if not possible[forced]:
+        raise ValueError(f"kernel {forced!r} cannot take {tokens} tokens of {what}")
+    return forced

@@ -2,37 +2,40 @@
 
 Decoding costs about as much as reading the weight once in 16 bits. Scaled integers are rounded to
 x's dtype, as a model in that dtype does. The scratch is bounded: a large weight is decoded in
-blocks of rows.
+blocks of rows. Segments of a linear are decoded side by side, and multiplied as one weight.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from ..formats import Format
-from ..pack import Packed
+from ..pack import Packed, Part
 
 SCRATCH_BYTES = 64 << 20
 
-# packed [N, K], format, K, dtype -> [N, K]
-Dequantize = Callable[[Packed, Format, int, torch.dtype], Tensor]
+# out [N, K] of x's dtype, whose rows may be parts of longer ones; packed [N, K]; format
+DequantizeInto = Callable[[Tensor, Packed, Format], None]
 
 
 def matmul_through_scratch(
-    x: Tensor, packed: Packed, fmt: Format, dequantize: Dequantize
+    x: Tensor, parts: Sequence[Part], dtype: torch.dtype, dequantize_into: DequantizeInto
 ) -> Tensor:
-    """x [M, K] times packed [N, K] -> [M, N] in x's dtype."""
+    """x [M, K] times packed parts side by side, [N, K] in all -> [M, N] in `dtype`."""
+    x = x.detach()  # products into a given tensor have no gradient
     tokens, columns = x.shape
-    rows = packed.weight_packed.shape[0]
-    block = max(1, SCRATCH_BYTES // (columns * x.element_size()))
-    if block >= rows:
-        return x @ dequantize(packed, fmt, columns, x.dtype).T
+    rows = parts[0][0].weight_packed.shape[0]
+    block = min(rows, max(1, SCRATCH_BYTES // (columns * x.element_size())))
+    scratch = x.new_empty((block, columns))
     out = x.new_empty((tokens, rows))
     for first in range(0, rows, block):
-        last = min(first + block, rows)
-        part = dequantize(packed.rows(slice(first, last)), fmt, columns, x.dtype)
-        out[:, first:last] = x @ part.T
-    return out
+        some = slice(first, min(first + block, rows))
+        weight = scratch[: some.stop - first]
+        widths = [width for _, _, width in parts]
+        for (packed, fmt, _), target in zip(parts, weight.split(widths, 1), strict=True):
+            dequantize_into(target, packed.rows(some), fmt)
+        torch.mm(x, weight.T, out=out[:, some])
+    return out.to(dtype)

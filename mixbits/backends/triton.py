@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..formats import Format
-from ..pack import Packed
+from ..pack import Mix, Packed, Part
 from .scratch import matmul_through_scratch
 
 # Beyond, every tile of tokens would decode the weight once more; decoding it once is cheaper.
@@ -91,9 +91,19 @@ def packed_matmul(x: Tensor, packed: Packed, fmt: Format, activation: Format | N
     """x [M, K], fake-quantized to `activation` if given, times packed [N, K] -> [M, N]."""
     if activation is not None:
         x = fake_quantize(x, activation)
+    return _product(x, [(packed, fmt, x.shape[1])], x.dtype)
+
+
+def mixed_matmul(x: Tensor, mix: Mix) -> Tensor:
+    """x [M, K] times a regular mix [N, K] -> [M, N]."""
+    arranged = _kernels("arrange").arrange(x, mix, mix.input_dtype(x.dtype))
+    return _product(arranged, mix.parts, x.dtype)
+
+
+def _product(x: Tensor, parts: Sequence[Part], dtype: torch.dtype) -> Tensor:
     if x.shape[0] > MAX_FUSED_TOKENS and x.numel():
-        return matmul_through_scratch(x, packed, fmt, dequantize)
-    return _kernels("gemm").packed_matmul(x, packed, fmt)
+        return matmul_through_scratch(x, parts, dtype, _kernels("dequantize").dequantize_into)
+    return _kernels("gemm").packed_matmul(x, parts, dtype)
 
 
 def explain_matmul(fmt: Format, m: int, n: int, k: int, dtype: torch.dtype) -> str:
@@ -102,6 +112,6 @@ def explain_matmul(fmt: Format, m: int, n: int, k: int, dtype: torch.dtype) -> s
         return "dequantize, then torch"
     gemm = _kernels("gemm")
     device = torch.device("cpu" if _interpreted() else f"cuda:{torch.cuda.current_device()}")
-    config = gemm.candidates(m, n, k, fmt, dtype, gemm.shared_bytes(device))[0]
-    tile = f"{config.block_n}x{config.block_m}x{config.block_k}"
+    config = gemm.candidates(m, n, ((fmt, k),), dtype, gemm.shared_bytes(device))[0]
+    tile = f"{config.block_n}x{config.block_m}x{config.block_k[0]}"
     return f"fused, tiles N x M x K of {tile}, K in {config.split_k}"

@@ -34,6 +34,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.parameter import BasevLLMParameter
 from vllm.model_executor.utils import set_weight_attrs
 
+from ..arrange import check_order
 from ..formats import BF16, Assignment, Mixed, Recipe, UsageError
 from ..linear import AnyPacked, Experts, MixedLinear, PackedLinear
 from ..ops import packed_matmuls_unchecked
@@ -151,8 +152,8 @@ def _module(recipe: Recipe, rows: int, columns: int, tensors: Mapping[str, Tenso
         return linear
     if isinstance(recipe, Mixed):
         order = tensors.get("order")
-        if order is not None and order.sort().values.tolist() != list(range(columns)):
-            raise UsageError(f"an order must hold each of {columns} columns once")
+        if order is not None:
+            check_order(order, columns)
         linear = MixedLinear(rows, recipe, device="meta")
     else:
         linear = PackedLinear(columns, rows, recipe, device="meta")

@@ -23,6 +23,7 @@
 #define __shared__ static
 #define __align__(n) __attribute__((aligned(n)))
 #define __launch_bounds__(...)
+#define __grid_constant__
 using std::max;
 using std::min;
 struct dim3 {
@@ -57,6 +58,7 @@ constexpr size_t kStackBytes = 64 << 10;
 
 struct Block {
   dim3 index;
+  int running;  // threads
   std::unique_ptr<char[]> memory{new char[kSharedBytes + 1024]};
   Barrier all, named, warps[32];
   char* shared() { return memory.get() + (1024 - uintptr_t(memory.get()) % 1024) % 1024; }
@@ -101,8 +103,21 @@ inline void wait_warp() { wait(my_block().warps[me().index / 32], 32); }
 inline void thread_main() {
   body();
   me().done = true;
+  --my_block().running;
   ++progress;
   yield();
+}
+
+// A turn for each thread of a block; whether there are any left.
+inline bool run_block(int block) {
+  const int count = int(threads.size() / blocks.size());
+  bool left = false;
+  for (running = block * count; running < (block + 1) * count; ++running) {
+    if (me().done) continue;
+    left = true, threadIdx = dim3(me().index), blockIdx = my_block().index;
+    swapcontext(&scheduler, &me().context);
+  }
+  return left;
 }
 
 inline void run_cluster() {
@@ -110,6 +125,7 @@ inline void run_cluster() {
   for (auto& block : blocks) {
     memset(block->memory.get(), 0xcd, kSharedBytes + 1024);
     block->all = block->named = Barrier();
+    block->running = int(threads.size() / blocks.size());
     for (auto& warp : block->warps) warp = Barrier();
   }
   for (auto& thread : threads) {
@@ -119,13 +135,16 @@ inline void run_cluster() {
     thread->context.uc_stack.ss_size = kStackBytes;
     makecontext(&thread->context, thread_main, 0);
   }
+  // Each block runs until it must wait for another: none may rely on their keeping pace.
   for (bool left = true; left;) {
     const long before = progress;
     left = false;
-    for (running = 0; running < int(threads.size()); ++running) {
-      if (me().done) continue;
-      left = true, threadIdx = dim3(me().index), blockIdx = my_block().index;
-      swapcontext(&scheduler, &me().context);
+    for (int block = 0; block < int(blocks.size()); ++block) {
+      long last;
+      do {
+        last = progress;
+        left |= run_block(block);
+      } while (progress != last);
     }
     if (left && progress == before) fail("deadlock");
   }

@@ -1,0 +1,136 @@
+"""Activations as the segments of a linear want them: in order, rotated, and rounded, in one pass.
+
+What `mixbits.arrange` and fake quantization do one after the other, to the bit. One program owns a
+tile of rows by 128 columns of one segment. Segments begin at multiples of 32 columns, so that
+groups and rotated blocks lie within one tile.
+"""
+
+import torch
+
+import triton
+import triton.language as tl
+from mixbits.formats import MX_GROUP
+from mixbits.pack import Mix
+
+from . import numerics
+from .launch import TILE_ROWS, device_of
+
+
+@triton.constexpr_function
+def log2(width):
+    return width.bit_length() - 1
+
+
+@triton.jit
+def hadamard(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr):
+    """x float32 [ROWS, COLUMNS] times the Hadamard matrix, WIDTH columns at a time: sums and
+    differences of pairs whose numbers differ in one bit, in the order of mixbits.arrange.
+    """
+    for half in tl.static_range(log2(WIDTH)):
+        pairs = tl.reshape(x, (ROWS, COLUMNS >> (half + 1), 2, 1 << half))
+        a, b = tl.split(tl.permute(pairs, (0, 1, 3, 2)))
+        x = tl.reshape(tl.permute(tl.join(a + b, a - b), (0, 1, 3, 2)), (ROWS, COLUMNS))
+    return x
+
+
+@triton.jit
+def _arrange_tile(
+    x_ptr,
+    order_ptr,
+    out_ptr,
+    rows,
+    columns,
+    first,  # the tile's first column
+    end,  # of the segment
+    CODE: tl.constexpr,
+    ORDERED: tl.constexpr,
+    ROTATED: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    start = row.to(tl.int64)[:, None] * columns
+    column = first + tl.arange(0, COLUMNS)
+    inside = (row < rows)[:, None] & (column < end)[None, :]
+    source = column
+    if ORDERED:
+        source = tl.load(order_ptr + column, mask=column < end, other=0).to(tl.int32)
+    x = numerics.to_float32(tl.load(x_ptr + start + source[None, :], mask=inside, other=0.0))
+    if ROTATED:
+        whole = column // WIDTH * WIDTH + WIDTH <= columns
+        x = tl.where(whole[None, :], hadamard(x, ROWS, COLUMNS, WIDTH), x)
+    if CODE != 0:
+        size: tl.constexpr = numerics.group_size(CODE)
+        grouped = tl.reshape(x, (ROWS, COLUMNS // size, size))
+        x = tl.reshape(numerics.fake_quantize(grouped, CODE), (ROWS, COLUMNS))
+    out = numerics.from_float32(x, out_ptr.dtype.element_ty)
+    tl.store(out_ptr + start + column[None, :], out, mask=inside)
+
+
+@triton.jit
+def arrange_kernel(
+    x_ptr,  # [rows, columns], contiguous
+    order_ptr,  # uint8, int16 or int32 [columns]; not read unless ORDERED
+    out_ptr,  # [rows, columns], contiguous
+    rows,
+    columns,
+    widths,  # columns of each segment
+    CODES: tl.constexpr,  # what each segment's columns are rounded to; 0: they are not
+    ORDERED: tl.constexpr,
+    ROTATED: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    WIDTH: tl.constexpr,  # columns that are rotated together
+):
+    tile = tl.program_id(1)
+    first = 0
+    for s in tl.static_range(len(CODES)):
+        tiles = tl.cdiv(widths[s], COLUMNS)
+        if (tile >= 0) & (tile < tiles):
+            _arrange_tile(
+                x_ptr,
+                order_ptr,
+                out_ptr,
+                rows,
+                columns,
+                first + tile * COLUMNS,
+                first + widths[s],
+                CODES[s],
+                ORDERED,
+                ROTATED,
+                ROWS,
+                COLUMNS,
+                WIDTH,
+            )
+        tile -= tiles
+        first += widths[s]
+
+
+def arrange(x: torch.Tensor, mix: Mix, dtype: torch.dtype) -> torch.Tensor:
+    """x [M, K] as `mix` multiplies it, in `dtype`; x itself where that is how it comes."""
+    if mix.takes_input_as_is:
+        return x
+    codes = tuple(0 if (fmt := one.activation) is None else fmt.code for one in mix.operands)
+    rows, columns = x.shape
+    out = x.new_empty((rows, columns), dtype=dtype)
+    if out.numel() == 0:
+        return out
+    tiles = sum(triton.cdiv(width, numerics.TILE_COLUMNS) for width in mix.columns)
+    with device_of(x):
+        arrange_kernel[(triton.cdiv(rows, TILE_ROWS), tiles)](
+            x,
+            x if mix.order is None else mix.order,
+            out,
+            rows,
+            columns,
+            mix.columns,
+            CODES=codes,
+            ORDERED=mix.order is not None,
+            ROTATED=mix.rotated,
+            ROWS=TILE_ROWS,
+            COLUMNS=numerics.TILE_COLUMNS,
+            WIDTH=MX_GROUP,
+            enable_fp_fusion=False,
+        )
+    return out

@@ -1,0 +1,69 @@
+"""Products of MXFP4 weights with activations in e4m3, by the matrix units of sm_90a.
+
+`mixbits.folding` says what is computed. x is rounded and laid out by one kernel, multiplied by
+another; both go to torch's current stream, and nothing waits.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..formats import Format
+from ..pack import Packed
+from . import cuda
+from .cuda_choice import Choice, choose_fp8
+
+COLUMNS = 128  # of a tile, csrc/cuda/fragments.h
+
+
+def why_unavailable(device: torch.device) -> str | None:
+    """None where the kernels run on `device`, else one sentence."""
+    capability, _ = cuda._device_facts(device)
+    if capability != (9, 0):
+        return f"compute capability 9.0 is needed: got {capability[0]}.{capability[1]}"
+    return None if cuda._native().HAS_WGMMA else "mixbits._cuda was built without sm_90a"
+
+
+def explain(x: Tensor, packed: Packed, fmt: Format) -> Choice:
+    """How `packed_matmul` multiplies these; print it."""
+    tokens, columns = x.shape
+    sizes = (fmt, x.dtype, tokens, packed.weight_packed.shape[0], columns)
+    capability, processors = cuda._device_facts(x.device)
+    has_wgmma, aligned = cuda._native().HAS_WGMMA, packed.weight_packed.data_ptr() % 16 == 0
+    return choose_fp8(capability, *sizes, processors, has_wgmma, aligned, cuda._forced_kernel())
+
+
+def packed_matmul(x: Tensor, packed: Packed, fmt: Format, row_scale: Tensor) -> Tensor:
+    """x [M, K] times packed e2m1 [N, K] -> [M, N]; x is rounded to e4m3 where that saves time.
+
+    `row_scale` is that of `mixbits.folding.fold_rows`.
+    """
+    choice = explain(x, packed, fmt)
+    if choice.kernel != "fp8":
+        return cuda.packed_matmul(x, packed, fmt, None, choice)
+    native = cuda._native()
+    tokens, columns = x.shape
+    rows = packed.weight_packed.shape[0]
+    codes, scale = quantize_tokens(x)
+    out = x.new_empty((tokens, rows))
+    pointers = [t.data_ptr() for t in (codes, packed.weight_packed, packed.weight_scale)]
+    pointers += [t.data_ptr() for t in (row_scale, scale, out)]
+    sizes = (tokens, rows, columns, cuda.DTYPE_NUMBERS[x.dtype], fmt.code)
+    with torch.cuda.device(x.device):
+        native.packed_matmul_e4m3(*pointers, *sizes, cuda._stream(x))
+    return out
+
+
+def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [M, K] -> uint8 and float32 as the kernel reads them: csrc/cuda/ops.cuh, `stage_e4m3`."""
+    native = cuda._native()
+    tokens, columns = x.shape
+    padded = -(-tokens // native.E4M3_TOKENS) * native.E4M3_TOKENS
+    shape = (padded, -(-columns // COLUMNS) * COLUMNS)
+    codes = torch.empty(shape, dtype=torch.uint8, device=x.device)
+    scale = torch.empty(padded, dtype=torch.float32, device=x.device)
+    sizes = (tokens, columns, cuda.DTYPE_NUMBERS[x.dtype])
+    with torch.cuda.device(x.device):
+        native.stage_e4m3(x.data_ptr(), codes.data_ptr(), scale.data_ptr(), *sizes, cuda._stream(x))
+    return codes, scale
