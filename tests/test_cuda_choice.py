@@ -53,6 +53,8 @@ def test_fp8_is_taken_where_it_is_allowed_and_gains(monkeypatch):
     monkeypatch.setenv("MIXBITS_CUDA_KERNEL", "fp8")
     with pytest.raises(UsageError, match="must be one of simple, mma, wgmma, scratch: got 'fp8'"):
         cuda._forced_kernel()
+
+
 @pytest.mark.parametrize(
     ("capability", "tokens", "kernel"),
     [
