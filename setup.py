@@ -83,7 +83,9 @@ class NinjaBuild(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         is_cuda = ext.name.endswith("_cuda")
-        folder = (Path(self.build_temp) / ext.name).resolve()
+        # An editable build is given a new temporary folder each time: its objects stay here.
+        kept = ROOT / "build" / f"editable-{sys.implementation.cache_tag}"
+        folder = ((kept if self.editable_mode else Path(self.build_temp)) / ext.name).resolve()
         folder.mkdir(parents=True, exist_ok=True)
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -100,8 +102,10 @@ class NinjaBuild(build_ext):
         import pybind11
 
         cxx = os.environ.get("CXX", "c++")
-        include = [*self.include_dirs, pybind11.get_include(), str(ROOT / "csrc")]
-        common = " ".join(f"-I{path}" for path in include) + (" -DMB_X86" if IS_X86 else "")
+        common = f"-I{ROOT / 'csrc'}" + (" -DMB_X86" if IS_X86 else "")
+        # pip keeps pybind11 in a new place for each build: were it named for the kernels, too, all
+        # of them would be compiled again.
+        python = " ".join(f"-I{path}" for path in (*self.include_dirs, pybind11.get_include()))
         link = f"{find_nvcc()} -shared -cudart static" if is_cuda else f"{cxx} -shared -fopenmp -s"
         files = "-MMD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc"
         lines = [
@@ -111,6 +115,7 @@ class NinjaBuild(build_ext):
         ]
         for source, name, flags in objects:
             rule = "nvcc" if source.endswith(".cu") else "cxx"
+            flags += f" {python}" if name.startswith("bindings") else ""
             lines.append(f"build {name}.o: {rule} {ROOT / source}\n  flags = {flags}")
         lines.append(f"build {target}: link {' '.join(f'{name}.o' for _, name, _ in objects)}")
         return "\n".join(lines) + "\n"

@@ -26,6 +26,7 @@ INT_FORMATS = [
     for symmetric in (True, False)
 ]
 FORMATS = MX_FORMATS + INT_FORMATS
+ISAS = ["avx512bf16", "avx512vnni", "avx2", "scalar"]
 
 
 def format_id(fmt: Format) -> str:
@@ -34,7 +35,17 @@ def format_id(fmt: Format) -> str:
     return f"{fmt.element}-g{fmt.group_size}-{'sym' if fmt.symmetric else 'asym'}"
 
 
+by_format = pytest.mark.parametrize("fmt", FORMATS, ids=format_id)
+by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+# The instruction sets take turns on each input, so that a cache of one input's results serves all.
+by_isa = pytest.mark.parametrize("isa", ISAS, indirect=True)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # Workers take file after file: those that compile come first, or one core waits at the end.
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        slow = {item.path for item in items if item.get_closest_marker("slow")}
+        items.sort(key=lambda item: item.path not in slow)
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
@@ -51,7 +62,7 @@ def poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture(params=["avx512bf16", "avx512vnni", "avx2", "scalar"])
+@pytest.fixture(params=ISAS)
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Runs the test once with every instruction set that this CPU has."""
     if request.param not in cpu.available_isas():

@@ -54,7 +54,9 @@ def builds(tmp_path_factory):
 
     def build(name: str, arch: str) -> tuple[Path, int, str]:
         target = folder / f"{name}.{arch}.o"
-        command = ["nvcc", "-std=c++17", "-O3", "-Xptxas", "-v", "-c", f"{CSRC}/cuda/{name}.cu"]
+        # The host's half of a file is the same for all architectures: one of them compiles it.
+        output = "-c" if arch == "90a" else "-cubin"
+        command = ["nvcc", "-std=c++17", "-O3", "-Xptxas", "-v", output, f"{CSRC}/cuda/{name}.cu"]
         command += ["-gencode", f"arch=compute_{arch},code=sm_{arch}", "-o", str(target)]
         result = subprocess.run(command, capture_output=True, text=True, check=False)
         return target, result.returncode, result.stdout + result.stderr

@@ -73,7 +73,7 @@ def exact_product(x, mix, values):
 
 
 def check_mix(x, mix, values, got):
-    """`test_ops.check_matmul`'s rule: at most twice the error of torch's own product."""
+    """`test_matmul.product`'s rule: at most twice the error of torch's own product."""
     exact, magnitudes, rounded = exact_product(x, mix, values)
     torchs = (rounded.float() @ values.float().T).to(x.dtype).double()
     floor = torch.finfo(x.dtype).eps * exact.abs() + 2.0**-23 * magnitudes

@@ -4,6 +4,7 @@ instruction set that this CPU has."""
 import os
 import subprocess
 import sys
+from functools import lru_cache
 
 import pytest
 import torch
@@ -11,23 +12,23 @@ from conftest import (
     DTYPES,
     FORMATS,
     INT_FORMATS,
-    MX_FORMATS,
     assert_same_bits,
+    by_dtype,
+    by_format,
+    by_isa,
     format_id,
     hard_rows,
 )
 
 from mixbits import ops, reference
 from mixbits.backends import cpu
-from mixbits.formats import SCALE_MODES, Format, UsageError, parse_scheme
+from mixbits.formats import Format, UsageError
 from mixbits.pack import Packed, pack
 
 COLUMNS = [1, 31, 33, 172, 192]
 MXFP4 = Format("e2m1", 32)
 MXFP8 = Format("e4m3", 32)
 INT4 = Format("int4", 128)
-by_format = pytest.mark.parametrize("fmt", FORMATS, ids=format_id)
-by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 
 
 def misaligned(x):
@@ -86,8 +87,9 @@ def test_dequantize_every_code_with_every_scale(isa, element, dtype):
     assert_same_bits(got, ops.dequantize(packed, fmt, columns, dtype, "reference"))
 
 
-@pytest.mark.parametrize("fmt", INT_FORMATS, ids=format_id)
-def test_dequantize_every_code_with_every_float16_scale(isa, fmt):
+@lru_cache(maxsize=1)
+def every_code_with_every_float16_scale(fmt):
+    """Packed, and dequantized by the reference."""
     columns = fmt.group_size
     codes = torch.arange(fmt.packed_bytes(columns), dtype=torch.int32).to(torch.uint8)
     scale = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(torch.float16)[:, None]
@@ -96,8 +98,14 @@ def test_dequantize_every_code_with_every_float16_scale(isa, fmt):
         top = (1 << fmt.bits) - 1
         zero_point = (torch.arange(65536) & top).to(torch.uint8)[:, None]
     packed = Packed(codes.repeat(65536, 1), scale, zero_point)
-    got = ops.dequantize(packed, fmt, columns, torch.float32, "cpu")
-    assert_same_bits(got, ops.dequantize(packed, fmt, columns, torch.float32, "reference"))
+    return packed, ops.dequantize(packed, fmt, columns, torch.float32, "reference")
+
+
+@by_isa
+@pytest.mark.parametrize("fmt", INT_FORMATS, ids=format_id)
+def test_dequantize_every_code_with_every_float16_scale(isa, fmt):
+    packed, expected = every_code_with_every_float16_scale(fmt)
+    assert_same_bits(ops.dequantize(packed, fmt, fmt.group_size, torch.float32, "cpu"), expected)
 
 
 def test_non_contiguous_input(isa):
@@ -171,174 +179,6 @@ def test_statistics_of_nan_are_nan_in_their_slab_only(isa):
     weight[2, 40] = torch.nan
     got = ops.gradient_statistics(weight, torch.ones(4, 96), [MXFP4], "cpu")
     assert got.isnan().tolist() == [[False, True, False]]
-
-
-# --- matmul ----------------------------------------------------------------------------------
-
-
-def integer_bound(x, values):
-    """How far rounding x [M, K] to integers, where weights are integers, can move each output.
-
-    In a block of 32 the step is 2^-14 (float32: 2^-22) of the power of two below the largest
-    value, or twice that just below the next power; rounding moves a value by half of it
-    (csrc/cpu/activations.h).
-    """
-    blocks = torch.nn.functional.pad(x.double().abs(), (0, -x.shape[1] % 32)).unflatten(1, (-1, 32))
-    half = 2.0**-23 if x.dtype == torch.float32 else 2.0**-15
-    half_step = 1.01 * half * blocks.amax(-1).repeat_interleave(32, -1)[:, : x.shape[1]]
-    return half_step @ values.double().abs().T
-
-
-def check_matmul(x, weight, fmt, activation, backend):
-    """Error against float64 at most twice that of torch's matmul in x's dtype."""
-    packed = ops.quantize_pack(weight, fmt, "reference")
-    values = ops.dequantize(packed, fmt, x.shape[1], torch.float32, "reference")
-    rounded = x if activation is None else reference.fake_quantize(x, activation)
-    exact = rounded.double() @ values.double().T
-    # Weights as torch would have them: where x's dtype cannot hold them, that rounding is torch's
-    # error and not ours. The product of float32 copies, rounded, is the better of torch's two.
-    torchs = (rounded.float() @ values.T).to(x.dtype).double()
-    got = ops.packed_matmul(x, packed, fmt, activation, backend)
-    assert got.dtype == x.dtype and got.shape == exact.shape
-    # Torch may be exact by luck in a small case. Any sum rounded to the dtype is off by up to half
-    # a unit in the last place (eps / 2), and float32 sums of K terms by about sqrt(K) roundings
-    # of the largest partial sum, which the sum of magnitudes bounds.
-    magnitudes = rounded.double().abs() @ values.double().abs().T
-    floor = torch.finfo(x.dtype).eps * exact.abs() + 2.0**-23 * magnitudes
-    if activation is None and fmt.element not in ("e4m3", "e5m2"):
-        floor += integer_bound(x, values)
-    error, allowed = (got.double() - exact).abs(), 2 * (torchs - exact).abs() + floor
-    assert (error <= allowed).all(), (error / allowed).max().item()
-    if exact.numel() > 100:
-        assert error.norm() <= 2 * (torchs - exact).norm() + 2.0**-24 * exact.norm()
-
-
-@by_format
-@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 17, 118])
-def test_matmul(isa, fmt, tokens):
-    activation = fmt if fmt.is_mx else None
-    for number, columns in enumerate([1, 31, 32, 96, 172, 192]):
-        for rows in (1, 15, 16, 17, 100):
-            dtype = DTYPES[(number + rows) % 3]
-            x, weight = torch.randn(tokens, columns).to(dtype), torch.randn(rows, columns)
-            check_matmul(x, weight, fmt, activation if rows % 2 else None, "cpu")
-
-
-@pytest.mark.parametrize(
-    "scheme", ["MXFP4", "MXFP4A16", "MXFP8", "MXFP8A16", "W4A16", "W8A16", "W2A16G32ASYM"]
-)
-@by_dtype
-def test_matmul_of_many_columns(isa, scheme, dtype):
-    scheme = parse_scheme(scheme)
-    weight = torch.randn(100, 4096)
-    for tokens in (1, 5, 17, 512):
-        x = torch.randn(tokens, 4096).to(dtype)
-        check_matmul(x, weight, scheme.weight, scheme.activation, "cpu")
-
-
-MIXED = ["MXFP4", "MXFP8", "W4A16", "MXFP4A16", "W8A16G32ASYM", "W2A16", "MXFP8E5M2", "W4A16G32"]
-
-
-def operands_of(names, columns):
-    for number, name in enumerate(names):
-        scheme = parse_scheme(name)
-        packed = ops.quantize_pack(torch.randn(17 + number, columns), scheme.weight)
-        yield ops.Operand(packed, scheme.weight, scheme.activation)
-
-
-@by_dtype
-@pytest.mark.parametrize("tokens", [0, 1, 3, 40, 300])
-def test_several_weights_in_one_call(isa, tokens, dtype):
-    x = torch.randn(tokens, 192).to(dtype)
-    operands = list(operands_of([*MIXED, *MIXED[:3]], 192))
-    together = ops.packed_matmuls(x, operands, "cpu")
-    for operand, got in zip(operands, together, strict=True):
-        assert torch.equal(got, ops.packed_matmul(x, *operand, "cpu"))
-    # Both sides round results to the dtype, by up to 2^-9 in bfloat16, and so may activations.
-    for got, want in zip(ops.packed_matmuls(x[:3], operands, "reference"), together, strict=True):
-        torch.testing.assert_close(got, want[:3], rtol=0.02, atol=0.02)
-
-
-@pytest.mark.parametrize("scheme", ["MXFP4A16", "W4A16", "W8A16", "W4A16ASYM"])
-@pytest.mark.parametrize("tokens", [1, 3, 40])
-def test_int8_activations_err_by_their_rounding(isa, scheme, tokens):
-    fmt, columns = parse_scheme(scheme).weight, 512
-    x, packed = torch.randn(tokens, columns), ops.quantize_pack(torch.randn(50, columns), fmt)
-    values = ops.dequantize(packed, fmt, columns, backend="cpu")
-    exact = x.double() @ values.double().T
-    got = ops.packed_matmul(x, packed, fmt, backend="cpu", int8_activations=True).double()
-    error = (got - exact).norm() / exact.norm()
-    # A step is 1/127 of a block's largest value, about 2.3 standard deviations here; rounding is
-    # off by a step over sqrt(12).
-    assert error < 1.2 * 2.3 / 127 / 12**0.5
-    blocks = x.unflatten(1, (-1, 32))
-    steps = blocks.abs().amax(-1, keepdim=True) / 127
-    bound = (0.505 * steps.expand_as(blocks).flatten(1)).double() @ values.double().abs().T
-    assert ((got - exact).abs() <= bound).all()
-
-
-@pytest.mark.parametrize("fmt", [MXFP4, MXFP8, INT4], ids=format_id)
-def test_matmul_does_not_depend_on_threads(isa, fmt):
-    packed = ops.quantize_pack(torch.randn(130, 416), fmt)
-    before = torch.get_num_threads()
-    for tokens in (1, 40):
-        x = torch.randn(tokens, 416)
-        results = []
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            results.append(ops.packed_matmul(x, packed, fmt, backend="cpu"))
-        torch.set_num_threads(before)
-        assert all(torch.equal(result, results[0]) for result in results)
-
-
-@pytest.mark.parametrize("activation", [None, *MX_FORMATS[:3]], ids=lambda f: f and format_id(f))
-@by_dtype
-@pytest.mark.parametrize("tokens", [1, 7])
-def test_matmul_of_extreme_scales(isa, activation, dtype, tokens):
-    """Weights and tokens near the ends of their ranges, whose products are ordinary numbers."""
-    columns = 128
-    # The first weights have the scale 2^-127, which is subnormal in float32.
-    for power, inverse in (
-        (-126, 110),
-        (-100, 100),
-        (-14, 14),
-        (14, -14),
-        (100, -100),
-        (120, -120),
-    ):
-        if dtype == torch.float16 and abs(inverse) > 12:
-            continue
-        x = (torch.randn(tokens, columns) * 2.0**inverse).to(dtype)
-        check_matmul(x, torch.randn(33, columns) * 2.0**power, MXFP4, activation, "cpu")
-
-
-@pytest.mark.parametrize("tokens", [1, 7])
-@pytest.mark.parametrize("exponent", [-25, -24, -23, -22, -20, 12, 13, 14, 15])
-@pytest.mark.parametrize("mode", SCALE_MODES)
-def test_matmul_of_float16_tokens_that_round_in_float16(isa, tokens, exponent, mode):
-    """A block's values may lie among float16's subnormals, or beyond its largest number."""
-    x = ((torch.rand(tokens, 128) * 3.8 - 1.9) * 2.0**exponent).half()
-    packed = ops.quantize_pack(torch.randn(20, 128) * 2.0**-exponent, MXFP4)
-    activation = Format("e2m1", 32, scale_mode=mode)
-    got = ops.packed_matmul(x, packed, MXFP4, activation, "cpu")
-    expected = ops.packed_matmul(x, packed, MXFP4, activation, "reference")
-    # Both add in float32 before they round; cancellation leaves 2^-24 of the largest terms.
-    torch.testing.assert_close(got, expected, rtol=2e-3, atol=2e-3, equal_nan=True)
-
-
-@pytest.mark.parametrize("fmt", [MXFP4, MXFP8, INT4], ids=format_id)
-@pytest.mark.parametrize("tokens", [1, 9])
-@pytest.mark.parametrize("bad_token", [False, True])
-def test_matmul_passes_nan_on(isa, fmt, tokens, bad_token):
-    x, weight = torch.randn(tokens, 160), torch.randn(10, 160)
-    weight[3, 7] = torch.nan
-    expected = torch.zeros(tokens, 10, dtype=torch.bool)
-    expected[:, 3] = True
-    if bad_token:
-        x[0, 150] = torch.inf
-        expected[0] = True
-    got = ops.packed_matmul(x, ops.quantize_pack(weight, fmt), fmt, MXFP4, "cpu")
-    assert torch.equal(got.isnan(), expected)
 
 
 @pytest.mark.parametrize(("tokens", "rows", "columns"), [(0, 3, 64), (3, 0, 64), (3, 5, 0)])

@@ -344,7 +344,7 @@ def test_empty(backend):
 def test_under_the_interpreter():
     """This file once more, with Triton interpreting."""
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-    env = {**os.environ, "TRITON_INTERPRET": "1"}
+    env = {**os.environ, "TRITON_INTERPRET": "1", "PYTEST_ADDOPTS": ""}  # no workers of its own
     result = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     print(result.stdout[-2000:])
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]

@@ -46,7 +46,7 @@ struct Slow {
     const std::vector<double> w = weight_values(weight);
     const int element = decode_format(weight.format).element;
     const bool integers = !s.activations[i] && (element == kE2M1 || !is_mx(element));
-    // As in kernels_test.cpp: half a step of the integers that stand for a block of 32.
+    // As in matmul_test.cpp: half a step of the integers that stand for a block of 32.
     const double half = m.int8_activations ? 1.0 / 254 : dtype == kFloat32 ? 0x1p-23 : 0x1p-15;
     for (int64_t t = 0; t < m.tokens; ++t) {
       for (int64_t n = 0; n < weight.rows; ++n) {
@@ -66,7 +66,7 @@ struct Slow {
     }
   }
 
-  // The rule of kernels_test.cpp, for one sum.
+  // The rule of matmul_test.cpp, for one sum.
   double allowed(const Mixes& m, size_t at) const {
     static const double eps[] = {0x1p-7, 0x1p-10, 0x1p-23}, unit[] = {0x1p-126, 0x1p-24, 0x1p-126};
     return 2 * fabs(double(round_to(m.dtype, loop[at])) - exact[at]) +
