@@ -201,7 +201,7 @@ PYBIND11_MODULE(_cuda, m) {
       },
       py::arg("x"), py::arg("segments"), py::arg("sums"), py::arg("out"), py::arg("tokens"),
       py::arg("rows"), py::arg("columns"), py::arg("dtype"), py::arg("stream"),
-      "As packed_matmul, for segments side by side; sums: a workspace, float32 [tokens, rows].");
+      "As packed_matmul, for segments, x of one after the other; sums: float32 [tokens, rows].");
 
   m.def(
       "mixed_matmul_mma",

@@ -51,7 +51,7 @@ __device__ inline void drop_codes(uint32_t (&words)[kWords]) {
 }
 
 struct MatmulShape {
-  int64_t tokens, rows, columns, stride;  // of a token
+  int64_t tokens, rows, columns;
   int group_size;
   bool x_aligned, codes_aligned;
   float* sums;       // [tokens, rows]: what segments before this one add up to, and this one too
@@ -103,7 +103,7 @@ __global__ void __launch_bounds__(kThreads, 2)  // 128 registers: fewer would sp
       for (int t = 0; t < kTokens; ++t) {
         float values[kPart];
         const int64_t token = min(first_token + t, shape.tokens - 1);
-        load_columns(x + token * shape.stride, column + part, columns, shape.x_aligned, values);
+        load_columns(x + token * columns, column + part, columns, shape.x_aligned, values);
 #pragma unroll
         for (int r = 0; r < kRows; ++r) {
 #pragma unroll
@@ -150,7 +150,7 @@ const char* multiply(const MatmulArgs& a, MatmulShape shape, void* stream) {
   const cudaStream_t s = cudaStream_t(stream);
   dispatch_dtype(a.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    shape.x_aligned = a.columns % 8 == 0 && rows_aligned(a.x, shape.stride * sizeof(T), 16);
+    shape.x_aligned = a.columns % 8 == 0 && rows_aligned(a.x, a.columns * sizeof(T), 16);
     dispatch_element(f.element, [&](auto element) {
       constexpr int kElement = element.value;
       if (a.tokens == 1) {
@@ -169,8 +169,7 @@ const char* multiply(const MatmulArgs& a, MatmulShape shape, void* stream) {
 
 const char* packed_matmul(const MatmulArgs& a, void* stream) {
   if (a.tokens == 0 || a.rows == 0 || a.columns == 0) return nullptr;
-  return multiply(a, {a.tokens, a.rows, a.columns, a.columns, 0, false, false, nullptr, true, true},
-                  stream);
+  return multiply(a, {a.tokens, a.rows, a.columns, 0, false, false, nullptr, true, true}, stream);
 }
 
 const char* mixed_matmul(const MixedArgs& a, float* sums, void* stream) {
@@ -179,12 +178,12 @@ const char* mixed_matmul(const MixedArgs& a, float* sums, void* stream) {
   const char* error = nullptr;
   for (int i = 0; i < a.segment_count && error == nullptr; ++i) {
     const SegmentArgs& s = a.segments[i];
-    error = multiply({x, s.codes, s.scales, s.zero_points, a.out, a.tokens, a.rows, s.columns,
-                      a.dtype, s.format},
-                     {a.tokens, a.rows, s.columns, a.columns, 0, false, false, sums, i == 0,
-                      i == a.segment_count - 1},
-                     stream);
-    x += s.columns * (a.dtype == kFloat32 ? 4 : 2);
+    error = multiply(
+        {x, s.codes, s.scales, s.zero_points, a.out, a.tokens, a.rows, s.columns, a.dtype,
+         s.format},
+        {a.tokens, a.rows, s.columns, 0, false, false, sums, i == 0, i == a.segment_count - 1},
+        stream);
+    x += a.tokens * s.columns * (a.dtype == kFloat32 ? 4 : 2);
   }
   return error;
 }

@@ -135,7 +135,8 @@ struct MixedArgs {
 };
 
 // As packed_matmul: a launch for each segment, which adds to `sums`, float32 [tokens, rows]; the
-// last rounds what they and its own add up to.
+// last rounds what they and its own add up to. x is [tokens, columns] of the first segment, then of
+// the next: with a distance of its own between tokens the kernel would spill.
 const char* mixed_matmul(const MixedArgs& args, float* sums, void* stream);
 
 // As packed_matmul_mma: one launch, one rounding. A segment's columns are a multiple of 32; there

@@ -302,7 +302,9 @@ def mixed_matmul(x: Tensor, mix: Mix, choice: Choice | None = None) -> Tensor:
     staged = _stage(x, mix, dtype, choice.block_tokens)
     if choice.kernel == "scratch":
         return matmul_through_scratch(staged, mix.parts, x.dtype, _dequantize_into)
-    out = staged.new_empty((tokens, rows), dtype=dtype)
+    if choice.kernel == "simple":
+        staged = torch.cat([piece.flatten() for piece in staged.split(mix.columns, 1)])
+    out = x.new_empty((tokens, rows), dtype=dtype)
     first, last = (staged.data_ptr(), _segments(mix)), (out.data_ptr(), tokens, rows, columns)
     number = DTYPE_NUMBERS[dtype]
     with torch.cuda.device(x.device):
