@@ -64,6 +64,12 @@ void gradient_statistics(uintptr_t weight, uintptr_t gradient, uintptr_t out, in
                                      gradient_dtype, int(formats.size())}));
 }
 
+void square_sums(uintptr_t x, uintptr_t out, int64_t rows, int64_t columns, int dtype,
+                 const std::vector<int>& formats) {
+  check_memory(kernels().square_sums({pointer(x), formats.data(), pointer<double>(out), rows,
+                                      columns, dtype, int(formats.size())}));
+}
+
 void compensate_group(uintptr_t group, uintptr_t factor, uintptr_t importance, uintptr_t codes,
                       uintptr_t scales, uintptr_t zero_points, uintptr_t errors, int64_t rows,
                       int64_t stride, int64_t factor_stride, int columns, int format) {
@@ -207,6 +213,8 @@ PYBIND11_MODULE(_cpu, m) {
         "weight, row_weight, column_weight -> out float64 [formats, ceil(columns / 32)]");
   m.def("gradient_statistics", &gradient_statistics, release(),
         "weight, gradient -> out float64 [formats, ceil(columns / 32)]");
+  m.def("square_sums", &square_sums, release(),
+        "x [rows, columns] -> out float64 [1 + formats, columns]");
   m.def("compensate_group", &compensate_group, release(),
         "group [rows, columns] of some stride, factor, importance -> codes, scales, zero_points (0 "
         "where there are none), errors");

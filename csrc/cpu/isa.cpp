@@ -31,9 +31,9 @@ uint64_t sum_words(const void* data, int64_t bytes) {
 // scalar_kernels, avx2_kernels and so on
 const Kernels* MB_JOIN(MB_ISA, _kernels)() {
   static const Kernels table = {
-      MB_TEXT(MB_ISA),          MB_ISA::sum_words,     MB_ISA::fake_quantize,
-      MB_ISA::quantize_pack,    MB_ISA::dequantize,    MB_ISA::statistics,
-      MB_ISA::compensate_group, MB_ISA::packed_matmul, MB_ISA::decode_step};
+      MB_TEXT(MB_ISA),       MB_ISA::sum_words,  MB_ISA::fake_quantize, MB_ISA::quantize_pack,
+      MB_ISA::dequantize,    MB_ISA::statistics, MB_ISA::square_sums,   MB_ISA::compensate_group,
+      MB_ISA::packed_matmul, MB_ISA::decode_step};
   return &table;
 }
 

@@ -46,6 +46,14 @@ struct StatisticsArgs {
   int dtype, gradient_dtype, format_count;
 };
 
+struct SquareSumsArgs {
+  const void* x;       // [rows, columns] of dtype
+  const int* formats;  // [format_count]
+  double* out;         // [1 + format_count, columns]
+  int64_t rows, columns;
+  int dtype, format_count;
+};
+
 // One group of columns of a weight, whose rows are `stride` numbers apart. Row j of the factor,
 // `factor_stride` numbers from the next, says from number j on how later columns make up for j.
 struct CompensateArgs {
@@ -147,6 +155,7 @@ struct Kernels {
   bool (*quantize_pack)(const PackArgs&);
   bool (*dequantize)(const DequantizeArgs&);
   bool (*statistics)(const StatisticsArgs&);
+  bool (*square_sums)(const SquareSumsArgs&);
   bool (*compensate_group)(const CompensateArgs&);
   bool (*packed_matmul)(const MatmulArgs&);
   // One new token of one sequence, through the whole model.

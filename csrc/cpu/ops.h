@@ -11,6 +11,7 @@ bool fake_quantize(const FakeQuantizeArgs& a);
 bool quantize_pack(const PackArgs& a);
 bool dequantize(const DequantizeArgs& a);
 bool statistics(const StatisticsArgs& a);
+bool square_sums(const SquareSumsArgs& a);
 bool compensate_group(const CompensateArgs& a);
 bool packed_matmul(const MatmulArgs& a);
 bool decode_step(const DecodeArgs& a);

@@ -134,6 +134,14 @@ def gradient_statistics(weight: Tensor, gradient: Tensor, formats: Sequence[Form
     return out
 
 
+def square_sums(x: Tensor, formats: Sequence[Format]) -> Tensor:
+    """float64 [1 + formats, K], as `mixbits.reference.square_sums`."""
+    out = torch.empty((1 + len(formats), x.shape[1]), dtype=torch.float64)
+    dtype, codes = DTYPE_NUMBERS[x.dtype], [fmt.code for fmt in formats]
+    _native.square_sums(x.data_ptr(), out.data_ptr(), *x.shape, dtype, codes)
+    return out
+
+
 def compensate_group(group: Tensor, factor: Tensor, importance: Tensor, fmt: Format) -> Group:
     """As `mixbits.rounding.compensate_group`, to the bit."""
     rows, columns = group.shape

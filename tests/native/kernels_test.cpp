@@ -248,6 +248,51 @@ void check_statistics(Random& random) {
   }
 }
 
+std::vector<double> run_square_sums(const Statistics& s, int threads) {
+  omp_set_num_threads(threads);
+  std::vector<double> out((1 + s.formats.size()) * s.columns, -1.0);
+  const bool ok = kernels().square_sums({s.weight.data(), s.formats.data(), out.data(), s.rows,
+                                         s.columns, s.dtype, int(s.formats.size())});
+  if (!ok) out.clear();
+  return out;
+}
+
+std::vector<double> slow_square_sums(const Statistics& s) {
+  const std::vector<float> x = to_floats(s.weight, s.dtype);
+  std::vector<double> out((1 + s.formats.size()) * s.columns);
+  for (size_t f = 0; f <= s.formats.size(); ++f) {
+    Bytes rounded(x.size() * 4, 1);
+    rounded.fill(0);
+    if (f > 0) rounded = slow_fake_quantize(x, s.rows, s.columns, kFloat32, s.formats[f - 1]);
+    for (size_t i = 0; i < x.size(); ++i) {
+      const float part = x[i] - get(rounded, kFloat32, i);
+      out[f * s.columns + i % s.columns] += part * part;
+    }
+  }
+  return out;
+}
+
+void check_square_sums(Random& random) {
+  const std::vector<std::pair<int, int>> shapes = {{1, 1},   {3, 33},    {16, 128}, {65, 172},
+                                                   {2, 900}, {20, 2100}, {3, 5000}};
+  for (const auto& [rows, columns] : shapes) {
+    const Statistics s = random_statistics(random, rows, columns);
+    const std::vector<double> expected = slow_square_sums(s);
+    for (const char* name : isa_names()) {
+      set_isa(isa = name);
+      for (int threads = 1; threads <= 3; ++threads) {
+        const std::vector<double> got = run_square_sums(s, threads);
+        size_t equal = 0;
+        while (equal < got.size() && (got[equal] == expected[equal] || isnan(expected[equal])) &&
+               isnan(got[equal]) == isnan(expected[equal]))
+          ++equal;
+        check(equal == expected.size(), "square_sums [%d, %d] %s, %d threads: %d of %d equal", rows,
+              columns, dtype_name(s.dtype), threads, int(equal), int(expected.size()));
+      }
+    }
+  }
+}
+
 // --- the rest -----------------------------------------------------------------------------------
 
 void check_sum_words(Random& random) {
@@ -292,6 +337,7 @@ void check_all(Random& random) {
   }
   done("dequantize, streaming");
   check_statistics(random);
+  check_square_sums(random);
 }
 
 }  // namespace
