@@ -26,8 +26,8 @@ from .formats import Assignment, Mixed, Recipe, UsageError
 from .linear import check_finite, check_packed, pack_recipe, packed_values
 from .model import LinearInfo, output_head, weight_of
 from .pack import Packed, Rounded, pack
+from .probing import probed
 from .rounding import METHODS, Curvature, gptq, retarget, search
-from .sensitivity import probed
 from .streaming import StreamedModel, patched
 
 

@@ -34,29 +34,21 @@ their order, and `measure` takes it, since the blocks that share a scale are oth
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from . import ops
 from .arrange import Arrangement
-from .experts import run_experts
 from .formats import MX_GROUP, Format, Scheme, UsageError
-from .model import (
-    LinearInfo,
-    expert_slice,
-    is_experts,
-    linear_weight,
-    split_expert_name,
-    weight_of,
-)
-from .streaming import Progress, StreamedModel, patched
+from .model import LinearInfo, split_expert_name, weight_of
+from .probing import probed
+from .streaming import Progress, StreamedModel
 
 # Linears whose outputs later tokens read, by the last part of their names.
 READ_LATER = {"k_proj", "v_proj", "qkv_proj", "query_key_value", "c_attn"}
@@ -66,43 +58,6 @@ PRIOR_SEQUENCES = 8
 LABEL_CHUNK = 512  # tokens whose probabilities are held at once while labels are drawn
 SlabScores = dict[str, dict[str, list[float]]]  # linear -> scheme -> score per 32-column slab
 Arrangements: TypeAlias = Mapping[str, Arrangement]  # linear -> how its columns are arranged
-
-# x [M, K], weight [N, K], bias -> y [M, N], leaving its record behind
-Probe = Callable[[str, Tensor, Tensor, "Tensor | None"], Tensor]
-
-
-@contextmanager
-def probed(model: nn.Module, linears: Sequence[LinearInfo], probe: Probe) -> Iterator[None]:
-    """Let every linear, and every expert, run through `probe` for the duration."""
-    names = {info.name for info in linears}
-    experts = {split_expert_name(info.name)[0] for info in linears if info.is_expert}
-
-    def plain(name: str, linear: Any) -> Callable[[Tensor], Tensor]:
-        def run(x: Tensor) -> Tensor:
-            weight = linear_weight(linear)  # the one that is resident now
-            assert weight is not None
-            return probe(name, x, weight, linear.bias)
-
-        return run
-
-    def routed(name: str, module: Any) -> Callable[..., Tensor]:
-        def linear(expert: int, projection: str, x: Tensor) -> Tensor:
-            weight = expert_slice(module, expert, projection)
-            return probe(f"{name}.{expert}.{projection}", x, weight, None)
-
-        def run(hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-            count = len(module.down_proj)
-            return run_experts(hidden, index, weights, module.act_fn, linear, count)
-
-        return run
-
-    with ExitStack() as stack:
-        for name, module in model.named_modules():
-            if name in names:
-                stack.enter_context(patched(module, plain(name, module)))
-            elif name in experts and is_experts(module):
-                stack.enter_context(patched(module, routed(name, module)))
-        yield
 
 
 def _slabs(columns: Tensor) -> Tensor:
@@ -229,9 +184,9 @@ def _check_called(linears: Sequence[LinearInfo], called: Collection[str]) -> Non
     idle = [i.name for i in linears if not i.is_expert and i.name not in called]
     if idle:
         raise UsageError(
-            f"linears must be called to be measured: got {len(idle)} whose weights the model uses "
-            f"in another way; leave them as they are: --ignore '*.{idle[0].rpartition('.')[2]}' "
-            f"({idle[0]})"
+            f"linears must be called to be measured: got {len(idle)} that no token of the text "
+            "reached, or whose weights the model uses in another way; take more text, or leave "
+            f"them as they are: --ignore '*.{idle[0].rpartition('.')[2]}' ({idle[0]})"
         )
 
 

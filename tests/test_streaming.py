@@ -9,7 +9,8 @@ from tiny import KINDS, VOCAB, make_model
 from mixbits import streaming
 from mixbits.formats import parse_scheme
 from mixbits.model import find_linears, weight_of
-from mixbits.sensitivity import measure, probed
+from mixbits.probing import probed
+from mixbits.sensitivity import measure
 from mixbits.source import open_source
 from mixbits.streaming import StreamedModel, gradient_dtype, patched, resident
 

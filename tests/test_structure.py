@@ -27,6 +27,7 @@ LAYERS = [
     {"plan", "rounded"},
     {"scores"},
     {"sensitivity"},
+    {"probing"},
     {"source", "calibration", "fake", "signround"},
     {"streaming"},
     {"linear"},
