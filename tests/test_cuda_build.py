@@ -261,13 +261,18 @@ int main() {
 """
 
 
+def output_of(program: str, folder: Path) -> bytes:
+    """What a C++ program that includes our headers prints."""
+    source, binary = folder / "program.cpp", folder / "program"
+    source.write_text(program)
+    command = ["g++", "-std=c++17", "-O2", "-ffp-contract=off", f"-I{CSRC}"]
+    subprocess.run([*command, str(source), "-o", str(binary)], check=True)
+    return subprocess.run([str(binary)], capture_output=True, check=True).stdout
+
+
 @needs_gpp
 def test_host_numerics(tmp_path):
-    source, program = tmp_path / "numerics.cpp", tmp_path / "numerics"
-    source.write_text(NUMERICS_PROGRAM)
-    command = ["g++", "-std=c++17", "-O2", "-ffp-contract=off", f"-I{CSRC}"]
-    subprocess.run([*command, str(source), "-o", str(program)], check=True)
-    output = subprocess.run([str(program)], capture_output=True, check=True).stdout
+    output = output_of(NUMERICS_PROGRAM, tmp_path)
     floats = torch.frombuffer(bytearray(output), dtype=torch.float32)
 
     scales = reference.e8m0_to_float(torch.arange(256, dtype=torch.uint8))[:, None]

@@ -1,12 +1,9 @@
 """MXFP4 weights as 8-bit floats: what fits, that nothing is rounded, and what becomes of tokens."""
 
-import subprocess
-from pathlib import Path
-
 import pytest
 import torch
 from conftest import assert_same_bits
-from test_cuda_build import needs_gpp
+from test_cuda_build import needs_gpp, output_of
 from torch import Tensor
 
 from mixbits import folding, ops, pack, reference
@@ -15,7 +12,6 @@ from mixbits.linear import PackedLinear, allow_fp8_activations
 
 MXFP4 = Format("e2m1", 32)
 E4M3 = torch.float8_e4m3fn
-CSRC = Path(__file__).resolve().parent.parent / "csrc"
 
 
 def packed_blocks(scales: Tensor, codes: Tensor | None = None) -> pack.Packed:
@@ -159,11 +155,7 @@ int main() {
 @needs_gpp
 def test_host_arithmetic(tmp_path):
     """Tables hold every magnitude times every 2^k; token scales are torch's, NaN aside."""
-    source, program = tmp_path / "fold.cpp", tmp_path / "fold"
-    source.write_text(FOLD_PROGRAM)
-    command = ["g++", "-std=c++17", "-O1", "-ffp-contract=off", f"-I{CSRC}"]
-    subprocess.run([*command, str(source), "-o", str(program)], check=True)
-    output = subprocess.run([str(program)], capture_output=True, check=True).stdout
+    output = output_of(FOLD_PROGRAM, tmp_path)
     magnitudes = reference.minifloat_decode(torch.arange(8, dtype=torch.uint8), MINIFLOATS["e2m1"])
     exact = magnitudes * torch.logspace(-8, 6, 15, base=2.0)[:, None]
     tables = torch.frombuffer(bytearray(output[: 15 * 8]), dtype=E4M3).view(15, 8)

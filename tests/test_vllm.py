@@ -398,21 +398,25 @@ def one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Non
     distributed.destroy_distributed_environment()
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
-def test_vllm_loads_a_whole_model(tmp_path: Path, one_process: None, kind: str) -> None:
+def load_in_vllm(folder: Path) -> Any:
     from vllm.engine.arg_utils import EngineArgs
     from vllm.model_executor.model_loader import get_model
 
+    engine = EngineArgs(
+        model=str(folder), dtype="bfloat16", skip_tokenizer_init=True, enforce_eager=True
+    ).create_engine_config()
+    with set_current_vllm_config(engine):
+        return get_model(vllm_config=engine)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
+def test_vllm_loads_a_whole_model(tmp_path: Path, one_process: None, kind: str) -> None:
     plugin.register()
     eight = parse_scheme("MXFP8A16")
     recipes: dict[str, Recipe] = {f"{ATTENTION}.{n}": slabs() for n in ("q_proj", "k_proj")}
     recipes |= {f"{MLP}.down_proj": Mixed(((eight, 160),), rotated=True)}
     source, assignment, folder = packed(tmp_path, "MXFP4A16,MXFP8A16,BF16", kind, recipes=recipes)
-    engine = EngineArgs(
-        model=str(folder), dtype="bfloat16", skip_tokenizer_init=True, enforce_eager=True
-    ).create_engine_config()
-    with set_current_vllm_config(engine):
-        model = get_model(vllm_config=engine)
+    model = load_in_vllm(folder)
     fake, x = fake_model(source, assignment), torch.randn(5, HIDDEN).bfloat16()
     with torch.no_grad():
         for ours, theirs in zip(fake.model.layers, model.model.layers, strict=True):
@@ -433,18 +437,11 @@ def test_vllm_loads_a_whole_model(tmp_path: Path, one_process: None, kind: str) 
 def test_vllm_loads_a_whole_model_with_experts(
     tmp_path: Path, one_process: None, kind: str
 ) -> None:
-    from vllm.engine.arg_utils import EngineArgs
-    from vllm.model_executor.model_loader import get_model
-
     plugin.register()
     sizes = {"moe_intermediate_size": 64, "intermediate_size": 64, "norm_topk_prob": True}
     schemes = "MXFP4A16,MXFP8A16,BF16,W4A16G32,W8A16G32"
     source, assignment, folder = packed(tmp_path, schemes, kind, **sizes)
-    engine = EngineArgs(
-        model=str(folder), dtype="bfloat16", skip_tokenizer_init=True, enforce_eager=True
-    ).create_engine_config()
-    with set_current_vllm_config(engine):
-        model = get_model(vllm_config=engine)
+    model = load_in_vllm(folder)
     fake, x = fake_model(source, assignment), torch.randn(9, HIDDEN).bfloat16()
     with torch.no_grad():
         for ours, theirs in zip(fake.model.layers, model.model.layers, strict=True):

@@ -2,23 +2,19 @@
 // their slow twin: with every instruction set, at odd addresses of memory of exact size.
 //
 //   mixed_test [--few] [SEED]     --few: only what has work for several threads, and less of it
-#include "slow.h"
+#include "checks.h"
 
 namespace mixbits {
 namespace test {
 namespace {
 
-int failures = 0, checks = 0;
-
-void check(bool ok, const char* what, const char* isa, const Mixes& m, size_t i, double off = 0) {
-  ++checks;
-  if (ok || ++failures > 20) return;
-  printf(
-      "FAILED %s: %s, M %d K %d dtype %d int8 %d, linear %d of %d, rows %d segments %d order %d "
-      "rotated %d: %g times what is allowed\n",
-      isa, what, int(m.tokens), int(m.columns), m.dtype, m.int8_activations, int(i),
-      int(m.linears.size()), int(m.linears[i].rows()), int(m.linears[i].weights.size()),
-      m.linears[i].order_bytes, m.linears[i].rotated, off);
+void check_linear(bool ok, const char* what, const Mixes& m, size_t i, double off = 0) {
+  check(ok,
+        "%s, M %d K %d dtype %d int8 %d, linear %d of %d, rows %d segments %d order %d rotated %d: "
+        "%g times what is allowed",
+        what, int(m.tokens), int(m.columns), m.dtype, m.int8_activations, int(i),
+        int(m.linears.size()), int(m.linears[i].rows()), int(m.linears[i].weights.size()),
+        m.linears[i].order_bytes, m.linears[i].rotated, off);
 }
 
 // Sums over all segments, for every token and row.
@@ -106,10 +102,10 @@ Mixes random_mixes(Random& random, int64_t tokens, int64_t columns, int64_t prod
 void check_mixes(const Mixes& m) {
   std::vector<Slow> slow;
   for (const Segments& s : m.linears) slow.emplace_back(m, s);
-  for (const char* isa : isa_names()) {
-    set_isa(isa);
+  for (const char* name : isa_names()) {
+    set_isa(isa = name);
     const std::vector<Bytes> outs = m.run(1, 0);
-    check(outs.size() == m.linears.size(), "no memory", isa, m, 0);
+    check_linear(outs.size() == m.linears.size(), "no memory", m, 0);
     for (size_t i = 0; i < outs.size(); ++i) {
       double worst = 0;
       for (size_t at = 0; at < slow[i].exact.size(); ++at) {
@@ -117,13 +113,22 @@ void check_mixes(const Mixes& m) {
         const double ratio = off / slow[i].allowed(m, at);
         worst = ratio <= worst ? worst : ratio;  // also where it is NaN
       }
-      check(worst <= 1, "values", isa, m, i, worst);
-      check(m.run(2, 0xff, i, i + 1)[0].equals(outs[i]), "company", isa, m, i);
+      check_linear(worst <= 1, "values", m, i, worst);
+      check_linear(m.run(2, 0xff, i, i + 1)[0].equals(outs[i]), "company", m, i);
     }
     const std::vector<Bytes> again = m.run(3, 0xff);
     for (size_t i = 0; i < outs.size(); ++i)
-      check(again[i].equals(outs[i]), "depends on threads", isa, m, i);
+      check_linear(again[i].equals(outs[i]), "depends on threads", m, i);
   }
+}
+
+void check_all(Random& random) {
+  const std::vector<int> tokens = {1, 2, 4, 5, 17, 40}, columns = {1, 33, 64, 172, 257, 320, 1500};
+  for (int i = 0; i < (few ? 40 : 150); ++i) {
+    const int64_t m = random.choice(tokens), k = few ? 320 : random.choice(columns);
+    check_mixes(random_mixes(random, m, k, few ? 80000 : 60000));
+  }
+  check_mixes(random_mixes(random, 515, 70, 1 << 17));  // more tokens than a chunk
 }
 
 }  // namespace
@@ -131,24 +136,5 @@ void check_mixes(const Mixes& m) {
 }  // namespace mixbits
 
 int main(int argc, char** argv) {
-  using namespace mixbits::test;
-  bool few = false;
-  uint64_t seed = 1;
-  for (int i = 1; i < argc; ++i) {
-    if (strcmp(argv[i], "--few") == 0) {
-      few = true;
-    } else {
-      seed = strtoull(argv[i], nullptr, 10);
-    }
-  }
-  Random random(seed);
-  const std::vector<int> tokens = {1, 2, 4, 5, 17, 40}, columns = {1, 33, 64, 172, 257, 320, 1500};
-  for (int i = 0; i < (few ? 40 : 150); ++i) {
-    const int64_t m = random.choice(tokens), k = few ? 320 : random.choice(columns);
-    check_mixes(random_mixes(random, m, k, few ? 80000 : 60000));
-  }
-  check_mixes(random_mixes(random, 515, 70, 1 << 17));  // more tokens than a chunk
-  printf("seed %llu: %d checks, %d failures\n", static_cast<unsigned long long>(seed), checks,
-         failures);
-  return failures ? 1 : 0;
+  return mixbits::test::run_checks(argc, argv, mixbits::test::check_all);
 }
