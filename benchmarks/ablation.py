@@ -36,6 +36,7 @@ from benchmarks.autoscheme import add_text_options
 from benchmarks.records import Records
 from benchmarks.text import Text, make_text
 from mixbits.arrange import Arrangement
+from mixbits.distill import GENERATED, distill, written
 from mixbits.evaluate import sequence_kl
 from mixbits.formats import Assignment, parse_scheme
 from mixbits.model import find_linears, make_units
@@ -47,7 +48,7 @@ from mixbits.scores import Scores
 from mixbits.sensitivity import measure, sorted_columns
 from mixbits.signround import tune
 from mixbits.source import open_source
-from mixbits.streaming import StreamedModel
+from mixbits.streaming import StreamedModel, gradient_dtype
 
 ROUNDINGS = ("plain", "opt", "tuned")  # of AutoScheme's rows
 AUTOSCHEME = Path(__file__).parent / "results" / "autoscheme.csv"
@@ -62,6 +63,7 @@ class Variant:
     rotated: bool = False
     rounding: str = "rtn"
     correction: float = 0.0
+    distilled: bool = False
 
 
 VARIANTS = {
@@ -79,6 +81,9 @@ VARIANTS = {
     "slabs, gptq corrected": Variant(slabs="shared", rounding="gptq", correction=0.5),
     "everything": Variant("even", "shared", True, "gptq", 0.5),
     "everything, free slabs": Variant("even", "free", True, "gptq", 0.5),
+    "layers, distilled": Variant(rounding="gptq", correction=0.5, distilled=True),
+    "everything, distilled": Variant("even", "shared", True, "gptq", 0.5, True),
+    "everything, free slabs, distilled": Variant("even", "free", True, "gptq", 0.5, True),
 }
 KEY = ("model", "variant", "asked", "calibration_sha256")
 COLUMNS = (*KEY, "kl", "kl_stderr", "bits_without_scales", "bits", "predicted", "round_seconds")
@@ -97,11 +102,12 @@ class Subject:
         self.ids = dataset[skip : skip + count]
         self.held_out = torch.from_numpy(np.load(text.held_out).astype(np.int64))
         self._scores: dict[Any, Scores] = {}
+        self._written: Tensor | None = None
 
     def calibrated_on(self, ids: Tensor) -> Subject:
         """The same model, scored and rounded with other sequences."""
         other = copy.copy(self)
-        other.ids, other._scores = ids, {}
+        other.ids, other._scores, other._written = ids, {}, None
         return other
 
     def scores(self, variant: Variant) -> tuple[Scores, list[Any], list[Any]]:
@@ -130,7 +136,17 @@ class Subject:
             model, tokenizer = self.source.load(), self.source.tokenizer()
             return tune(model, tokenizer, self.linears, recipes, self.ids)
         how = variant.rounding, self.ids, variant.correction
-        return round_model(self.model, self.linears, recipes, *how)
+        rounded = round_model(self.model, self.linears, recipes, *how)
+        return self.distilled(recipes, rounded) if variant.distilled else rounded
+
+    def distilled(self, recipes: Assignment, rounded: Rounded) -> Rounded:
+        """With the calibration text, and more that the model has written after it."""
+        if self._written is None:
+            self._written = written(self.source.load(), self.ids, GENERATED * len(self.ids))
+        model = self.source.load()
+        streamed = StreamedModel(model, gradient_dtype(self.source.dtype, "cpu"))
+        ids = torch.cat([self.ids, self._written])
+        return distill(streamed, self.linears, recipes, rounded, ids)
 
     def figures(self, variant: Variant, bits: float) -> dict[str, Any]:
         scores, units, options = self.scores(variant)
@@ -200,12 +216,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.ablation")
     add_text_options(parser)
     parser.add_argument("--bits", default="4.25,4.5,5,6,7")
-    parser.add_argument("--variants", help=f"of: {'; '.join(VARIANTS)} (default: all but tuned)")
+    parser.add_argument(
+        "--variants", help=f"of: {'; '.join(VARIANTS)} (default: none that is tuned or distilled)"
+    )
     parser.add_argument("--skip", type=int, default=0, help="sequences (at most 32)")
     parser.add_argument("--csv", type=Path, default=Path("ablation.csv"))
     args = parser.parse_args()
     quiet()
-    quick = [name for name, variant in VARIANTS.items() if variant.rounding != "tuned"]
+    quick = [n for n, v in VARIANTS.items() if v.rounding != "tuned" and not v.distilled]
     names = args.variants.split(";") if args.variants else quick
     names = [name.strip() for name in names]
     if unknown := set(names) - set(VARIANTS):

@@ -104,14 +104,16 @@ def _made(report: dict[str, Any]) -> str:
             f"Sensitivities from {text['nsamples']} x {text['seqlen']} tokens of "
             f"{_last_part(text['source'])}; an exact allocation within the budget."
         )
-    lines.append(f"Weights rounded by `{report['rounding']['method']}`.")
+    rounding = report["rounding"]
+    learned = f", then learned in {rounding['distilled']} steps" if "distilled" in rounding else ""
+    lines.append(f"Weights rounded by `{rounding['method']}`{learned}.")
     if report["gate"]:
         best, *others = report["gate"]["candidates"]
         lines += [
             f"Of {len(others) + 1} plans of this size, the best on other text: KL "
             f"{best['kl']:.4f}; next is {other['name']}, behind by "
             f"{plus_minus(other['behind'], other['interval'])} (95 %)."
-            for other in others[:1]
+            for other in [row for row in others if "behind" in row][:1]  # none equals the best
         ]
     where = report["environment"]
     lines.append(f"mixbits {where['mixbits']}, torch {where['torch']}.")

@@ -39,8 +39,12 @@ def fake_input(x: Tensor, recipe: Recipe, arrangement: Arrangement) -> Tensor:
     In x's dtype, in float32 at least where it is rotated. Of float64, rounding is still that of
     float32.
     """
-    arranged = arrangement.input(x)
-    parts = recipe.parts(x.shape[-1])
+    return round_input(arrangement.input(x), recipe)
+
+
+def round_input(arranged: Tensor, recipe: Recipe) -> Tensor:
+    """The second half of `fake_input`: the arranged columns, rounded in their dtype."""
+    parts = recipe.parts(arranged.shape[-1])
     rounded = []
     for piece, (scheme, _) in zip(
         arranged.split([columns for _, columns in parts], -1), parts, strict=True

@@ -107,11 +107,11 @@ def _describe(run: Run, plan: Plan, planned: Planned) -> dict[str, Any]:
 def report(run: Run, sha256: str, planned: Planned, choice: Choice, text: Text) -> dict[str, Any]:
     """report.json as far as it is known before anything is packed."""
     args, plan, scores = run.args, choice.winner.plan, planned.scores
-    rounding: dict[str, Any] = {"method": args.rounding}
-    if choice.winner.tuned is not None:
-        rounding = {"method": "signround", "iterations": args.tune, **text.calibration.describe()}
-    elif args.rounding == "gptq":
-        rounding |= {"correction": choice.winner.share, **text.calibration.describe()}
+    rounding: dict[str, Any] = {"method": args.rounding, **choice.winner.how}
+    if rounding["method"] == "gptq":
+        rounding["correction"] = choice.winner.share
+    if rounding["method"] == "gptq" or choice.winner.how:
+        rounding |= text.calibration.describe()
     return {
         "mixbits_report": 1,
         "command": run.args.command,

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import NormalDist
 from typing import Any
 
@@ -33,13 +33,15 @@ CONFIDENCE = 0.95
 class Candidate:
     """A plan, and the share of `mixbits.rounding.retarget` that it is rounded with.
 
-    `tuned` has its packed weights, where something else has rounded them (`mixbits.signround`).
+    `learned` has its packed weights where their rounding was learned (`mixbits.distill`,
+    `mixbits.signround`), and `how` says so in report.json.
     """
 
     name: str
     plan: Plan
     share: float
-    tuned: Rounded | None = None
+    learned: Rounded | None = None
+    how: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ def judge(
     batch_size: int = 8,
 ) -> tuple[Rounded, Tensor]:
     """Round one candidate; its weights, and its mean KL on each held-out sequence, float64."""
-    recipes, rounded = candidate.plan.assignment, candidate.tuned
+    recipes, rounded = candidate.plan.assignment, candidate.learned
     if rounded is None:
         rounded = round_model(model, linears, recipes, method, calibration, candidate.share)
     quantized = RoundedModel(model, linears, recipes, rounded)

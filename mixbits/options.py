@@ -199,6 +199,15 @@ def _rounding_options(parser: argparse.ArgumentParser) -> None:
         "with the gate, the better of the two ships",
     )
     group.add_argument(
+        "--distill",
+        type=_positive,
+        nargs="?",
+        const=300,
+        metavar="STEPS",
+        help="let the whole quantized model learn its rounding from the original, on text that the "
+        "original writes (300 steps of --batch-size sequences); with the gate, the better ships",
+    )
+    group.add_argument(
         "--gate",
         type=int,
         default=32,

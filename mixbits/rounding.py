@@ -137,23 +137,28 @@ def retarget(weight: Tensor, curvature: Curvature, cross: Tensor, share: float) 
     return (weight.double() + share * change).float()
 
 
-def _snapper(
-    scale: Tensor, zero_point: Tensor | None, fmt: Format
-) -> tuple[Tensor, Tensor | float, float]:
-    """Per row [N, 1]: float scale, and for integers the codes' offset and the highest code."""
+class Snapper(NamedTuple):
+    """What rounds values of groups: float scale, and for integers the offset and highest code."""
+
+    scale: Tensor
+    offset: Tensor | float
+    top: float
+
+
+def snapper(scale: Tensor, zero_point: Tensor | None, fmt: Format) -> Snapper:
+    """For values of one shape with `scale` (and `zero_point`), or that these broadcast to."""
     if fmt.is_mx:
-        return e8m0_to_float(scale), 0.0, 0.0
+        return Snapper(e8m0_to_float(scale), 0.0, 0.0)
     top = float((1 << fmt.bits) - 1)
     offset = float(1 << (fmt.bits - 1)) if zero_point is None else zero_point.float()
-    return scale.float(), offset, top
+    return Snapper(scale.float(), offset, top)
 
 
-def _snap(column: Tensor, snapper: tuple[Tensor, Tensor | float, float], fmt: Format) -> Tensor:
-    """The nearest values of a format to a column [N, 1]."""
-    scale, offset, top = snapper
+def snap(x: Tensor, to: Snapper, fmt: Format) -> Tensor:
+    """The nearest values of a format to x, float32, such as a column [N, 1] of one group."""
     if fmt.is_mx:
-        return round_minifloat(column / scale, MINIFLOATS[fmt.element]) * scale
-    return (((column / scale).round() + offset).clamp(0, top) - offset) * scale
+        return round_minifloat(x / to.scale, MINIFLOATS[fmt.element]) * to.scale
+    return (((x / to.scale).round() + to.offset).clamp(0, to.top) - to.offset) * to.scale
 
 
 class Group(NamedTuple):
@@ -176,10 +181,10 @@ def compensate_group(group: Tensor, factor: Tensor, importance: Tensor, fmt: For
     group = group.clone()
     scale, zero_point = search_scales(group, fmt, importance)
     snapped, errors = torch.empty_like(group), torch.empty_like(group)
-    snapper = _snapper(scale, zero_point, fmt)
+    grid = snapper(scale, zero_point, fmt)
     for j, row in enumerate(factor):
         column = group[:, j : j + 1]
-        snapped[:, j : j + 1] = _snap(column, snapper, fmt)
+        snapped[:, j : j + 1] = snap(column, grid, fmt)
         error = (column - snapped[:, j : j + 1]) / row[j]
         group[:, j + 1 :] -= error * row[j + 1 :]
         errors[:, j : j + 1] = error

@@ -22,6 +22,7 @@ from .atomic import check_destination
 from .calibration import CHARS_PER_TOKEN, Sequences, cut, load_sequences, split, tokenize
 from .checkpoint import predicted_bytes
 from .curve import check_plotting, frontier
+from .distill import GENERATED, distill, written
 from .formats import Assignment, Scheme, UsageError, first_line, parse_scheme
 from .gate import Candidate, Choice, candidates, choose, judge
 from .model import (
@@ -175,7 +176,7 @@ def _first_and_held_out(run: Run, tokenizer: Any, gate: int) -> tuple[Sequences,
     calibrates = (
         not (args.scores or args.plan)
         or args.diagnose
-        or ((args.rounding == "gptq" or args.tune) and not args.solve_only)
+        or ((args.rounding == "gptq" or args.tune or args.distill) and not args.solve_only)
     )
     count = _calibrated(args) + gate if calibrates or gate else 0
     held_count = 0 if args.solve_only else args.eval_nsamples
@@ -381,20 +382,38 @@ def _tuned(run: Run, name: str, plan: Plan, text: Text) -> Candidate:
     ids, sizes = text.calibration.ids, (args.tune, args.batch_size, args.device)
     model, tokenizer = source.load(), source.tokenizer()
     rounded = tune(model, tokenizer, run.linears, plan.assignment, ids, *sizes)
-    return Candidate(f"{name}, tuned", plan, 0.0, rounded)
+    how = {"method": "signround", "iterations": args.tune}
+    return Candidate(f"{name}, tuned", plan, 0.0, rounded, how)
+
+
+def _distilled(run: Run, model: CausalLM, name: str, plan: Plan, text: Text) -> Candidate:
+    """A plan whose rounding is learned from the model, from where `--rounding` ends."""
+    args, ids, recipes = run.args, text.calibration.ids, plan.assignment
+    streamed = StreamedModel(model, device=args.device)
+    rounded = round_model(streamed, run.linears, recipes, args.rounding, ids, args.correction)
+    differentiated = StreamedModel(
+        model, gradient_dtype(run.source.dtype, args.device), args.device
+    )
+    count = GENERATED * len(ids)
+    more = written(run.source.load().to(args.device), ids, count, args.seed)
+    sizes = args.distill, args.batch_size, args.seed
+    learned = distill(differentiated, run.linears, recipes, rounded, torch.cat([ids, more]), *sizes)
+    how = {"distilled": args.distill, "written_sequences": count}
+    return Candidate(f"{name}, distilled", plan, args.correction, learned, how)
 
 
 def round_plans(run: Run, model: CausalLM, plans: dict[str, Plan], text: Text) -> Choice:
     """The plan that ships, with its packed weights."""
     args, streamed = run.args, StreamedModel(model, device=run.args.device)
-    tuned = [_tuned(run, *next(iter(plans.items())), text)] if args.tune else []
+    (name, plan), *_ = plans.items()
+    learned = [_tuned(run, name, plan, text)] if args.tune else []
+    learned += [_distilled(run, model, name, plan, text)] if args.distill else []
     if len(plans) > 1:
         ids = text.calibration.ids, text.gate.ids
-        found = tuned + candidates(plans, args.rounding, args.correction)
+        found = learned + candidates(plans, args.rounding, args.correction)
         return choose(streamed, run.linears, found, args.rounding, *ids, args.batch_size)
-    for candidate in tuned:
-        return Choice(candidate, candidate.tuned or {}, [])
-    (name, plan), *_ = plans.items()
+    for candidate in learned[-1:]:
+        return Choice(candidate, candidate.learned or {}, [])
     rounded = round_model(
         streamed,
         run.linears,

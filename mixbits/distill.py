@@ -1,0 +1,224 @@
+"""Rounding that is learned for the whole model at once: `--distill`.
+
+Every other way of rounding looks at one linear, or one block, and keeps its output. Here the
+quantized model learns from the original: gradient descent moves the weights, as they were rounded,
+so as to lower what is measured in the end, KL(original || quantized) of the next token. A weight
+moves in float, is rounded at each use with the scale that it was packed with, and its gradient
+passes straight through the rounding, as the activations' does (quantization-aware distillation;
+LLM-QAT, Liu et al., arXiv 2305.17888). Formats, scales and sizes stay: what is learned is codes.
+
+A calibration text of 64 sequences would be learned by heart, so the original model writes more of
+it: what it continues is distributed as it predicts, which is all that is to be kept, and needs no
+data (LLM-QAT's observation as well).
+
+Only the gradient's sign is followed, as by SignRound: as good as Adam here, without its moments. It
+runs a block at a time like the measurement (`mixbits.streaming`); what is learned and its gradient
+take 8 bytes for each weight below 8 bits. Weights of 8 bits err so little that they stay.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import kl_div
+from tqdm import tqdm
+from transformers import GenerationConfig
+
+from .arrange import arrangement_of
+from .fake import round_input
+from .formats import Assignment, Format, Recipe, UsageError
+from .model import CausalLM, LinearInfo
+from .pack import Packed, Rounded, pack, unpack
+from .probing import probed
+from .reference import Quantized, dequantize, encode, join_groups, split_groups
+from .rounding import snap, snapper
+from .streaming import StreamedModel
+
+STEPS = 300
+RATE = 0.173  # of a group's scale, over the root of the steps: what the first one moves a weight
+GENERATED = 7  # sequences that the model writes, for each one of the calibration text
+PROMPT = 8  # tokens of the calibration text that a written sequence starts with
+WRITTEN_AT_ONCE = 64
+LEARNED_BITS = 7  # at most
+
+
+class _StraightThrough(torch.autograd.Function):
+    """The value of `rounded`, with the gradient of x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rounded: Tensor) -> Tensor:
+        return rounded.view_as(rounded)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
+
+
+class _Part:
+    """Packed columns of one format; below 8 bits, with float weights to learn in their place.
+
+    `latent` [N, groups, group] has these, in units of their group's scale: one rate suits all.
+    """
+
+    def __init__(self, packed: Packed, fmt: Format, columns: int) -> None:
+        self.fmt, self.codes = fmt, unpack(packed, fmt, columns)
+        self.fixed = dequantize(self.codes, fmt)
+        self.latent: Tensor | None = None
+        if fmt.bits <= LEARNED_BITS:
+            zero_point = self.codes.zero_point
+            zero_point = None if zero_point is None else zero_point.unsqueeze(-1)
+            self.grid = snapper(self.codes.scale.unsqueeze(-1), zero_point, fmt)
+            # A group of zeros may have the scale 0: nothing can be learned of it.
+            latent = split_groups(self.fixed, fmt.group_size) / self.grid.scale
+            self.latent = latent.nan_to_num_().requires_grad_()
+            del self.fixed
+
+    def weight(self) -> Tensor:
+        """float32 [N, columns], rounded."""
+        if self.latent is None:
+            return self.fixed
+        values = self.latent * self.grid.scale
+        rounded = snap(values.detach(), self.grid, self.fmt)
+        return join_groups(_StraightThrough.apply(values, rounded), self.codes.codes.shape[1])
+
+    def packed(self) -> Packed:
+        _, scale, zero_point = self.codes
+        codes = encode(self.weight().detach(), scale, zero_point, self.fmt)
+        return pack(Quantized(codes, scale, zero_point), self.fmt)
+
+
+class _Linear:
+    """A linear whose rounding is learned."""
+
+    def __init__(self, recipe: Recipe, packed: Sequence[Packed], columns: int) -> None:
+        self.recipe = recipe
+        self.arrangement = arrangement_of(recipe, packed[0].weight_packed.device)
+        self.parts = [
+            _Part(one, scheme.weight, count)
+            for one, (scheme, count) in zip(packed, recipe.parts(columns), strict=True)
+            if scheme.weight is not None
+        ]
+
+    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        arranged = self.arrangement.input(x)
+        rounded = _StraightThrough.apply(arranged, round_input(arranged.detach(), self.recipe))
+        weight = torch.cat([part.weight() for part in self.parts], 1).to(rounded.dtype)
+        return torch.nn.functional.linear(rounded, weight, bias).to(x.dtype)
+
+
+def _batches(ids: Tensor, count: int, size: int, seed: int) -> Iterator[Tensor]:
+    """`count` batches of sequences: every one once, in random order, then again."""
+    generator = torch.Generator().manual_seed(seed)
+    rounds = -(-count * size // len(ids))
+    order = torch.cat([torch.randperm(len(ids), generator=generator) for _ in range(rounds)])
+    for rows in order[: count * size].split(size):
+        yield ids[rows]
+
+
+def _divergence(reference: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    """A loss: mean KL(reference || logits) per token, both [B, S, V]."""
+    target = reference.flatten(0, -2).float().log_softmax(-1)
+
+    def loss(logits: Tensor, ids: Tensor) -> Tensor:
+        found = logits.flatten(0, -2).float().log_softmax(-1)
+        return kl_div(found, target, reduction="batchmean", log_target=True)
+
+    return loss
+
+
+def distill(
+    model: StreamedModel,
+    linears: Sequence[LinearInfo],
+    recipes: Assignment,
+    rounded: Rounded,
+    ids: Tensor,
+    steps: int = STEPS,
+    batch_size: int = 8,
+    seed: int = 0,
+) -> dict[str, list[Packed]]:
+    """Learn the codes of packed weights `rounded` (linear -> its parts): the same, learned.
+
+    With token ids [sequences, length], `batch_size` sequences a step. They come back on the CPU.
+    Raises UsageError without text.
+    """
+    if not len(ids):
+        raise UsageError("--distill needs calibration text")
+    columns = {info.name: info.in_features for info in linears}
+    learned = {
+        name: _Linear(recipes[name], [part.to(model.device) for part in parts], columns[name])
+        for name, parts in rounded.items()
+    }
+    latents = [p.latent for one in learned.values() for p in one.parts if p.latent is not None]
+    if latents:
+        _descend(model, linears, learned, latents, _batches(ids, steps, batch_size, seed), steps)
+    return {name: [part.packed().to("cpu") for part in one.parts] for name, one in learned.items()}
+
+
+def _descend(
+    model: StreamedModel,
+    linears: Sequence[LinearInfo],
+    learned: Mapping[str, _Linear],
+    latents: Sequence[Tensor],
+    batches: Iterator[Tensor],
+    steps: int,
+) -> None:
+    def probe(name: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if name not in learned:
+            return torch.nn.functional.linear(x, weight, bias)
+        return learned[name](x, bias)
+
+    rate = RATE / math.sqrt(steps)
+    with tqdm(total=steps, desc="distill", unit="step", leave=False) as bar:
+        for step, batch in enumerate(batches):
+            loss = _divergence(model.logits(batch))
+            with probed(model.model, linears, probe):
+                value = model.forward_backward(batch, loss, lambda: None)
+            _move(latents, rate * (1 - step / steps))
+            bar.set_postfix(kl=f"{value:.4f}")
+            bar.update()
+
+
+@torch.no_grad()
+def _move(latents: Sequence[Tensor], distance: float) -> None:
+    """Every latent by `distance` against the sign of its gradient, which is used up."""
+    for latent in latents:
+        if latent.grad is not None:  # an expert may have seen no token
+            latent -= distance * latent.grad.sign()
+            latent.grad = None
+
+
+def written(model: CausalLM, ids: Tensor, count: int, seed: int = 0) -> Tensor:
+    """`count` sequences that the model continues from a few tokens of ids [sequences, length].
+
+    int64 [count, length] on the CPU, drawn from the model's own distribution. The model must hold
+    its weights, on the device that is to compute.
+    """
+    length = ids.shape[1]
+    generator = torch.Generator().manual_seed(seed)
+    prompt = min(PROMPT, length - 1)
+    rows = torch.randint(len(ids), (count,), generator=generator)
+    starts = torch.randint(length - prompt + 1, (count,), generator=generator)
+    prompts = ids[rows[:, None], starts[:, None] + torch.arange(prompt)]
+    options = GenerationConfig(
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        max_new_tokens=length - prompt,
+        min_new_tokens=length - prompt,
+        pad_token_id=0,
+    )
+    found = []
+    with torch.random.fork_rng(), tqdm(total=count, desc="write", unit="seq", leave=False) as bar:
+        torch.manual_seed(seed)
+        for part in prompts.split(WRITTEN_AT_ONCE):
+            part = part.to(model.device)
+            whole = torch.ones_like(part)
+            out = model.generate(part, attention_mask=whole, generation_config=options)
+            found.append(out.cpu())
+            bar.update(len(part))
+    return torch.cat(found)
