@@ -256,7 +256,8 @@ def _rounded(run: Run, clock: Stages, model: CausalLM, planned: Planned, text: T
         plans = dict([next(iter(plans.items()))])
     if run.args.solve_only:
         return Choice(Candidate("only", next(iter(plans.values())), 0.0), {}, [])
-    what = f"{run.args.rounding}, " + ("the best of " * (len(plans) > 1)) + ", ".join(plans)
+    what = f"{run.args.rounding}, " + "distilled, " * bool(run.args.distill)
+    what += ("the best of " * (len(plans) > 1)) + ", ".join(plans)
     with clock.run("round", what):
         return stages.round_plans(run, model, plans, text)
 

@@ -24,7 +24,7 @@ LAYERS = [
     {"loading"},
     {"transformers_quantizer"},
     {"checkpoint", "graphs", "decode", "pages"},
-    {"plan", "rounded"},
+    {"plan", "rounded", "distill"},
     {"scores"},
     {"sensitivity"},
     {"probing"},
