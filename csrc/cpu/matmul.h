@@ -187,9 +187,12 @@ static inline void decode_offsets(const PackedRow& row, int64_t groups, int bits
   }
 }
 
-// The dot paths read this many rows side by side, and prefetch what lies so far ahead of them.
+// The dot paths read at most this many rows side by side, and prefetch what lies so far ahead of
+// them. One token meets two rows of 8-bit codes, which memory serves some 5 % faster than four;
+// fewer bits are worth sharing a token's loads and the sums' latency among four.
 constexpr int kMaxRows = 4;
 constexpr int kAhead = 32 * 1024;
+constexpr int rows_of_one_token(int bits) { return bits == 8 ? 2 : kMaxRows; }
 
 // Prefetches the scales of rows as far ahead of row n as the dot paths prefetch codes. The hardware
 // sees too few of them at a time to do it.

@@ -285,7 +285,8 @@ template <int ELEMENT, int PIECES>
 void multiply(const Work& work, int64_t first_row, int64_t last_row, Sums sums, char* scratch) {
   switch (work.tokens.count) {
     case 1:
-      return multiply_item<ELEMENT, PIECES, 1, kMaxRows>(work, first_row, last_row, sums, scratch);
+      return multiply_item<ELEMENT, PIECES, 1, rows_of_one_token(element_bits(ELEMENT))>(
+          work, first_row, last_row, sums, scratch);
     case 2:
       return multiply_item<ELEMENT, PIECES, 2, 2>(work, first_row, last_row, sums, scratch);
     default:

@@ -113,7 +113,8 @@ template <int ELEMENT>
 void multiply(const Work& work, int64_t first_row, int64_t last_row, Sums sums, char* scratch) {
   switch (work.tokens.count) {
     case 1:
-      return multiply_item<ELEMENT, 1, kMaxRows>(work, first_row, last_row, sums, scratch);
+      return multiply_item<ELEMENT, 1, rows_of_one_token(8)>(work, first_row, last_row, sums,
+                                                             scratch);
     case 2:
       return multiply_item<ELEMENT, 2, 2>(work, first_row, last_row, sums, scratch);
     default:
