@@ -21,6 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -213,12 +214,13 @@ def written(model: CausalLM, ids: Tensor, count: int, seed: int = 0) -> Tensor:
         pad_token_id=0,
     )
     found = []
-    with torch.random.fork_rng(), tqdm(total=count, desc="write", unit="seq", leave=False) as bar:
+    # Options that are not given would come from the model's own, such as a penalty of repetition.
+    own = patch.object(model, "generation_config", options)
+    bar = tqdm(total=count, desc="write", unit="sequence", leave=False)
+    with own, bar, torch.random.fork_rng():
         torch.manual_seed(seed)
         for part in prompts.split(WRITTEN_AT_ONCE):
             part = part.to(model.device)
-            whole = torch.ones_like(part)
-            out = model.generate(part, attention_mask=whole, generation_config=options)
-            found.append(out.cpu())
+            found.append(model.generate(part, attention_mask=torch.ones_like(part)).cpu())
             bar.update(len(part))
     return torch.cat(found)

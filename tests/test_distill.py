@@ -132,6 +132,9 @@ def test_what_the_model_writes(tmp_path: Path) -> None:
     assert len({tuple(row[8:]) for row in sequences.tolist()}) == 70
     assert torch.equal(written(model, ids, 70), sequences)
     assert not torch.equal(written(model, ids, 70, seed=1), sequences)
+    model.generation_config.repetition_penalty, model.generation_config.top_k = 5.0, 1
+    assert torch.equal(written(model, ids, 70), sequences)
+    assert model.generation_config.top_k == 1
     # Its own text is what it finds likely.
     loss = [
         torch.nn.functional.cross_entropy(model(x).logits[:, 7:-1].mT.float(), x[:, 8:])
