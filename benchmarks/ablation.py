@@ -36,7 +36,7 @@ from benchmarks.autoscheme import add_text_options
 from benchmarks.records import Records
 from benchmarks.text import Text, make_text
 from mixbits.arrange import Arrangement
-from mixbits.distill import GENERATED, distill, written
+from mixbits.distill import GENERATED, STEPS, distill, written
 from mixbits.evaluate import sequence_kl
 from mixbits.formats import Assignment, parse_scheme
 from mixbits.model import find_linears, make_units
@@ -63,7 +63,7 @@ class Variant:
     rotated: bool = False
     rounding: str = "rtn"
     correction: float = 0.0
-    distilled: bool = False
+    distilled: int = 0  # steps
 
 
 VARIANTS = {
@@ -81,9 +81,12 @@ VARIANTS = {
     "slabs, gptq corrected": Variant(slabs="shared", rounding="gptq", correction=0.5),
     "everything": Variant("even", "shared", True, "gptq", 0.5),
     "everything, free slabs": Variant("even", "free", True, "gptq", 0.5),
-    "layers, distilled": Variant(rounding="gptq", correction=0.5, distilled=True),
-    "everything, distilled": Variant("even", "shared", True, "gptq", 0.5, True),
-    "everything, free slabs, distilled": Variant("even", "free", True, "gptq", 0.5, True),
+    "layers, distilled": Variant(rounding="gptq", correction=0.5, distilled=STEPS),
+    "everything, distilled": Variant("even", "shared", True, "gptq", 0.5, STEPS),
+    "everything, free slabs, distilled": Variant("even", "free", True, "gptq", 0.5, STEPS),
+    "everything, free slabs, distilled twice as long": Variant(
+        "even", "free", True, "gptq", 0.5, 2 * STEPS
+    ),
 }
 KEY = ("model", "variant", "asked", "calibration_sha256")
 COLUMNS = (*KEY, "kl", "kl_stderr", "bits_without_scales", "bits", "predicted", "round_seconds")
@@ -137,16 +140,17 @@ class Subject:
             return tune(model, tokenizer, self.linears, recipes, self.ids)
         how = variant.rounding, self.ids, variant.correction
         rounded = round_model(self.model, self.linears, recipes, *how)
-        return self.distilled(recipes, rounded) if variant.distilled else rounded
+        steps = variant.distilled
+        return self.distilled(recipes, rounded, steps) if steps else rounded
 
-    def distilled(self, recipes: Assignment, rounded: Rounded) -> Rounded:
+    def distilled(self, recipes: Assignment, rounded: Rounded, steps: int) -> Rounded:
         """With the calibration text, and more that the model has written after it."""
         if self._written is None:
             self._written = written(self.source.load(), self.ids, GENERATED * len(self.ids))
         model = self.source.load()
         streamed = StreamedModel(model, gradient_dtype(self.source.dtype, "cpu"))
         ids = torch.cat([self.ids, self._written])
-        return distill(streamed, self.linears, recipes, rounded, ids)
+        return distill(streamed, self.linears, recipes, rounded, ids, steps)
 
     def figures(self, variant: Variant, bits: float) -> dict[str, Any]:
         scores, units, options = self.scores(variant)
