@@ -308,11 +308,18 @@ def cost_lines(rows: Sequence[dict[str, str]]) -> str:
     return "\n".join(lines)
 
 
+def _applies(options: str, config: Configuration) -> bool:
+    """Whether options may change a row: BF16 leaves nothing to be done, head and tail no plan."""
+    choosing = "--refine" in options
+    fixed = config.strategy != "optimal" or "," not in config.schemes
+    return not options or not (config.schemes == "BF16" or (choosing and fixed))
+
+
 def run_section(tables: Tables, section: str, options: Sequence[str], peers: list[str]) -> None:
     configs = SECTIONS[section]
     for extra in options:
         for config in configs:
-            if not extra or config.schemes != "BF16":  # which leaves nothing to be done otherwise
+            if _applies(extra, config):
                 tables.ours(replace(config, options=extra))
     mixed = [c for c in configs if "," in c.schemes and c.strategy == "optimal"]
     tables.theirs(mixed, peers)
