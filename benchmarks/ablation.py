@@ -43,7 +43,7 @@ from mixbits.model import find_linears, make_units
 from mixbits.options import REFINE_ROUNDS
 from mixbits.pack import Rounded
 from mixbits.plan import Budget, Problem, average_bits, unit_options
-from mixbits.refine import SEQUENCES, Meter, Options, refine
+from mixbits.refine import Options, halves, refine
 from mixbits.report import quiet, table
 from mixbits.rounded import RoundedModel, round_model
 from mixbits.scores import Scores
@@ -133,13 +133,13 @@ class Subject:
         return self._scores[key], units, unit_options(units, schemes, [])
 
     def refined(self, problem: Problem, start: Allocation, budget: Budget) -> Allocation:
-        """A plan that is no worse on the first of the sequences."""
+        """A plan that is no worse on the second half of the sequences."""
 
         def solved(items: Sequence[Item]) -> Options:
             return replace(problem, items=items).allocate(budget, "optimal").choice
 
-        meter = Meter(self.model, problem, self.ids[:SEQUENCES])
-        found = refine(problem.items, start.choice, meter, solved, REFINE_ROUNDS)
+        meters = halves(self.model, problem, self.ids)
+        found = refine(problem.items, start.choice, *meters, solved, REFINE_ROUNDS)
         return Allocation(found.plan, *total(problem.items, found.plan), start.lower_bound)
 
     def rounded(self, recipes: Assignment, variant: Variant) -> Rounded:

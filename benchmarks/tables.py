@@ -36,6 +36,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shlex
 import tempfile
 from collections.abc import Sequence
@@ -191,7 +192,8 @@ class Tables:
 
     def _scores(self, config: Configuration) -> Path:
         """The output of a run that measured all schemes of the configuration's section."""
-        section = [replace(c, options=config.options) for c in SECTIONS[config.section]]
+        measuring = re.sub(r"--refine( \d+)?", "", config.options)  # which comes after
+        section = [replace(c, options=measuring) for c in SECTIONS[config.section]]
         widest = max(section, key=lambda c: c.schemes.count(","))
         words = f"{widest.schemes} {'-'.join(widest.scale_modes)} {widest.options}"
         out = self.folder / "".join(c if c.isalnum() else "-" for c in words)

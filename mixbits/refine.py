@@ -10,8 +10,11 @@ marginals in the place of losses the knapsack is solved again, as in sequential 
 few units have changed. So plans near and far are proposed: beside its marginal, a change of a unit
 has a price, from nothing (the knapsack's plan, however far) to so much that hardly a unit moves.
 This is local branching (Fischetti and Lodi, Mathematical Programming 98, 2003) with a price in the
-place of its limit on changes. All proposals are measured. The best becomes the plan if it is better
-than the one before, and the next round begins there; otherwise the plan is final.
+place of its limit on changes. And for every unit that the knapsack's plan changes, the best plan
+that leaves it is proposed, as on the way to the second-best solution (Lawler, Management Science
+18(7), 1972). All proposals are measured, on other sequences than the marginals that led to them, or
+the luckiest would look best. The best becomes the plan if it is better there than the one before,
+and the next round begins; otherwise the plan is final.
 
 What is measured is what the scores predict: weights rounded to nearest, activations rounded. A flip
 leaves the blocks before it alone, so their outputs at the plan are kept for the batch that runs,
@@ -41,7 +44,7 @@ from .probing import probed
 from .rounded import rounded_linear
 from .streaming import StreamedModel
 
-SEQUENCES = 32  # of the calibration text
+SEQUENCES = 32  # for marginals, and as many others for proposals: more order units alike
 HALVINGS = 8  # of the price of a change, from the largest marginal down
 
 Options = tuple[int, ...]  # one for each item of a problem
@@ -142,11 +145,20 @@ class Meter:
         return [float(kl) for kl in kls.mean(1)]
 
 
+def halves(
+    model: StreamedModel, problem: Problem, ids: Tensor, batch_size: int = 8
+) -> tuple[Meter, Meter]:
+    """Meters of two parts of ids [sequences, length], each SEQUENCES at most."""
+    count = min(SEQUENCES, (len(ids) + 1) // 2)  # a single sequence has to do for both
+    parts = ids[:count], ids[-count:]
+    return Meter(model, problem, parts[0], batch_size), Meter(model, problem, parts[1], batch_size)
+
+
 # --- Deciding ---------------------------------------------------------------------------------
 
 
-def marginals(items: Sequence[Item], at: Options, measure: Measure) -> tuple[float, list[Item]]:
-    """The KL of a plan, and items whose losses are what single changes of it add to that.
+def marginals(items: Sequence[Item], at: Options, measure: Measure) -> list[Item]:
+    """Items whose losses are what single changes of a plan add to its KL.
 
     Raises UsageError where a KL is not finite.
     """
@@ -156,7 +168,7 @@ def marginals(items: Sequence[Item], at: Options, measure: Measure) -> tuple[flo
         if not math.isfinite(flipped - kl):
             raise UsageError(f"the KL must be finite: got {flipped - kl} ({items[i].name})")
     added = dict(zip(flips, (flipped - kl for flipped in kls), strict=True))
-    return kl, [
+    return [
         Item(item.name, item.costs, tuple(added.get((i, o), 0.0) for o in range(len(item.costs))))
         for i, item in enumerate(items)
     ]
@@ -189,8 +201,8 @@ def proposals(items: Sequence[Item], at: Options, solve: Solve) -> list[Options]
 class Refined:
     """The best plan that was measured, and a row for each round.
 
-    A row has `kl_before` and `kl` (of the best proposal), in nats per token, `predicted_kl` (of the
-    same, by its marginals), `changed` (units) and `proposals` (plans that were measured).
+    A row has `kl_before` and `kl` (of the best proposal) as judged, nats per token, `predicted_kl`
+    (of the same, by marginals), `changed` (units) and `proposals` (plans that were measured).
     """
 
     plan: Options
@@ -198,16 +210,24 @@ class Refined:
 
 
 def refine(
-    items: Sequence[Item], start: Options, measure: Measure, solve: Solve, rounds: int
+    items: Sequence[Item],
+    start: Options,
+    flips: Measure,
+    judge: Measure,
+    solve: Solve,
+    rounds: int,
 ) -> Refined:
-    """Improve a plan of `items` for so many rounds at most, or until nothing better is proposed."""
+    """Improve a plan of `items` for so many rounds at most, or until nothing better is proposed.
+
+    `flips` measures for marginals, `judge` the proposals, on other text.
+    """
     plan, rows = start, []
     for _ in range(rounds):
-        before, changes = marginals(items, plan, measure)
+        changes = marginals(items, plan, flips)
         proposed = proposals(changes, plan, solve)
         if not proposed:
             break
-        kls = measure([plan, *proposed])[1:]
+        before, *kls = judge([plan, *proposed])
         after = min(kls)
         best = proposed[kls.index(after)]
         row = {"kl_before": before, "kl": after, "predicted_kl": before + total(changes, best)[1]}

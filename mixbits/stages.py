@@ -38,7 +38,7 @@ from .model import (
 )
 from .plan import Budget, Plan, Problem, average_bits, parse_keep, slab_width, unit_options
 from .quality import smallest
-from .refine import SEQUENCES, Meter, Options, refine
+from .refine import Options, halves, refine
 from .rounded import round_model
 from .scores import Scores
 from .sensitivity import measure as measure_sensitivity
@@ -384,15 +384,16 @@ def _smallest_budget(
 def refine_plan(run: Run, model: CausalLM, planned: Planned, text: Text) -> None:
     """Put a better plan first, if measuring finds one; `refine` of report.json says how."""
     args, start = run.args, planned.solved["optimal"]
-    problem, budget, ids = start.problem, _budget(args), text.calibration.ids[:SEQUENCES]
+    problem, budget = start.problem, _budget(args)
 
     def solve(items: Sequence[Item]) -> Options:
         measured = replace(problem, items=items)
         return _solve(run, measured, budget, "optimal").allocation.choice
 
-    meter = Meter(StreamedModel(model, device=args.device), problem, ids, args.batch_size)
-    found = refine(problem.items, start.allocation.choice, meter, solve, args.refine)
-    planned.found["refine"] = {"nsamples": len(ids), "rounds": found.rounds}
+    streamed = StreamedModel(model, device=args.device)
+    meters = halves(streamed, problem, text.calibration.ids, args.batch_size)
+    found = refine(problem.items, start.allocation.choice, *meters, solve, args.refine)
+    planned.found["refine"] = {"nsamples": [len(m.ids) for m in meters], "rounds": found.rounds}
     if found.plan == start.allocation.choice:
         return
     name, bound = "optimal, refined", start.allocation.lower_bound

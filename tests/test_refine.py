@@ -64,8 +64,8 @@ def drawn(items: Sequence[Item], seed: int) -> Options:
 def test_marginals_are_what_a_model_with_one_unit_changed_adds(case: str, tmp_path: Path) -> None:
     model, problem = prepared(case, tmp_path)
     at = drawn(problem.items, 1)
-    kl, changes = marginals(problem.items, at, Meter(model, problem, IDS, batch_size=3))
-    assert kl == pytest.approx(slow(model, problem, at), rel=1e-4)
+    changes = marginals(problem.items, at, Meter(model, problem, IDS, batch_size=3))
+    kl = slow(model, problem, at)
     assert [(i.name, i.costs) for i in changes] == [(i.name, i.costs) for i in problem.items]
     for i, item in list(enumerate(changes))[:: len(changes) // 4]:
         for option, added in enumerate(item.losses):
@@ -131,7 +131,7 @@ class Quadratic:
 def test_rounds_only_gain_within_the_budget(seed: int) -> None:
     q = Quadratic(seed)
     start = q.solve(q.items)
-    found = refine(q.items, start, q.measure, q.solve, 6)
+    found = refine(q.items, start, q.measure, q.measure, q.solve, 6)
     assert total(q.items, found.plan)[0] <= q.budget
     taken = [row for row in found.rounds if row["kl"] < row["kl_before"]]
     assert found.rounds[: len(taken)] == taken  # whatever gains nothing is the end
@@ -140,7 +140,7 @@ def test_rounds_only_gain_within_the_budget(seed: int) -> None:
     assert q.measured[found.plan] == last <= q.measured[start]
     assert (found.plan == start) == (not taken)
     # A limit on rounds is the same up to there.
-    assert refine(q.items, start, q.measure, q.solve, 1).rounds == found.rounds[:1]
+    assert refine(q.items, start, q.measure, q.measure, q.solve, 1).rounds == found.rounds[:1]
 
 
 def test_most_starts_that_are_not_best_become_so() -> None:
@@ -149,14 +149,16 @@ def test_most_starts_that_are_not_best_become_so() -> None:
     for seed in range(12):
         q = Quadratic(seed)
         start = q.solve(q.items)
-        found = refine(q.items, start, q.measure, q.solve, 6)
+        found = refine(q.items, start, q.measure, q.measure, q.solve, 6)
         every = itertools.product(*(range(len(item.costs)) for item in q.items))
         best = min(q.measure([p for p in every if total(q.items, p)[0] <= q.budget]))
         missed["start"] += q.measured[start] > best
         missed["refined"] += q.measured[found.plan] > best
         alone = Quadratic(seed, interaction=0.0)
         start = alone.solve(alone.items)
-        assert refine(alone.items, start, alone.measure, alone.solve, 6).plan == start
+        assert (
+            refine(alone.items, start, alone.measure, alone.measure, alone.solve, 6).plan == start
+        )
     assert missed["start"] >= 6 and missed["refined"] <= 1
 
 
@@ -164,7 +166,7 @@ def test_most_starts_that_are_not_best_become_so() -> None:
 def test_proposals_are_other_plans_within_the_budget_each_once(seed: int) -> None:
     q = Quadratic(seed)
     at = (0,) * len(q.items)
-    changes = marginals(q.items, at, q.measure)[1]
+    changes = marginals(q.items, at, q.measure)
     found = proposals(changes, at, q.solve)
     assert len(set(found)) == len(found) > 1 and at not in found
     assert all(total(q.items, plan)[0] <= q.budget for plan in found)
@@ -218,7 +220,7 @@ def test_a_misled_plan_is_improved(
     assert run(*words, "--refine", 3, "--gate", 6) == 0
     printed, report = capsys.readouterr().out, read(tmp_path / "out" / "report.json")
     rounds = report["refine"]["rounds"]
-    assert report["refine"]["nsamples"] == 4 and 1 <= len(rounds) <= 3
+    assert report["refine"]["nsamples"] == [2, 2] and 1 <= len(rounds) <= 3
     assert rounds[0]["kl"] < rounds[0]["kl_before"]
     assert "] refine" in printed and printed.count("KL on the calibration text") == len(rounds)
     measured = {row["name"]: row["kl"] for row in report["gate"]["candidates"]}
