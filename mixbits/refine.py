@@ -164,9 +164,10 @@ def marginals(items: Sequence[Item], at: Options, measure: Measure) -> list[Item
     """
     flips = [(i, o) for i, item in enumerate(items) for o in range(len(item.costs)) if o != at[i]]
     kl, *kls = measure([at, *((*at[:i], o, *at[i + 1 :]) for i, o in flips)])
-    for (i, _), flipped in zip(flips, kls, strict=True):
-        if not math.isfinite(flipped - kl):
-            raise UsageError(f"the KL must be finite: got {flipped - kl} ({items[i].name})")
+    names = ["the plan as it stands", *(items[i].name for i, _ in flips)]
+    for name, value in zip(names, [kl, *kls], strict=True):
+        if not math.isfinite(value):
+            raise UsageError(f"the KL must be finite to refine a plan: got {value} ({name})")
     added = dict(zip(flips, (flipped - kl for flipped in kls), strict=True))
     return [
         Item(item.name, item.costs, tuple(added.get((i, o), 0.0) for o in range(len(item.costs))))

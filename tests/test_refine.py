@@ -95,7 +95,7 @@ def test_kept_blocks_change_nothing(case: str, tmp_path: Path) -> None:
 
 def test_what_is_not_finite_is_named() -> None:
     items = [Item("first", (1, 2), (0.0, 0.0)), Item("second", (1, 2), (0.0, 0.0))]
-    with pytest.raises(UsageError, match=r"the KL must be finite: got nan \(second\)"):
+    with pytest.raises(UsageError, match=r"must be finite to refine a plan: got nan \(second\)"):
         marginals(items, (0, 0), lambda plans: [float("nan") if p[1] else 1.0 for p in plans])
 
 
