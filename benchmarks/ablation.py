@@ -22,7 +22,7 @@ import os
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +35,16 @@ from torch import Tensor
 from benchmarks.autoscheme import add_text_options
 from benchmarks.records import Records
 from benchmarks.text import Text, make_text
+from mixbits.allocate import Allocation, Item, total
 from mixbits.arrange import Arrangement
 from mixbits.distill import GENERATED, STEPS, distill, written
 from mixbits.evaluate import sequence_kl
 from mixbits.formats import Assignment, parse_scheme
 from mixbits.model import find_linears, make_units
+from mixbits.options import REFINE_ROUNDS
 from mixbits.pack import Rounded
-from mixbits.plan import Budget, average_bits, solve, unit_options
+from mixbits.plan import Budget, Problem, average_bits, unit_options
+from mixbits.refine import Options, halves, refine
 from mixbits.report import quiet, table
 from mixbits.rounded import RoundedModel, round_model
 from mixbits.scores import Scores
@@ -56,7 +59,10 @@ AUTOSCHEME = Path(__file__).parent / "results" / "autoscheme.csv"
 
 @dataclass(frozen=True)
 class Variant:
-    """Scale mode of activations, how columns are divided and arranged, how weights are rounded."""
+    """Scale mode of activations, how columns are divided and arranged, how weights are rounded.
+
+    `refined`: the plan is improved by measured KL (`--refine`).
+    """
 
     act_scale_mode: str = "even"
     slabs: str = ""  # "", "shared" by the readers of one input, or "free"
@@ -64,10 +70,12 @@ class Variant:
     rounding: str = "rtn"
     correction: float = 0.0
     distilled: int = 0  # steps
+    refined: bool = False
 
 
 VARIANTS = {
     "layers, floor": Variant("floor"),
+    "layers, floor, refined": Variant("floor", refined=True),
     "layers": Variant(),
     "layers, search": Variant(rounding="search"),
     "layers, gptq": Variant(rounding="gptq"),
@@ -133,6 +141,16 @@ class Subject:
             self._scores[key] = Scores.build(slabs, self.linears, "fisher", modes, *about, found)
         return self._scores[key], units, unit_options(units, schemes, [])
 
+    def refined(self, problem: Problem, start: Allocation, budget: Budget) -> Allocation:
+        """A plan that is no worse on the second half of the sequences."""
+
+        def solved(items: Sequence[Item]) -> Options:
+            return replace(problem, items=items).allocate(budget, "optimal").choice
+
+        meters = halves(self.model, problem, self.ids)
+        found = refine(problem.items, start.choice, *meters, solved, REFINE_ROUNDS)
+        return Allocation(found.plan, *total(problem.items, found.plan), start.lower_bound)
+
     def rounded(self, recipes: Assignment, variant: Variant) -> Rounded:
         """The linears' packed weights."""
         if variant.rounding == "tuned":
@@ -155,7 +173,11 @@ class Subject:
     def figures(self, variant: Variant, bits: float) -> dict[str, Any]:
         scores, units, options = self.scores(variant)
         budget = Budget(avg_bits=bits, ignore_scale_bits=True)
-        plan = solve(units, options, scores, budget, "optimal", slabs=bool(variant.slabs))
+        problem = Problem.build(units, options, scores, True, bool(variant.slabs))
+        allocation = problem.allocate(budget, "optimal")
+        if variant.refined:
+            allocation = self.refined(problem, allocation, budget)
+        plan = problem.plan(allocation, "optimal", budget)
         recipes, start = plan.assignment, time.perf_counter()
         rounded = self.rounded(recipes, variant)
         seconds = time.perf_counter() - start

@@ -36,6 +36,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shlex
 import tempfile
 from collections.abc import Sequence
@@ -191,7 +192,8 @@ class Tables:
 
     def _scores(self, config: Configuration) -> Path:
         """The output of a run that measured all schemes of the configuration's section."""
-        section = [replace(c, options=config.options) for c in SECTIONS[config.section]]
+        measuring = re.sub(r"--refine( \d+)?", "", config.options)  # which comes after
+        section = [replace(c, options=measuring) for c in SECTIONS[config.section]]
         widest = max(section, key=lambda c: c.schemes.count(","))
         words = f"{widest.schemes} {'-'.join(widest.scale_modes)} {widest.options}"
         out = self.folder / "".join(c if c.isalnum() else "-" for c in words)
@@ -308,11 +310,18 @@ def cost_lines(rows: Sequence[dict[str, str]]) -> str:
     return "\n".join(lines)
 
 
+def _applies(options: str, config: Configuration) -> bool:
+    """Whether options may change a row: BF16 leaves nothing to be done, head and tail no plan."""
+    choosing = "--refine" in options
+    fixed = config.strategy != "optimal" or "," not in config.schemes
+    return not options or not (config.schemes == "BF16" or (choosing and fixed))
+
+
 def run_section(tables: Tables, section: str, options: Sequence[str], peers: list[str]) -> None:
     configs = SECTIONS[section]
     for extra in options:
         for config in configs:
-            if not extra or config.schemes != "BF16":  # which leaves nothing to be done otherwise
+            if _applies(extra, config):
                 tables.ours(replace(config, options=extra))
     mixed = [c for c in configs if "," in c.schemes and c.strategy == "optimal"]
     tables.theirs(mixed, peers)

@@ -16,6 +16,7 @@ from .targets import TARGETS
 
 METHODS = ("fisher", "deltaloss")  # as in mixbits.sensitivity, which would import torch
 ROUNDINGS = ("rtn", "search", "gptq")  # as in mixbits.rounding
+REFINE_ROUNDS = 4  # by the last ones little is gained
 DEFAULT_DATASET = "NeelNanda/pile-10k"  # AutoRound's default
 DEMO_OUT = Path("mixbits-demo")
 
@@ -126,6 +127,15 @@ def _plan_options(parser: argparse.ArgumentParser) -> None:
         help="let --avg-bits count elements only, as published tables do",
     )
     group.add_argument("--strategy", choices=STRATEGIES, default="optimal")
+    group.add_argument(
+        "--refine",
+        type=_positive,
+        nargs="?",
+        const=REFINE_ROUNDS,
+        metavar="ROUNDS",
+        help="improve the plan by measured KL: on calibration text, with each unit in each other "
+        f"scheme (at most {REFINE_ROUNDS} rounds, until nothing is better); whole linears only",
+    )
     group.add_argument(
         "--target",
         choices=tuple(TARGETS),
@@ -306,7 +316,7 @@ def _demo_defaults(parser: argparse.ArgumentParser) -> None:
 
 
 def _check_measured(args: argparse.Namespace) -> None:
-    """--max-kl, --diagnose and --curve: what they need, and what they cannot go with."""
+    """--max-kl, --refine, --diagnose, --curve: what they need, and what they cannot go with."""
     for name in ("max_kl", "diagnose"):
         if getattr(args, name) and not args.gate:
             option = name.replace("_", "-")
@@ -317,6 +327,12 @@ def _check_measured(args: argparse.Namespace) -> None:
         )
     if args.max_kl and args.solve_only:
         raise UsageError("--max-kl rounds and measures: it cannot go with --solve-only")
+    if args.refine and args.max_kl:
+        raise UsageError("--refine keeps to a budget, and --max-kl looks for one: not both")
+    if args.refine and args.strategy != "optimal":
+        raise UsageError(
+            f"--refine improves the optimal plan: it cannot go with --strategy {args.strategy}"
+        )
     if args.curve is not None and args.curve < 2:
         raise UsageError(f"--curve must be of at least 2 points: got {args.curve}")
 
@@ -360,6 +376,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--free-slabs helps --granularity slab only")
     if args.tune and arranged:
         parser.error("--tune knows whole linears only: not --granularity slab, nor --rotate")
+    if args.refine and args.granularity == "slab":
+        parser.error("--refine measures whole linears: not --granularity slab")
     if args.seqlen < 2:
         parser.error(f"--seqlen must be at least 2: got {args.seqlen}")
     if all(getattr(args, name) is None for name in ("avg_bits", "size", "plan", "max_kl")):
@@ -367,7 +385,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     if args.ignore_scale_bits and args.avg_bits is None:
         raise UsageError("--ignore-scale-bits counts for --avg-bits only")
     making = ("strategy", "scores", "keep", "ignore", "fuse", "per_expert", "granularity", "rotate")
-    for option in (*making, "curve", "diagnose") if args.plan else ():
+    for option in (*making, "refine", "curve", "diagnose") if args.plan else ():
         if getattr(args, option) != parser.get_default(option):
             name = option.replace("_", "-")
             raise UsageError(f"--{name} helps to make a plan: it cannot go with --plan")

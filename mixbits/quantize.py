@@ -219,15 +219,16 @@ def _open(run: Run) -> tuple[Any, str, Any]:
 
 def _stage_names(args: argparse.Namespace) -> list[str]:
     names = [s for s in STAGES if not (args.solve_only and s in ("round", "evaluate"))]
-    if args.diagnose:
-        names.insert(names.index("allocate") + 1, "diagnose")
+    for name in ("diagnose", "refine"):
+        if getattr(args, name):
+            names.insert(names.index("allocate") + 1, name)
     return names
 
 
 def _planned(run: Run, clock: Stages, model: CausalLM, sha256: str, text: Text) -> Planned:
     """The plan that is given, or those that are measured for and solved."""
     from . import findings, stages
-    from .report import diagnosis
+    from .report import diagnosis, refinement
 
     args = run.args
     if args.plan is not None:
@@ -239,6 +240,10 @@ def _planned(run: Run, clock: Stages, model: CausalLM, sha256: str, text: Text) 
     with clock.run("allocate", args.strategy):
         planned = stages.make_plans(run, model, scores, text)
         planned.curve = findings.curve_rows(run, planned)
+    if args.refine:
+        with clock.run("refine", f"units in their other schemes, up to {args.refine} rounds"):
+            stages.refine_plan(run, model, planned, text)
+        print(refinement(planned.found["refine"]["rounds"]))
     if args.diagnose:
         with clock.run("diagnose", "units one by one, the text in halves"):
             planned.found |= findings.diagnose(run, model, planned, text)

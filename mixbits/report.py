@@ -167,6 +167,16 @@ def diagnosis(found: dict[str, Any]) -> str:
     )
 
 
+def refinement(rounds: Sequence[dict[str, Any]]) -> str:
+    """A line for each round: what was measured, and whether the plan changed."""
+    lines = [
+        f"  KL on the calibration text {row['kl_before']:.4f}, and {row['kl']:.4f} with "
+        f"{row['changed']} units changed" + ("" if row["kl"] < row["kl_before"] else ": not taken")
+        for row in rounds
+    ]
+    return "\n".join(lines or ["  no other plan was proposed"])
+
+
 def result_rows(before: int, after: int, scores: dict[str, float] | None) -> list[list[str]]:
     """Of a table: size, KL and perplexity of the original and of the quantized model."""
     rows = [["", "original", "quantized"], ["weight files", size(before), size(after)]]

@@ -179,6 +179,12 @@ def round_model(
     return rounded
 
 
+def rounded_linear(x: Tensor, weight: Tensor, recipe: Recipe, bias: Tensor | None) -> Tensor:
+    """y [..., N] in x's dtype: x [..., K] arranged and rounded, `weight` [N, K] so already."""
+    rounded = fake_input(x, recipe, arrangement_of(recipe, x.device))
+    return torch.nn.functional.linear(rounded, weight.to(rounded.dtype), bias).to(x.dtype)
+
+
 class RoundedModel:
     """A streamed model that runs as if `rounded` were its weights: what `compare` needs."""
 
@@ -200,10 +206,8 @@ class RoundedModel:
             if name not in self.rounded:  # an expert that was left alone
                 return torch.nn.functional.linear(x, weight, bias)
             recipe = self.recipes[name]
-            rounded = fake_input(x, recipe, arrangement_of(recipe, x.device))
             packed = [part.to(x.device) for part in self.rounded[name]]
-            w = packed_values(packed, recipe, x.shape[-1]).to(rounded.dtype)
-            return torch.nn.functional.linear(rounded, w, bias).to(x.dtype)
+            return rounded_linear(x, packed_values(packed, recipe, x.shape[-1]), recipe, bias)
 
         with probed(self.model.model, self.linears, probe):
             return self.model.logits(ids)

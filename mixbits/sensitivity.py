@@ -242,7 +242,7 @@ def _collect(
     spread = [s for s in schemes if s.weight is not None]
 
     def probe(name: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if not torch.is_grad_enabled():
+        if name not in moments or not torch.is_grad_enabled():  # an expert may be left alone
             return torch.nn.functional.linear(x, weight, bias)
         arrangement = arrangements.get(name, Arrangement())
         is_read_later = x.dim() == 3 and name.rpartition(".")[2] in READ_LATER
@@ -399,6 +399,8 @@ def _deltaloss_pass(
     """Add the scores of one scheme to `records`, at the model quantized to it everywhere."""
 
     def probe(name: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if name not in records:  # an expert that is left alone
+            return torch.nn.functional.linear(x, weight, bias)
         if not torch.is_grad_enabled():
             rounded, rounded_x = _rounded(x, weight, scheme)
             return torch.nn.functional.linear(rounded_x, rounded, bias)

@@ -1,22 +1,23 @@
 """What the stages of a run do: they join the modules of the pipeline to the command's arguments.
 
 In their order: `prepare` (all that arguments and config.json tell), `calibrate` (calibration),
-`measure` (sensitivity), `make_plans` (plan), `round_plans` (gate, rounded). `quantize` runs them,
-and writes what they give.
+`measure` (sensitivity), `make_plans` (plan), `refine_plan` (refine), `round_plans` (gate, rounded).
+`quantize` runs them, and writes what they give.
 """
 
 from __future__ import annotations
 
 import argparse
 import random
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from . import demo
-from .allocate import Allocation
+from .allocate import Allocation, Item, total
 from .arrange import Arrangement
 from .atomic import check_destination
 from .calibration import CHARS_PER_TOKEN, Sequences, cut, load_sequences, split, tokenize
@@ -38,6 +39,7 @@ from .model import (
 )
 from .plan import Budget, Plan, Problem, average_bits, parse_keep, slab_width, unit_options
 from .quality import smallest
+from .refine import Options, halves, refine
 from .rounded import round_model
 from .scores import Scores
 from .sensitivity import measure as measure_sensitivity
@@ -176,6 +178,7 @@ def _first_and_held_out(run: Run, tokenizer: Any, gate: int) -> tuple[Sequences,
     calibrates = (
         not (args.scores or args.plan)
         or args.diagnose
+        or args.refine
         or ((args.rounding == "gptq" or args.tune or args.distill) and not args.solve_only)
     )
     count = _calibrated(args) + gate if calibrates or gate else 0
@@ -323,12 +326,17 @@ def _solve(run: Run, problem: Problem, budget: Budget, strategy: str) -> Solved:
         fixed += excess  # the header's length depends a little on the plan
 
 
+def _budget(args: argparse.Namespace) -> Budget:
+    """The one that is asked for, where it is not to be searched."""
+    return Budget(args.avg_bits, args.size, args.ignore_scale_bits)
+
+
 def make_plans(run: Run, model: CausalLM, scores: Scores, text: Text) -> Planned:
     """Solve within the budget, or within the smallest one that meets --max-kl."""
     args, found = run.args, {}
     problem = make_problem(run, scores, args.granularity == "slab")
     if args.max_kl is None:
-        budget = Budget(args.avg_bits, args.size, args.ignore_scale_bits)
+        budget = _budget(args)
     else:
         budget, found["search"] = _smallest_budget(run, model, problem, text)
     solved = _of_one_size(run, scores, problem, budget)
@@ -372,6 +380,28 @@ def _smallest_budget(
     rows = [{"avg_bits": b / problem.elements, "kl": kl} for b, kl in found.measured.items()]
     search = {"max_kl": args.max_kl, "kl": found.kl, "tolerance": SEARCH_TOLERANCE}
     return Budget(total_bits=found.budget, max_kl=args.max_kl), {**search, "measured": rows}
+
+
+def refine_plan(run: Run, model: CausalLM, planned: Planned, text: Text) -> None:
+    """Put a better plan first, if measuring finds one; `refine` of report.json says how."""
+    args, start = run.args, planned.solved["optimal"]
+    problem, budget = start.problem, _budget(args)
+
+    def solve(items: Sequence[Item]) -> Options:
+        measured = replace(problem, items=items)
+        return _solve(run, measured, budget, "optimal").allocation.choice
+
+    streamed = StreamedModel(model, device=args.device)
+    meters = halves(streamed, problem, text.calibration.ids, args.batch_size)
+    found = refine(problem.items, start.allocation.choice, *meters, solve, args.refine)
+    planned.found["refine"] = {"nsamples": [len(m.ids) for m in meters], "rounds": found.rounds}
+    if found.plan == start.allocation.choice:
+        return
+    name, bound = "optimal, refined", start.allocation.lower_bound
+    allocation = Allocation(found.plan, *total(problem.items, found.plan), bound)
+    plan = problem.plan(allocation, name, budget)
+    planned.solved = {name: Solved(problem, allocation, plan), **planned.solved}
+    planned.plans = {name: plan, **planned.plans}
 
 
 def _tuned(run: Run, name: str, plan: Plan, text: Text) -> Candidate:

@@ -157,6 +157,20 @@ def test_experts_that_no_token_reached_look_like_the_others(tmp_path):
     assert all(sum(scores[i.name]["MXFP4"]) > 0 for i in linears)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_experts_may_be_left_alone(tmp_path, method):
+    source, ids = _tiny(tmp_path, "qwen3_moe")
+    linears = find_linears(source.load())
+    some = [info for info in linears if ".experts.1." not in info.name]
+    whole, part = (
+        measure(StreamedModel(source.load()), chosen, SCHEMES[:1], ids, method)
+        for chosen in (linears, some)
+    )
+    assert list(part) == [info.name for info in some] != list(whole)
+    if method == "fisher":  # scores are of linears alone, in the model as it is
+        assert part == {name: whole[name] for name in part}
+
+
 def test_eight_bits_cost_less_than_four_and_bf16_nothing(tmp_path):
     source, ids = _tiny(tmp_path)
     linears = find_linears(source.load())

@@ -19,7 +19,7 @@ LAYERS = [
     {"findings"},
     {"stages"},
     {"report_html", "card"},
-    {"report", "gate"},
+    {"report", "gate", "refine"},
     {"evaluate"},
     {"loading"},
     {"transformers_quantizer"},
