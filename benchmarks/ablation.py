@@ -70,6 +70,7 @@ class Variant:
     rounding: str = "rtn"
     correction: float = 0.0
     distilled: int = 0  # steps
+    written: int = GENERATED  # sequences to distill with, for each one of the calibration
     refined: bool = False
 
 
@@ -92,8 +93,8 @@ VARIANTS = {
     "layers, distilled": Variant(rounding="gptq", correction=0.5, distilled=STEPS),
     "everything, distilled": Variant("even", "shared", True, "gptq", 0.5, STEPS),
     "everything, free slabs, distilled": Variant("even", "free", True, "gptq", 0.5, STEPS),
-    "everything, free slabs, distilled twice as long": Variant(
-        "even", "free", True, "gptq", 0.5, 2 * STEPS
+    "everything, free slabs, distilled twice as long, 23 times the text": Variant(
+        "even", "free", True, "gptq", 0.5, 2 * STEPS, 23
     ),
 }
 KEY = ("model", "variant", "asked", "calibration_sha256")
@@ -113,12 +114,12 @@ class Subject:
         self.ids = dataset[skip : skip + count]
         self.held_out = torch.from_numpy(np.load(text.held_out).astype(np.int64))
         self._scores: dict[Any, Scores] = {}
-        self._written: Tensor | None = None
+        self._written: dict[int, Tensor] = {}
 
     def calibrated_on(self, ids: Tensor) -> Subject:
         """The same model, scored and rounded with other sequences."""
         other = copy.copy(self)
-        other.ids, other._scores, other._written = ids, {}, None
+        other.ids, other._scores, other._written = ids, {}, {}
         return other
 
     def scores(self, variant: Variant) -> tuple[Scores, list[Any], list[Any]]:
@@ -158,17 +159,17 @@ class Subject:
             return tune(model, tokenizer, self.linears, recipes, self.ids)
         how = variant.rounding, self.ids, variant.correction
         rounded = round_model(self.model, self.linears, recipes, *how)
-        steps = variant.distilled
-        return self.distilled(recipes, rounded, steps) if steps else rounded
+        return self.distilled(recipes, rounded, variant) if variant.distilled else rounded
 
-    def distilled(self, recipes: Assignment, rounded: Rounded, steps: int) -> Rounded:
+    def distilled(self, recipes: Assignment, rounded: Rounded, variant: Variant) -> Rounded:
         """With the calibration text, and more that the model has written after it."""
-        if self._written is None:
-            self._written = written(self.source.load(), self.ids, GENERATED * len(self.ids))
+        count = variant.written * len(self.ids)
+        if count not in self._written:
+            self._written[count] = written(self.source.load(), self.ids, count)
         model = self.source.load()
         streamed = StreamedModel(model, gradient_dtype(self.source.dtype, "cpu"))
-        ids = torch.cat([self.ids, self._written])
-        return distill(streamed, self.linears, recipes, rounded, ids, steps)
+        ids = torch.cat([self.ids, self._written[count]])
+        return distill(streamed, self.linears, recipes, rounded, ids, variant.distilled)
 
     def figures(self, variant: Variant, bits: float) -> dict[str, Any]:
         scores, units, options = self.scores(variant)
