@@ -29,6 +29,7 @@ from torch.nn.functional import kl_div
 from tqdm import tqdm
 from transformers import GenerationConfig
 
+from . import ops
 from .arrange import arrangement_of
 from .fake import round_input
 from .formats import Assignment, Format, Recipe, UsageError
@@ -66,30 +67,29 @@ class _Part:
     """
 
     def __init__(self, packed: Packed, fmt: Format, columns: int) -> None:
-        self.fmt, self.codes = fmt, unpack(packed, fmt, columns)
-        self.fixed = dequantize(self.codes, fmt)
+        self.before, self.fmt, self.columns = packed, fmt, columns
         self.latent: Tensor | None = None
         if fmt.bits <= LEARNED_BITS:
-            zero_point = self.codes.zero_point
-            zero_point = None if zero_point is None else zero_point.unsqueeze(-1)
-            self.grid = snapper(self.codes.scale.unsqueeze(-1), zero_point, fmt)
-            # A group of zeros may have the scale 0: nothing can be learned of it.
-            latent = split_groups(self.fixed, fmt.group_size) / self.grid.scale
-            self.latent = latent.nan_to_num_().requires_grad_()
-            del self.fixed
+            codes = unpack(packed, fmt, columns)
+            self.scale, self.zero_point = codes.scale, codes.zero_point
+            zero_point = None if self.zero_point is None else self.zero_point.unsqueeze(-1)
+            self.grid = snapper(self.scale.unsqueeze(-1), zero_point, fmt)
+            latent = split_groups(dequantize(codes, fmt), fmt.group_size) / self.grid.scale
+            self.latent = latent.requires_grad_()
 
     def weight(self) -> Tensor:
         """float32 [N, columns], rounded."""
         if self.latent is None:
-            return self.fixed
+            return ops.dequantize(self.before, self.fmt, self.columns)
         values = self.latent * self.grid.scale
         rounded = snap(values.detach(), self.grid, self.fmt)
-        return join_groups(_StraightThrough.apply(values, rounded), self.codes.codes.shape[1])
+        return join_groups(_StraightThrough.apply(values, rounded), self.columns)
 
     def packed(self) -> Packed:
-        _, scale, zero_point = self.codes
-        codes = encode(self.weight().detach(), scale, zero_point, self.fmt)
-        return pack(Quantized(codes, scale, zero_point), self.fmt)
+        if self.latent is None:
+            return self.before
+        codes = encode(self.weight().detach(), self.scale, self.zero_point, self.fmt)
+        return pack(Quantized(codes, self.scale, self.zero_point), self.fmt)
 
 
 class _Linear:

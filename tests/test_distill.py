@@ -34,18 +34,17 @@ def part_of(fmt: Format) -> distill._Part:
 def test_what_has_learned_nothing_is_what_was_packed(fmt: Format) -> None:
     part = part_of(fmt)
     assert (part.latent is None) == (fmt.bits == 8)
-    before = pack(part.codes, fmt)
-    for ours, theirs in zip(part.packed(), before, strict=True):
+    for ours, theirs in zip(part.packed(), part.before, strict=True):
         if theirs is not None:
             assert_same_bits(ours, theirs)
-    torch.testing.assert_close(part.weight(), ops.dequantize(before, fmt, 172))
+    torch.testing.assert_close(part.weight(), ops.dequantize(part.before, fmt, 172))
 
 
 @pytest.mark.parametrize("fmt", LEARNED, ids=format_id)
 def test_a_weight_takes_the_nearest_code_and_gradients_pass_straight_through(fmt: Format) -> None:
     part = part_of(fmt)
     assert part.latent is not None
-    _, scale, zero_point = part.codes
+    scale, zero_point = part.scale, part.zero_point
     factors = torch.exp2(scale.float() - 127) if fmt.is_mx else scale.float()
     factors = factors.repeat_interleave(fmt.group_size, 1)[:, :172]
     with torch.no_grad():
