@@ -37,11 +37,11 @@ from benchmarks.records import Records
 from benchmarks.text import Text, make_text
 from mixbits.allocate import Allocation, Item, total
 from mixbits.arrange import Arrangement
-from mixbits.distill import GENERATED, STEPS, distill, written
+from mixbits.distill import GENERATED, distill, written
 from mixbits.evaluate import sequence_kl
 from mixbits.formats import Assignment, parse_scheme
 from mixbits.model import find_linears, make_units
-from mixbits.options import REFINE_ROUNDS
+from mixbits.options import DISTILL_STEPS, REFINE_ROUNDS
 from mixbits.pack import Rounded
 from mixbits.plan import Budget, Problem, average_bits, unit_options
 from mixbits.refine import Options, halves, refine
@@ -90,11 +90,11 @@ VARIANTS = {
     "slabs, gptq corrected": Variant(slabs="shared", rounding="gptq", correction=0.5),
     "everything": Variant("even", "shared", True, "gptq", 0.5),
     "everything, free slabs": Variant("even", "free", True, "gptq", 0.5),
-    "layers, distilled": Variant(rounding="gptq", correction=0.5, distilled=STEPS),
-    "everything, distilled": Variant("even", "shared", True, "gptq", 0.5, STEPS),
-    "everything, free slabs, distilled": Variant("even", "free", True, "gptq", 0.5, STEPS),
+    "layers, distilled": Variant(rounding="gptq", correction=0.5, distilled=DISTILL_STEPS),
+    "everything, distilled": Variant("even", "shared", True, "gptq", 0.5, DISTILL_STEPS),
+    "everything, free slabs, distilled": Variant("even", "free", True, "gptq", 0.5, DISTILL_STEPS),
     "everything, free slabs, distilled twice as long, 23 times the text": Variant(
-        "even", "free", True, "gptq", 0.5, 2 * STEPS, 23
+        "even", "free", True, "gptq", 0.5, 2 * DISTILL_STEPS, 23
     ),
 }
 KEY = ("model", "variant", "asked", "calibration_sha256")

@@ -98,9 +98,7 @@ class Trial:
             other = Candidate(name, plans[name], variant.correction)
             other_kl = judge(subject.model, subject.linears, other, *how, self.fresh)[1]
             about = {"baseline": name, "baseline_kl": float(other_kl.mean())}
-            rows.append(
-                {**common, **about, "interval": 0.0, "behind": 0.0, **behind(kl - other_kl)}
-            )
+            rows.append({**common, **about, **behind(kl - other_kl)})
         return rows
 
 

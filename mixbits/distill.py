@@ -40,7 +40,6 @@ from .reference import Quantized, dequantize, encode, join_groups, split_groups
 from .rounding import snap, snapper
 from .streaming import StreamedModel
 
-STEPS = 300
 RATE = 0.173  # of a group's scale, over the root of the steps: what the first one moves a weight
 GENERATED = 7  # sequences that the model writes, for each one of the calibration text
 PROMPT = 8  # tokens of the calibration text that a written sequence starts with
@@ -137,7 +136,7 @@ def distill(
     recipes: Assignment,
     rounded: Rounded,
     ids: Tensor,
-    steps: int = STEPS,
+    steps: int,
     batch_size: int = 8,
     seed: int = 0,
 ) -> dict[str, list[Packed]]:

@@ -106,8 +106,9 @@ def choose(
             best = mean, index, rounded
     assert best is not None
     rows: list[dict[str, Any]] = [
-        {"name": c.name, "kl": float(kl.mean()), **behind(kl - divergences[best[1]])}
-        for c, kl in zip(candidates, divergences, strict=True)
+        {"name": c.name, "kl": float(kl.mean())}
+        | ({} if index == best[1] else behind(kl - divergences[best[1]]))
+        for index, (c, kl) in enumerate(zip(candidates, divergences, strict=True))
     ]
     rows.sort(key=lambda row: row["kl"])
     return Choice(candidates[best[1]], best[2], rows)
@@ -115,8 +116,6 @@ def choose(
 
 def behind(difference: Tensor) -> dict[str, float]:
     """Mean of paired differences [sequences], and half the width of its confidence interval."""
-    if not difference.any():
-        return {}
     quantile = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
     stderr = float(torch.std(difference)) / math.sqrt(len(difference))
     return {"behind": float(difference.mean()), "interval": quantile * stderr}

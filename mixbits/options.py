@@ -16,6 +16,7 @@ from .targets import TARGETS
 
 METHODS = ("fisher", "deltaloss")  # as in mixbits.sensitivity, which would import torch
 ROUNDINGS = ("rtn", "search", "gptq")  # as in mixbits.rounding
+DISTILL_STEPS = 300
 REFINE_ROUNDS = 4  # by the last ones little is gained
 DEFAULT_DATASET = "NeelNanda/pile-10k"  # AutoRound's default
 DEMO_OUT = Path("mixbits-demo")
@@ -212,10 +213,11 @@ def _rounding_options(parser: argparse.ArgumentParser) -> None:
         "--distill",
         type=_positive,
         nargs="?",
-        const=300,
+        const=DISTILL_STEPS,
         metavar="STEPS",
         help="let the whole quantized model learn its rounding from the original, on text that the "
-        "original writes (300 steps of --batch-size sequences); with the gate, the better ships",
+        f"original writes ({DISTILL_STEPS} steps of --batch-size sequences); with the gate, the "
+        "better ships",
     )
     group.add_argument(
         "--gate",
@@ -376,6 +378,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--free-slabs helps --granularity slab only")
     if args.tune and arranged:
         parser.error("--tune knows whole linears only: not --granularity slab, nor --rotate")
+    if args.tune and args.distill and (not args.gate or args.plan):
+        parser.error("--tune and --distill are two candidates: without the gate only one can ship")
     if args.refine and args.granularity == "slab":
         parser.error("--refine measures whole linears: not --granularity slab")
     if args.seqlen < 2:

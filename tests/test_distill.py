@@ -148,7 +148,7 @@ def test_without_text(tmp_path: Path) -> None:
     streamed = StreamedModel(model)
     rounded = round_model(streamed, linears, chosen, "rtn")
     with pytest.raises(UsageError, match="--distill needs calibration text"):
-        distill.distill(streamed, linears, chosen, rounded, ids[:0])
+        distill.distill(streamed, linears, chosen, rounded, ids[:0], 1)
 
 
 @pytest.mark.parametrize("gate", [0, 4])
@@ -179,3 +179,10 @@ def test_a_given_plan_is_distilled(run: Callable[..., int], tmp_path: Path) -> N
         assert ("distilled" in report["rounding"]) == bool(options)
         kl[out] = report["evaluation"]["held_out"]["kl"]
     assert kl["after"] != kl["before"]  # so little text promises no more
+
+
+def test_without_the_gate_there_is_one_way_of_learning(
+    run: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("--avg-bits", 5, "--distill", "--tune", "--gate", 0) == 2
+    assert "without the gate only one can ship" in capsys.readouterr().err
