@@ -156,7 +156,7 @@ def test_matmul_does_not_depend_on_threads(isa, fmt):
 
 @pytest.mark.parametrize("activation", [None, *MX_FORMATS[:3]], ids=lambda f: f and format_id(f))
 @by_dtype
-@pytest.mark.parametrize("tokens", [1, 7])
+@pytest.mark.parametrize("tokens", [1, 7, 70])
 def test_matmul_of_extreme_scales(isa, activation, dtype, tokens):
     """Weights and tokens near the ends of their ranges, whose products are ordinary numbers."""
     columns = 128
@@ -191,7 +191,7 @@ def test_matmul_of_float16_tokens_that_round_in_float16(isa, tokens, exponent, m
 
 
 @pytest.mark.parametrize("fmt", [MXFP4, MXFP8, INT4], ids=format_id)
-@pytest.mark.parametrize("tokens", [1, 9])
+@pytest.mark.parametrize("tokens", [1, 9, 70])
 @pytest.mark.parametrize("bad_token", [False, True])
 def test_matmul_passes_nan_on(isa, fmt, tokens, bad_token):
     x, weight = torch.randn(tokens, 160), torch.randn(10, 160)
@@ -203,3 +203,31 @@ def test_matmul_passes_nan_on(isa, fmt, tokens, bad_token):
         expected[0] = True
     got = ops.packed_matmul(x, ops.quantize_pack(weight, fmt), fmt, MXFP4, "cpu")
     assert torch.equal(got.isnan(), expected)
+
+
+@pytest.mark.parametrize("fmt", MX_FORMATS, ids=format_id)
+@pytest.mark.parametrize("columns", [160, 4200])
+def test_many_tokens_meet_scales_of_all_sizes(isa, fmt, columns):
+    """The largest span of scales that is multiplied into a panel of bfloat16, and beyond it."""
+    x = torch.randn(70, columns).bfloat16()
+    powers = torch.randint(-20, 50, (40, -(-columns // 32))).double()
+    for row, power in ((5, 0), (17, -120), (33, 70)):
+        powers[row] = power
+        sizes = (2.0**powers).repeat_interleave(32, -1)[:, :columns]
+        weight = (torch.randn(40, columns) * sizes).float()
+        check_matmul(product(x, weight, fmt, None), "cpu")
+
+
+@pytest.mark.parametrize("element", ["e4m3", "e5m2"])
+@pytest.mark.parametrize("tokens", [2, 70])
+def test_matmul_passes_codes_on_that_are_no_numbers(isa, element, tokens):
+    fmt = Format(element, 32)
+    packed = ops.quantize_pack(torch.randn(40, 96) / 64, fmt)
+    codes = packed.weight_packed.clone()
+    codes[3, 40], codes[20, 95] = 0x7F, 0xFF
+    if element == "e5m2":
+        codes[8, 2], codes[9, 2] = 0x7C, 0xFC  # infinities
+    x, packed = torch.rand(tokens, 96).bfloat16() + 1, packed._replace(weight_packed=codes)
+    got, expected = (ops.packed_matmul(x, packed, fmt, None, name) for name in ("cpu", "reference"))
+    torch.testing.assert_close(got, expected, rtol=0.01, atol=0.01, equal_nan=True)
+    assert got[:, [3, 20]].isnan().all()

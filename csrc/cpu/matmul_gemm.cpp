@@ -14,7 +14,11 @@
 //   bits 4, words    columns 0 4 | 1 5 | 2 6 | 3 7        (4 dwords)
 //
 // Integers are summed within a block of 32 columns and then meet the scales of rows and token.
-// bfloat16 tokens have no scale, and int8 weights are unsigned (see matmul_dot.cpp).
+// bfloat16 tokens have no scale, so that a sum may go on while the rows' scales last, and int8
+// weights are unsigned (see matmul_dot.cpp).
+//
+// Scales of MX blocks are powers of two. For very many tokens they are multiplied into a bfloat16
+// panel, which is exact, and the sum goes on through all of it.
 #include "activations.h"
 #include "bfloat16.h"
 #include "panel.h"
@@ -34,6 +38,7 @@ constexpr int kPanelRows = kSumRows;
 constexpr int kChunkBlocks = 128;  // a panel has this many blocks of 32 columns at a time
 constexpr int kTileM = 6;          // 12 sums, 12 totals and operands fill the 32 registers
 constexpr int kRowVectors = kPanelRows / 16;
+constexpr int kFoldTokens = 64;  // so many pay for multiplying scales into a panel
 
 // --- tokens -------------------------------------------------------------------------------------
 
@@ -121,6 +126,7 @@ struct Panel {
   float* scales;     // [blocks][kPanelRows]
   int32_t* offsets;  // [groups][kPanelRows], each twice in 16 bits; only with zero points
   float* rows;       // [16][blocks], the scales of 16 rows
+  int group;         // a sum goes on for so many blocks, the last of which has the scale
 };
 
 template <class A>
@@ -137,6 +143,7 @@ Panel lay_out(char* p, int64_t padded_blocks, int64_t* bytes) {
   panel.scales = reinterpret_cast<float*>(take(padded_blocks * kPanelRows * 4));
   panel.offsets = reinterpret_cast<int32_t*>(take(padded_blocks * kPanelRows * 4));
   panel.rows = reinterpret_cast<float*>(take(padded_blocks * 16 * 4));
+  panel.group = 1;
   *bytes = p - start;
   return panel;
 }
@@ -221,6 +228,38 @@ void decode_panel(const Target& target, int64_t first, int64_t last, int64_t fir
   }
 }
 
+#if defined(MB_BFLOAT16)
+// Multiplies a panel of bfloat16 by its blocks' scales, powers of two, by adding to exponents.
+// False when one is outside 2^-27 .. 2^60: what vdpbf16ps takes for zero would begin to count.
+bool fold_scales(const Panel& panel, int64_t first, int64_t blocks) {
+  float* const scales = panel.scales + first * kPanelRows;
+  for (int64_t i = 0; i < blocks * kPanelRows; ++i) {
+    if (!(scales[i] >= 0x1p-27f && scales[i] <= 0x1p60f)) return false;
+  }
+  const __m512i one = _mm512_set1_epi32(bit_cast<int32_t>(1.0f));
+  const __m512i special = _mm512_set1_epi16(0x7f7f);  // of magnitudes less one: 0, inf and nan
+  __m512i* w = panel.dwords;
+  for (int64_t b = 0; b < blocks; ++b) {
+    __m512i power[kRowVectors];
+    for (int v = 0; v < kRowVectors; ++v) {
+      float* const scale = scales + b * kPanelRows + v * 16;
+      const __m512i bits = _mm512_srai_epi32(_mm512_sub_epi32(_mm512_loadu_si512(scale), one), 16);
+      power[v] = _mm512_or_si512(and_mask(bits, 0xffff), _mm512_slli_epi32(bits, 16));
+      _mm512_storeu_si512(scale, one);
+    }
+    for (int d = 0; d < block_dwords<Bf16>(); ++d) {
+      for (int v = 0; v < kRowVectors; ++v, ++w) {
+        const __m512i value = _mm512_load_si512(w);
+        const __m512i less = _mm512_sub_epi16(and_mask(value, 0x7fff7fff), _mm512_set1_epi16(1));
+        const __mmask32 finite = _mm512_cmplt_epu16_mask(less, special);
+        _mm512_store_si512(w, _mm512_mask_add_epi16(value, finite, value, power[v]));
+      }
+    }
+  }
+  return true;
+}
+#endif
+
 // --- multiplication -----------------------------------------------------------------------------
 
 // sums += M tokens times the panel's blocks, which are `first` and following.
@@ -240,8 +279,6 @@ void multiply_tile(const Work& work, int64_t m, const Panel& panel, int64_t firs
     for (int v = 0; v < kRowVectors; ++v)
       total[i][v] = _mm512_loadu_ps(totals + i * sums.stride + v * 16);
   }
-  // bfloat16 tokens have no scale, so a sum may go on to the end of a group.
-  const int group = A::kScaledTokens ? 1 : work.target.weight.format.group_size / kBlock;
   const __m512i* w = panel.dwords;
   typename A::Sum sum[M][kRowVectors];
   bool begin = true;
@@ -255,7 +292,7 @@ void multiply_tile(const Work& work, int64_t m, const Panel& panel, int64_t firs
         for (int v = 0; v < kRowVectors; ++v) sum[i][v] = A::dot(sum[i][v], w[v], token);
       }
     }
-    begin = (b + 1) % group == 0 || b + 1 == first + blocks;
+    begin = (b + 1) % panel.group == 0 || b + 1 == first + blocks;
     if (!begin) continue;
     for (int v = 0; v < kRowVectors; ++v) {
       const __m512 scale = _mm512_loadu_ps(panel.scales + b * kPanelRows + v * 16);
@@ -305,12 +342,19 @@ void multiply(const Work& work, int64_t first_row, int64_t last_row, Sums sums, 
   const Target& target = work.target;
   const int64_t blocks = group_count(work.tokens.columns, kBlock);
   int64_t bytes;
-  const Panel panel = lay_out<A>(scratch, padded_blocks(work.tokens.columns), &bytes);
+  Panel panel = lay_out<A>(scratch, padded_blocks(work.tokens.columns), &bytes);
   static const Decoder<A, ELEMENT> decoder;
   decode_panel_scales<ELEMENT>(target, first_row, last_row, panel);
   for (int64_t first = 0; first < blocks; first += kChunkBlocks) {
     const int64_t count = min64(blocks - first, kChunkBlocks);
     decode_panel<A, ELEMENT>(target, first_row, last_row, first, count, decoder, panel);
+    panel.group = A::kScaledTokens ? 1 : target.weight.format.group_size / kBlock;
+#if defined(MB_BFLOAT16)
+    if constexpr (is_mx(ELEMENT) && !A::kScaledTokens) {
+      if (work.tokens.count >= kFoldTokens && fold_scales(panel, first, count))
+        panel.group = kChunkBlocks;
+    }
+#endif
     multiply_tokens<A>(work, panel, first, count, sums);
   }
 }
