@@ -9,8 +9,9 @@ Sections (--sections, all by default):
 
 Weights are rotated: every contender has as many copies of its own as exceed four times the
 last-level cache, so that every call finds its weight in memory. Contenders take turns, a few calls
-each. Medians, with the 20th and 80th percentile. The yardsticks, reading and copying a large array
-with the same threads, take their turns too. Peers that cannot run are named with the reason.
+each. Freed memory is kept, so that results lie in pages that were touched before. Medians, with
+the 20th and 80th percentile. The yardsticks, reading and copying a large array with the same
+threads, take their turns too. Peers that cannot run are named with the reason.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ from benchmarks.shapes import parse_shapes
 from benchmarks.timing import (
     copy_bandwidth,
     interleave,
+    keep_freed_memory,
     machine,
     percentile,
     read_bandwidth,
@@ -352,6 +354,7 @@ def main() -> None:
     if args.isa:
         cpu.set_isa(args.isa)
     torch.set_num_threads(args.threads)
+    keep_freed_memory()
     print(machine())
     rows = run(args)
     if args.csv:

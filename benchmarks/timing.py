@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import ctypes
 import os
 import platform
 import time
@@ -29,6 +31,18 @@ def machine() -> str:
         f"{model}, {about['cpus']} cores, {about['threads']} threads, OMP_WAIT_POLICY={waiting}, "
         f"torch {about['torch']}, mixbits {about['mixbits']} ({cpu.isa()})"
     )
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep what is freed, so that results lie in pages that were touched before.
+
+    A result of many megabytes gets fresh pages at every call otherwise, and on a virtual machine
+    these may cost several times what any kernel takes to fill them.
+    """
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # not glibc
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: nothing is mapped apart
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: nothing is given back
 
 
 def percentile(values: Sequence[float], percent: int) -> float:
