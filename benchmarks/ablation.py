@@ -37,7 +37,7 @@ from benchmarks.records import Records
 from benchmarks.text import Text, make_text
 from mixbits.allocate import Allocation, Item, total
 from mixbits.arrange import Arrangement
-from mixbits.distill import GENERATED, distill, written
+from mixbits.distill import distill, enough_text
 from mixbits.evaluate import sequence_kl
 from mixbits.formats import Assignment, parse_scheme
 from mixbits.model import find_linears, make_units
@@ -70,7 +70,6 @@ class Variant:
     rounding: str = "rtn"
     correction: float = 0.0
     distilled: int = 0  # steps
-    written: int = GENERATED  # sequences to distill with, for each one of the calibration
     refined: bool = False
 
 
@@ -93,8 +92,8 @@ VARIANTS = {
     "layers, distilled": Variant(rounding="gptq", correction=0.5, distilled=DISTILL_STEPS),
     "everything, distilled": Variant("even", "shared", True, "gptq", 0.5, DISTILL_STEPS),
     "everything, free slabs, distilled": Variant("even", "free", True, "gptq", 0.5, DISTILL_STEPS),
-    "everything, free slabs, distilled twice as long, 23 times the text": Variant(
-        "even", "free", True, "gptq", 0.5, 2 * DISTILL_STEPS, 23
+    "everything, free slabs, distilled twice as long": Variant(
+        "even", "free", True, "gptq", 0.5, 2 * DISTILL_STEPS
     ),
 }
 KEY = ("model", "variant", "asked", "calibration_sha256")
@@ -114,12 +113,12 @@ class Subject:
         self.ids = dataset[skip : skip + count]
         self.held_out = torch.from_numpy(np.load(text.held_out).astype(np.int64))
         self._scores: dict[Any, Scores] = {}
-        self._written: dict[int, Tensor] = {}
+        self._enough: dict[int, Tensor] = {}
 
     def calibrated_on(self, ids: Tensor) -> Subject:
         """The same model, scored and rounded with other sequences."""
         other = copy.copy(self)
-        other.ids, other._scores, other._written = ids, {}, {}
+        other.ids, other._scores, other._enough = ids, {}, {}
         return other
 
     def scores(self, variant: Variant) -> tuple[Scores, list[Any], list[Any]]:
@@ -163,13 +162,12 @@ class Subject:
 
     def distilled(self, recipes: Assignment, rounded: Rounded, variant: Variant) -> Rounded:
         """With the calibration text, and more that the model has written after it."""
-        count = variant.written * len(self.ids)
-        if count not in self._written:
-            self._written[count] = written(self.source.load(), self.ids, count)
+        steps = variant.distilled
+        if steps not in self._enough:
+            self._enough[steps] = enough_text(self.source.load(), self.ids, steps)
         model = self.source.load()
         streamed = StreamedModel(model, gradient_dtype(self.source.dtype, "cpu"))
-        ids = torch.cat([self.ids, self._written[count]])
-        return distill(streamed, self.linears, recipes, rounded, ids, variant.distilled)
+        return distill(streamed, self.linears, recipes, rounded, self._enough[steps], steps)
 
     def figures(self, variant: Variant, bits: float) -> dict[str, Any]:
         scores, units, options = self.scores(variant)

@@ -8,8 +8,8 @@ passes straight through the rounding, as the activations' does (quantization-awa
 LLM-QAT, Liu et al., arXiv 2305.17888). Formats, scales and sizes stay: what is learned is codes.
 
 A calibration text of 64 sequences would be learned by heart, so the original model writes more of
-it: what it continues is distributed as it predicts, which is all that is to be kept, and needs no
-data (LLM-QAT's observation as well).
+it, until no sequence is learned from more than twice: what it continues is distributed as it
+predicts, which is all that is to be kept, and needs no data (LLM-QAT's observation as well).
 
 Only the gradient's sign is followed, as by SignRound: as good as Adam here, without its moments. It
 runs a block at a time like the measurement (`mixbits.streaming`); what is learned and its gradient
@@ -41,7 +41,7 @@ from .rounding import snap, snapper
 from .streaming import StreamedModel
 
 RATE = 0.173  # of a group's scale, over the root of the steps: what the first one moves a weight
-GENERATED = 7  # sequences that the model writes, for each one of the calibration text
+SEEN = 2  # times that a sequence is learned from, at most
 PROMPT = 8  # tokens of the calibration text that a written sequence starts with
 WRITTEN_AT_ONCE = 64
 LEARNED_BITS = 7  # at most
@@ -128,6 +128,17 @@ def _divergence(reference: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
         return kl_div(found, target, reduction="batchmean", log_target=True)
 
     return loss
+
+
+def enough_text(
+    model: CausalLM, ids: Tensor, steps: int, batch_size: int = 8, seed: int = 0
+) -> Tensor:
+    """ids [sequences, length], and what the model has to write for `steps` to learn from.
+
+    The model must hold its weights, on the device that is to compute.
+    """
+    count = -(-steps * batch_size // SEEN) - len(ids)
+    return torch.cat([ids, written(model, ids, count, seed)]) if count > 0 else ids
 
 
 def distill(

@@ -23,7 +23,7 @@ from .atomic import check_destination
 from .calibration import CHARS_PER_TOKEN, Sequences, cut, load_sequences, split, tokenize
 from .checkpoint import predicted_bytes
 from .curve import check_plotting, frontier
-from .distill import GENERATED, distill, written
+from .distill import distill, enough_text
 from .formats import Assignment, Scheme, UsageError, first_line, parse_scheme
 from .gate import Candidate, Choice, candidates, choose, judge
 from .model import (
@@ -424,11 +424,10 @@ def _distilled(run: Run, model: CausalLM, name: str, plan: Plan, text: Text) -> 
     differentiated = StreamedModel(
         model, gradient_dtype(run.source.dtype, args.device), args.device
     )
-    count = GENERATED * len(ids)
-    more = written(run.source.load().to(args.device), ids, count, args.seed)
     sizes = args.distill, args.batch_size, args.seed
-    learned = distill(differentiated, run.linears, recipes, rounded, torch.cat([ids, more]), *sizes)
-    how = {"distilled": args.distill, "written_sequences": count}
+    enough = enough_text(run.source.load().to(args.device), ids, *sizes)
+    learned = distill(differentiated, run.linears, recipes, rounded, enough, *sizes)
+    how = {"distilled": args.distill, "written_sequences": len(enough) - len(ids)}
     return Candidate(f"{name}, distilled", plan, args.correction, learned, how)
 
 

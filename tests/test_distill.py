@@ -12,7 +12,7 @@ from test_rounded import MODES, opened
 from tiny import add_tokenizer, make_model, read
 
 from mixbits import distill, ops, streaming
-from mixbits.distill import written
+from mixbits.distill import enough_text, written
 from mixbits.evaluate import sequence_kl
 from mixbits.formats import Format, UsageError, parse_scheme
 from mixbits.pack import pack
@@ -143,6 +143,18 @@ def test_what_the_model_writes(tmp_path: Path) -> None:
     assert written(model, ids[:, :5], 2).shape == (2, 5)
 
 
+def test_no_sequence_is_seen_more_than_twice(tmp_path: Path) -> None:
+    model = open_source(str(make_model(tmp_path))).load()
+    ids = torch.randint(0, 130, (5, 16))
+    for steps, batch_size, sequences in ((6, 4, 12), (7, 3, 11), (2, 4, 5), (2, 5, 5)):
+        enough = enough_text(model, ids, steps, batch_size)
+        assert enough.shape == (sequences, 16)
+        assert torch.equal(enough[:5], ids)
+        seen = torch.cat(list(distill._batches(enough, steps, batch_size, 0)))
+        counts = seen.unique(dim=0, return_counts=True)[1]
+        assert counts.sum() == steps * batch_size and counts.max() <= 2
+
+
 def test_without_text(tmp_path: Path) -> None:
     _, model, linears, chosen, ids = opened(tmp_path, "llama")
     streamed = StreamedModel(model)
@@ -165,7 +177,7 @@ def test_the_command_ships_the_better_one(
     assert (not gate) or {first, f"{first}, distilled"} <= set(names)
     if not gate or names[0] == f"{first}, distilled":
         assert report["rounding"]["distilled"] == 12
-        assert report["rounding"]["written_sequences"] == 28
+        assert report["rounding"]["written_sequences"] == 12 * 8 / 2 - 4
     assert report["rounding"]["method"] == "rtn"
 
 
