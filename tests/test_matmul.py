@@ -205,9 +205,9 @@ def test_matmul_passes_nan_on(isa, fmt, tokens, bad_token):
     assert torch.equal(got.isnan(), expected)
 
 
-@pytest.mark.parametrize("fmt", MX_FORMATS, ids=format_id)
+@pytest.mark.parametrize("element", ["e2m1", "e4m3", "e5m2"])
 @pytest.mark.parametrize("columns", [160, 4200])
-def test_many_tokens_meet_scales_of_all_sizes(isa, fmt, columns):
+def test_many_tokens_meet_scales_of_all_sizes(isa, element, columns):
     """The largest span of scales that is multiplied into a panel of bfloat16, and beyond it."""
     x = torch.randn(70, columns).bfloat16()
     powers = torch.randint(-20, 50, (40, -(-columns // 32))).double()
@@ -215,7 +215,7 @@ def test_many_tokens_meet_scales_of_all_sizes(isa, fmt, columns):
         powers[row] = power
         sizes = (2.0**powers).repeat_interleave(32, -1)[:, :columns]
         weight = (torch.randn(40, columns) * sizes).float()
-        check_matmul(product(x, weight, fmt, None), "cpu")
+        check_matmul(product(x, weight, Format(element, 32), None), "cpu")
 
 
 @pytest.mark.parametrize("element", ["e4m3", "e5m2"])
