@@ -197,7 +197,7 @@ class GraphedForward:
             lengths = [layer.cumulative_length.clone() for layer in cache.layers]
             try:
                 self._step = _Step(self.forward, kwargs, cache, self.record)
-            except (RuntimeError, NotImplementedError) as error:
+            except RuntimeError as error:
                 self.works = False
                 for layer, length in zip(cache.layers, lengths, strict=True):
                     layer.cumulative_length.copy_(length)

@@ -51,7 +51,7 @@ def _check_device(args: argparse.Namespace) -> None:
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch.empty(0, device=args.device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError) as error:
         raise UsageError(f"--device {args.device} cannot be used: {first_line(error)}") from None
     choose_backend(torch.device(args.device).type, args.backend)
 
