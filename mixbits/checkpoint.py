@@ -1,12 +1,20 @@
 """Packed checkpoints: what is written, how it is written, and whether files hold just that.
 
-    model-00001-of-0000N.safetensors  packed linears (mixbits.pack), everything else in 16 bits
+    model-00001-of-0000N.safetensors  packed linears (mixbits.pack), everything else as the source
+                                      stores it
     model.safetensors.index.json      where more than one shard is needed
     config.json                       the model's own, with `quantization_config`
     plan.json, scores.json            how it came about
     report.json, report.html          what it is worth (mixbits.report, report_html)
     README.md                         the model's card (mixbits.card)
-    tokenizer and generation files    copied
+    tokenizer, processor and others   copied
+
+`quantization_config` names what is neither packed nor of the model's own 16-bit type:
+
+    dtypes    {tensor: dtype} of plain tensors in another type, such as a router's float32 bias
+    carried   tensors that the model's class does not take, such as the layers of MTP
+    stored    tensors that the source has quantized and the plan leaves alone, with the source's own
+              `quantization_config`: they are made plain when the folder is loaded
 
 Sizes are known before anything is written. `quantization_config` has a checksum of all values and
 recipes, in whatever files they lie, so that what reads a checkpoint notices any damage.
@@ -15,11 +23,12 @@ recipes, in whatever files they lie, so that what reads a checkpoint notices any
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -27,6 +36,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .files import read_object
 from .formats import Assignment, Mixed, UsageError
 from .linear import pack_recipe, recipe_tensors
 from .model import (
@@ -39,35 +49,27 @@ from .model import (
 )
 from .pack import LAYOUT, Rounded, recipe_spec
 from .recipes import describe
-from .scores import read_object
 from .source import Source
+from .weights import DTYPE_NAMES, DTYPES, Files, Renaming, Weights
 
 SHARD_BYTES = 2 << 30
 # transformers without mixbits only warns, and leaves weights random: config.json says what to do.
 TO_LOAD = "pip install mixbits; then `import mixbits` before transformers' from_pretrained"
 _MODES = ("weight_scale_mode", "act_scale_mode")
-_DTYPE_NAMES = {  # in the order of safetensors, which stores the last first
-    torch.bool: "BOOL",
-    torch.uint8: "U8",
-    torch.int8: "I8",
-    torch.int16: "I16",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int32: "I32",
-    torch.float32: "F32",
-    torch.float64: "F64",
-    torch.int64: "I64",
-}
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One stored tensor, and where its value comes from: a linear to pack, or the model."""
+    """One stored tensor, and where its value comes from: a linear to pack, or the model.
+
+    `as_stored`: the source's own tensor of this name, whatever it is.
+    """
 
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
     linear: LinearInfo | None = None
+    as_stored: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -75,9 +77,16 @@ class TensorSpec:
 
 
 def tensor_specs(
-    model: nn.Module, linears: Sequence[LinearInfo], assignment: Assignment, dtype: torch.dtype
+    model: nn.Module,
+    linears: Sequence[LinearInfo],
+    assignment: Assignment,
+    dtype: torch.dtype,
+    weights: Weights | None = None,
 ) -> list[TensorSpec]:
-    """Every tensor of the checkpoint, from shapes alone (a meta model will do)."""
+    """Every tensor of the checkpoint, from shapes alone (a meta model will do).
+
+    Plain tensors are of the types that `weights`, the source's, has; without it of `dtype`.
+    """
     packed = {i.name: i for i in linears if _is_packed(i.name, assignment)}
     split_modules = {split_expert_name(i.name)[0] for i in packed.values() if i.is_expert}
     specs: list[TensorSpec] = []
@@ -92,11 +101,40 @@ def tensor_specs(
             specs.append(TensorSpec(f"{info.name}.weight_plain", dtype, shape, info))
     gone = {f"{name}.weight" for name in packed} | _tied_copies(model)
     gone |= {f"{m}.{p}" for m in split_modules for p in ("gate_up_proj", "down_proj")}
-    for name, tensor in model.state_dict().items():
-        if name not in gone:
+    state = model.state_dict()
+    as_stored = {} if weights is None else _left_quantized(weights, assignment, gone)
+    for name, tensor in state.items():
+        if name not in gone and name not in as_stored:
             kind = dtype if tensor.is_floating_point() else tensor.dtype
+            # BF16, where a plan says so, is 16 bits.
+            if weights is not None and name.removesuffix(".weight") not in assignment:
+                kind = weights.stored_dtype(name) or kind
             specs.append(TensorSpec(name, kind, tuple(tensor.shape)))
+    if weights is not None:
+        parts = [part for names in as_stored.values() for part in names]
+        parts += [part for one in weights.carried for part in one.parts]
+        for part in dict.fromkeys(parts):
+            specs.append(TensorSpec(part, *weights.files.headers[part], as_stored=True))
     return specs
+
+
+def _left_quantized(
+    weights: Weights, assignment: Assignment, gone: Container[str]
+) -> dict[str, list[str]]:
+    """Tensors of the model that the plan leaves as the source has quantized them, with the parts.
+
+    What is made together with something that is packed, or that has a scheme, is made plain.
+    """
+    found: dict[str, list[str]] = {}
+    taken = {
+        id(weights.groups[name])
+        for name in weights.groups
+        if name in gone or name.removesuffix(".weight") in assignment
+    }
+    for name, group in weights.groups.items():
+        if not weights.is_stored_plain(name) and id(group) not in taken:
+            found[name] = weights.parts(name)
+    return found
 
 
 def _is_packed(name: str, assignment: Assignment) -> bool:
@@ -124,11 +162,11 @@ class Shard:
 
 def _header_bytes(specs: Sequence[TensorSpec]) -> int:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    rank = {dtype: -index for index, dtype in enumerate(_DTYPE_NAMES)}
+    rank = {dtype: -index for index, dtype in enumerate(DTYPE_NAMES)}
     offset = 0
     for spec in sorted(specs, key=lambda s: (rank[s.dtype], s.name)):
         header[spec.name] = {
-            "dtype": _DTYPE_NAMES[spec.dtype],
+            "dtype": DTYPE_NAMES[spec.dtype],
             "shape": list(spec.shape),
             "data_offsets": [offset, offset + spec.nbytes],
         }
@@ -156,28 +194,52 @@ def make_shards(specs: Sequence[TensorSpec]) -> list[Shard]:
 
 
 def predicted_bytes(
-    model: nn.Module, linears: Sequence[LinearInfo], assignment: Assignment, dtype: torch.dtype
+    model: nn.Module,
+    linears: Sequence[LinearInfo],
+    assignment: Assignment,
+    dtype: torch.dtype,
+    weights: Weights | None = None,
 ) -> int:
     """Exact size of the weight files for an assignment."""
-    return sum(s.nbytes for s in make_shards(tensor_specs(model, linears, assignment, dtype)))
+    specs = tensor_specs(model, linears, assignment, dtype, weights)
+    return sum(shard.nbytes for shard in make_shards(specs))
+
+
+class _Plain:
+    """Values of tensors that are not packed: the source's own, or the model's where it has none."""
+
+    def __init__(self, model: nn.Module, weights: Weights) -> None:
+        self.state, self.weights = model.state_dict(), weights
+        self._last: dict[str, Tensor] = {}  # made together with the one asked for last
+
+    def __call__(self, spec: TensorSpec) -> Tensor:
+        if spec.as_stored:
+            return self.weights.files.read(spec.name)
+        if spec.name not in self.weights.groups:
+            return self.state[spec.name].detach().to(spec.dtype)
+        if spec.name not in self._last:
+            self._last = self.weights.tensors(spec.name)
+        return self._last[spec.name].to(spec.dtype)
 
 
 def _tensors(
-    model: nn.Module, specs: Sequence[TensorSpec], assignment: Assignment, rounded: Rounded
+    model: nn.Module,
+    plain: _Plain,
+    specs: Sequence[TensorSpec],
+    assignment: Assignment,
+    rounded: Rounded,
 ) -> dict[str, Tensor]:
     """The values of `specs`, name -> tensor."""
-    state = model.state_dict()
     orders = _row_orders(assignment)
     out: dict[str, Tensor] = {}
     for spec in specs:
         if spec.name in out:
             continue
         owner = spec.name.rpartition(".")[0] if spec.linear is None else spec.linear.name
-        order = orders.get(owner)
+        order = None if spec.as_stored else orders.get(owner)
         if spec.linear is None:
-            value = state[spec.name].detach()
-            value = value if order is None else value[order]
-            out[spec.name] = value.to(spec.dtype).contiguous()
+            value = plain(spec)
+            out[spec.name] = (value if order is None else value[order]).contiguous()
             continue
         weight = weight_of(model, spec.linear).detach()
         if spec.name.endswith(".weight_plain"):
@@ -207,6 +269,7 @@ def _row_orders(assignment: Assignment) -> dict[str, Tensor]:
 def _write_weights(
     folder: Path,
     model: nn.Module,
+    weights: Weights,
     shards: Sequence[Shard],
     assignment: Assignment,
     rounded: Rounded,
@@ -214,10 +277,10 @@ def _write_weights(
     """Returns the `crc` of every tensor."""
     from safetensors.torch import save_file
 
-    crcs = []
+    crcs, plain = [], _Plain(model, weights)
     for shard in shards:
         wanted = {s.name for s in shard.specs}
-        tensors = _tensors(model, shard.specs, assignment, rounded)
+        tensors = _tensors(model, plain, shard.specs, assignment, rounded)
         tensors = {n: t for n, t in tensors.items() if n in wanted}
         save_file(tensors, folder / shard.file, metadata={"format": "pt"})
         crcs += [crc(name, value) for name, value in tensors.items()]
@@ -259,26 +322,108 @@ def quantization_config(
 def _write_config(
     folder: Path, source: Source, quantization: dict[str, Any], untie: bool, dtype: torch.dtype
 ) -> None:
-    config = json.loads((source.path / "config.json").read_text(encoding="utf-8"))
-    config.pop("torch_dtype", None)
-    config["dtype"] = str(dtype).removeprefix("torch.")
+    config = plain_config(source.path, dtype)
     if untie:  # the head has packed weights of its own now
-        config["tie_word_embeddings"] = False
+        for part in _with_parts(config):
+            if part is config or "tie_word_embeddings" in part:
+                part["tie_word_embeddings"] = False
     config["quantization_config"] = quantization
     text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
     (folder / "config.json").write_text(text, encoding="utf-8")
 
 
+def _with_parts(config: dict[str, Any]) -> list[dict[str, Any]]:
+    """A configuration, and those of the towers inside it."""
+    return [config, *(v for k, v in config.items() if isinstance(v, dict) and k.endswith("config"))]
+
+
+def plain_config(folder: Path, dtype: torch.dtype) -> dict[str, Any]:
+    """config.json of a folder as if nothing were quantized, plain weights of `dtype`."""
+    config = read_object(folder / "config.json")
+    for part in _with_parts(config):
+        part.pop("quantization_config", None)
+    config.pop("torch_dtype", None)
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    return config
+
+
+# Not copied: weights in whatever form, and what speaks of them alone.
+_WEIGHT_FILES: tuple[str, ...] = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")
+_WEIGHT_FILES += (".gguf", ".onnx", ".onnx_data", ".npz", ".pkl", ".pickle", ".ot", ".index.json")
+_OF_THE_SOURCE = {"config.json", "quantize_config.json", "quant_config.json", "recipe.yaml"}
+_OF_THE_SOURCE |= {"hf_quant_config.json", "mixbits-export.json", "README.md", "plan.json"}
+_OF_THE_SOURCE |= {"scores.json", "report.json", "report.html", "curve.csv", "curve.png"}
+
+
 def copy_companions(source: Path, folder: Path) -> None:
-    """Tokenizer, generation and chat files; with `--trust-remote-code` models, their code."""
-    names = ["generation_config.json", "special_tokens_map.json", "added_tokens.json"]
-    names += ["vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json"]
-    found = [source / name for name in names]
-    for pattern in ("tokenizer*", "*.model", "*.py", "LICENSE*"):
-        found += sorted(source.glob(pattern))
-    for path in found:
-        if path.is_file():
-            shutil.copyfile(path, folder / path.name)
+    """Everything beside the weights: tokenizer, processor, templates, code, licences.
+
+    Not weights, their indices, nor reports; no hidden files, nor links that lead out of the model's
+    folder (of the hub's cache, out of that model's); no folders that are models or outputs.
+    """
+    for path in companions(source):
+        copy = folder / path.relative_to(source)
+        copy.parent.mkdir(exist_ok=True, parents=True)
+        shutil.copyfile(path, copy)
+
+
+def companions(folder: Path, top: Path | None = None) -> Iterator[Path]:
+    """The files that `copy_companions` copies, sorted."""
+    top = folder if top is None else top
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith((".", "__")) or not _lies_within(path, top):
+            continue
+        if path.is_dir():
+            if not any((path / name).exists() for name in _OF_THE_SOURCE):
+                yield from companions(path, top)
+        elif path.is_file() and not _speaks_of_weights(path.name):
+            yield path
+
+
+def _speaks_of_weights(name: str) -> bool:
+    return name in _OF_THE_SOURCE or name.lower().endswith(_WEIGHT_FILES)
+
+
+def _lies_within(path: Path, top: Path) -> bool:
+    """Whether a path, links followed, is in the folder, or in the blobs of its hub snapshot."""
+    target, inside = path.resolve(), top.resolve()
+    blobs = inside.parent.parent / "blobs"
+    is_snapshot = inside.parent.name == "snapshots"
+    return target.is_relative_to(inside) or (is_snapshot and target.is_relative_to(blobs))
+
+
+def _kinds(specs: Iterable[TensorSpec], dtype: torch.dtype) -> dict[str, str]:
+    """`dtypes` of quantization_config: plain floats that are not of the model's own type."""
+    return {
+        s.name: DTYPE_NAMES[s.dtype]
+        for s in specs
+        if s.linear is None and not s.as_stored and s.dtype.is_floating_point and s.dtype != dtype
+    }
+
+
+def kinds_of(
+    state: Mapping[str, Tensor], recipes: Assignment, dtype: torch.dtype
+) -> dict[str, str]:
+    """`dtypes` of quantization_config for the tensors of a packed model."""
+
+    scale = re.compile(r"(\.segments\.\d+)?\.weight_scale")
+    return {
+        name: DTYPE_NAMES[value.dtype]
+        for name, value in state.items()
+        if value.is_floating_point() and value.dtype != dtype and scale.sub("", name) not in recipes
+    }
+
+
+def _exceptions(
+    specs: Sequence[TensorSpec], weights: Weights, dtype: torch.dtype
+) -> dict[str, Any]:
+    """Keys of quantization_config on what is neither packed nor plain in `dtype`."""
+    carried = [part for one in weights.carried for part in one.parts]
+    found = {"dtypes": _kinds(specs, dtype), "carried": carried}
+    stored = [s.name for s in specs if s.as_stored and s.name not in set(carried)]
+    if stored:
+        found["stored"] = {"quantization_config": weights.quantization, "tensors": stored}
+    return {key: value for key, value in found.items() if value}
 
 
 def save(
@@ -296,11 +441,13 @@ def save(
 
     Raises UsageError that names the tensor for weights that cannot be packed.
     """
-    shards = make_shards(tensor_specs(model, linears, assignment, source.dtype))
-    crcs = _write_weights(folder, model, shards, assignment, rounded)
+    weights = source.weights
+    specs = tensor_specs(model, linears, assignment, source.dtype, weights)
+    crcs = _write_weights(folder, model, weights, make_shards(specs), assignment, rounded)
     head = output_head(model)[0]
     untie = head_is_tied(model) and _is_packed(head, assignment)
-    quantization = quantization_config(assignment, provenance, crcs)
+    facts = {**provenance, **_exceptions(specs, weights, source.dtype)}
+    quantization = quantization_config(assignment, facts, crcs)
     _write_config(folder, source, quantization, untie, source.dtype)
     copy_companions(source.path, folder)
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
@@ -329,24 +476,6 @@ def save_fake(
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
-def _stored_tensors(files: Sequence[Path]) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Name -> (dtype, shape) of every tensor in weight files, from their headers."""
-    from safetensors import SafetensorError, safe_open
-
-    found: dict[str, tuple[str, tuple[int, ...]]] = {}
-    for path in files:
-        try:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 (a safetensors file is no dict)
-                    if name in found:
-                        raise UsageError(f"{name} is in two weight files ({path} is the second)")
-                    part = file.get_slice(name)
-                    found[name] = part.get_dtype(), tuple(part.get_shape())
-        except (SafetensorError, OSError) as error:
-            raise UsageError(f"cannot read {path}: {error}; is the file complete?") from None
-    return found
-
-
 def plain_dtype(folder: Path) -> torch.dtype:
     """What config.json says that unquantized tensors are stored in."""
     config = read_object(folder / "config.json")
@@ -359,14 +488,20 @@ def plain_dtype(folder: Path) -> torch.dtype:
 
 def check_files(
     model: Any, recipes: Assignment, files: Sequence[Path], quantization: Mapping[str, Any]
-) -> list[TensorSpec]:
+) -> Stock:
     """The tensors of `model` with linears packed by `recipes`: files hold these, and no others.
 
-    `model` has shapes only, and its linears still; `quantization` is the `quantization_config`.
+    `model` has shapes only, and its linears still; `quantization` is the `quantization_config`. A
+    model of another class than config.json says, such as the text part of one that also sees, may
+    leave some of the files' tensors aside.
     Raises UsageError that names the tensor that is missing, too many, or of another dtype or
     shape; or that says that values are not those that were written.
     """
-    folder = files[0].parent
+    folder, opened = files[0].parent, Files(files)
+    config = read_object(folder / "config.json")
+    is_part = type(model).__name__ not in (config.get("architectures") or [type(model).__name__])
+    rename = Renaming(model) if is_part else None
+    recipes = {_renamed(rename, name): recipe for name, recipe in recipes.items()}
     linears = find_linears(model, include_head=True)
     unknown = sorted(set(recipes) - {info.name for info in linears})
     if unknown:
@@ -376,10 +511,12 @@ def check_files(
     tied = sorted(_tied_copies(model) & {f"{name}.weight" for name in recipes})
     if tied:
         raise UsageError(f"config.json ties {tied[0]}, which has packed weights ({folder})")
-    specs = tensor_specs(model, linears, recipes, plain_dtype(folder))
-    expected = {s.name: (_DTYPE_NAMES[s.dtype], s.shape) for s in specs}
-    found = _stored_tensors(files)
-    for name in sorted(expected.keys() | found.keys()):
+    stock = _stock(model, linears, recipes, opened, quantization, plain_dtype(folder))
+    expected = {s.name: (DTYPE_NAMES[s.dtype], s.shape) for s in stock.specs}
+    found = {
+        _renamed(rename, n): (DTYPE_NAMES[h.dtype], h.shape) for n, h in opened.headers.items()
+    }
+    for name in sorted(expected.keys() if is_part else expected.keys() | found.keys()):
         wanted, got = (
             f"{t[name][0]} {list(t[name][1])}" if name in t else "none" for t in (expected, found)
         )
@@ -395,7 +532,65 @@ def check_files(
             f"{quantization.get('checksum')}: got {actual}; a file was damaged or edited, or is of "
             f"another checkpoint ({folder})"
         )
-    return specs
+    return stock
+
+
+@dataclass(frozen=True)
+class Stock:
+    """What the files of a checkpoint hold, as a model of some class has it.
+
+    left  the source's own quantized weights, which are to be made plain; None where there are none
+    """
+
+    specs: list[TensorSpec]
+    recipes: Assignment
+    files: Files
+    carried: list[str]
+    left: Weights | None
+
+
+def _stock(
+    model: Any,
+    linears: Sequence[LinearInfo],
+    recipes: Assignment,
+    files: Files,
+    quantization: Mapping[str, Any],
+    dtype: torch.dtype,
+) -> Stock:
+    kinds, carried = quantization.get("dtypes") or {}, quantization.get("carried") or []
+    stored, left = quantization.get("stored") or {}, None
+    names = list(stored.get("tensors") or [])
+    for name in [*names, *carried]:
+        if name not in files.headers:
+            raise UsageError(f"a tensor of quantization_config is in no file: {name}")
+    if names:
+        headers = {name: files.headers[name] for name in names}
+        left = Weights(model, files, stored.get("quantization_config"), dtype, headers)
+    made = set() if left is None else set(left.groups)
+    specs = [
+        replace(s, dtype=_kind(kinds[s.name])) if s.name in kinds and s.linear is None else s
+        for s in tensor_specs(model, linears, recipes, dtype)
+        if s.name not in made
+    ]
+    specs += [TensorSpec(n, *files.headers[n], as_stored=True) for n in [*names, *carried]]
+    return Stock(specs, recipes, files, carried, left)
+
+
+def _kind(name: Any) -> torch.dtype:
+    if name not in DTYPES:
+        raise UsageError(f"dtypes of quantization_config must be of safetensors: got {name!r}")
+    return DTYPES[name]
+
+
+def _renamed(rename: Renaming | None, name: str) -> str:
+    """What a model calls a tensor, or a linear, of the files."""
+    if rename is None:
+        return name
+    for suffix in ("", ".weight"):
+        found = rename(name + suffix)[0].removesuffix(suffix)
+        if found != name or name + suffix in rename.state:
+            return found
+    return name
 
 
 def crc(name: str, value: Tensor) -> int:
@@ -417,5 +612,6 @@ def checksum(crcs: Iterable[int], quantization: Mapping[str, Any]) -> str:
     A sum, so that neither the order of tensors nor their division among files matters.
     """
     said = [quantization.get(k) for k in ("layout", *_MODES, "modules")]
+    said += [quantization[k] for k in ("dtypes", "carried", "stored") if quantization.get(k)]
     text = json.dumps(said, sort_keys=True).encode()
     return f"{(sum(crcs) + zlib.crc32(text)) % (1 << 32):08x}"

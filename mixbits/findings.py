@@ -21,13 +21,14 @@ from .arrange import Arrangement
 from .calibration import Sequences
 from .diagnostics import next_swaps, spearman, stability
 from .evaluate import logits_kl
+from .files import write_text
 from .formats import Assignment
 from .gate import Choice
 from .model import CausalLM, LinearInfo
 from .plan import Budget, Plan, Problem, average_bits
 from .report import environment
 from .rounded import RoundedModel, round_model
-from .scores import Scores, write_text
+from .scores import Scores
 from .stages import Planned, Run, Solved, Text, make_problem, score
 from .streaming import StreamedModel
 

@@ -15,6 +15,7 @@ import torch
 from . import ops
 from .formats import UsageError, first_line
 from .linear import PackedLinear, allow_fp8_activations
+from .model import model_class
 from .transformers_quantizer import read_config
 
 
@@ -39,7 +40,7 @@ def load(
     fp8_activations: bool = False,
     cuda_graphs: bool = True,
 ) -> Any:
-    """A transformers model with packed linears, ready for `generate`.
+    """A transformers model of the source's own class with packed linears, ready for `generate`.
 
     backend           forces one of `mixbits.ops.backends()`; otherwise the best for the device.
     dtype             of activations and unquantized weights; the checkpoint's own by default.
@@ -61,9 +62,10 @@ def load(
     if fp8_activations:
         ops.require_fp8(device, backend)
     with plain_errors(f"cannot load the checkpoint in {folder}"):
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoConfig
 
-        model: Any = AutoModelForCausalLM.from_pretrained(
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        model: Any = model_class(config).from_pretrained(
             folder,
             dtype=dtype or "auto",
             # Not "cpu", which comes to the same, but makes save_pretrained warn.

@@ -253,9 +253,35 @@ def ignore(linears: Sequence[LinearInfo], patterns: Sequence[str]) -> list[Linea
     return left
 
 
-def meta_model(config: Any, **kwargs: Any) -> CausalLM:
-    """The model that `config` describes, with shapes and no storage."""
-    from transformers import AutoModelForCausalLM
+def model_class(config: Any) -> Any:
+    """What opens a model: the class that it says it is of, where transformers has it.
 
+    So a model that also sees keeps what it sees with. Whatever else it says, and with code of its
+    own, `AutoModelForCausalLM` decides.
+    """
+    import transformers
+
+    own = getattr(config, "auto_map", None) or {}
+    for auto in ("AutoModelForCausalLM", "AutoModelForImageTextToText"):
+        if auto in own:
+            return getattr(transformers, auto)
+    name = (getattr(config, "architectures", None) or [""])[0]
+    found = getattr(transformers, name, None)
+    if (
+        isinstance(found, type)
+        and issubclass(found, transformers.PreTrainedModel)
+        and not getattr(config, "is_encoder_decoder", False)
+        and isinstance(config, found.config_class or ())
+        and found.can_generate()
+    ):
+        return found
+    return transformers.AutoModelForCausalLM
+
+
+def meta_model(config: Any, trust_remote_code: bool = False) -> CausalLM:
+    """The model that `config` describes, with shapes and no storage."""
+    found = model_class(config)
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, **kwargs)
+        if hasattr(found, "from_config"):
+            return found.from_config(config, trust_remote_code=trust_remote_code)
+        return found._from_config(config)

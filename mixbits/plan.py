@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from .allocate import Allocation, BudgetError, Item, allocate, cost_range
+from .files import write_text
 from .formats import (
     BF16,
     MX_GROUP,
@@ -44,7 +45,7 @@ from .formats import (
     parse_scheme,
 )
 from .model import LinearInfo, Unit, match_units
-from .scores import VERSION, Scores, dump, read_json, write_text
+from .scores import VERSION, Scores, dump, read_json
 
 
 @dataclass(frozen=True)

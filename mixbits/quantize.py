@@ -178,8 +178,9 @@ def _print_plan(run: Run, choice: Choice, reached: dict[str, Any]) -> None:
 
 def _write_report(folder: Path, report: dict[str, Any]) -> None:
     """report.json; and report.html from the files alone, so that it can be made from them again."""
+    from .files import write_text
     from .report_html import render
-    from .scores import dump, write_text
+    from .scores import dump
 
     write_text(folder / "report.json", dump(report))
     told, plan, scores = (
@@ -192,8 +193,8 @@ def _write_report(folder: Path, report: dict[str, Any]) -> None:
 def _write_card(run: Run, folder: Path, choice: Choice, report: dict[str, Any]) -> None:
     """README.md: what the hub shows of the model, and whoever finds its folder reads."""
     from . import card
+    from .files import write_text
     from .report import scheme_rows
-    from .scores import write_text
 
     rows = scheme_rows(run.linears, choice.winner.plan.assignment)
     text = card.render(run.args.out.name, run.source, rows, report, run.args.fake)

@@ -17,7 +17,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,38 +24,13 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from .files import read_object, write_text
 from .formats import MX_GROUP, Scheme, UsageError
 from .model import LinearInfo
 from .sensitivity import Arrangements, SlabScores
 
 VERSION = 1
 UNITS = {"fisher": "nats per token", "deltaloss": "nats, summed over batches"}
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file so that a reader sees the old or the new one, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises UsageError."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"cannot read {path}: {error.strerror}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} is not JSON: {error}") from None
-    if not isinstance(data, dict):
-        raise UsageError(f"{path} must hold a JSON object: got {type(data).__name__}")
-    return data
 
 
 def read_json(path: Path, kind: str) -> dict[str, Any]:

@@ -1,42 +1,102 @@
 """Open a model to be quantized: a folder or a Hugging Face name, checked before any work starts.
 
 Weights are read from safetensors only (no pickle is ever loaded) and stay mapped from the files.
-Code that comes with a model runs only with `trust_remote_code`.
+Those that are stored quantized (`mixbits.stored`) are made plain tensor by tensor, into a folder
+beside the output that is mapped in their place and goes with the process. Code that comes with a
+model runs only with `trust_remote_code`.
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
-from dataclasses import dataclass
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from .files import read_object
 from .formats import UsageError, first_line
 from .linear import check_finite
+from .model import CausalLM, meta_model, model_class
+from .stored import FLOAT8
+from .weights import Files, Weights
 
-_FILES = ["*.safetensors", "*.json", "tokenizer*", "*.model", "*.jinja", "README.md"]
+# Of a repository on the hub: weights once (not consolidated ones, nor other formats), and all text.
+_WEIGHTS = "model*.safetensors"
+_FILES = [_WEIGHTS, "*.json", "*.jinja", "*.txt", "*.md", "*.py", "*.model", "*.tiktoken", "*.bpe"]
+_FILES += ["tokenizer*", "LICENSE*", "NOTICE*"]
+_TOKENIZERS = ("tokenizer*", "*.model", "vocab.*", "merges.txt", "*.tiktoken", "tekken.json")
+SCRATCH_SHARD = 2 << 30  # bytes of weights that are made plain before they are written
 
 
 @dataclass
 class Source:
-    """An original model: `path` is its folder, `name` what the user called it."""
+    """An original model: `path` is its folder, `name` what the user called it.
+
+    `scratch` is where quantized weights are made plain, if there are any.
+    """
 
     name: str
     path: Path
     config: Any
     trust_remote_code: bool = False
+    scratch: Path | None = None
+    _plain: Any = field(default=None, repr=False)  # the temporary folder
 
     def weight_files(self) -> list[Path]:
-        """The safetensors files, sorted by name. Raises UsageError where there is none."""
-        files = sorted(self.path.glob("*.safetensors"))
-        if not files:
-            others = sorted(p.name for p in self.path.glob("*.bin"))
-            hint = f"; {others[0]} is a pickle and is not loaded" if others else ""
-            raise UsageError(f"no *.safetensors file in {self.path}{hint}")
-        return files
+        """The files that transformers reads, sorted by name. Raises UsageError for none."""
+        whole = self.path / str(getattr(self.config, "transformers_weights", None) or _WHOLE)
+        index = self.path / f"{_WHOLE}.index.json"
+        if whole.is_file():
+            return [whole]
+        if index.is_file():
+            return _indexed(index)
+        others = sorted(p.name for p in self.path.glob("*.bin"))
+        hint = f"; {others[0]} is a pickle and is not loaded" if others else ""
+        raise UsageError(
+            f"no *.safetensors file in {self.path} that transformers reads ({_WHOLE}, or shards "
+            f"with an index){hint}"
+        )
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether weight files are here: only config.json may have been asked for."""
+        return any(self.path.glob("*.safetensors"))
+
+    @cached_property
+    def shapes(self) -> CausalLM:
+        """The model without storage. Raises UsageError where config.json describes none."""
+        try:
+            return meta_model(self.config, trust_remote_code=self.trust_remote_code)
+        except Exception as error:  # transformers raises many kinds
+            raise UsageError(
+                f"no causal language model is described in {self.path}: {first_line(error)}"
+            ) from error
+
+    @cached_property
+    def quantization(self) -> dict[str, Any] | None:
+        """How the weights are stored, as config.json says; None for plain ones."""
+        for config in (self.config, self.config.get_text_config()):
+            found = getattr(config, "quantization_config", None)
+            if found is not None:
+                return dict(found if isinstance(found, dict) else found.to_dict())
+        beside = self.path / "hf_quant_config.json"  # ModelOpt's own
+        if beside.is_file():
+            return {**read_object(beside).get("quantization", {}), "quant_method": "modelopt"}
+        return None
+
+    @cached_property
+    def weights(self) -> Weights:
+        """What the model's tensors are made of."""
+        return Weights(self.shapes, Files(self.weight_files()), self.quantization, self.dtype)
 
     def sha256(self) -> str:
         """Hash of the configuration and of every weight file."""
@@ -48,7 +108,7 @@ class Source:
 
     @property
     def has_tokenizer(self) -> bool:
-        return any(self.path.glob("tokenizer*")) or any(self.path.glob("*.model"))
+        return any(path for pattern in _TOKENIZERS for path in self.path.glob(pattern))
 
     def tokenizer(self) -> Any:
         """The model's tokenizer, or None where it has none."""
@@ -60,34 +120,48 @@ class Source:
             return AutoTokenizer.from_pretrained(
                 self.path, trust_remote_code=self.trust_remote_code
             )
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UsageError(f"cannot read the tokenizer in {self.path}: {error}") from None
+        except Exception as error:  # of transformers, tokenizers, sentencepiece and the like
+            raise UsageError(
+                f"cannot read the tokenizer in {self.path}: {first_line(error)}"
+            ) from error
 
     @property
     def dtype(self) -> torch.dtype:
-        """What unquantized tensors are kept in: the model's own 16-bit type, else bfloat16."""
-        name = str(getattr(self.config, "dtype", None)).removeprefix("torch.")
-        return torch.float16 if name == "float16" else torch.bfloat16
+        """What quantized weights are made plain in, and the model runs in: its own 16-bit type.
+
+        bfloat16 where it has none.
+        """
+        kinds = [getattr(c, "dtype", None) for c in (self.config, self.config.get_text_config())]
+        name = str(next((kind for kind in kinds if kind is not None), None))
+        return torch.float16 if name.removeprefix("torch.") == "float16" else torch.bfloat16
 
     def load(self) -> nn.Module:
         """The model in `dtype`, weights mapped, every tensor present and finite.
 
         Raises UsageError that names the file or tensor otherwise.
         """
-        from transformers import AutoModelForCausalLM
-
         self._check_files()
+        folder = self.path if self.weights.is_plain else self._plain_folder()
+        config = copy.deepcopy(self.config)
+        for part in (config, config.get_text_config()):
+            if hasattr(part, "quantization_config"):  # nothing is quantized by now
+                del part.quantization_config
         try:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                self.path,
+            loaded: Any = model_class(config).from_pretrained(
+                folder,
+                config=config,
                 dtype=self.dtype,
                 use_safetensors=True,
                 ignore_mismatched_sizes=True,  # they are in `info`
                 output_loading_info=True,
                 trust_remote_code=self.trust_remote_code,
             )
-        except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
-            raise UsageError(f"cannot load the model in {self.path}: {first_line(error)}") from None
+        except UsageError:
+            raise
+        except Exception as error:  # of transformers, safetensors or the model's own code
+            raise UsageError(
+                f"cannot load the model in {self.path}: {first_line(error)}"
+            ) from error
         model: nn.Module
         model, info = loaded
         missing = sorted({*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])})
@@ -100,15 +174,77 @@ class Source:
 
     def _check_files(self) -> None:
         """Every tensor of every file is readable and finite."""
-        from safetensors import SafetensorError, safe_open
+        files = self.weights.files
+        for name, header in files.headers.items():
+            value = files.read(name)
+            check_finite(
+                f"{name} in {files.places[name]}",
+                value.float() if header.dtype in FLOAT8 else value,
+            )
 
-        for path in self.weight_files():
-            try:
-                with safe_open(path, framework="pt") as file:
-                    for name in file.keys():  # noqa: SIM118 (a safetensors file is no dict)
-                        check_finite(f"{name} in {path}", file.get_tensor(name))
-            except (SafetensorError, OSError, RuntimeError) as error:
-                raise UsageError(f"cannot read {path}: {error}; is the file complete?") from None
+    def _plain_folder(self) -> Path:
+        """The model with plain weights under its own names, made once for this process."""
+        if self._plain is None:
+            self._plain = self._make_plain()
+        return Path(self._plain.name)
+
+    def _make_plain(self) -> Any:
+        state = self.shapes.state_dict()
+        needed = sum(state[name].numel() for name in self.weights.groups) * self.dtype.itemsize
+        where = self.scratch or Path(tempfile.gettempdir())
+        if (free := shutil.disk_usage(where).free) < needed:
+            raise UsageError(
+                f"the weights are stored quantized, and need {needed:,} bytes to be made plain: "
+                f"{free:,} are free in {where}"
+            )
+        made = tempfile.TemporaryDirectory(prefix=".mixbits-plain-", dir=where)
+        folder = Path(made.name)
+        places: dict[str, str] = {}
+        for number, tensors in enumerate(self._in_shards()):
+            from safetensors.torch import save_file
+
+            file = f"model-{number:05}.safetensors"
+            save_file(tensors, folder / file, metadata={"format": "pt"})
+            places |= dict.fromkeys(tensors, file)
+        index = {"metadata": {}, "weight_map": places}
+        (folder / f"{_WHOLE}.index.json").write_text(json.dumps(index), encoding="utf-8")
+        for path in [*self.path.glob("*.py"), *self.path.glob("*config.json")]:
+            if path.is_file():
+                shutil.copyfile(path, folder / path.name)
+        return made
+
+    def _in_shards(self) -> Iterator[dict[str, Tensor]]:
+        """Plain tensors of the model, as many at a time as `SCRATCH_SHARD` has room for."""
+        waiting: dict[str, Tensor] = {}
+        seen: set[str] = set()
+        for name in self.weights.groups:
+            if name in seen:
+                continue
+            made = self.weights.tensors(name)
+            seen |= made.keys()
+            waiting |= made
+            if sum(t.nbytes for t in waiting.values()) >= SCRATCH_SHARD:
+                yield waiting
+                waiting = {}
+        if waiting:
+            yield waiting
+
+
+_WHOLE = "model.safetensors"
+
+
+def _indexed(index: Path) -> list[Path]:
+    """The files that a weight index names. Raises UsageError for one outside of its folder."""
+    places = read_object(index).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(v, str) for v in places.values()):
+        raise UsageError(f"weight_map must map tensors to files ({index})")
+    names = sorted(set(places.values()))
+    for name in names:
+        if Path(name).name != name or not (index.parent / name).is_file():
+            raise UsageError(
+                f"a weight file must lie beside the index that names it: {name!r} of {index}"
+            )
+    return [index.parent / name for name in names]
 
 
 def open_source(
@@ -121,7 +257,7 @@ def open_source(
 
     With `config_only`, no weights are fetched; a quantized model is taken with `quantized` only.
 
-    Raises UsageError in one sentence: no such folder or name, no configuration, already quantized.
+    Raises UsageError in one sentence: no such folder or name, no configuration, quantized by us.
     """
     path = Path(model)
     if not path.is_dir():
@@ -133,12 +269,14 @@ def open_source(
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises many kinds
-        raise UsageError(f"cannot read {path / 'config.json'}: {first_line(error)}") from None
-    if getattr(config, "quantization_config", None) is not None and not quantized:
-        raise UsageError(f"the model in {path} is quantized already: pass the original")
+        raise UsageError(f"cannot read {path / 'config.json'}: {first_line(error)}") from error
     if not hasattr(config.get_text_config(), "num_hidden_layers"):
         raise UsageError(f"{path / 'config.json'} does not describe a decoder-only language model")
-    return Source(model, path, config, trust_remote_code)
+    source = Source(model, path, config, trust_remote_code)
+    method = (source.quantization or {}).get("quant_method")
+    if method == "mixbits" and not quantized:
+        raise UsageError(f"the model in {path} is quantized by mixbits already: pass the original")
+    return source
 
 
 def _download(model: str, patterns: list[str]) -> Path:

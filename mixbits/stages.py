@@ -24,7 +24,7 @@ from .calibration import CHARS_PER_TOKEN, Sequences, cut, load_sequences, split,
 from .checkpoint import predicted_bytes
 from .curve import check_plotting, frontier
 from .distill import distill, enough_text
-from .formats import Assignment, Scheme, UsageError, first_line, parse_scheme
+from .formats import Assignment, Scheme, UsageError, parse_scheme
 from .gate import Candidate, Choice, candidates, choose, judge
 from .model import (
     CausalLM,
@@ -35,7 +35,6 @@ from .model import (
     ignore,
     make_units,
     match_units,
-    meta_model,
 )
 from .plan import Budget, Plan, Problem, average_bits, parse_keep, slab_width, unit_options
 from .quality import smallest
@@ -73,7 +72,10 @@ class Run:
         return self.args.weight_scale_mode, self.args.act_scale_mode
 
     def predicted_bytes(self, assignment: Assignment) -> int:
-        return predicted_bytes(self.shapes, self.linears, assignment, self.source.dtype)
+        """Exact size of the weight files; of 16-bit weights, where only config.json is here."""
+        here = self.source.has_weights
+        weights = self.source.weights if here else None
+        return predicted_bytes(self.shapes, self.linears, assignment, self.source.dtype, weights)
 
     def reached(self, assignment: Assignment) -> dict[str, Any]:
         """What a plan comes to, in both ways of counting."""
@@ -95,15 +97,12 @@ def prepare(args: argparse.Namespace) -> Run:
     if args.curve:
         check_plotting()
     source = open_source(args.model, args.trust_remote_code, config_only=args.dry_run)
+    if not args.dry_run:
+        source.scratch = args.out.absolute().parent
     longest = getattr(source.config.get_text_config(), "max_position_embeddings", None)
     if longest and args.seqlen > longest:
         raise UsageError(f"--seqlen must be at most {longest} for this model: got {args.seqlen}")
-    try:
-        shapes = meta_model(source.config, trust_remote_code=args.trust_remote_code)
-    except Exception as error:  # transformers raises many kinds
-        raise UsageError(
-            f"no causal language model is described in {source.path}: {first_line(error)}"
-        ) from None
+    shapes = source.shapes
     linears = ignore(find_linears(shapes, include_head=args.quantize_lm_head), args.ignore)
     slabs = args.granularity == "slab"
     fuse = args.fuse or (slabs and not args.free_slabs)

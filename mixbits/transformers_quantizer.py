@@ -10,6 +10,7 @@ nothing above that can be imported here but in functions.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,12 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .arrange import check_order
-from .checkpoint import check_files, checksum, crc
+from .checkpoint import Stock, check_files, checksum, crc, kinds_of
+from .files import read_object
 from .formats import Recipe, UsageError
 from .linear import MixedLinear, packed_linear, share_inputs, swap_linears
 from .pack import LAYOUT
 from .recipes import parse_recipe
-from .scores import read_object
 
 
 class MixbitsConfig(QuantizationConfigMixin):
@@ -73,6 +74,7 @@ class MixbitsQuantizer(HfQuantizer):
     """Puts `PackedLinear` and `Experts` into a model that transformers is about to fill."""
 
     requires_calibration = True
+    stock: Stock
 
     def _process_model_before_weight_loading(
         self, model: nn.Module, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
@@ -81,29 +83,67 @@ class MixbitsQuantizer(HfQuantizer):
         recipes = config.recipes()
         if checkpoint_files is None:
             raise UsageError("a packed model is loaded from its folder, not from a state dict")
-        check_files(model, recipes, [Path(f) for f in checkpoint_files], config.to_dict())
+        files = [Path(f) for f in checkpoint_files]
+        self.stock = check_files(model, recipes, files, config.to_dict())
+        recipes = dict(self.stock.recipes)
 
         def make(name: str, weight: Any, bias: nn.Parameter | None) -> nn.Module:
             return packed_linear(weight, recipes[name], bias)
 
         swap_linears(model, list(recipes), make)
+        self._expect(model)
+
+    def _expect(self, model: Any) -> None:
+        """Keep transformers from warning of tensors that are beside the model, or come later."""
+        left = self.stock.left
+        beside = [spec.name for spec in self.stock.specs if spec.as_stored]
+        later = [] if left is None else list(left.groups)
+        for names, kept in (
+            (beside, model._keys_to_ignore_on_load_unexpected),
+            (later, model._keys_to_ignore_on_load_missing),
+        ):
+            kept.update(f"^{re.escape(name)}$" for name in names)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         for name, module in model.named_modules():
             order = module.order if isinstance(module, MixedLinear) else None
             if order is not None and not order.is_meta:  # on disk, where weights are offloaded
                 check_order(order, module.in_features, f"{name}.order", f" ({model.name_or_path})")
+        self._fill(model)
         share_inputs(model)
         use_fast_steps(model)
 
-    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[None, dict[str, str]]:
-        """Nothing of its own to save, but plain tensors may have another dtype by now."""
+    def _fill(self, model: Any) -> None:
+        """Make plain what the source's own quantization has been left to."""
+        left = self.stock.left
+        if left is None:
+            return
+        state = dict(model.named_parameters()) | dict(model.named_buffers())
+        for name in left.groups:
+            if state[name].is_meta:
+                raise UsageError(f"weights that are stored quantized cannot be offloaded: {name}")
+            with torch.no_grad():
+                state[name].copy_(left.tensor(name))
+
+    def get_state_dict_and_metadata(
+        self, model: Any
+    ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+        """The model's tensors and those beside them, of the types that they have by now.
+
+        Raises UsageError if the files that the model was loaded from are needed, and gone.
+        """
         config: Any = self.quantization_config
         tied: Any = model.all_tied_weights_keys
-        state = model.state_dict().items()
-        crcs = [crc(name, value) for name, value in state if name not in tied]
+        left = set() if self.stock.left is None else set(self.stock.left.groups)
+        state = {n: t for n, t in model.state_dict().items() if n not in tied and n not in left}
+        config.dtypes = kinds_of(state, self.stock.recipes, model.dtype)
+        if not config.dtypes:
+            del config.dtypes
+        beside = [spec.name for spec in self.stock.specs if spec.as_stored]
+        state |= {name: self.stock.files.read(name) for name in beside}
+        crcs = [crc(name, value) for name, value in state.items()]
         config.checksum = checksum(crcs, config.to_dict())
-        return None, {}
+        return state, {}
 
     def is_serializable(self) -> bool:
         return True

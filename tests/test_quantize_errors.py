@@ -89,7 +89,11 @@ BAD_MODELS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "empty": (lambda f: (f / "model.safetensors").write_bytes(b""), "is the file complete?"),
     "NaN": (_poison, "model.layers.1.mlp.up_proj.weight"),
     "a tensor missing": (_forget, "model.layers.1.mlp.up_proj.weight"),
-    "quantized": (_config(quantization_config={"quant_method": "gptq"}), "is quantized already"),
+    "quantized": (_config(quantization_config={"quant_method": "mixbits"}), "by mixbits already"),
+    "stored by others": (
+        _config(quantization_config={"quant_method": "bitsandbytes"}),
+        "weights that are stored by bitsandbytes cannot be read",
+    ),
     "bad tokenizer": (lambda f: (f / "tokenizer.json").write_text("{"), "tokenizer"),
 }
 
