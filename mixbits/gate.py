@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from .evaluate import sequence_kl
+from .kept import NO_CODES, OwnCodes
 from .model import LinearInfo
 from .pack import Rounded
 from .plan import Plan
@@ -77,11 +78,13 @@ def judge(
     calibration: Tensor,
     held_out: Tensor,
     batch_size: int = 8,
+    own: OwnCodes = NO_CODES,
 ) -> tuple[Rounded, Tensor]:
     """Round one candidate; its weights, and its mean KL on each held-out sequence, float64."""
     recipes, rounded = candidate.plan.assignment, candidate.learned
     if rounded is None:
-        rounded = round_model(model, linears, recipes, method, calibration, candidate.share)
+        kept = own.rounded(recipes)
+        rounded = round_model(model, linears, recipes, method, calibration, candidate.share, kept)
     quantized = RoundedModel(model, linears, recipes, rounded)
     return rounded, sequence_kl(model, quantized, held_out, batch_size)
 
@@ -94,12 +97,14 @@ def choose(
     calibration: Tensor,
     held_out: Tensor,
     batch_size: int = 8,
+    own: OwnCodes = NO_CODES,
 ) -> Choice:
     """Round every candidate with the calibration's sequences, and compare on the held-out ones."""
     divergences: list[Tensor] = []
     best: tuple[float, int, Rounded] | None = None
     for index, candidate in enumerate(candidates):
-        rounded, kl = judge(model, linears, candidate, method, calibration, held_out, batch_size)
+        options = method, calibration, held_out, batch_size, own
+        rounded, kl = judge(model, linears, candidate, *options)
         divergences.append(kl)
         mean = float(divergences[-1].mean())
         if best is None or mean < best[0]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -46,10 +47,12 @@ def _searched(name: str, weight: Tensor, recipe: Recipe) -> list[Packed]:
 class _Compensation:
     """The two streams' state while a model is rounded."""
 
-    def __init__(self, linears: Sequence[LinearInfo], recipes: Assignment, share: float) -> None:
+    def __init__(
+        self, linears: Sequence[LinearInfo], recipes: Assignment, share: float, own: Rounded
+    ) -> None:
         # An expert sees other tokens in the two streams, and the head one stream only.
         self.shares = {i.name: 0.0 if i.is_expert or i.block is None else share for i in linears}
-        self.recipes = recipes
+        self.recipes, self.own = recipes, own
         self.rounded: dict[str, list[Packed]] = {}
         self.recording = False
         self._inputs: dict[str, Tensor] = {}  # of the original stream, by linear
@@ -76,6 +79,8 @@ class _Compensation:
         return last
 
     def _round(self, name: str, weight: Tensor, recipe: Recipe, inputs: _Inputs) -> list[Packed]:
+        if name in self.own:
+            return [part.to(weight.device) for part in self.own[name]]
         arranged = inputs.arrangement.weight(weight.float())
         if inputs.cross is not None:
             arranged = retarget(arranged, inputs.curvature, inputs.cross, self.shares[name])
@@ -118,8 +123,9 @@ def _compensate(
     recipes: Assignment,
     ids: Tensor,
     share: float,
+    own: Rounded,
 ) -> dict[str, list[Packed]]:
-    work = _Compensation(linears, recipes, share)
+    work = _Compensation(linears, recipes, share, own)
     quantized: list[Any] = []
     bar = tqdm(total=len(model.blocks), desc="round (gptq)", unit="block", leave=False)
 
@@ -150,6 +156,7 @@ def round_model(
     method: str = "gptq",
     ids: Tensor | None = None,
     share: float = 0.5,
+    own: Rounded = MappingProxyType({}),
 ) -> dict[str, list[Packed]]:
     """Pack every linear that has a recipe: linear -> its parts, on the CPU.
 
@@ -157,6 +164,8 @@ def round_model(
             search  the same, with the scale of least error for each group
             gptq    error compensation, with the inputs of token ids [sequences, length]; `share`
                     is explained at `mixbits.rounding.retarget`
+
+    `own` has linears that are packed already (`mixbits.kept`).
 
     Raises UsageError that names the tensor for a weight that cannot be packed.
     """
@@ -170,7 +179,8 @@ def round_model(
         if ids is None or not len(ids):
             raise UsageError("--rounding gptq needs calibration text")
         packed = {i.name: recipes[i.name] for i in chosen}
-        rounded = _compensate(model, chosen, packed, ids, share)
+        rounded = _compensate(model, chosen, packed, ids, share, own)
+    rounded |= {name: list(parts) for name, parts in own.items() if name in recipes}
     for info in chosen:  # without compensation, and experts that no token reached
         if info.name not in rounded:
             weight = weight_of(model.model, info).detach()

@@ -33,7 +33,7 @@ from .weights import Files, Weights
 _WEIGHTS = "model*.safetensors"
 _FILES = [_WEIGHTS, "*.json", "*.jinja", "*.txt", "*.md", "*.py", "*.model", "*.tiktoken", "*.bpe"]
 _FILES += ["tokenizer*", "LICENSE*", "NOTICE*"]
-_TOKENIZERS = ("tokenizer*", "*.model", "vocab.*", "merges.txt", "*.tiktoken", "tekken.json")
+_TOKENIZERS = ("tokenizer*", "*.model", "vocab.json", "vocab.txt")
 SCRATCH_SHARD = 2 << 30  # bytes of weights that are made plain before they are written
 
 

@@ -26,6 +26,7 @@ from .curve import check_plotting, frontier
 from .distill import distill, enough_text
 from .formats import Assignment, Scheme, UsageError, parse_scheme
 from .gate import Candidate, Choice, candidates, choose, judge
+from .kept import NO_CODES, OwnCodes
 from .model import (
     CausalLM,
     LinearInfo,
@@ -61,11 +62,26 @@ class Run:
     shapes: CausalLM  # without storage
     linears: list[LinearInfo]  # what may be quantized
     units: list[Unit]
+    own: OwnCodes = NO_CODES  # of linears that the source has quantized
 
     @property
     def all_schemes(self) -> list[Scheme]:
-        """Those to choose from, and those of kept units."""
-        return list({s.name: s for s in [*self.schemes, *(s for _, s in self.keep)]}.values())
+        """Those to choose from, those of kept units, and those that the source has."""
+        found = [*self.schemes, *(s for _, s in self.keep), *self.own_schemes]
+        return list({s.name: s for s in found}.values())
+
+    @property
+    def own_schemes(self) -> list[Scheme]:
+        """Those that the source has, as far as the target holds them."""
+        if not self.args.target:
+            return self.own.schemes
+        target, found = TARGETS[self.args.target], []
+        for scheme in self.own.schemes:
+            linears = [i for i in self.linears if self.own.is_free(i.name, scheme)]
+            with suppress(UsageError):
+                fit(target, linears, dict.fromkeys((i.name for i in linears), scheme))
+                found.append(scheme)
+        return found
 
     @property
     def scale_modes(self) -> tuple[str, str]:
@@ -111,7 +127,10 @@ def prepare(args: argparse.Namespace) -> Run:
         slab_width([*schemes, *(scheme for _, scheme in keep)])
     for pattern, _ in keep:
         match_units(units, pattern)
-    run = Run(args, schemes, keep, source, shapes, linears, units)
+    own = NO_CODES
+    if source.has_weights and not source.weights.is_plain:
+        own = OwnCodes.find(source.weights, linears)
+    run = Run(args, schemes, keep, source, shapes, linears, units, own)
     if args.target:
         _check_target(run)
     return run
@@ -125,7 +144,7 @@ def _check_target(run: Run) -> None:
         return
     target, options = TARGETS[run.args.target], unit_options(run.units, run.schemes, run.keep)
     check_together(target, run.all_schemes)
-    for scheme in run.all_schemes:
+    for scheme in [*run.schemes, *(scheme for _, scheme in run.keep)]:
         open_to = [u for u, of in zip(run.units, options, strict=True) if scheme in of]
         linears = [info for unit in open_to for info in unit.linears]
         fit(target, linears, dict.fromkeys((info.name for info in linears), scheme))
@@ -275,6 +294,9 @@ def score(
     options = method, args.batch_size, args.seed, arranged
     slabs = measure_sensitivity(model, run.linears, run.all_schemes, sequences.ids, *options)
     described = {**sequences.describe(), "batch_size": args.batch_size, "seed": args.seed}
+    for linear, scores in slabs.items():
+        free = [s.name for s in run.all_schemes if run.own.is_free(linear, s)]
+        scores |= {name: [0.0] * len(scores[name]) for name in free}
     name = {"name": run.source.name, "sha256": sha256}
     return Scores.build(slabs, run.linears, method, run.scale_modes, name, described, arranged)
 
@@ -303,8 +325,11 @@ class Planned:
     found: dict[str, Any] = field(default_factory=dict)
 
 
-def make_problem(run: Run, scores: Scores, slabs: bool) -> Problem:
+def make_problem(run: Run, scores: Scores, slabs: bool, strategy: str = "optimal") -> Problem:
+    """The knapsack; of strategies that give units the same option, all units have the same."""
     options = unit_options(run.units, run.schemes, run.keep)
+    if strategy == "optimal" and not slabs:
+        options = run.own.offer(run.units, options, run.own_schemes)
     return Problem.build(run.units, options, scores, run.args.ignore_scale_bits, slabs)
 
 
@@ -333,7 +358,7 @@ def _budget(args: argparse.Namespace) -> Budget:
 def make_plans(run: Run, model: CausalLM, scores: Scores, text: Text) -> Planned:
     """Solve within the budget, or within the smallest one that meets --max-kl."""
     args, found = run.args, {}
-    problem = make_problem(run, scores, args.granularity == "slab")
+    problem = make_problem(run, scores, args.granularity == "slab", args.strategy)
     if args.max_kl is None:
         budget = _budget(args)
     else:
@@ -345,13 +370,15 @@ def make_plans(run: Run, model: CausalLM, scores: Scores, text: Text) -> Planned
 
 def _of_one_size(run: Run, scores: Scores, problem: Problem, budget: Budget) -> dict[str, Solved]:
     slabs = run.args.granularity == "slab"
-    layers = make_problem(run, scores, False) if slabs else problem
+    layers = make_problem(run, scores, False) if slabs or run.own.formats else problem
+    alike = make_problem(run, scores, False, "uniform") if run.own.formats else layers
     name = "slabs" if slabs and run.args.strategy == "optimal" else run.args.strategy
     plans = {name: _solve(run, problem, budget, run.args.strategy)}
     for strategy in ("optimal", "uniform", "head", "tail"):
         if strategy not in plans:
             with suppress(UsageError):  # no single scheme may fit
-                plans[strategy] = _solve(run, layers, budget, strategy)
+                of = layers if strategy == "optimal" else alike
+                plans[strategy] = _solve(run, of, budget, strategy)
     return plans
 
 
@@ -368,7 +395,8 @@ def _smallest_budget(
         if choice not in known:
             candidate = Candidate("optimal", solved.plan, args.correction)
             ids = text.calibration.ids, text.gate.ids
-            kls = judge(streamed, run.linears, candidate, args.rounding, *ids, args.batch_size)[1]
+            options = args.rounding, *ids, args.batch_size, run.own
+            kls = judge(streamed, run.linears, candidate, *options)[1]
             known[choice] = float(kls.mean())
         kl = known[choice]
         print(f"      {bits / problem.elements:.4f} bits per weight: KL {kl:.4f}", flush=True)
@@ -411,6 +439,7 @@ def _tuned(run: Run, name: str, plan: Plan, text: Text) -> Candidate:
     ids, sizes = text.calibration.ids, (args.tune, args.batch_size, args.device)
     model, tokenizer = source.load(), source.tokenizer()
     rounded = tune(model, tokenizer, run.linears, plan.assignment, ids, *sizes)
+    rounded = dict(rounded) | run.own.rounded(plan.assignment)
     how = {"method": "signround", "iterations": args.tune}
     return Candidate(f"{name}, tuned", plan, 0.0, rounded, how)
 
@@ -419,13 +448,15 @@ def _distilled(run: Run, model: CausalLM, name: str, plan: Plan, text: Text) -> 
     """A plan whose rounding is learned from the model, from where `--rounding` ends."""
     args, ids, recipes = run.args, text.calibration.ids, plan.assignment
     streamed = StreamedModel(model, device=args.device)
-    rounded = round_model(streamed, run.linears, recipes, args.rounding, ids, args.correction)
+    own = run.own.rounded(recipes)
+    rounded = round_model(streamed, run.linears, recipes, args.rounding, ids, args.correction, own)
     differentiated = StreamedModel(
         model, gradient_dtype(run.source.dtype, args.device), args.device
     )
     sizes = args.distill, args.batch_size, args.seed
     enough = enough_text(run.source.load().to(args.device), ids, *sizes)
     learned = distill(differentiated, run.linears, recipes, rounded, enough, *sizes)
+    learned = dict(learned) | own
     how = {"distilled": args.distill, "written_sequences": len(enough) - len(ids)}
     return Candidate(f"{name}, distilled", plan, args.correction, learned, how)
 
@@ -439,7 +470,8 @@ def round_plans(run: Run, model: CausalLM, plans: dict[str, Plan], text: Text) -
     if len(plans) > 1:
         ids = text.calibration.ids, text.gate.ids
         found = learned + candidates(plans, args.rounding, args.correction)
-        return choose(streamed, run.linears, found, args.rounding, *ids, args.batch_size)
+        options = args.rounding, *ids, args.batch_size, run.own
+        return choose(streamed, run.linears, found, *options)
     for candidate in learned[-1:]:
         return Choice(candidate, candidate.learned or {}, [])
     rounded = round_model(
@@ -449,5 +481,6 @@ def round_plans(run: Run, model: CausalLM, plans: dict[str, Plan], text: Text) -
         args.rounding,
         text.calibration.ids,
         args.correction,
+        run.own.rounded(plan.assignment),
     )
     return Choice(Candidate(name, plan, args.correction), rounded, [])

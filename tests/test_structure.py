@@ -30,7 +30,9 @@ LAYERS = [
     {"probing"},
     {"source", "calibration", "fake", "signround"},
     {"streaming"},
-    {"linear"},
+    {"linear", "kept"},
+    {"weights"},
+    {"stored"},
     {"experts"},
     {"ops"},
     {"backends"},
@@ -44,7 +46,7 @@ LAYERS = [
     {"allocate"},
     {"knapsack"},
     {"demo"},
-    {"targets", "command"},
+    {"targets", "command", "files"},
     {"formats"},
 ]
 LEVEL = {name: len(LAYERS) - i for i, names in enumerate(LAYERS) for name in names}
