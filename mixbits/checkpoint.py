@@ -512,6 +512,7 @@ def check_files(
     if tied:
         raise UsageError(f"config.json ties {tied[0]}, which has packed weights ({folder})")
     stock = _stock(model, linears, recipes, opened, quantization, plain_dtype(folder))
+    stock = replace(stock, is_part=is_part)
     expected = {s.name: (DTYPE_NAMES[s.dtype], s.shape) for s in stock.specs}
     found = {
         _renamed(rename, n): (DTYPE_NAMES[h.dtype], h.shape) for n, h in opened.headers.items()
@@ -539,14 +540,15 @@ def check_files(
 class Stock:
     """What the files of a checkpoint hold, as a model of some class has it.
 
-    left  the source's own quantized weights, which are to be made plain; None where there are none
+    left     the source's own quantized weights, which are to be made plain; None: there are none
+    is_part  whether the model is of another class than the checkpoint, such as its text part
     """
 
     specs: list[TensorSpec]
     recipes: Assignment
     files: Files
-    carried: list[str]
     left: Weights | None
+    is_part: bool = False
 
 
 def _stock(
@@ -573,7 +575,7 @@ def _stock(
         if s.name not in made
     ]
     specs += [TensorSpec(n, *files.headers[n], as_stored=True) for n in [*names, *carried]]
-    return Stock(specs, recipes, files, carried, left)
+    return Stock(specs, recipes, files, left)
 
 
 def _kind(name: Any) -> torch.dtype:

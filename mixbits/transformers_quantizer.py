@@ -130,8 +130,14 @@ class MixbitsQuantizer(HfQuantizer):
     ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         """The model's tensors and those beside them, of the types that they have by now.
 
-        Raises UsageError if the files that the model was loaded from are needed, and gone.
+        Raises UsageError for a part of a checkpoint, and where files that the model was loaded from
+        are needed, and gone.
         """
+        if self.stock.is_part:
+            raise UsageError(
+                f"{type(model).__name__} is a part of the checkpoint: to save all of it, load it "
+                "with mixbits.load, or by its own class"
+            )
         config: Any = self.quantization_config
         tied: Any = model.all_tied_weights_keys
         left = set() if self.stock.left is None else set(self.stock.left.groups)
