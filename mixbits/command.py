@@ -1,34 +1,66 @@
-"""What the command lines share: bad input is one sentence and exit code 2."""
+"""What the command lines share: whatever goes wrong is one sentence, and `--traceback` the rest."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
-from typing import NoReturn
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NoReturn
 
-from .formats import UsageError
+from .formats import UsageError, first_line
 
 
 class Parser(argparse.ArgumentParser):
     """Raises UsageError instead of printing its usage: one sentence, as for any other bad input."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.add_argument(
+            "--traceback", action="store_true", help="of an error, also print where it came from"
+        )
+
     def error(self, message: str) -> NoReturn:
         raise UsageError(message)
 
 
-def exit_code(run: Callable[[], object]) -> int:
-    """Run a command: 0 when done, 2 for wrong usage or input, 1 when stopped; errors to stderr."""
+@contextmanager
+def plain_errors(what: str) -> Iterator[None]:
+    """Whatever another's code or file raises becomes a UsageError: `what`, and why."""
+    try:
+        yield
+    except UsageError:
+        raise
+    except Exception as error:  # dozens of kinds
+        raise UsageError(f"{what}: {first_line(error)}") from error
+
+
+def exit_code(run: Callable[[], object], argv: Sequence[str] | None = None) -> int:
+    """Run a command: 0 when done, 2 for wrong usage or input, 1 when stopped; errors to stderr.
+
+    What a model's code or a library raises and nobody has foreseen is one sentence too; with
+    `--traceback` among `argv` (the command line's own by default) all of it is printed.
+    """
     try:
         run()
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        where = f" ({error.filename})" if error.filename else ""
-        print(f"error: {error.strerror or error}{where}", file=sys.stderr)
-        return 2
+        return 0
     except KeyboardInterrupt:
         print("stopped; no output is half written", file=sys.stderr)
         return 1
-    return 0
+    except Exception as error:
+        if "--traceback" in (sys.argv if argv is None else argv):
+            traceback.print_exc()
+        print(f"error: {_sentence(error)}", file=sys.stderr)
+        return 2
+
+
+def _sentence(error: Exception) -> str:
+    if isinstance(error, UsageError):
+        return str(error)
+    if isinstance(error, OSError):
+        where = f" ({error.filename})" if error.filename else ""
+        return f"{error.strerror or error}{where}"
+    kind, said = type(error).__name__, first_line(error)
+    what = kind if said == kind else f"{kind}: {said}"
+    return f"the model, or a file of it, cannot be worked with: {what} (--traceback says where)"

@@ -17,8 +17,9 @@ def main() -> int:
     """Hands all arguments on; returns the exit code."""
     from lm_eval.__main__ import cli_evaluate
 
-    sys.argv[0] = "lm_eval"
-    return exit_code(cli_evaluate)
+    argv = sys.argv[1:]
+    sys.argv = ["lm_eval", *(arg for arg in argv if arg != "--traceback")]
+    return exit_code(cli_evaluate, argv)
 
 
 if __name__ == "__main__":

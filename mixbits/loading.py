@@ -5,29 +5,16 @@ What from_pretrained does of it, with every check, is in `mixbits.transformers_q
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from . import ops
-from .formats import UsageError, first_line
+from .command import plain_errors
 from .linear import PackedLinear, allow_fp8_activations
 from .model import model_class
 from .transformers_quantizer import read_config
-
-
-@contextmanager
-def plain_errors(what: str) -> Iterator[None]:
-    """Whatever transformers raises becomes a UsageError: `what`, and why."""
-    try:
-        yield
-    except UsageError:
-        raise
-    except Exception as error:  # dozens of kinds
-        raise UsageError(f"{what}: {first_line(error)}") from None
 
 
 def load(

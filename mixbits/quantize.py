@@ -332,7 +332,7 @@ def _command(argv: list[str] | None) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    return exit_code(lambda: _command(argv))
+    return exit_code(lambda: _command(argv), argv)
 
 
 if __name__ == "__main__":

@@ -109,7 +109,7 @@ def start(folder: Path, host: str, port: int, device: str, background: bool = Fa
     from transformers.cli.serve import Serve
     from transformers.cli.serving import server
 
-    from .loading import plain_errors
+    from .command import plain_errors
 
     completed = patch.object(server, "build_server", _completed(server.build_server))
     with plain_errors(f"cannot serve {folder}"), completed:
@@ -138,7 +138,7 @@ def _command(argv: list[str] | None) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    return exit_code(lambda: _command(argv))
+    return exit_code(lambda: _command(argv), argv)
 
 
 if __name__ == "__main__":

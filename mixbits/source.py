@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .command import plain_errors
 from .files import read_object
 from .formats import UsageError, first_line
 from .linear import check_finite
@@ -74,12 +75,8 @@ class Source:
     @cached_property
     def shapes(self) -> CausalLM:
         """The model without storage. Raises UsageError where config.json describes none."""
-        try:
+        with plain_errors(f"no causal language model is described in {self.path}"):
             return meta_model(self.config, trust_remote_code=self.trust_remote_code)
-        except Exception as error:  # transformers raises many kinds
-            raise UsageError(
-                f"no causal language model is described in {self.path}: {first_line(error)}"
-            ) from error
 
     @cached_property
     def quantization(self) -> dict[str, Any] | None:
@@ -116,14 +113,10 @@ class Source:
 
         if not self.has_tokenizer:
             return None
-        try:
+        with plain_errors(f"cannot read the tokenizer in {self.path}"):
             return AutoTokenizer.from_pretrained(
                 self.path, trust_remote_code=self.trust_remote_code
             )
-        except Exception as error:  # of transformers, tokenizers, sentencepiece and the like
-            raise UsageError(
-                f"cannot read the tokenizer in {self.path}: {first_line(error)}"
-            ) from error
 
     @property
     def dtype(self) -> torch.dtype:
@@ -146,7 +139,7 @@ class Source:
         for part in (config, config.get_text_config()):
             if hasattr(part, "quantization_config"):  # nothing is quantized by now
                 del part.quantization_config
-        try:
+        with plain_errors(f"cannot load the model in {self.path}"):
             loaded: Any = model_class(config).from_pretrained(
                 folder,
                 config=config,
@@ -156,12 +149,6 @@ class Source:
                 output_loading_info=True,
                 trust_remote_code=self.trust_remote_code,
             )
-        except UsageError:
-            raise
-        except Exception as error:  # of transformers, safetensors or the model's own code
-            raise UsageError(
-                f"cannot load the model in {self.path}: {first_line(error)}"
-            ) from error
         model: nn.Module
         model, info = loaded
         missing = sorted({*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])})
@@ -266,10 +253,8 @@ def open_source(
         raise UsageError(f"a model folder must hold config.json: {path} does not")
     from transformers import AutoConfig
 
-    try:
+    with plain_errors(f"cannot read {path / 'config.json'}"):
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except Exception as error:  # transformers raises many kinds
-        raise UsageError(f"cannot read {path / 'config.json'}: {first_line(error)}") from error
     if not hasattr(config.get_text_config(), "num_hidden_layers"):
         raise UsageError(f"{path / 'config.json'} does not describe a decoder-only language model")
     source = Source(model, path, config, trust_remote_code)

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .formats import Format, UsageError, first_line
+from .command import plain_errors
+from .formats import Format, UsageError
 from .model import CausalLM, split_expert_name
 from .pack import Packed
 from .stored import GptOss, Header, Headers, Kept, Stored, stored_tensors
@@ -174,13 +175,8 @@ class Weights:
         found: dict[str, _Group] = {}
         for group in groups:
             shapes = [torch.empty(s.shape, device="meta") for _, s in group.members]
-            try:
+            with plain_errors(f"{group.first} cannot be made of {group.members[0][1].name}"):
                 made = group.convert(self.model, shapes)
-            except Exception as error:  # whatever a converter meets
-                raise UsageError(
-                    f"{group.first} cannot be made of {group.members[0][1].name}: "
-                    f"{first_line(error)}"
-                ) from error
             for name, value in made.items():
                 if name not in state:
                     continue

@@ -131,7 +131,7 @@ def _command(argv: list[str] | None) -> None:
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    return exit_code(lambda: _command(argv))
+    return exit_code(lambda: _command(argv), argv)
 
 
 if __name__ == "__main__":
