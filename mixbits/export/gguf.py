@@ -226,7 +226,8 @@ def write(folder: Path, carrier: Carrier) -> None:
     writer.add_name(carrier.model.path.resolve().name)
     _add_settings(writer, config, head_dim)
     divisors = _add_rope(writer, config, head_dim)
-    add_vocabulary(writer, read_vocabulary(carrier.model.path, config, carrier.lossy))
+    rows = carrier.model.shapes.get_input_embeddings().weight.shape[0]
+    add_vocabulary(writer, read_vocabulary(carrier.model.path, rows, carrier.lossy))
     entries = _Entries(carrier, architecture, head_dim).all()
     if divisors is not None:
         entries["rope_freqs.weight"] = _Values("F32", tuple(divisors.shape), lambda: divisors)

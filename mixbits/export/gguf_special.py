@@ -1,0 +1,203 @@
+"""Special tokens and chat templates of a model's folder, as a gguf.SpecialVocab.
+
+SpecialVocab reads merges, special tokens, whether BOS and EOS are put around a text, and templates;
+it looks into tokenizer.json, tokenizer_config.json and config.json only. So a folder is made for
+it, in which these files say all that transformers reads elsewhere too:
+
+    special tokens  tokenizer_config.json and special_tokens_map.json; what they lack,
+                    generation_config.json says, then config.json, where it is written there
+    ends of text    all that generation_config.json lists, as far as GGUF has keys: eos, eot, eom
+    templates       chat_template.jinja and additional_chat_templates/ before tokenizer_config.json,
+                    and chat_template.json last
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..formats import UsageError
+
+_ENDS = ("eos", "eot", "eom")  # text may end with each of them
+_KINDS = ("bos", *_ENDS, "unk", "sep", "pad", "mask")  # of which GGUF has keys
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty where there is no file. Raises UsageError."""
+    if not path.is_file():
+        return {}
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"cannot read {path}: {error or type(error).__name__}") from None
+    if not isinstance(data, dict):
+        raise UsageError(f"{path} must hold a JSON object: got {type(data).__name__}")
+    return data
+
+
+def _named_tokens(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
+    """Kind -> special token, as the tokenizer's files name it."""
+    legacy = read_json(folder / "special_tokens_map.json")
+    # transformers reads the legacy file unless there is this key; what is told last holds.
+    files = [legacy, config] if "added_tokens_decoder" in config else [config, legacy]
+    found: dict[str, str] = {}
+    for file in files:
+        for kind in _KINDS:
+            value = file.get(f"{kind}_token")
+            text = value.get("content") if isinstance(value, dict) else value
+            if text is not None and not isinstance(text, str):
+                raise UsageError(f"{kind}_token must be a token: got {text!r:.60} ({folder})")
+            if text:
+                found[kind] = text
+    return found
+
+
+def _listed_ids(folder: Path, kinds: Sequence[str], rows: int) -> dict[str, list[int]]:
+    """Kind -> what generation_config.json, or else config.json, says of special tokens."""
+    config = read_json(folder / "config.json")
+    files = [("generation_config.json", read_json(folder / "generation_config.json"))]
+    files += [
+        ("config.json", c) for c in (config, config.get("text_config")) if isinstance(c, dict)
+    ]
+    found: dict[str, list[int]] = {}
+    for kind in _KINDS:
+        said = [(name, file.get(f"{kind}_token_id")) for name, file in files]
+        name, value = next(((n, v) for n, v in said if v is not None), ("", []))
+        found[kind] = value if isinstance(value, list) else [value]
+        wrong = [i for i in found[kind] if type(i) is not int or not 0 <= i < rows]
+        if wrong or (kind != "eos" and len(found[kind]) > 1):
+            raise UsageError(
+                f"{kind}_token_id of {name} must be a row of the embedding, which has {rows}: "
+                f"got {value!r:.60} ({folder})"
+            )
+    return found
+
+
+def _special_ids(
+    folder: Path, named: Mapping[str, str], ids: Mapping[str, int], listed: Mapping[str, list[int]]
+) -> dict[str, int]:
+    """Kind -> id of a special token. Raises UsageError for tokens that are not in `ids`."""
+    for kind, token in named.items():
+        if token not in ids:
+            raise UsageError(
+                f"a special token must be in tokenizer.json: {kind}_token {token!r:.60} is not "
+                f"({folder})"
+            )
+    found = {kind: numbers[0] for kind, numbers in listed.items() if numbers}
+    return found | {kind: ids[token] for kind, token in named.items()}
+
+
+def _add_ends(found: dict[str, int], listed: Sequence[int], tokens: Mapping[int, str]) -> None:
+    """Give the ends of text that are listed to the keys that are left."""
+    more = [i for i in dict.fromkeys(listed) if i not in [found.get(key) for key in _ENDS]]
+    more.sort(key=lambda i: "eom" in tokens.get(i, ""))  # the end of a message, by its usual name
+    free = [key for key in _ENDS if key not in found]
+    found |= dict(zip(free, more, strict=False))
+    if len(more) > len(free):
+        names = ", ".join(repr(tokens.get(i, i)) for i in more[len(free) :])
+        print(f"a GGUF has keys for three ends of text: {names} left out")
+
+
+def _around(data: Mapping[str, Any], ids: Mapping[str, int]) -> tuple[list[str], list[str]]:
+    """The tokens that the post-processor puts before, and after, a text."""
+    processor = data.get("post_processor") or {}
+    found: tuple[list[str], list[str]] = [], []
+    for part in processor.get("processors", [processor]):
+        kind = part.get("type", "ByteLevel")
+        if kind == "TemplateProcessing":
+            names = [p.get("SpecialToken", {}).get("id") for p in part["single"]]
+            text = names.index(None)
+            found = names[:text], names[text + 1 :]
+            special = part["special_tokens"]
+            if any(special[name]["ids"] != [ids.get(name)] for names in found for name in names):
+                raise UsageError("the post-processor of tokenizer.json must put its own tokens")
+        elif kind == "RobertaProcessing":
+            found = [part["cls"][0]], [part["sep"][0]]
+        elif kind != "ByteLevel":
+            raise UsageError(f"a GGUF has nothing like the {kind!r:.60} of tokenizer.json")
+    return found
+
+
+def _check_around(before: Sequence[str], after: Sequence[str], bos: str | None) -> None:
+    """Raises UsageError for what GGUF cannot say: it has BOS before a text, and EOS after it."""
+    if len(after) > 1 or len(before) > 1 or (before and before[0] != bos):
+        raise UsageError(
+            "llama.cpp puts BOS before a text and EOS after it, and no more: the tokenizer puts "
+            f"{' '.join([*before, 'TEXT', *after])!r:.160}; --lossy leaves out the rest"
+        )
+
+
+def _templates(folder: Path, config: Mapping[str, Any]) -> list[dict[str, str]]:
+    """Every chat template with its name, which is "default" for the one that none is asked for."""
+    said = config.get("chat_template")
+    if said is None:
+        said = read_json(folder / "chat_template.json").get("chat_template")
+    if isinstance(said, list):
+        said = {entry["name"]: entry["template"] for entry in said}
+    found = {"default": said} if isinstance(said, str) else dict(said or {})
+    files = sorted((folder / "additional_chat_templates").glob("*.jinja"))
+    named = {path.stem: path for path in files} | {"default": folder / "chat_template.jinja"}
+    found |= {name: path.read_text("utf-8") for name, path in named.items() if path.is_file()}
+    names = {re.sub("[^a-zA-Z0-9]", "_", name) for name in found}  # as GGUF spells them
+    if len(names) < len(found) or "" in names:
+        raise UsageError(f"chat templates must have names of their own: got {list(found)!r:.160}")
+    if not all(isinstance(text, str) for text in found.values()):
+        raise UsageError(f"a chat template must be a text ({folder})")
+    if found and "default" not in found:
+        print("no chat template is called default: llama.cpp must be given one by name")
+    return [{"name": name, "template": text} for name, text in found.items()]
+
+
+def special_vocab(
+    folder: Path, data: Mapping[str, Any], ids: Mapping[str, int], rows: int, lossy: bool
+) -> Any:
+    """A gguf.SpecialVocab of a folder whose tokenizer.json holds `data`, with `ids` of tokens.
+
+    Raises UsageError for special tokens that are not among the `rows` of the embedding, or that
+    GGUF cannot express (unless `lossy`).
+    """
+    import gguf
+
+    config = read_json(folder / "tokenizer_config.json")
+    tokens = {number: token for token, number in ids.items()}
+    named = _named_tokens(folder, config)
+    if (unknown := data["model"].get("unk_token")) in ids:
+        named.setdefault("unk", unknown)
+    asked = [kind for kind in _KINDS if kind == "eos" or kind not in named]
+    listed = _listed_ids(folder, asked, rows)
+    found = _special_ids(folder, named, ids, listed)
+    before, after = _around(data, ids)
+    if before and "bos" not in found:  # what is put there, or llama.cpp puts one of its own
+        found["bos"] = ids[before[0]]
+    if not lossy:
+        _check_around(before, after, tokens.get(found.get("bos", -1)))
+    told = {kind: tokens[number] for kind, number in found.items() if number in tokens}
+    if "eos" not in told:  # SpecialVocab would take the separator for it
+        told.pop("sep", None)
+    made: dict[str, Any] = {f"{kind}_token": token for kind, token in told.items()}
+    made |= {key: config[key] for key in ("add_bos_token", "add_eos_token") if key in config}
+    spoken = sorted({*before, *after, *told.values()})
+    templates = _templates(folder, config)
+    files = {
+        "tokenizer.json": {
+            "model": {"merges": data["model"]["merges"]},
+            "added_tokens": [{"content": t, "id": ids[t]} for t in spoken],
+            "post_processor": data.get("post_processor"),
+        },
+        "tokenizer_config.json": made | ({"chat_template": templates} if templates else {}),
+        "config.json": {f"{kind}_token_id": number for kind, number in found.items()},
+    }
+    with tempfile.TemporaryDirectory() as there:
+        for name, content in files.items():
+            text = json.dumps(content, ensure_ascii=False)
+            Path(there, name).write_text(text, encoding="utf-8")
+        special = gguf.SpecialVocab(there, bool(data["model"]["merges"]), tuple(found), rows)
+    _add_ends(special.special_token_ids, listed["eos"], tokens)
+    for kind in ("bos", "eos"):  # said in any case: llama.cpp's own default goes by the tokenizer
+        added = special.add_special_token.get(kind, False)
+        special.add_special_token[kind] = added and kind in special.special_token_ids
+    return special
