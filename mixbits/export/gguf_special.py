@@ -39,21 +39,36 @@ def read_json(path: Path) -> dict[str, Any]:
     return data
 
 
+def _text(value: Any) -> str | None:
+    """A token as tokenizer_config.json has it: a text, or an object with one."""
+    text = value.get("content") if isinstance(value, dict) else value
+    if text is not None and not isinstance(text, str):
+        raise UsageError(f"a special token must be a text: got {text!r:.60}")
+    return text or None
+
+
 def _named_tokens(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
     """Kind -> special token, as the tokenizer's files name it."""
     legacy = read_json(folder / "special_tokens_map.json")
     # transformers reads the legacy file unless there is this key; what is told last holds.
     files = [legacy, config] if "added_tokens_decoder" in config else [config, legacy]
-    found: dict[str, str] = {}
-    for file in files:
-        for kind in _KINDS:
-            value = file.get(f"{kind}_token")
-            text = value.get("content") if isinstance(value, dict) else value
-            if text is not None and not isinstance(text, str):
-                raise UsageError(f"{kind}_token must be a token: got {text!r:.60} ({folder})")
-            if text:
-                found[kind] = text
-    return found
+    told = [(kind, _text(file.get(f"{kind}_token"))) for file in files for kind in _KINDS]
+    return {kind: token for kind, token in told if token is not None}
+
+
+def _check_named(folder: Path, config: Mapping[str, Any], named: Any, ids: Any) -> None:
+    """Raises UsageError for tokens that tokenizer.json lacks: transformers would add them to it."""
+    told = [(f"{kind}_token", token) for kind, token in named.items()]
+    for key in ("added_tokens_decoder", "extra_special_tokens", "additional_special_tokens"):
+        many = config.get(key) or []
+        many = many.values() if isinstance(many, dict) else many
+        told += [(key, _text(token)) for token in many]
+    told += [("added_tokens.json", token) for token in read_json(folder / "added_tokens.json")]
+    for key, token in told:
+        if token is not None and token not in ids:
+            raise UsageError(
+                f"special tokens must be in tokenizer.json: {token!r:.60} ({key}) is not ({folder})"
+            )
 
 
 def _listed_ids(folder: Path, kinds: Sequence[str], rows: int) -> dict[str, list[int]]:
@@ -77,28 +92,20 @@ def _listed_ids(folder: Path, kinds: Sequence[str], rows: int) -> dict[str, list
     return found
 
 
-def _special_ids(
-    folder: Path, named: Mapping[str, str], ids: Mapping[str, int], listed: Mapping[str, list[int]]
-) -> dict[str, int]:
-    """Kind -> id of a special token. Raises UsageError for tokens that are not in `ids`."""
-    for kind, token in named.items():
-        if token not in ids:
-            raise UsageError(
-                f"a special token must be in tokenizer.json: {kind}_token {token!r:.60} is not "
-                f"({folder})"
-            )
-    found = {kind: numbers[0] for kind, numbers in listed.items() if numbers}
-    return found | {kind: ids[token] for kind, token in named.items()}
-
-
 def _add_ends(found: dict[str, int], listed: Sequence[int], tokens: Mapping[int, str]) -> None:
-    """Give the ends of text that are listed to the keys that are left."""
+    """Give the ends of text that are listed to the keys that are left, by their names if they can.
+
+    Ends of a turn and of a message are usually called so: <|eot_id|>, <|eom_id|>.
+    """
     more = [i for i in dict.fromkeys(listed) if i not in [found.get(key) for key in _ENDS]]
-    more.sort(key=lambda i: "eom" in tokens.get(i, ""))  # the end of a message, by its usual name
-    free = [key for key in _ENDS if key not in found]
-    found |= dict(zip(free, more, strict=False))
-    if len(more) > len(free):
-        names = ", ".join(repr(tokens.get(i, i)) for i in more[len(free) :])
+    for name in (*_ENDS, ""):
+        for key in _ENDS:
+            fits = [i for i in more if name in (key, "") and name in tokens.get(i, "")]
+            if fits and key not in found:
+                found[key] = fits[0]
+                more.remove(fits[0])
+    if more:
+        names = ", ".join(repr(tokens.get(i, i)) for i in more)
         print(f"a GGUF has keys for three ends of text: {names} left out")
 
 
@@ -106,19 +113,25 @@ def _around(data: Mapping[str, Any], ids: Mapping[str, int]) -> tuple[list[str],
     """The tokens that the post-processor puts before, and after, a text."""
     processor = data.get("post_processor") or {}
     found: tuple[list[str], list[str]] = [], []
+    special: dict[str, list[int]] = {}
     for part in processor.get("processors", [processor]):
         kind = part.get("type", "ByteLevel")
         if kind == "TemplateProcessing":
             names = [p.get("SpecialToken", {}).get("id") for p in part["single"]]
             text = names.index(None)
             found = names[:text], names[text + 1 :]
-            special = part["special_tokens"]
-            if any(special[name]["ids"] != [ids.get(name)] for names in found for name in names):
-                raise UsageError("the post-processor of tokenizer.json must put its own tokens")
+            special = {name: entry["ids"] for name, entry in part["special_tokens"].items()}
         elif kind == "RobertaProcessing":
             found = [part["cls"][0]], [part["sep"][0]]
+            special = {name: [number] for name, number in (part["cls"], part["sep"])}
         elif kind != "ByteLevel":
             raise UsageError(f"a GGUF has nothing like the {kind!r:.60} of tokenizer.json")
+    for name in (*found[0], *found[1]):
+        if special[name] != [ids.get(name)]:
+            raise UsageError(
+                f"the post-processor of tokenizer.json must put tokens by their ids: {name!r:.60} "
+                f"has {ids.get(name)}, and it puts {special[name]!r:.60}"
+            )
     return found
 
 
@@ -126,8 +139,8 @@ def _check_around(before: Sequence[str], after: Sequence[str], bos: str | None) 
     """Raises UsageError for what GGUF cannot say: it has BOS before a text, and EOS after it."""
     if len(after) > 1 or len(before) > 1 or (before and before[0] != bos):
         raise UsageError(
-            "llama.cpp puts BOS before a text and EOS after it, and no more: the tokenizer puts "
-            f"{' '.join([*before, 'TEXT', *after])!r:.160}; --lossy leaves out the rest"
+            f"llama.cpp puts BOS ({bos!r:.60}) before a text and EOS after it, and no more: the "
+            f"tokenizer makes {' '.join([*before, 'TEXT', *after])!r:.160}; --lossy leaves out the rest"
         )
 
 
@@ -167,12 +180,15 @@ def special_vocab(
     named = _named_tokens(folder, config)
     if (unknown := data["model"].get("unk_token")) in ids:
         named.setdefault("unk", unknown)
+    _check_named(folder, config, named, ids)
     asked = [kind for kind in _KINDS if kind == "eos" or kind not in named]
     listed = _listed_ids(folder, asked, rows)
-    found = _special_ids(folder, named, ids, listed)
+    found = {kind: numbers[0] for kind, numbers in listed.items() if numbers}
+    found |= {kind: ids[token] for kind, token in named.items()}
     before, after = _around(data, ids)
-    if before and "bos" not in found:  # what is put there, or llama.cpp puts one of its own
-        found["bos"] = ids[before[0]]
+    for kind, put in (("bos", before), ("eos", after)):
+        if put and kind not in named:  # the tokenizer does not name it, and uses it
+            found[kind] = ids[put[0]]
     if not lossy:
         _check_around(before, after, tokens.get(found.get("bos", -1)))
     told = {kind: tokens[number] for kind, number in found.items() if number in tokens}
@@ -181,12 +197,14 @@ def special_vocab(
     made: dict[str, Any] = {f"{kind}_token": token for kind, token in told.items()}
     made |= {key: config[key] for key in ("add_bos_token", "add_eos_token") if key in config}
     spoken = sorted({*before, *after, *told.values()})
+    around = [{"SpecialToken": {"id": token}} for token in before]
+    around += [{"Sequence": {"id": "A"}}, *({"SpecialToken": {"id": token}} for token in after)]
     templates = _templates(folder, config)
     files = {
         "tokenizer.json": {
             "model": {"merges": data["model"]["merges"]},
             "added_tokens": [{"content": t, "id": ids[t]} for t in spoken],
-            "post_processor": data.get("post_processor"),
+            "post_processor": {"type": "TemplateProcessing", "single": around},
         },
         "tokenizer_config.json": made | ({"chat_template": templates} if templates else {}),
         "config.json": {f"{kind}_token_id": number for kind, number in found.items()},
