@@ -140,7 +140,7 @@ def _check_around(before: Sequence[str], after: Sequence[str], bos: str | None) 
     if len(after) > 1 or len(before) > 1 or (before and before[0] != bos):
         raise UsageError(
             f"llama.cpp puts BOS ({bos!r:.60}) before a text and EOS after it, and no more: the "
-            f"tokenizer makes {' '.join([*before, 'TEXT', *after])!r:.160}; --lossy leaves out the rest"
+            f"tokenizer makes {' '.join([*before, 'TEXT', *after])!r:.160}; --lossy leaves it out"
         )
 
 
