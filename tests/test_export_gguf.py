@@ -325,6 +325,10 @@ SPECIAL: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
         {"tokenizer_config": {}, "config": {"eos_token_id": [6, 1]}},
         {"eos": 6, "eot": 1},
     ),
+    "what the tokenizer says already may be wrong elsewhere": (
+        {"tokenizer_config": {"pad_token": "<unk>"}, "config": {"pad_token_id": -1}},
+        {"pad": 2},
+    ),
     "a separator is no end": ({"tokenizer_config": {"sep_token": "a"}}, {"sep": 3}),
 }
 

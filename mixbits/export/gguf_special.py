@@ -16,11 +16,13 @@ from __future__ import annotations
 import json
 import re
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from ..formats import UsageError
+
+Put: TypeAlias = tuple[list[str], list[str]]  # the tokens before, and after, every text
 
 _ENDS = ("eos", "eot", "eom")  # text may end with each of them
 _KINDS = ("bos", *_ENDS, "unk", "sep", "pad", "mask")  # of which GGUF has keys
@@ -47,39 +49,45 @@ def _text(value: Any) -> str | None:
     return text or None
 
 
-def _named_tokens(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
-    """Kind -> special token, as the tokenizer's files name it."""
+def _named_tokens(folder: Path, data: Mapping[str, Any], ids: Mapping[str, int]) -> dict[str, str]:
+    """Kind -> special token, as the tokenizer's files name it.
+
+    Raises UsageError for tokens that tokenizer.json lacks: transformers would add them to it.
+    """
+    config = read_json(folder / "tokenizer_config.json")
     legacy = read_json(folder / "special_tokens_map.json")
     # transformers reads the legacy file unless there is this key; what is told last holds.
     files = [legacy, config] if "added_tokens_decoder" in config else [config, legacy]
     told = [(kind, _text(file.get(f"{kind}_token"))) for file in files for kind in _KINDS]
-    return {kind: token for kind, token in told if token is not None}
-
-
-def _check_named(folder: Path, config: Mapping[str, Any], named: Any, ids: Any) -> None:
-    """Raises UsageError for tokens that tokenizer.json lacks: transformers would add them to it."""
-    told = [(f"{kind}_token", token) for kind, token in named.items()]
-    for key in ("added_tokens_decoder", "extra_special_tokens", "additional_special_tokens"):
-        many = config.get(key) or []
-        many = many.values() if isinstance(many, dict) else many
-        told += [(key, _text(token)) for token in many]
-    told += [("added_tokens.json", token) for token in read_json(folder / "added_tokens.json")]
-    for key, token in told:
-        if token is not None and token not in ids:
+    found = {kind: token for kind, token in told if token is not None}
+    named = [(f"{kind}_token", token) for kind, token in found.items()]
+    for key, token in [*named, *_more_tokens(folder, config)]:
+        if token not in ids:
             raise UsageError(
                 f"special tokens must be in tokenizer.json: {token!r:.60} ({key}) is not ({folder})"
             )
+    unknown = data["model"].get("unk_token")
+    return ({"unk": unknown} if unknown in ids else {}) | found
+
+
+def _more_tokens(folder: Path, config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Other tokens that the tokenizer's files name, each with the key that names it."""
+    for key in ("added_tokens_decoder", "extra_special_tokens", "additional_special_tokens"):
+        many = config.get(key) or []
+        for value in many.values() if isinstance(many, dict) else many:
+            if (token := _text(value)) is not None:
+                yield key, token
+    yield from (("added_tokens.json", t) for t in read_json(folder / "added_tokens.json"))
 
 
 def _listed_ids(folder: Path, kinds: Sequence[str], rows: int) -> dict[str, list[int]]:
     """Kind -> what generation_config.json, or else config.json, says of special tokens."""
     config = read_json(folder / "config.json")
     files = [("generation_config.json", read_json(folder / "generation_config.json"))]
-    files += [
-        ("config.json", c) for c in (config, config.get("text_config")) if isinstance(c, dict)
-    ]
+    inner = config.get("text_config")  # of a model of text and pictures
+    files += [("config.json", part) for part in (config, inner) if isinstance(part, dict)]
     found: dict[str, list[int]] = {}
-    for kind in _KINDS:
+    for kind in kinds:
         said = [(name, file.get(f"{kind}_token_id")) for name, file in files]
         name, value = next(((n, v) for n, v in said if v is not None), ("", []))
         found[kind] = value if isinstance(value, list) else [value]
@@ -109,10 +117,10 @@ def _add_ends(found: dict[str, int], listed: Sequence[int], tokens: Mapping[int,
         print(f"a GGUF has keys for three ends of text: {names} left out")
 
 
-def _around(data: Mapping[str, Any], ids: Mapping[str, int]) -> tuple[list[str], list[str]]:
+def _put_around(data: Mapping[str, Any], ids: Mapping[str, int]) -> Put:
     """The tokens that the post-processor puts before, and after, a text."""
     processor = data.get("post_processor") or {}
-    found: tuple[list[str], list[str]] = [], []
+    found: Put = [], []
     special: dict[str, list[int]] = {}
     for part in processor.get("processors", [processor]):
         kind = part.get("type", "ByteLevel")
@@ -135,12 +143,14 @@ def _around(data: Mapping[str, Any], ids: Mapping[str, int]) -> tuple[list[str],
     return found
 
 
-def _check_around(before: Sequence[str], after: Sequence[str], bos: str | None) -> None:
+def _check_around(
+    before: Sequence[str], after: Sequence[str], ids: Mapping[str, int], bos: int | None
+) -> None:
     """Raises UsageError for what GGUF cannot say: it has BOS before a text, and EOS after it."""
-    if len(after) > 1 or len(before) > 1 or (before and before[0] != bos):
+    if len(after) > 1 or len(before) > 1 or any(ids[token] != bos for token in before):
         raise UsageError(
-            f"llama.cpp puts BOS ({bos!r:.60}) before a text and EOS after it, and no more: the "
-            f"tokenizer makes {' '.join([*before, 'TEXT', *after])!r:.160}; --lossy leaves it out"
+            "llama.cpp puts BOS before a text and EOS after it, and no more: the tokenizer makes "
+            f"{' '.join([*before, 'TEXT', *after])!r:.160}, its BOS is {bos}; --lossy leaves it out"
         )
 
 
@@ -165,6 +175,32 @@ def _templates(folder: Path, config: Mapping[str, Any]) -> list[dict[str, str]]:
     return [{"name": name, "template": text} for name, text in found.items()]
 
 
+def _collected(
+    folder: Path, merges: Any, found: Mapping[str, int], put: Put, ids: Mapping[str, int]
+) -> dict[str, Any]:
+    """The files that SpecialVocab is given: name -> content."""
+    config = read_json(folder / "tokenizer_config.json")
+    tokens = {number: token for token, number in ids.items()}
+    named = {kind: tokens[number] for kind, number in found.items() if number in tokens}
+    spoken = dict.fromkeys([*named.values(), *put[0], *put[1]])
+    if "eos" not in named:  # SpecialVocab would take the separator for it
+        named.pop("sep", None)
+    said: dict[str, Any] = {f"{kind}_token": token for kind, token in named.items()}
+    said |= {key: config[key] for key in ("add_bos_token", "add_eos_token") if key in config}
+    templates = _templates(folder, config)
+    before, after = ([{"SpecialToken": {"id": token}} for token in part] for part in put)
+    around = [*before, {"Sequence": {"id": "A"}}, *after]
+    return {
+        "tokenizer.json": {
+            "model": {"merges": merges},
+            "added_tokens": [{"content": token, "id": ids[token]} for token in spoken],
+            "post_processor": {"type": "TemplateProcessing", "single": around},
+        },
+        "tokenizer_config.json": said | ({"chat_template": templates} if templates else {}),
+        "config.json": {f"{kind}_token_id": number for kind, number in found.items()},
+    }
+
+
 def special_vocab(
     folder: Path, data: Mapping[str, Any], ids: Mapping[str, int], rows: int, lossy: bool
 ) -> Any:
@@ -175,45 +211,21 @@ def special_vocab(
     """
     import gguf
 
-    config = read_json(folder / "tokenizer_config.json")
-    tokens = {number: token for token, number in ids.items()}
-    named = _named_tokens(folder, config)
-    if (unknown := data["model"].get("unk_token")) in ids:
-        named.setdefault("unk", unknown)
-    _check_named(folder, config, named, ids)
-    asked = [kind for kind in _KINDS if kind == "eos" or kind not in named]
-    listed = _listed_ids(folder, asked, rows)
+    merges, put = data["model"]["merges"], _put_around(data, ids)
+    named = _named_tokens(folder, data, ids)
+    listed = _listed_ids(folder, [k for k in _KINDS if k == "eos" or k not in named], rows)
     found = {kind: numbers[0] for kind, numbers in listed.items() if numbers}
+    for kind, part in zip(("bos", "eos"), put, strict=True):
+        found |= {kind: ids[part[0]]} if part else {}  # used, even if nothing names it
     found |= {kind: ids[token] for kind, token in named.items()}
-    before, after = _around(data, ids)
-    for kind, put in (("bos", before), ("eos", after)):
-        if put and kind not in named:  # the tokenizer does not name it, and uses it
-            found[kind] = ids[put[0]]
     if not lossy:
-        _check_around(before, after, tokens.get(found.get("bos", -1)))
-    told = {kind: tokens[number] for kind, number in found.items() if number in tokens}
-    if "eos" not in told:  # SpecialVocab would take the separator for it
-        told.pop("sep", None)
-    made: dict[str, Any] = {f"{kind}_token": token for kind, token in told.items()}
-    made |= {key: config[key] for key in ("add_bos_token", "add_eos_token") if key in config}
-    spoken = sorted({*before, *after, *told.values()})
-    around = [{"SpecialToken": {"id": token}} for token in before]
-    around += [{"Sequence": {"id": "A"}}, *({"SpecialToken": {"id": token}} for token in after)]
-    templates = _templates(folder, config)
-    files = {
-        "tokenizer.json": {
-            "model": {"merges": data["model"]["merges"]},
-            "added_tokens": [{"content": t, "id": ids[t]} for t in spoken],
-            "post_processor": {"type": "TemplateProcessing", "single": around},
-        },
-        "tokenizer_config.json": made | ({"chat_template": templates} if templates else {}),
-        "config.json": {f"{kind}_token_id": number for kind, number in found.items()},
-    }
+        _check_around(*put, ids, found.get("bos"))
     with tempfile.TemporaryDirectory() as there:
-        for name, content in files.items():
+        for name, content in _collected(folder, merges, found, put, ids).items():
             text = json.dumps(content, ensure_ascii=False)
             Path(there, name).write_text(text, encoding="utf-8")
-        special = gguf.SpecialVocab(there, bool(data["model"]["merges"]), tuple(found), rows)
+        special = gguf.SpecialVocab(there, bool(merges), tuple(found), rows)
+    tokens = {number: token for token, number in ids.items()}
     _add_ends(special.special_token_ids, listed["eos"], tokens)
     for kind in ("bos", "eos"):  # said in any case: llama.cpp's own default goes by the tokenizer
         added = special.add_special_token.get(kind, False)

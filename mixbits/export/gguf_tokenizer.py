@@ -129,7 +129,7 @@ def _tokens(
     for token in data.get("added_tokens") or []:
         added = _CONTROL if token.get("special") else _USER
         own = full[token["id"]][1]
-        full[token["id"]] = token["content"], own if own == _UNKNOWN else added
+        full[token["id"]] = token["content"], own if own in (_UNKNOWN, _BYTE) else added
     return Vocabulary("", [token for token, _ in full], [number for _, number in full])
 
 
