@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from exported import export, fake_model, logits, packed
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import read
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoRoundConfig
@@ -18,9 +18,10 @@ from transformers import AutoModelForCausalLM, AutoRoundConfig
 from mixbits import checkpoint, reference
 from mixbits.export import auto_round, compressed_tensors
 from mixbits.export.__main__ import main
-from mixbits.export.packed import PackedModel
+from mixbits.export.packed import Carrier, PackedModel
 from mixbits.formats import Format, Mixed, Scheme, parse_scheme
 from mixbits.pack import pack
+from mixbits.targets import TARGETS, fit
 
 FORMATS = [
     Format("e2m1", 32),
@@ -218,6 +219,129 @@ def test_scales_are_not_rounded_silently(
     scales = load_file(tmp_path / "out" / "model.safetensors")
     name = "model.layers.0.mlp.up_proj.weight_scale"
     assert torch.equal(scales[name], PackedModel.open(folder).tensor(name))
+
+
+def with_tensors(folder: Path, tensors: dict[str, Tensor]) -> PackedModel:
+    """The packed model of a folder, some of whose tensors are others; the new ones are carried."""
+    model = PackedModel.open(folder)
+    path = folder.parent / "others.safetensors"
+    save_file(tensors, path)
+    specs = dict(model.specs)
+    specs |= {
+        name: replace(specs[name], dtype=value.dtype)
+        for name, value in tensors.items()
+        if name in specs
+    }
+    files = {**model.files, **dict.fromkeys(tensors, path)}
+    carried = [name for name in tensors if name not in specs]
+    return replace(model, specs=specs, files=files, carried=carried)
+
+
+def written(folder: Path, model: PackedModel, writer: Any, name: str, dtype: torch.dtype) -> None:
+    fits = fit(TARGETS[name], list(model.linears.values()), model.recipes, lossy=False)
+    folder.mkdir()
+    carrier = Carrier(model, fits, dtype, lossy=False)
+    writer.write(folder, carrier)
+    assert not carrier.losses
+
+
+def same_bits(stored: Tensor, value: Tensor) -> bool:
+    return stored.dtype == value.dtype and torch.equal(
+        stored.contiguous().view(torch.uint8), value.view(torch.uint8)
+    )
+
+
+ROUNDS: dict[str, Any] = {"compressed-tensors": "even", "auto-round": "floor"}
+NORM, EMBEDDING = "model.layers.0.input_layernorm.weight", "model.embed_tokens.weight"
+CARRIED = {  # as other parts of a model are stored: in any dtype
+    "model.visual.blocks.0.attn.qkv.weight": torch.randn(96, 32).bfloat16(),
+    "model.visual.blocks.0.norm.weight": torch.randn(32),
+    "model.visual.blocks.0.norm.bias": torch.full((32,), torch.nan),
+    "model.layers.2.mlp.experts.0.up_proj.weight": torch.randn(64, 32).to(torch.float8_e4m3fn),
+    "model.layers.2.mlp.experts.0.up_proj.weight_scale_inv": torch.ones(1, 1),
+    "model.layers.2.position_ids": torch.arange(5),
+}
+
+
+@pytest.mark.parametrize("name", ["compressed-tensors", "auto-round"])
+def test_what_is_not_packed_is_stored_as_it_came(tmp_path: Path, name: str) -> None:
+    *_, folder = packed(tmp_path, "MXFP4", head=False, mode=ROUNDS[name])
+    fine = {
+        NORM: torch.randn(64, generator=torch.Generator().manual_seed(0)) + 6.94,
+        EMBEDDING: torch.randn(160, 64, generator=torch.Generator().manual_seed(1)),
+    }
+    model = with_tensors(folder, fine | CARRIED)
+    out = tmp_path / "out"
+    writer = compressed_tensors if name == "compressed-tensors" else auto_round
+    written(out, model, writer, name, torch.bfloat16)
+    stored = load_file(out / "model.safetensors")
+    for key, value in (fine | CARRIED).items():
+        assert same_bits(stored[key], value), key
+    assert stored["model.norm.weight"].dtype == torch.bfloat16
+    config = read(out / "config.json")["quantization_config"]
+    left = config["ignore"] if name == "compressed-tensors" else config["extra_config"]
+    assert "model.visual.blocks.0.attn.qkv" in left
+    assert "model.layers.2.mlp.experts.0.up_proj" in left
+    assert "model.visual.blocks.0.norm" not in left
+
+
+def test_a_dtype_is_for_tensors_of_the_model_s_own(tmp_path: Path) -> None:
+    *_, folder = packed(tmp_path, "MXFP4", head=False)
+    fine = {NORM: torch.randn(64)}
+    written(
+        tmp_path / "out",
+        with_tensors(folder, fine | CARRIED),
+        compressed_tensors,
+        "compressed-tensors",
+        torch.float32,
+    )
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    for key, value in (fine | CARRIED).items():
+        assert same_bits(stored[key], value), key
+    assert stored["model.norm.weight"].dtype == stored[EMBEDDING].dtype == torch.float32
+    plain = PackedModel.open(folder).tensor(EMBEDDING)
+    assert torch.equal(stored[EMBEDDING], plain.float())
+
+
+def test_a_gguf_keeps_float32_and_leaves_out_what_is_carried(tmp_path: Path) -> None:
+    gguf_writer = pytest.importorskip("gguf", reason="gguf is not installed")
+    from mixbits.export import gguf
+
+    *_, folder = packed(tmp_path, "MXFP4A16", head=False)
+    fine = {NORM: torch.randn(64), EMBEDDING: torch.randn(160, 64)}
+    model = with_tensors(folder, fine | CARRIED)
+    written(tmp_path / "out", model, gguf, "gguf", torch.bfloat16)
+    tensors = {t.name: t for t in gguf_writer.GGUFReader(tmp_path / "out" / gguf.FILE).tensors}
+    for key, value in {"blk.0.attn_norm": NORM, "token_embd": EMBEDDING}.items():
+        found = tensors[f"{key}.weight"]
+        assert found.tensor_type.name == "F32"
+        assert torch.equal(torch.from_numpy(found.data.copy()), fine[value])
+    assert len(tensors) == len(model.plain) + len(model.recipes)
+
+
+def test_a_gguf_says_what_it_leaves_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("gguf", reason="gguf is not installed")
+    *_, folder = packed(tmp_path, "MXFP4A16", head=False)
+    export(folder, "gguf")
+    assert "left out" not in capsys.readouterr().out
+    model = with_tensors(folder, CARRIED)
+    monkeypatch.setattr(PackedModel, "open", lambda _: model)
+    export(folder, "gguf")
+    assert "left out 6 tensors, 0.0 MB (model.visual.blocks.0.attn.qkv.weight, ...)" in (
+        capsys.readouterr().out
+    )
+
+
+def test_files_beside_the_weights_come_along(tmp_path: Path) -> None:
+    *_, folder = packed(tmp_path, "MXFP4A16", head=False)
+    (folder / "tokenizer_config.json").write_text('{"a": 1}')
+    (folder / "LICENSE").write_text("free")
+    out = export(folder, "compressed-tensors")
+    assert (out / "LICENSE").read_text() == "free"
+    assert read(out / "tokenizer_config.json") == {"a": 1}
+    assert read(out / "config.json")["quantization_config"]["quant_method"] == "compressed-tensors"
 
 
 def test_activations_of_another_mode_are_refused_or_converted(

@@ -36,7 +36,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--dtype",
         choices=("bfloat16", "float16"),
-        help="of what is not packed, and of compressed-tensors' scales (default: the model's own)",
+        help="instead of the model's own dtype, for what is not packed in that dtype, and for "
+        "compressed-tensors' scales",
     )
     return parser
 
@@ -102,11 +103,11 @@ def export(args: argparse.Namespace) -> None:
     packed = [info for info in linears if info.name in model.recipes]
     check_layout(model.shapes, packed, args.format)
     fits = fit(TARGETS[args.format], linears, model.recipes, args.lossy)
-    own = str(model.config_json.get("dtype"))
-    dtype = torch.float16 if (args.dtype or own) == "float16" else torch.bfloat16
+    dtype = getattr(torch, args.dtype) if args.dtype else model.dtype
     carrier = Carrier(model, fits, dtype, args.lossy)
     writer = _writer(args.format)
-    needs = sum(spec.nbytes for spec in model.specs.values())
+    carried = model.carried_specs
+    needs = sum(s.nbytes for s in ({s.name: s for s in carried} | dict(model.specs)).values())
     with atomic_folder(args.out, args.overwrite, needs) as folder:
         writer.write(folder, carrier)
         text = json.dumps(_report(args, fits, carrier.losses), indent=2) + "\n"
@@ -115,6 +116,12 @@ def export(args: argparse.Namespace) -> None:
     rounded = [name for name, found in fits.items() if found.scheme.activation]
     if args.format == "gguf" and rounded:
         print("llama.cpp rounds activations to 8 bits in a way of its own, not as the schemes say")
+    if args.format == "gguf" and carried:
+        megabytes = sum(spec.nbytes for spec in carried) / 1e6
+        print(
+            f"a GGUF holds the text model only: left out {len(carried)} tensors, "
+            f"{megabytes:.1f} MB ({carried[0].name}{', ...' if len(carried) > 1 else ''})"
+        )
     if args.format == "compressed-tensors" and any(model.linears[n].is_expert for n in rounded):
         print("transformers dequantizes experts, and does not round their activations")
     print(f"written to {args.out}")

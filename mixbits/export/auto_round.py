@@ -104,7 +104,7 @@ def write(folder: Path, carrier: Carrier) -> None:
         packing = "auto_round"
     less_one = packing == "auto_round:auto_gptq"
     pieces = [_piece(carrier, name, less_one) for name in formats]
-    unpacked = carrier.model.unpacked_linears()
+    unpacked = carrier.model.unpacked_linears() + carrier.model.carried_modules
     blocks = decoder_blocks(carrier.model.shapes)[0]
     config = quantization_config(schemes, unpacked, blocks, packing)
     write_folder(folder, carrier, [*pieces, *plain_pieces(carrier, stacked=False)], config)

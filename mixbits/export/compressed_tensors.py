@@ -159,7 +159,7 @@ def write(folder: Path, carrier: Carrier) -> None:
     pieces = [_piece(carrier, name) for name in quantized]
     left = [name for name in carrier.fits if name not in quantized]
     config = quantization_config(quantized, [*model.unpacked_linears(), *left])
-    config["ignore"] = _targets(model, config["ignore"])
+    config["ignore"] = _targets(model, config["ignore"]) + model.carried_modules
     for group in config["config_groups"].values():
         group["targets"] = _targets(model, group["targets"])
     write_folder(folder, carrier, [*pieces, *plain_pieces(carrier, stacked=True)], config)

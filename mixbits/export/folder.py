@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -33,16 +34,15 @@ def linear_piece(name: str, shapes: Shapes, make: Callable[[], dict[str, Tensor]
 
 
 def _plain_piece(carrier: Carrier, spec: TensorSpec) -> Piece:
-    kind = carrier.dtype if spec.dtype.is_floating_point else spec.dtype
     stored = carrier.model.stored_name(spec.name)
-    made = TensorSpec(stored, kind, spec.shape)
+    made = TensorSpec(stored, carrier.kept(spec.dtype), spec.shape)
     return Piece([made], lambda: {stored: carrier.plain(spec.name)})
 
 
 def _unpacked_piece(carrier: Carrier, name: str) -> Piece:
     """A linear that is packed no more, or an expert's that never was."""
     info = carrier.model.linears[name]
-    shape = {"weight": (carrier.dtype, (info.out_features, info.in_features))}
+    shape = {"weight": (carrier.unpacked_dtype(name), (info.out_features, info.in_features))}
     return linear_piece(name, shape, lambda: {"weight": carrier.unpacked(name)})
 
 
@@ -51,22 +51,30 @@ def _stacked_piece(carrier: Carrier, module: str, members: Sequence[str]) -> Pie
     gates, ups, downs = (members[i::3] for i in range(3))
     gate = carrier.model.linears[gates[0]]
     rows, columns = gate.out_features, gate.in_features
+    dtype = reduce(torch.promote_types, (carrier.unpacked_dtype(name) for name in members))
     shapes = {
-        "gate_up_proj": (carrier.dtype, (len(gates), 2 * rows, columns)),
-        "down_proj": (carrier.dtype, (len(downs), columns, rows)),
+        "gate_up_proj": (dtype, (len(gates), 2 * rows, columns)),
+        "down_proj": (dtype, (len(downs), columns, rows)),
     }
 
     def make() -> dict[str, Tensor]:
         gate, up, down = (
-            torch.stack([carrier.unpacked(name) for name in names]) for names in (gates, ups, downs)
+            torch.stack([carrier.unpacked(name).to(dtype) for name in names])
+            for names in (gates, ups, downs)
         )
         return {"gate_up_proj": torch.cat([gate, up], 1), "down_proj": down}
 
     return linear_piece(module, shapes, make)
 
 
+def _carried_piece(carrier: Carrier, spec: TensorSpec) -> Piece:
+    return Piece([spec], lambda: {spec.name: carrier.model.tensor(spec.name)})
+
+
 def plain_pieces(carrier: Carrier, stacked: bool) -> list[Piece]:
     """What is not quantized, or no more; `stacked`: experts layer by layer, or else one by one.
+
+    Tensors keep their dtype, except those in the model's own where the carrier has another.
 
     Raises UsageError for quantized experts of a model whose loaders are not known.
     """
@@ -83,7 +91,7 @@ def plain_pieces(carrier: Carrier, stacked: bool) -> list[Piece]:
             pieces.append(_stacked_piece(carrier, module, alone))
         else:
             pieces += [_unpacked_piece(carrier, name) for name in alone]
-    return pieces
+    return pieces + [_carried_piece(carrier, spec) for spec in model.carried_specs]
 
 
 def _write_shard(folder: Path, shard: Shard, pieces: Sequence[Piece]) -> None:
@@ -103,14 +111,14 @@ def _write_shard(folder: Path, shard: Shard, pieces: Sequence[Piece]) -> None:
 def write_folder(
     folder: Path, carrier: Carrier, pieces: Sequence[Piece], quantization: dict[str, Any]
 ) -> None:
-    """Weights shard by shard, config.json with `quantization`, tokenizer files."""
+    """Weights shard by shard, tokenizer and other files, config.json with `quantization`."""
     shards = make_shards([spec for piece in pieces for spec in piece.specs])
     for shard in shards:
         _write_shard(folder, shard, pieces)
     write_index(folder, shards)
+    copy_companions(carrier.model.path, folder)
     config = carrier.model.config_json
     config["dtype"] = str(carrier.dtype).removeprefix("torch.")
     config["quantization_config"] = quantization
     text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
     (folder / "config.json").write_text(text, encoding="utf-8")
-    copy_companions(carrier.model.path, folder)

@@ -5,7 +5,7 @@
     int8   Q8_0   per 32 columns: a float16 scale, then 32 signed bytes
     int4   Q4_0   a float16 scale, then 16 bytes as of MXFP4; the value is (code - 8) * scale
     int2   Q4_0   the same, 6 above: (code + 6 - 8) * scale
-    else   BF16 or F16; vectors F32
+    else   BF16, F16 or F32, as it is stored; vectors F32
 
 Groups of more than 32 columns become several blocks with one scale. The experts of a layer are
 stacked, projection by projection, and routers are F32. llama.cpp rotates pairs of
@@ -78,6 +78,16 @@ class _Values:
     def data(self) -> Any:
         made = self.make().contiguous()
         return (made.view(torch.uint8) if made.dtype == torch.bfloat16 else made).numpy()
+
+
+def _matrix(shape: tuple[int, ...], dtype: torch.dtype, make: Callable[[], Tensor]) -> _Values:
+    """A matrix that is not quantized, in its own type."""
+    if dtype == torch.bfloat16:
+        return _Values("BF16", (shape[0], 2 * shape[1]), make)
+    kind = "F16" if dtype == torch.float16 else "F32"
+    return _Values(
+        kind, shape, lambda: make().to(torch.float16 if kind == "F16" else torch.float32)
+    )
 
 
 def _stacked(parts: Sequence[_Values]) -> _Values:
@@ -191,7 +201,8 @@ class _Entries:
         rows, columns = info.out_features, info.in_features
         order = self._order(info.name, rows)
         if fit is None or fit.scheme.weight is None:
-            return self._matrix((rows, columns), lambda: self.carrier.unpacked(info.name)[order])
+            dtype = self.carrier.unpacked_dtype(info.name)
+            return _matrix((rows, columns), dtype, lambda: self.carrier.unpacked(info.name)[order])
         fmt = fit.scheme.weight
         kind = _TYPES[fmt.element]
         elements, size = self.sizes[self.types[kind]]
@@ -206,12 +217,8 @@ class _Entries:
         order = self._order(owner, shape[0])
         if len(shape) == 1 or is_router(owner):  # in 16 bits, llama.cpp rounds a router's input
             return _Values("F32", shape, lambda: self.carrier.plain(name, torch.float32)[order])
-        return self._matrix(shape, lambda: self.carrier.plain(name)[order])
-
-    def _matrix(self, shape: tuple[int, ...], make: Callable[[], Tensor]) -> _Values:
-        if self.carrier.dtype == torch.float16:
-            return _Values("F16", shape, make)
-        return _Values("BF16", (shape[0], 2 * shape[1]), make)
+        dtype = self.carrier.kept(self.carrier.model.specs[name].dtype)
+        return _matrix(shape, dtype, lambda: self.carrier.plain(name)[order])
 
 
 _NUMPY: dict[str, Any] = {"F32": np.float32, "F16": np.float16}  # others: bytes
@@ -226,7 +233,8 @@ def write(folder: Path, carrier: Carrier) -> None:
     writer.add_name(carrier.model.path.resolve().name)
     _add_settings(writer, config, head_dim)
     divisors = _add_rope(writer, config, head_dim)
-    add_vocabulary(writer, read_vocabulary(carrier.model.path, config, carrier.lossy))
+    rows = carrier.model.shapes.get_input_embeddings().weight.shape[0]
+    add_vocabulary(writer, read_vocabulary(carrier.model.path, rows, carrier.lossy))
     entries = _Entries(carrier, architecture, head_dim).all()
     if divisors is not None:
         entries["rope_freqs.weight"] = _Values("F32", tuple(divisors.shape), lambda: divisors)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +14,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from ..arrange import arrangement_of
-from ..checkpoint import TensorSpec, check_files, plain_dtype, tensor_specs
+from ..checkpoint import TensorSpec, check_files, plain_dtype
 from ..formats import Assignment, Format, Mixed, Recipe, Scheme, UsageError
 from ..linear import pack_weight, packed_values
 from ..model import (
@@ -53,6 +53,7 @@ class PackedModel:
     recipes: Assignment
     specs: Mapping[str, TensorSpec]
     files: Mapping[str, Path]
+    carried: Sequence[str] = ()  # tensors that the model's class does not take, as they came
 
     @classmethod
     def open(cls, folder: Path) -> PackedModel:
@@ -60,15 +61,15 @@ class PackedModel:
         config = read_config(folder)
         recipes, source = config.recipes(), open_source(str(folder), quantized=True)
         shapes = meta_model(source.config)
-        check_files(shapes, recipes, source.weight_files(), config.to_dict())
+        specs = check_files(shapes, recipes, source.weight_files(), config.to_dict())
         linears = find_linears(shapes, include_head=True)
-        specs = tensor_specs(shapes, linears, recipes, plain_dtype(folder))
         files = {}
         for path in source.weight_files():
             with safe_open(path, framework="pt") as file:
                 files.update(dict.fromkeys(file.keys(), path))
         infos = {info.name: info for info in linears}
-        return cls(folder, shapes, infos, recipes, {s.name: s for s in specs}, files)
+        carried = [name for name in getattr(config, "carried", None) or () if name in files]
+        return cls(folder, shapes, infos, recipes, {s.name: s for s in specs}, files, carried)
 
     @property
     def config_json(self) -> dict[str, Any]:
@@ -76,11 +77,29 @@ class PackedModel:
         return found
 
     @property
+    def dtype(self) -> torch.dtype:
+        """The model's own; single tensors may be stored in another."""
+        return plain_dtype(self.path)
+
+    @property
     def plain(self) -> dict[str, TensorSpec]:
-        """The tensors that are not packed, by name; none of experts."""
-        stacks = {f"{m}.{n}" for m in self.experts for n in ("gate_up_proj", "down_proj")}
-        specs = (s for s in self.specs.values() if s.linear is None and s.name not in stacks)
+        """The tensors that are not packed, by name; none of experts, none that are carried."""
+        others = {f"{m}.{n}" for m in self.experts for n in ("gate_up_proj", "down_proj")}
+        others |= set(self.carried)
+        specs = (s for s in self.specs.values() if s.linear is None and s.name not in others)
         return {spec.name: spec for spec in specs}
+
+    @property
+    def carried_specs(self) -> list[TensorSpec]:
+        """What is carried, as it is stored (`tensor` maps the file, and reads nothing)."""
+        tensors = ((name, self.tensor(name)) for name in self.carried)
+        return [TensorSpec(name, value.dtype, tuple(value.shape)) for name, value in tensors]
+
+    @property
+    def carried_modules(self) -> list[str]:
+        """The modules of carried weights: no loader may take them for quantized."""
+        weights = (spec.name for spec in self.carried_specs if len(spec.shape) > 1)
+        return list(dict.fromkeys(name.rpartition(".")[0] for name in weights))
 
     @property
     def experts(self) -> dict[str, list[str]]:
@@ -120,18 +139,25 @@ class PackedModel:
     def weight(self, name: str) -> Tensor:
         """The float32 [N, K] that a linear stands for, its columns as they come."""
         if name not in self.recipes:
-            return self._left_alone(name).float()
+            return self.left_alone(name).float()
         recipe, columns = self._ordered(name), self.linears[name].in_features
         return arrangement_of(recipe).restore(packed_values(self.packed(name), recipe, columns))
 
-    def _left_alone(self, name: str) -> Tensor:
-        """The [N, K] of an expert's linear that is not packed, by itself or in a stack."""
+    def left_alone_in(self, name: str) -> str:
+        """The stored tensor that has an expert's linear that is not packed: its own, or a stack."""
         if f"{name}.weight_plain" in self.specs:
-            return self.tensor(f"{name}.weight_plain")
-        module, expert, projection = split_expert_name(name)
-        stack = "down_proj" if projection == "down_proj" else "gate_up_proj"
-        with safe_open(self.files[f"{module}.{stack}"], framework="pt") as file:
-            stacked = SimpleNamespace(**{stack: file.get_slice(f"{module}.{stack}")})
+            return f"{name}.weight_plain"
+        module, _, projection = split_expert_name(name)
+        return f"{module}.{'down_proj' if projection == 'down_proj' else 'gate_up_proj'}"
+
+    def left_alone(self, name: str) -> Tensor:
+        """The [N, K] of an expert's linear that is not packed, as it is stored."""
+        stored = self.left_alone_in(name)
+        if stored.endswith(".weight_plain"):
+            return self.tensor(stored)
+        _, expert, projection = split_expert_name(name)
+        with safe_open(self.files[stored], framework="pt") as file:
+            stacked = SimpleNamespace(**{stored.rpartition(".")[2]: file.get_slice(stored)})
             return expert_slice(stacked, expert, projection)
 
     def _ordered(self, name: str) -> Recipe:
@@ -158,7 +184,7 @@ class Carrier:
 
     model: PackedModel
     fits: Mapping[str, Fit]
-    dtype: torch.dtype  # of what is not packed
+    dtype: torch.dtype  # of what is not packed, and was in the model's own
     lossy: bool
     losses: dict[str, float] = field(default_factory=dict)
 
@@ -173,11 +199,21 @@ class Carrier:
         self.losses[name] = relative_error(weight, again)
         return packed
 
+    def kept(self, stored: torch.dtype) -> torch.dtype:
+        """What a tensor that is not packed is written in: its own, unless that is the model's."""
+        return self.dtype if stored == self.model.dtype else stored
+
+    def unpacked_dtype(self, name: str) -> torch.dtype:
+        """Of `unpacked`."""
+        if name in self.fits:
+            return self.dtype
+        return self.kept(self.model.specs[self.model.left_alone_in(name)].dtype)
+
     def unpacked(self, name: str) -> Tensor:
-        """A linear that is not packed there, or an expert's that never was, [N, K] in `dtype`."""
-        weight = self.model.weight(name)
+        """A linear that is not packed there, or an expert's that never was, [N, K]."""
         if name not in self.fits:
-            return self._cast(name, weight, self.dtype)
+            return self._cast(name, self.model.left_alone(name), self.unpacked_dtype(name))
+        weight = self.model.weight(name)
         self.losses[name] = relative_error(weight, weight.to(self.dtype))
         return weight.to(self.dtype)
 
@@ -200,16 +236,16 @@ class Carrier:
         return packed._replace(weight_scale=rounded)
 
     def plain(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """A tensor that is not packed, in `dtype` (the carrier's), which the user has chosen.
+        """A tensor that is not packed, in `dtype`, or as it is `kept`.
 
         Raises UsageError for values that are too large for it.
         """
         value = self.model.tensor(name)
-        return self._cast(name, value, dtype or self.dtype) if value.is_floating_point() else value
+        return self._cast(name, value, dtype or self.kept(value.dtype))
 
     def _cast(self, name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
         cast = value.to(dtype)
-        if not torch.equal(cast.double(), value.double()):
+        if dtype != value.dtype and not torch.equal(cast.double(), value.double()):
             if not torch.isfinite(cast).all():
                 raise UsageError(f"{name} is too large for {str(dtype).removeprefix('torch.')}")
             self.losses[name] = relative_error(value, cast)
