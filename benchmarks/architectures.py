@@ -189,8 +189,6 @@ def check_plain_tensors(packed: Any, original: Any, recipes: dict[str, Any]) -> 
     for name in recipes:
         with contextlib.suppress(ValueError):
             inside.add(split_expert_name(name)[0])
-    if type(packed) is not type(original):
-        raise Wrong(f"opens as {type(packed).__name__}, the source as {type(original).__name__}")
     own = packed.state_dict()
     for name, tensor in original.state_dict().items():
         module, _, leaf = name.rpartition(".")
@@ -280,10 +278,11 @@ def uniform(folder: Path, work: Path) -> Path:
     from mixbits.quantize import main
 
     plan = json.loads((folder / "plan.json").read_text("utf-8"))
-    plan["linears"] = dict.fromkeys(plan["linears"], UNIFORM)
+    for unit in plan["units"]:
+        unit["scheme"] = UNIFORM if unit["scheme"] != "BF16" else "BF16"
     (work / "plan.json").write_text(json.dumps(plan), "utf-8")
     out = work / "uniform"
-    words = [work / "source", "--out", out, "--plan", work / "plan.json"]
+    words = [work / "source", "--out", out, "--plan", work / "plan.json", "--seqlen", "32"]
     command(main, [*words, "--rounding", "rtn", "--eval-nsamples", "0"], out)
     return out
 
@@ -303,13 +302,27 @@ def survey(kind: str, work: Path) -> dict[str, Any]:
     original = open_model(source, image, torch.bfloat16)
     row: dict[str, Any] = {"model_class": type(original).__name__}
     packed = mixbits.load(out)
-    check_plain_tensors(packed, original, recipes)
+    if type(packed) is not type(original):
+        raise Wrong(f"opens as {type(packed).__name__}, the source as {type(original).__name__}")
+    faults: list[str] = []
+
+    def attempt(check: Callable[[], Any]) -> Any:
+        try:
+            return check()
+        except Wrong as fault:
+            faults.append(str(fault))
+
+    attempt(lambda: check_plain_tensors(packed, original, recipes))
     twin = Twin(source, image, recipes, picture)
     row |= {"packed_share": f"{twin.packed / twin.total:.3f}", "effect": f"{twin.effect:.2g}"}
     exact = mixbits.load(out, dtype=torch.float32)
-    row["gap"] = f"{twin.check(exact, 'in float32', FLOAT32):.2g}"
-    twin.check(packed, "in bfloat16", twin.bfloat16)
-    row["exports"], reason = export_all(out, work, image, twin)
+    found = attempt(lambda: twin.check(exact, "in float32", FLOAT32))
+    row["gap"] = "" if found is None else f"{found:.2g}"
+    attempt(lambda: twin.check(packed, "in bfloat16", twin.bfloat16))
+    exported = attempt(lambda: export_all(out, work, image, twin))
+    row["exports"], reason = exported or ("", "")
+    if faults:
+        return row | {"result": "WRONG", "reason": "; ".join(faults)}
     return row | {"result": "equal", "reason": reason}
 
 
