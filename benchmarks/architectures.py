@@ -73,6 +73,14 @@ SECONDS, MEMORY = 300, 12 << 30
 UNIFORM = "W8A16G32"  # what auto-round and gguf can hold
 
 
+# A spread for tests: every kind of block, router, expert, order of weights, and of eye.
+SPREAD = (
+    *("bamba", "bitnet", "bloom", "deepseek_v3", "falcon", "gemma2", "glm4_moe", "gpt2", "gpt_oss"),
+    *("jetmoe", "mixtral", "olmo2", "opt", "phi3", "qwen3_next", "gemma3/image", "llava/image"),
+    *("mistral3/image", "qwen2_5_vl/image", "qwen3_5/image"),
+)  # fmt: skip
+
+
 class Wrong(Exception):
     """What was written is not what was asked for."""
 
@@ -214,7 +222,8 @@ class Twin:
         self.packed = round_in_place(exact, recipes)
         self.exact = self.logits(exact)
         self.effect = gap(self.exact[0], before[0])
-        narrow = exact.to(torch.bfloat16)
+        narrow = open_model(folder, image, torch.bfloat16)  # what stays in float32 stays
+        round_in_place(narrow, recipes)
         self.own = max(gap(a, b) for a, b in zip(self.logits(narrow), self.exact, strict=True))
 
     def logits(self, model: Any) -> list[Tensor]:
