@@ -89,11 +89,13 @@ def divergences(
     changes: Sequence[Assignment],
     ids: Tensor,
     batch_size: int = 8,
+    judged_from: int = 0,
 ) -> Tensor:
     """float64 [1 + changes, sequences]: mean KL(original || quantized) per token, in nats.
 
     Of `recipes` for the linears, rounded to nearest, and of these with each of `changes` (recipes
-    of some linears) instead, which run from their first linear's block on. ids [sequences, length].
+    of some linears) instead, which run from their first linear's block on. ids [sequences, length],
+    of which positions before `judged_from` are not counted.
     """
     blocks = {i.name: len(model.blocks) if i.block is None else i.block for i in linears}
     variants: list[tuple[Assignment, int]] = [({}, 0)]
@@ -105,7 +107,7 @@ def divergences(
             reference, kls = model.logits(batch), []
             for change, first in variants:
                 logits = _logits(model, linears, {**recipes, **change}, batch, kept, first)
-                kls.append(logits_kl(reference, logits, batch))
+                kls.append(logits_kl(reference, logits, batch, judged_from))
                 bar.update()
             columns.append(torch.stack(kls))
     return torch.cat(columns, 1)
@@ -119,6 +121,7 @@ class Meter:
     problem: Problem
     ids: Tensor
     batch_size: int = 8
+    judged_from: int = 0
 
     @cached_property
     def _recipes(self) -> list[Assignment]:
@@ -141,17 +144,22 @@ class Meter:
         linears = [info for choice in self.problem.choices for info in choice.unit.linears]
         changes = [self._changes(plan, plans[0]) for plan in plans[1:]]
         recipes = self._changes(plans[0])
-        kls = divergences(self.model, linears, recipes, changes, self.ids, self.batch_size)
+        how = self.ids, self.batch_size, self.judged_from
+        kls = divergences(self.model, linears, recipes, changes, *how)
         return [float(kl) for kl in kls.mean(1)]
 
 
 def halves(
-    model: StreamedModel, problem: Problem, ids: Tensor, batch_size: int = 8
+    model: StreamedModel,
+    problem: Problem,
+    ids: Tensor,
+    batch_size: int = 8,
+    judged_from: int = 0,
 ) -> tuple[Meter, Meter]:
     """Meters of two parts of ids [sequences, length], each SEQUENCES at most."""
     count = min(SEQUENCES, (len(ids) + 1) // 2)  # a single sequence has to do for both
-    parts = ids[:count], ids[-count:]
-    return Meter(model, problem, parts[0], batch_size), Meter(model, problem, parts[1], batch_size)
+    how = batch_size, judged_from
+    return Meter(model, problem, ids[:count], *how), Meter(model, problem, ids[-count:], *how)
 
 
 # --- Deciding ---------------------------------------------------------------------------------
