@@ -168,7 +168,8 @@ def halves(
 def marginals(items: Sequence[Item], at: Options, measure: Measure) -> list[Item]:
     """Items whose losses are what single changes of a plan add to its KL.
 
-    Raises UsageError where a KL is not finite.
+    Where no change of an item adds anything, as of an expert that no token reached, its losses are
+    those predicted, in the measure of the others. Raises UsageError where a KL is not finite.
     """
     flips = [(i, o) for i, item in enumerate(items) for o in range(len(item.costs)) if o != at[i]]
     kl, *kls = measure([at, *((*at[:i], o, *at[i + 1 :]) for i, o in flips)])
@@ -177,9 +178,19 @@ def marginals(items: Sequence[Item], at: Options, measure: Measure) -> list[Item
         if not math.isfinite(value):
             raise UsageError(f"the KL must be finite to refine a plan: got {value} ({name})")
     added = dict(zip(flips, (flipped - kl for flipped in kls), strict=True))
-    return [
-        Item(item.name, item.costs, tuple(added.get((i, o), 0.0) for o in range(len(item.costs))))
+    measured = [
+        tuple(added.get((i, o), 0.0) for o in range(len(item.costs)))
         for i, item in enumerate(items)
+    ]
+    predicted = [
+        tuple(x - item.losses[o] for x in item.losses) for item, o in zip(items, at, strict=True)
+    ]
+    pairs = [(m, p) for m, p in zip(measured, predicted, strict=True) if any(m)]
+    sums = [sum(abs(x) for losses in column for x in losses) for column in zip(*pairs, strict=True)]
+    share = sums[0] / sums[1] if sums and sums[1] else 1.0
+    return [
+        Item(item.name, item.costs, m if any(m) else tuple(share * x for x in p))
+        for item, m, p in zip(items, measured, predicted, strict=True)
     ]
 
 
