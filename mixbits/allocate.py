@@ -105,8 +105,8 @@ def optimal(relaxation: Relaxation, budget: int) -> Allocation:
     One relaxation serves any number of budgets.
     """
     _check_budget(relaxation.items, budget)
-    choice, relaxed, proven = optimum(relaxation, budget)
-    return _allocation(relaxation.items, choice.tolist(), relaxed.bound, proven)
+    choice, bound, proven = optimum(relaxation, budget)
+    return _allocation(relaxation.items, choice.tolist(), bound, proven)
 
 
 def _allocation(

@@ -4,6 +4,12 @@ A dataset is a text file, a jsonl file (field `text`), a file of token ids (.npy
 list or a list of lists), or the name of a Hugging Face dataset. Its text is tokenized without
 special tokens, as one stream, and cut into sequences of `seqlen` tokens. The first `nsamples`
 sequences calibrate; the next ones are held out, so the two never share a token.
+
+Every sequence begins with the *prefix*: what the tokenizer puts before a text, such as a BOS, for
+a model that has never seen text without it may be useless there. The prefix counts in `seqlen`,
+and whatever of it a sequence's own tokens begin with (ids that hold it, or texts of chat templates)
+is dropped, so that it is there once. What the tokenizer puts after a text is left out: text is cut
+anywhere.
 """
 
 from __future__ import annotations
@@ -14,6 +20,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -26,10 +33,27 @@ CHARS_PER_TOKEN = 16  # more text than this per wanted token is not read at firs
 
 @dataclass(frozen=True)
 class Sequences:
-    """`ids` int64 [sequences, seqlen], where they came from, and the hash of the ids."""
+    """`ids` int64 [sequences, seqlen], where they came from, and what each of them begins with."""
 
     ids: Tensor
     source: str
+    prefix: tuple[int, ...] = ()
+
+    @classmethod
+    def none(cls, seqlen: int, prefix: tuple[int, ...] = ()) -> Sequences:
+        return cls(torch.empty(0, seqlen, dtype=torch.int64), "nothing", prefix)
+
+    def __getitem__(self, rows: slice) -> Sequences:
+        return Sequences(self.ids[rows].clone(), self.source, self.prefix)
+
+    @property
+    def judged_from(self) -> int:
+        """The first position whose prediction is judged: that of the first token of the text.
+
+        The prefix's last token predicts it. What is predicted before that are tokens of the prefix,
+        which no model is asked for.
+        """
+        return max(len(self.prefix) - 1, 0)
 
     @property
     def sha256(self) -> str:
@@ -38,7 +62,42 @@ class Sequences:
     def describe(self) -> dict[str, Any]:
         """What a report or a scores file records."""
         count, length = self.ids.shape
-        return {"source": self.source, "nsamples": count, "seqlen": length, "sha256": self.sha256}
+        return {
+            "source": self.source,
+            "nsamples": count,
+            "seqlen": length,
+            "prefix": list(self.prefix),
+            "sha256": self.sha256,
+        }
+
+
+def _ids(tokenizer: Any, text: str, special: bool) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
+
+
+def prefix_tokens(tokenizer: Any) -> tuple[int, ...]:
+    """The tokens that a tokenizer puts before a text; none without a tokenizer.
+
+    They are asked for, not looked up: a tokenizer that knows a BOS need not put it anywhere.
+    """
+    if tokenizer is None:
+        return ()
+    texts = "The sum of all", "a = 1", "Zwei"
+    for text in texts:
+        plain, whole = (_ids(tokenizer, text, special) for special in (False, True))
+        for start in range(len(whole) - len(plain) + 1):
+            if plain and whole[start : start + len(plain)] == plain:
+                return tuple(whole[:start])
+    # Special tokens change how the text is split: what all texts begin with is no text.
+    wholes = [_ids(tokenizer, text, True) for text in texts]
+    same = [len(set(column)) == 1 for column in zip(*wholes, strict=False)]
+    return tuple(wholes[0][: [*same, False].index(False)])
+
+
+def begin(ids: Tensor, prefix: tuple[int, ...]) -> Tensor:
+    """Token ids int64 [tokens] of a text, with the prefix before it, once."""
+    count = next((i for i, token in enumerate(ids.tolist()) if token not in prefix), len(ids))
+    return torch.cat([torch.tensor(prefix, dtype=torch.int64), ids[count:]])
 
 
 def _jsonl_texts(path: Path) -> Iterator[str]:
@@ -50,12 +109,18 @@ def _jsonl_texts(path: Path) -> Iterator[str]:
                 text = json.loads(line)["text"]
                 if not isinstance(text, str):
                     raise TypeError
-            except (json.JSONDecodeError, KeyError, TypeError):
+            # A number of too many digits is a ValueError, too many brackets are a RecursionError.
+            except (ValueError, KeyError, TypeError, RecursionError):
                 raise UsageError(
                     f"every line of a jsonl dataset must be an object with a field 'text': "
                     f"got {line[:60]!r} ({path}, line {number})"
                 ) from None
-            yield text
+            yield _whole_characters(text)
+
+
+def _whole_characters(text: str) -> str:
+    """JSON may hold half of a surrogate pair, which is no character: U+FFFD takes its place."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _hub_texts(name: str) -> Iterator[str]:
@@ -69,7 +134,15 @@ def _hub_texts(name: str) -> Iterator[str]:
                 raise UsageError(
                     f"dataset {name!r} has no column 'text' but {sorted(row)}: {advice}"
                 )
-            yield str(row["text"])
+            text = row["text"]
+            if text is None:  # as a text that was removed
+                continue
+            if not isinstance(text, str):
+                raise UsageError(
+                    f"column 'text' of dataset {name!r} must hold text: "
+                    f"got {type(text).__name__}; {advice}"
+                )
+            yield _whole_characters(text)
     except UsageError:
         raise
     except Exception as error:  # the hub client raises dozens of kinds
@@ -91,8 +164,8 @@ def _token_ids(path: Path) -> Tensor:
             array = np.array([i for row in rows for i in row] if nested else rows)
         if not isinstance(array, np.ndarray):
             raise TypeError("must be one array")
-    except (ValueError, OSError, TypeError, EOFError) as error:
-        raise UsageError(f"cannot read token ids ({path}): {error}") from None
+    except (ValueError, OSError, TypeError, EOFError, MemoryError, RecursionError, BadZipFile) as e:
+        raise UsageError(f"cannot read token ids ({path}): {first_line(e)}") from None
     if array.size and not np.issubdtype(array.dtype, np.integer):
         raise UsageError(f"token ids must be integers: got {array.dtype} ({path})")
     return torch.from_numpy(array.reshape(-1).astype(np.int64))
@@ -116,8 +189,7 @@ def _texts(source: str) -> Iterator[str]:
 
 def tokenize(tokenizer: Any, text: str) -> Tensor:
     """Token ids int64 [tokens] of `text`, without special tokens."""
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return torch.tensor(ids, dtype=torch.int64)
+    return torch.tensor(_ids(tokenizer, text, False), dtype=torch.int64)
 
 
 def read_tokens(source: str, tokenizer: Any, count: int) -> Tensor:
@@ -144,39 +216,95 @@ def read_tokens(source: str, tokenizer: Any, count: int) -> Tensor:
     return tokenize(tokenizer, text)
 
 
-def cut(stream: Tensor, seqlen: int, source: str, vocab_size: int) -> Sequences:
-    """A stream of ids [tokens] as sequences of `seqlen`; what is left over is dropped.
+def cut(
+    stream: Tensor,
+    seqlen: int,
+    source: str,
+    vocab_size: int,
+    prefix: tuple[int, ...] = (),
+    most: int | None = None,
+) -> Sequences:
+    """A stream of ids [tokens] as (at `most` so many) sequences of `seqlen`, each with `prefix`.
 
-    Raises UsageError for ids outside the model's vocabulary.
+    What is left over is dropped. Raises UsageError for ids outside the model's vocabulary, and
+    where the prefix leaves no room for text.
     """
-    if len(stream) and not 0 <= int(stream.min()) <= int(stream.max()) < vocab_size:
+    taken = torch.cat([stream, torch.tensor(prefix, dtype=torch.int64)])
+    if len(taken) and not 0 <= int(taken.min()) <= int(taken.max()) < vocab_size:
         raise UsageError(
             f"token ids must be in 0..{vocab_size - 1}, the model's vocabulary: got "
-            f"{int(stream.min())}..{int(stream.max())} ({source}); is it another model's tokenizer?"
+            f"{int(taken.min())}..{int(taken.max())} ({source}); is it another model's tokenizer?"
         )
-    rows = len(stream) // seqlen
-    return Sequences(stream[: rows * seqlen].reshape(rows, seqlen), source)
+    length = seqlen - len(prefix)
+    if length < 1:
+        raise UsageError(
+            f"--seqlen must be above {len(prefix)}, the tokens that the tokenizer puts before a "
+            f"text: got {seqlen}"
+        )
+    own = stream.numpy()
+    in_prefix = np.isin(own, prefix)
+    rows: list[Any] = []
+    at = 0
+    while most is None or len(rows) < most:
+        while at < len(own) and in_prefix[at]:
+            at += 1
+        if at + length > len(own):
+            break
+        rows.append(own[at : at + length])
+        at += length
+    texts = torch.from_numpy(np.array(rows, np.int64).reshape(-1, length))
+    before = torch.tensor(prefix, dtype=torch.int64).expand(len(texts), -1)
+    return Sequences(torch.cat([before, texts], 1), source, prefix)
 
 
-def split(pool: Sequences, nsamples: int, held_out: int) -> tuple[Sequences, Sequences]:
-    """The first `nsamples` sequences, and the next `held_out`. Raises UsageError if too few."""
+def split(
+    pool: Sequences, nsamples: int, held_out: int, before: int | None = None
+) -> tuple[Sequences, Sequences]:
+    """The first `nsamples` sequences, and the next `held_out`, or those after the first `before`.
+
+    Raises UsageError if there are too few.
+    """
     have, seqlen = pool.ids.shape
-    if have < nsamples + held_out:
+    before = nsamples if before is None else before
+    needed = before + held_out if held_out else nsamples
+    if have < needed:
         what = f"{nsamples} for calibration" if nsamples else ""
         what += (" and " if what and held_out else "") + (
             f"{held_out} held out" if held_out else ""
         )
+        what += f" after {before}" if held_out and before != nsamples else ""
         raise UsageError(
-            f"need {nsamples + held_out} sequences of {seqlen} tokens ({what}): got {have} from "
+            f"need {needed} sequences of {seqlen} tokens ({what}): got {have} from "
             f"{pool.source}; give more text, or lower --nsamples, --eval-nsamples or --seqlen"
         )
-    first = Sequences(pool.ids[:nsamples].clone(), pool.source)
-    return first, Sequences(pool.ids[nsamples : nsamples + held_out].clone(), pool.source)
+    return pool[:nsamples], pool[before : before + held_out]
+
+
+def read_sequences(
+    source: str, tokenizer: Any, vocab_size: int, count: int, seqlen: int, prefix: tuple[int, ...]
+) -> Sequences:
+    """The first `count` sequences of a dataset; fewer if it has no more."""
+    wanted = count * seqlen
+    while True:
+        stream = read_tokens(source, tokenizer, wanted)
+        pool = cut(stream, seqlen, source, vocab_size, prefix, count)
+        if len(pool.ids) == count or len(stream) < wanted:
+            return pool
+        wanted *= 2  # tokens were dropped: the text holds its own prefixes
 
 
 def load_sequences(
-    source: str, tokenizer: Any, vocab_size: int, nsamples: int, held_out: int, seqlen: int
+    source: str,
+    tokenizer: Any,
+    vocab_size: int,
+    nsamples: int,
+    held_out: int,
+    seqlen: int,
+    bos: bool = True,
 ) -> tuple[Sequences, Sequences]:
-    """Calibration and held-out sequences of one dataset."""
-    stream = read_tokens(source, tokenizer, (nsamples + held_out) * seqlen)
-    return split(cut(stream, seqlen, source, vocab_size), nsamples, held_out)
+    """Calibration and held-out sequences of one dataset; without the prefix if not `bos`."""
+    prefix = prefix_tokens(tokenizer) if bos else ()
+    count = nsamples + held_out
+    return split(
+        read_sequences(source, tokenizer, vocab_size, count, seqlen, prefix), nsamples, held_out
+    )

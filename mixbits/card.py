@@ -36,8 +36,9 @@ python -m mixbits.serve {folder}
 python -m mixbits.lm_eval --model hf --model_args pretrained={folder} --tasks lambada_openai
 ```"""
 _FAKE = """\
-Weights are rounded, but stored in 16 bits: anything that loads the original loads this. Activations
-are not rounded, as they would be where schemes say so."""
+Weights are rounded, but stored in 16 bits: anything that loads the original loads this. What loads
+it runs with activations in 16 bits, also where schemes round them; the scores are of the model with
+activations rounded where they do, as the packed model runs."""
 
 
 def _table(rows: Rows) -> str:
@@ -85,13 +86,13 @@ def _scores(report: dict[str, Any]) -> list[str]:
             f"On {held_out['nsamples']} x {held_out['seqlen']} tokens of "
             f"{_last_part(held_out['source'])}, of which nothing else has seen any. KL is that of "
             "the quantized model's next token from the original's; after ± is a standard error.",
-            _table(result_rows(report["bytes_before"], report["bytes_after"], held_out)),
+            _table(result_rows(report["bytes_before"], report["bytes_after"], evaluation)),
         ]
     if tasks := evaluation.get("tasks"):
         limit = f", the first {tasks['limit']} of each" if tasks["limit"] else ""
         parts += [
             f"lm-eval's tasks{limit}:",
-            _table(task_rows(evaluation.get("original_tasks"), tasks)),
+            _table(task_rows(evaluation)),
         ]
     return ["## Scores", *parts] if parts else []
 

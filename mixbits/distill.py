@@ -131,14 +131,21 @@ def _divergence(reference: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 def enough_text(
-    model: CausalLM, ids: Tensor, steps: int, batch_size: int = 8, seed: int = 0
+    model: CausalLM,
+    ids: Tensor,
+    steps: int,
+    batch_size: int = 8,
+    seed: int = 0,
+    prefix: Sequence[int] = (),
 ) -> Tensor:
     """ids [sequences, length], and what the model has to write for `steps` to learn from.
+
+    All of them begin with the tokens of `prefix`.
 
     The model must hold its weights, on the device that is to compute.
     """
     count = -(-steps * batch_size // SEEN) - len(ids)
-    return torch.cat([ids, written(model, ids, count, seed)]) if count > 0 else ids
+    return torch.cat([ids, written(model, ids, count, seed, prefix)]) if count > 0 else ids
 
 
 def distill(
@@ -202,25 +209,39 @@ def _move(latents: Sequence[Tensor], distance: float) -> None:
             latent.grad = None
 
 
-def written(model: CausalLM, ids: Tensor, count: int, seed: int = 0) -> Tensor:
-    """`count` sequences that the model continues from a few tokens of ids [sequences, length].
-
-    int64 [count, length] on the CPU, drawn from the model's own distribution. The model must hold
-    its weights, on the device that is to compute.
-    """
-    length = ids.shape[1]
+def _prompts(ids: Tensor, count: int, seed: int, prefix: Sequence[int]) -> Tensor:
+    """int64 [count, tokens]: `prefix`, and some tokens from anywhere in ids [sequences, length]."""
     generator = torch.Generator().manual_seed(seed)
+    texts = ids[:, len(prefix) :]  # each begins with them, and not twice
+    length = texts.shape[1]
     prompt = min(PROMPT, length - 1)
     rows = torch.randint(len(ids), (count,), generator=generator)
     starts = torch.randint(length - prompt + 1, (count,), generator=generator)
-    prompts = ids[rows[:, None], starts[:, None] + torch.arange(prompt)]
+    if prompt:
+        begin_again = torch.isin(texts[rows, starts], torch.tensor(prefix, dtype=torch.int64))
+        starts = starts.masked_fill(begin_again, 0)
+    prompts = texts[rows[:, None], starts[:, None] + torch.arange(prompt)]
+    return torch.cat([torch.tensor(prefix, dtype=torch.int64).expand(count, -1), prompts], 1)
+
+
+def written(
+    model: CausalLM, ids: Tensor, count: int, seed: int = 0, prefix: Sequence[int] = ()
+) -> Tensor:
+    """`count` sequences that the model continues from a few tokens of ids [sequences, length].
+
+    int64 [count, length] on the CPU, drawn from the model's own distribution; each begins with the
+    tokens of `prefix`, as those of `ids` do. The model must hold its weights, on the device that is
+    to compute.
+    """
+    prompts = _prompts(ids, count, seed, prefix)
+    missing = ids.shape[1] - prompts.shape[1]
     options = GenerationConfig(
         do_sample=True,
         temperature=1.0,
         top_k=0,
         top_p=1.0,
-        max_new_tokens=length - prompt,
-        min_new_tokens=length - prompt,
+        max_new_tokens=missing,
+        min_new_tokens=missing,
         pad_token_id=0,
     )
     found = []

@@ -3,10 +3,15 @@
 Every figure comes with a standard error. Tokens of one sequence are not independent, so errors
 are taken over sequences, not tokens. All sums are in float64: a model compared with itself has a
 KL divergence of exactly 0.
+
+Sequences begin as texts do (`mixbits.calibration`), and what follows the prefix is judged: the
+first token of the text, which the prefix's last token predicts, and all after it. Tokens of the
+prefix are never what is to be predicted.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from .calibration import prefix_tokens
 from .formats import UsageError, first_line
 
 CHUNK = 512  # tokens whose float64 log-probabilities are held at once
@@ -28,13 +34,14 @@ def _mean_stderr(per_sequence: Tensor) -> tuple[float, float]:
     return mean, float(per_sequence.std() / math.sqrt(count)) if count > 1 else math.nan
 
 
-def _sequence_means(reference: Tensor, quantized: Tensor, ids: Tensor) -> Tensor:
+def _sequence_means(reference: Tensor, quantized: Tensor, ids: Tensor, first: int) -> Tensor:
     """float64 [4], means over one sequence: KL, NLL of both, share of equal top tokens.
 
-    Logits [S, V]. The last position has a distribution but no known next token.
+    Logits [S, V], of which those before `first` do not count. The last position has a distribution
+    but no known next token.
     """
     kl, nll, agree = [], [], []
-    for start in range(0, len(ids), CHUNK):
+    for start in range(first, len(ids), CHUNK):
         log_p = reference[start : start + CHUNK].double().log_softmax(-1)
         log_q = quantized[start : start + CHUNK].double().log_softmax(-1)
         target = ids[start + 1 : start + 1 + len(log_p)].unsqueeze(-1)
@@ -52,40 +59,47 @@ class Model(Protocol):
 
 
 @torch.no_grad()
-def _per_sequence(reference: Model, quantized: Model, ids: Tensor, batch_size: int) -> Tensor:
+def _per_sequence(
+    reference: Model, quantized: Model, ids: Tensor, batch_size: int, first: int
+) -> Tensor:
     """float64 [sequences, 4] on the CPU: `_sequence_means` of every sequence."""
     rows = []
     for batch in tqdm(ids.split(batch_size), desc="compare", unit="batch", leave=False):
-        rows.append(_batch_means(reference.logits(batch), quantized.logits(batch), batch))
+        rows.append(_batch_means(reference.logits(batch), quantized.logits(batch), batch, first))
     return torch.cat(rows)
 
 
-def _batch_means(p: Tensor, q: Tensor, ids: Tensor) -> Tensor:
+def _batch_means(p: Tensor, q: Tensor, ids: Tensor, first: int) -> Tensor:
     """float64 [B, 4] on the CPU, from logits [B, S, V] of ids [B, S]."""
-    means = [_sequence_means(*row) for row in zip(p, q, ids.to(p.device), strict=True)]
+    means = [_sequence_means(*row, first) for row in zip(p, q, ids.to(p.device), strict=True)]
     return torch.stack(means).cpu()
 
 
-def logits_kl(reference: Tensor, quantized: Tensor, ids: Tensor) -> Tensor:
+def logits_kl(reference: Tensor, quantized: Tensor, ids: Tensor, first: int = 0) -> Tensor:
     """`sequence_kl` from logits [B, S, V] of one batch of ids [B, S]."""
-    return _batch_means(reference, quantized, ids)[:, 0]
+    return _batch_means(reference, quantized, ids, first)[:, 0]
 
 
-def sequence_kl(reference: Model, quantized: Model, ids: Tensor, batch_size: int = 8) -> Tensor:
-    """float64 [sequences]: mean KL(reference || quantized) per token, in nats, of each."""
-    return _per_sequence(reference, quantized, ids, batch_size)[:, 0]
+def sequence_kl(
+    reference: Model, quantized: Model, ids: Tensor, batch_size: int = 8, first: int = 0
+) -> Tensor:
+    """float64 [sequences]: mean KL(reference || quantized) per token, in nats, of each.
+
+    Positions before `first` are not judged (`Sequences.judged_from`).
+    """
+    return _per_sequence(reference, quantized, ids, batch_size, first)[:, 0]
 
 
 def compare(
-    reference: Model, quantized: Model, ids: Tensor, batch_size: int = 8
+    reference: Model, quantized: Model, ids: Tensor, batch_size: int = 8, first: int = 0
 ) -> dict[str, float]:
     """Held-out figures of `quantized` against `reference` on ids [sequences, length].
 
     kl: mean KL(reference || quantized) per token in nats; perplexity, perplexity_reference;
     top1_agreement: share of positions where both find the same token likeliest; each with
-    `<name>_stderr`.
+    `<name>_stderr`. Positions before `first` are not judged (`Sequences.judged_from`).
     """
-    kl, nll_p, nll_q, agree = _per_sequence(reference, quantized, ids, batch_size).T
+    kl, nll_p, nll_q, agree = _per_sequence(reference, quantized, ids, batch_size, first).T
     result: dict[str, float] = {}
     result["kl"], result["kl_stderr"] = _mean_stderr(kl)
     for name, nll in (("perplexity", nll_q), ("perplexity_reference", nll_p)):
@@ -130,7 +144,9 @@ def run_tasks(
     """Score `model` with lm-eval: {"tasks": {task: {metric: value, metric_stderr: ...}}, ...}.
 
     The bundled tasks are always known; `include_path` is a folder with more. `average` is the
-    mean of the tasks' acc. Raises UsageError for unknown tasks or data that cannot be had.
+    mean of the tasks' acc. Prompts begin as the tokenizer begins texts, unless `add_bos_token` is
+    False; the result says whether there was anything to begin with. Raises UsageError for unknown
+    tasks or data that cannot be had.
     """
     from unittest.mock import patch
 
@@ -138,9 +154,11 @@ def run_tasks(
     from lm_eval.models.huggingface import HFLM
 
     manager = task_manager(tasks, include_path)
+    prefix = prefix_tokens(tokenizer) if add_bos_token is not False else ()
+    add_bos_token = bool(prefix)
     lm = HFLM(
         pretrained=model,
-        tokenizer=tokenizer,
+        tokenizer=_without_suffix(tokenizer, prefix),
         batch_size=batch_size,
         add_bos_token=add_bos_token,
         device=str(next(model.parameters()).device),
@@ -162,6 +180,29 @@ def run_tasks(
             "use --tasks stdlib_next_line, or --include-path with tasks that read local files"
         ) from None
     return _task_summary(raw, tasks, limit, add_bos_token)
+
+
+def _without_suffix(tokenizer: Any, prefix: tuple[int, ...]) -> Any:
+    """The tokenizer, or one that puts `prefix` before a text and nothing after it.
+
+    lm-eval adds all of a tokenizer's special tokens or none; after an EOS nothing can be continued.
+    """
+    count = len(tokenizer("a", add_special_tokens=False)["input_ids"]) + len(prefix)
+    if not prefix or len(tokenizer("a")["input_ids"]) == count:
+        return tokenizer
+    changed = copy.deepcopy(tokenizer)
+    if getattr(changed, "backend_tokenizer", None) is None:
+        raise UsageError(
+            "lm-eval would end every prompt with what this tokenizer puts after a text: "
+            "pass --no-add-bos-token"
+        )
+    from tokenizers.processors import TemplateProcessing
+
+    names = tokenizer.convert_ids_to_tokens(list(prefix))
+    changed.backend_tokenizer.post_processor = TemplateProcessing(
+        single=[*names, "$A"], special_tokens=list(zip(names, prefix, strict=True))
+    )
+    return changed
 
 
 def _task_summary(

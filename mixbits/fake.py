@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from . import ops
 from .arrange import Arrangement, arrangement_of
-from .formats import Assignment, Recipe
+from .formats import Assignment, Recipe, Scheme
 from .linear import check_finite, packed_values, swap_linears
 from .model import LinearInfo, is_transposed, weight_of
 from .pack import Rounded
@@ -60,14 +60,24 @@ class FakeLinear(nn.Module):
     """y = Qa(x') Q(W')^T + bias in x's dtype, from a float copy of Q(W') [N, K].
 
     x may be float64 too: sums are then exact for comparisons, rounding is still that of float32.
+    A weight that `is_rounded` already, its columns as x has them, is arranged and kept as it is.
     """
 
-    def __init__(self, weight: Tensor, recipe: Recipe, bias: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        weight: Tensor,
+        recipe: Recipe,
+        bias: Tensor | None = None,
+        is_rounded: bool = False,
+    ) -> None:
         super().__init__()
         self.recipe, self.bias = recipe, bias
         self.arrangement = arrangement_of(recipe, weight.device)
-        rounded = fake_weight(weight, recipe) if recipe.packed else weight
-        self.weight_fake = nn.Parameter(rounded, requires_grad=False)
+        if is_rounded:
+            weight = self.arrangement.weight(weight)
+        elif recipe.packed:
+            weight = fake_weight(weight, recipe)
+        self.weight_fake = nn.Parameter(weight, requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
         rounded = fake_input(x, self.recipe, self.arrangement)
@@ -82,6 +92,25 @@ def fake_quantize_model(model: nn.Module, recipes: Assignment) -> None:
         return FakeLinear(weight, recipes[name], bias)
 
     swap_linears(model, [n for n, r in recipes.items() if r.packed], make)
+
+
+def rounds_activations(recipe: Recipe) -> bool:
+    parts = (recipe,) if isinstance(recipe, Scheme) else (s for s, _ in recipe.segments)
+    return any(scheme.activation is not None for scheme in parts)
+
+
+def round_activations(model: nn.Module, recipes: Assignment) -> bool:
+    """Let a plain model of rounded weights (`round_weights`) round activations as recipes say.
+
+    Whether any linear does.
+    """
+
+    def make(name: str, weight: Tensor, bias: nn.Parameter | None) -> nn.Module:
+        return FakeLinear(weight, recipes[name], bias, is_rounded=True)
+
+    names = [name for name, recipe in recipes.items() if rounds_activations(recipe)]
+    swap_linears(model, names, make)
+    return bool(names)
 
 
 def round_weights(

@@ -142,11 +142,13 @@ def write_curve(
     curve.plot(rows, folder / "curve.png", title, marks, loss_name)
 
 
-def fidelity(run: Run, model: StreamedModel, problem: Problem, ids: Tensor) -> list[dict[str, Any]]:
+def fidelity(
+    run: Run, model: StreamedModel, problem: Problem, ids: Tensor, first: int = 0
+) -> list[dict[str, Any]]:
     """`measured` of report.json: units alone in their cheapest scheme, rounded to nearest.
 
-    Predicted loss, and mean KL per token on ids [sequences, length]; all units that are packed, or
-    MOST_UNITS of them, evenly spaced.
+    Predicted loss, and mean KL per token on ids [sequences, length], from position `first` on; all
+    units that are packed, or MOST_UNITS of them, evenly spaced.
     """
     items = problem.items
     cheapest = Allocation((0,) * len(items), 0, 0.0, 0.0)  # options come by rising cost
@@ -165,7 +167,8 @@ def fidelity(run: Run, model: StreamedModel, problem: Problem, ids: Tensor) -> l
                 names = [info.name for info in c.unit.linears]
                 alone = {name: rounded[name] for name in names}
                 quantized = RoundedModel(model, c.unit.linears, recipes, alone)
-                sums[number] += float(logits_kl(reference, quantized.logits(batch), batch).sum())
+                kls = logits_kl(reference, quantized.logits(batch), batch, first)
+                sums[number] += float(kls.sum())
                 bar.update()
     return [
         {
@@ -180,8 +183,7 @@ def fidelity(run: Run, model: StreamedModel, problem: Problem, ids: Tensor) -> l
 
 def _halves(sequences: Sequences) -> list[Sequences]:
     middle = len(sequences.ids) // 2
-    parts = sequences.ids[:middle], sequences.ids[middle:]
-    return [Sequences(ids, sequences.source) for ids in parts]
+    return [sequences[:middle], sequences[middle:]]
 
 
 def _arrangements(run: Run, scores: Scores, device: torch.device) -> dict[str, Arrangement]:
@@ -200,7 +202,8 @@ def diagnose(run: Run, model: CausalLM, planned: Planned, text: Text) -> dict[st
     solved = next(iter(planned.solved.values()))
     scores = solved.problem.scores
     streamed = StreamedModel(model, device=run.args.device)
-    pairs = fidelity(run, streamed, solved.problem, text.gate.ids)
+    gate = text.gate.ids, text.gate.judged_from
+    pairs = fidelity(run, streamed, solved.problem, *gate)
     arranged = _arrangements(run, scores, streamed.device)
     method, sha256 = scores.data["method"], scores.data["model"]["sha256"]
     slabs = run.args.granularity == "slab"

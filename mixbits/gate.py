@@ -78,15 +78,19 @@ def judge(
     calibration: Tensor,
     held_out: Tensor,
     batch_size: int = 8,
+    first: int = 0,
     own: OwnCodes = NO_CODES,
 ) -> tuple[Rounded, Tensor]:
-    """Round one candidate; its weights, and its mean KL on each held-out sequence, float64."""
+    """Round one candidate; its weights, and its mean KL on each held-out sequence, float64.
+
+    Positions before `first` are not judged (`Sequences.judged_from`).
+    """
     recipes, rounded = candidate.plan.assignment, candidate.learned
     if rounded is None:
         kept = own.rounded(recipes)
         rounded = round_model(model, linears, recipes, method, calibration, candidate.share, kept)
     quantized = RoundedModel(model, linears, recipes, rounded)
-    return rounded, sequence_kl(model, quantized, held_out, batch_size)
+    return rounded, sequence_kl(model, quantized, held_out, batch_size, first)
 
 
 def choose(
@@ -97,14 +101,18 @@ def choose(
     calibration: Tensor,
     held_out: Tensor,
     batch_size: int = 8,
+    first: int = 0,
     own: OwnCodes = NO_CODES,
 ) -> Choice:
-    """Round every candidate with the calibration's sequences, and compare on the held-out ones."""
+    """Round every candidate with the calibration's sequences, and compare on the held-out ones.
+
+    `first` as of `judge`.
+    """
     divergences: list[Tensor] = []
     best: tuple[float, int, Rounded] | None = None
+    how = calibration, held_out, batch_size, first, own
     for index, candidate in enumerate(candidates):
-        options = method, calibration, held_out, batch_size, own
-        rounded, kl = judge(model, linears, candidate, *options)
+        rounded, kl = judge(model, linears, candidate, method, *how)
         divergences.append(kl)
         mean = float(divergences[-1].mean())
         if best is None or mean < best[0]:

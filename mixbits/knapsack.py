@@ -17,6 +17,8 @@ within a budget and the summed loss be least.
        with it the core, shrink as it goes. It ends when the next regret exceeds the gap: then
        the plan is optimal. On instances that refuse to end, the states of least regret go on,
        and the plan comes with its gap.
+    4. An option that alone loses more than a whole plan is in no better one. Where it loses so
+       much that floats could hide by it what plans differ by, it goes, and 1 to 3 begin again.
 
 Pure: numpy only, and the same answer on every run.
 """
@@ -33,6 +35,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 TOLERANCE = 1e-9  # plans within this share of the loss are not told apart
+VAST = 1e3  # times a plan's loss: differences of so large losses are exact to 1e-12 of it
 NEGLIGIBLE = 1e-6  # a gap, as a share of the loss, that is not worth following STATES for
 STATES = 1 << 16  # deviations that the dynamic program follows at once
 EFFORT = 1 << 22  # and in all: bounds time (a second) and memory (4 bytes each)
@@ -98,17 +101,15 @@ class Relaxation:
     """The linear relaxation at every budget: hull steps in the order a growing budget buys them.
 
     Step s lets `item[s]` go to `option[s]`, saving `slope[s]` of loss per unit of cost. After s
-    steps the plan costs `cost[s]` and loses `loss[s]`; before the first, every item is at
-    `cheapest`, the best of its options of least cost.
+    steps the plan costs `cost[s]`; before the first, every item is at `cheapest`, the best of its
+    options of least cost.
     """
 
     def __init__(self, items: Items) -> None:
         self.items = items
         self.cheapest, steps = _hull_steps(items)
-        self.item, self.option, self.slope, extra, saved = steps
-        start_cost, start_loss = items.total(self.cheapest)
-        self.cost = start_cost + np.append(0, np.cumsum(extra))
-        self.loss = start_loss - np.append(0.0, np.cumsum(saved))
+        self.item, self.option, self.slope, extra = steps
+        self.cost = items.total(self.cheapest)[0] + np.append(0, np.cumsum(extra))
 
     @cached_property
     def _divisor(self) -> int:
@@ -123,7 +124,7 @@ class Relaxation:
         taken = int(np.searchsorted(self.cost, budget, side="right")) - 1
         choice = self.cheapest.copy()
         choice[self.item[:taken]] = self.option[:taken]  # the last step of an item stands
-        cost, loss = int(self.cost[taken]), float(self.loss[taken])
+        cost, loss = self.items.total(choice)
         price = float(self.slope[taken]) if taken < len(self.slope) else 0.0
         return Relaxed(budget, choice, cost, price, loss - price * (budget - cost))
 
@@ -138,7 +139,7 @@ def _hull_steps(items: Items) -> tuple[Integers, tuple[Any, ...]]:
     rows = np.arange(len(items))
     least = costs == costs.min(1, keepdims=True)
     cheapest = np.where(least, losses, np.inf).argmin(1)
-    found: list[tuple[Any, ...]] = [(rows[:0], rows[:0], np.zeros(0), rows[:0], np.zeros(0))]
+    found: list[tuple[Any, ...]] = [(rows[:0], rows[:0], np.zeros(0), rows[:0])]
     here, reached = cheapest, np.full(len(items), np.inf)
     while len(rows):
         extra = costs[rows] - costs[rows, here][:, None]
@@ -150,7 +151,7 @@ def _hull_steps(items: Items) -> tuple[Integers, tuple[Any, ...]]:
         rows, here, there = rows[goes], here[goes], there[goes]
         # Rounding must not let an item's second step come before its first.
         reached = np.minimum(steepest[goes, 0], reached[goes])
-        found.append((rows, there, reached, extra[goes, there], saved[goes, there]))
+        found.append((rows, there, reached, extra[goes, there]))
         here = there
     columns = [np.concatenate(parts) for parts in zip(*found, strict=True)]
     order = np.argsort(-columns[2], kind="stable")  # of equals the one found first
@@ -197,20 +198,50 @@ def _undominated(cost: Integers, loss: Floats) -> Integers:
     return order[np.append(np.diff(cost[order]) > 0, True)]  # of one cost, the last is the least
 
 
-def optimum(relaxation: Relaxation, budget: int) -> tuple[Integers, Relaxed, bool]:
-    """The choice of least loss within `budget`, the relaxation there, and whether it is proven.
+def optimum(relaxation: Relaxation, budget: int) -> tuple[Integers, float, bool]:
+    """The choice of least loss within `budget`, a lower bound of it, and whether it is proven.
 
-    Proven means up to a relative TOLERANCE. The budget must be at least that of the cheapest plan.
+    Proven means that no choice has less loss than it by a share of TOLERANCE, of its own loss
+    (where losses are below 0: of what it loses above the least that is below 0, item by item).
+    The budget must be at least that of the cheapest plan.
     """
-    items, relaxed = relaxation.items, relaxation.at(budget)
-    scale = abs(relaxed.bound) + float(np.abs(items.losses).max(initial=0.0))
-    gap = relaxed.price * (relaxed.budget - relaxed.cost) - TOLERANCE * scale
+    items = relaxation.items
+    rows, number = np.arange(len(items)), np.arange(items.costs.shape[1])
+    option: Integers = np.broadcast_to(number, items.costs.shape)
+    while True:
+        above = items.losses - np.minimum(items.losses.min(1, keepdims=True), 0.0)
+        relaxed = relaxation.at(budget)
+        choice, proven = relaxed.choice, False
+        useless = above > VAST * _sum(above, choice)
+        if not useless.any():
+            choice, proven = _improved(items, relaxed, TOLERANCE * _sum(above, choice))
+            useless = above > VAST * _sum(above, choice)
+        if not useless.any():
+            return option[rows, choice], relaxed.bound, proven
+        # In the place of a useless option the item repeats that of the plan.
+        kept = np.where(useless, choice[:, None], number)
+        option = np.take_along_axis(option, kept, 1)
+        costs, losses = items.costs, items.losses
+        items = Items(np.take_along_axis(costs, kept, 1), np.take_along_axis(losses, kept, 1))
+        relaxation = Relaxation(items)
+
+
+def _sum(table: Floats, choice: Integers) -> float:
+    return math.fsum(table[np.arange(len(table)), choice].tolist())
+
+
+def _improved(items: Items, relaxed: Relaxed, tolerance: float) -> tuple[Integers, bool]:
+    """The choice that is better than the relaxation's by more than `tolerance`, or that one.
+
+    Also whether no choice is better still.
+    """
+    left = relaxed.budget - relaxed.cost
+    gap = relaxed.price * left - tolerance
     core = _core(items, relaxed, gap)
-    enough = NEGLIGIBLE * abs(relaxed.bound)
-    taken, proven = _search(core, relaxed.budget - relaxed.cost, relaxed.price, gap, enough)
+    taken, proven = _search(core, left, relaxed.price, gap, NEGLIGIBLE * abs(relaxed.bound))
     choice = relaxed.choice.copy()
     choice[core.item[taken]] = core.option[taken]
-    return choice, relaxed, proven
+    return choice, proven
 
 
 def _search(

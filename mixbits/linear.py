@@ -26,6 +26,7 @@ from .model import (
     linear_weight,
 )
 from .pack import Mix, Operand, Packed, order_dtype, packed_spec
+from .scale_range import check_scales
 
 
 def check_finite(name: str, tensor: Tensor) -> None:
@@ -38,20 +39,15 @@ def check_finite(name: str, tensor: Tensor) -> None:
 
 
 def check_packed(name: str, weight: Tensor, scheme: Scheme, packed: Packed) -> Packed:
-    """`packed` itself. Raises UsageError that names the tensor where a scale overflowed."""
-    assert scheme.weight is not None
-    if not scheme.weight.is_mx and not torch.isfinite(packed.weight_scale).all():
-        raise UsageError(
-            f"{scheme.name} needs group scales within float16: got weights up to "
-            f"{weight.abs().max().item():.4g} ({name})"
-        )
+    """`packed` itself. Raises UsageError that names a tensor whose scales cannot hold `weight`."""
+    check_scales(name, weight, scheme, packed)
     return packed
 
 
 def pack_weight(name: str, weight: Tensor, scheme: Scheme) -> Packed:
     """Quantize and pack a weight [N, K] of any float dtype.
 
-    Raises UsageError that names the tensor if it is not finite, or too large for its scales.
+    Raises UsageError that names the tensor if it is not finite, or too large or small for scales.
     """
     assert scheme.weight is not None
     check_finite(name, weight)

@@ -258,6 +258,12 @@ def _measure_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--seed", type=int, default=0, help="of sampled labels and text (%(default)s)"
     )
+    group.add_argument(
+        "--no-bos",
+        dest="bos",
+        action="store_false",
+        help="sequences begin amid a text, without what the tokenizer puts before one",
+    )
     group.add_argument("--method", choices=METHODS, default="fisher")
     group.add_argument("--scores", type=Path, help="reuse this scores.json")
 
@@ -271,7 +277,11 @@ def _run_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--tasks", help="lm-eval tasks, separated by commas")
     group.add_argument("--limit", type=_positive, help="documents per task")
     group.add_argument("--include-path", help="folder with lm-eval tasks of your own")
-    group.add_argument("--add-bos-token", action=argparse.BooleanOptionalAction, help="for lm-eval")
+    group.add_argument(
+        "--add-bos-token",
+        action=argparse.BooleanOptionalAction,
+        help="for lm-eval: begin prompts as the tokenizer does (default: yes, unless --no-bos)",
+    )
     group.add_argument("--eval-original", action="store_true", help="run the tasks on it as well")
     group.add_argument("--prompt", help="sample text after this at the end")
     group.add_argument("--backend", help="force cuda, triton, cpu or reference kernels")

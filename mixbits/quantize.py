@@ -85,11 +85,17 @@ def _write(
     return checkpoint.save(*common, provenance, choice.rounded)
 
 
-def _load_result(run: Run) -> Any:
+def _load_result(run: Run, choice: Choice, evaluation: dict[str, Any]) -> Any:
+    """The model to score: as it was written, but --fake as the packed model would run."""
     if run.args.fake:
+        from .fake import round_activations
+        from .report import fake_column
         from .source import open_source
 
-        return open_source(str(run.args.out), run.args.trust_remote_code).load()
+        fake = open_source(str(run.args.out), run.args.trust_remote_code).load()
+        rounded = round_activations(fake, choice.winner.plan.assignment)
+        evaluation["scored"] = fake_column(rounded)
+        return fake
     from .linear import PackedLinear
     from .loading import load
 
@@ -107,31 +113,40 @@ def _evaluate(
     from .evaluate import compare, run_tasks
     from .streaming import StreamedModel
 
-    args = run.args
+    args, prefix = run.args, held_out.prefix
     if len(held_out.ids):
         p, q = (StreamedModel(m, device=args.device) for m in (original, quantized))
-        scores = compare(p, q, held_out.ids, args.batch_size)
+        scores = compare(p, q, held_out.ids, args.batch_size, held_out.judged_from)
         result["held_out"] = {**held_out.describe(), **scores}
     if args.tasks:
         tasks = args.tasks.split(",")
-        options = args.limit, args.add_bos_token, args.include_path, args.batch_size
+        add_bos = args.add_bos_token if args.bos or args.add_bos_token else False
+        options = args.limit, add_bos, args.include_path, args.batch_size
         for name, model in (("original_tasks", original), ("tasks", quantized)):
             if name == "tasks" or args.eval_original:
                 model.to(args.device)
                 result[name] = run_tasks(model, tokenizer, tasks, *options)
     if args.prompt:
-        result["sample"] = _generate(quantized, tokenizer, args)
+        result["sample"] = _generate(quantized, tokenizer, args, prefix)
 
 
-def _generate(model: Any, tokenizer: Any, args: argparse.Namespace) -> str:
+def _generate(model: Any, tokenizer: Any, args: argparse.Namespace, prefix: tuple[int, ...]) -> str:
     """The prompt and 80 tokens after it, drawn with the seed: greedy small models repeat."""
     import torch
 
+    from .calibration import begin, tokenize
+
     torch.manual_seed(args.seed)
-    inputs = tokenizer(args.prompt, return_tensors="pt").to(args.device)
-    inputs.pop("token_type_ids", None)
+    prompt = begin(tokenize(tokenizer, args.prompt), prefix)[None].to(args.device)
     model.to(args.device)
-    ids = model.generate(**inputs, max_new_tokens=80, do_sample=True, temperature=0.8, top_p=0.9)
+    ids = model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=80,
+        do_sample=True,
+        temperature=0.8,
+        top_p=0.9,
+    )
     return str(tokenizer.decode(ids[0], skip_special_tokens=True))
 
 
@@ -205,9 +220,9 @@ def _print_results(report: dict[str, Any], evaluation: dict[str, Any]) -> None:
     from .report import result_rows, table, task_rows
 
     sizes = report["bytes_before"], report["bytes_after"]
-    print("\n" + table(result_rows(*sizes, evaluation.get("held_out"))))
+    print("\n" + table(result_rows(*sizes, evaluation)))
     if "tasks" in evaluation:
-        print("\n" + table(task_rows(evaluation.get("original_tasks"), evaluation["tasks"])))
+        print("\n" + table(task_rows(evaluation)))
     if "sample" in evaluation:
         print("\n  the quantized model writes:\n")
         print("\n".join("    " + line for line in evaluation["sample"].splitlines()))
@@ -279,6 +294,8 @@ def quantize(run: Run) -> None:
         model, sha256, tokenizer = _open(run)
     with clock.run("calibrate", "its own text" if args.demo else args.dataset):
         text = stages.calibrate(run, tokenizer)
+        if prefix := text.calibration.prefix:
+            print(f"      every sequence begins with {tokenizer.decode(prefix)}", flush=True)
     planned = _planned(run, clock, model, sha256, text)
     choice = _rounded(run, clock, model, planned, text)
     report = findings.report(run, sha256, planned, choice, text)
@@ -304,7 +321,8 @@ def quantize(run: Run) -> None:
         with clock.run("evaluate", ", ".join(judges) or "nothing asked for"):
             if args.fake:  # its weights were rounded in place
                 model = run.source.load()
-            _evaluate(run, model, _load_result(run), tokenizer, text.held_out, evaluation)
+            quantized = _load_result(run, choice, evaluation)
+            _evaluate(run, model, quantized, tokenizer, text.held_out, evaluation)
     finally:  # a task that fails takes nothing else with it
         write_report(args.out, evaluation)
     _print_results(report, evaluation)

@@ -89,11 +89,13 @@ def divergences(
     changes: Sequence[Assignment],
     ids: Tensor,
     batch_size: int = 8,
+    judged_from: int = 0,
 ) -> Tensor:
     """float64 [1 + changes, sequences]: mean KL(original || quantized) per token, in nats.
 
     Of `recipes` for the linears, rounded to nearest, and of these with each of `changes` (recipes
-    of some linears) instead, which run from their first linear's block on. ids [sequences, length].
+    of some linears) instead, which run from their first linear's block on. ids [sequences, length],
+    of which positions before `judged_from` are not counted.
     """
     blocks = {i.name: len(model.blocks) if i.block is None else i.block for i in linears}
     variants: list[tuple[Assignment, int]] = [({}, 0)]
@@ -105,7 +107,7 @@ def divergences(
             reference, kls = model.logits(batch), []
             for change, first in variants:
                 logits = _logits(model, linears, {**recipes, **change}, batch, kept, first)
-                kls.append(logits_kl(reference, logits, batch))
+                kls.append(logits_kl(reference, logits, batch, judged_from))
                 bar.update()
             columns.append(torch.stack(kls))
     return torch.cat(columns, 1)
@@ -119,6 +121,7 @@ class Meter:
     problem: Problem
     ids: Tensor
     batch_size: int = 8
+    judged_from: int = 0
 
     @cached_property
     def _recipes(self) -> list[Assignment]:
@@ -141,17 +144,22 @@ class Meter:
         linears = [info for choice in self.problem.choices for info in choice.unit.linears]
         changes = [self._changes(plan, plans[0]) for plan in plans[1:]]
         recipes = self._changes(plans[0])
-        kls = divergences(self.model, linears, recipes, changes, self.ids, self.batch_size)
+        how = self.ids, self.batch_size, self.judged_from
+        kls = divergences(self.model, linears, recipes, changes, *how)
         return [float(kl) for kl in kls.mean(1)]
 
 
 def halves(
-    model: StreamedModel, problem: Problem, ids: Tensor, batch_size: int = 8
+    model: StreamedModel,
+    problem: Problem,
+    ids: Tensor,
+    batch_size: int = 8,
+    judged_from: int = 0,
 ) -> tuple[Meter, Meter]:
     """Meters of two parts of ids [sequences, length], each SEQUENCES at most."""
     count = min(SEQUENCES, (len(ids) + 1) // 2)  # a single sequence has to do for both
-    parts = ids[:count], ids[-count:]
-    return Meter(model, problem, parts[0], batch_size), Meter(model, problem, parts[1], batch_size)
+    how = batch_size, judged_from
+    return Meter(model, problem, ids[:count], *how), Meter(model, problem, ids[-count:], *how)
 
 
 # --- Deciding ---------------------------------------------------------------------------------
@@ -160,7 +168,8 @@ def halves(
 def marginals(items: Sequence[Item], at: Options, measure: Measure) -> list[Item]:
     """Items whose losses are what single changes of a plan add to its KL.
 
-    Raises UsageError where a KL is not finite.
+    Where no change of an item adds anything, as of an expert that no token reached, its losses are
+    those predicted, in the measure of the others. Raises UsageError where a KL is not finite.
     """
     flips = [(i, o) for i, item in enumerate(items) for o in range(len(item.costs)) if o != at[i]]
     kl, *kls = measure([at, *((*at[:i], o, *at[i + 1 :]) for i, o in flips)])
@@ -169,9 +178,19 @@ def marginals(items: Sequence[Item], at: Options, measure: Measure) -> list[Item
         if not math.isfinite(value):
             raise UsageError(f"the KL must be finite to refine a plan: got {value} ({name})")
     added = dict(zip(flips, (flipped - kl for flipped in kls), strict=True))
-    return [
-        Item(item.name, item.costs, tuple(added.get((i, o), 0.0) for o in range(len(item.costs))))
+    measured = [
+        tuple(added.get((i, o), 0.0) for o in range(len(item.costs)))
         for i, item in enumerate(items)
+    ]
+    predicted = [
+        tuple(x - item.losses[o] for x in item.losses) for item, o in zip(items, at, strict=True)
+    ]
+    pairs = [(m, p) for m, p in zip(measured, predicted, strict=True) if any(m)]
+    sums = [sum(abs(x) for losses in column for x in losses) for column in zip(*pairs, strict=True)]
+    share = sums[0] / sums[1] if sums and sums[1] else 1.0
+    return [
+        Item(item.name, item.costs, m if any(m) else tuple(share * x for x in p))
+        for item, m, p in zip(items, measured, predicted, strict=True)
     ]
 
 

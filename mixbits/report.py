@@ -177,9 +177,19 @@ def refinement(rounds: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines or ["  no other plan was proposed"])
 
 
-def result_rows(before: int, after: int, scores: dict[str, float] | None) -> list[list[str]]:
-    """Of a table: size, KL and perplexity of the original and of the quantized model."""
-    rows = [["", "original", "quantized"], ["weight files", size(before), size(after)]]
+def fake_column(rounded: bool) -> str:
+    """What the scores of `--fake` are headed by: what has been scored, and what the files are."""
+    return f"fake, activations {'rounded' if rounded else 'in 16 bits'}"
+
+
+def result_rows(before: int, after: int, evaluation: dict[str, Any]) -> list[list[str]]:
+    """Of a table: size, KL and perplexity of the original and of the quantized model.
+
+    `evaluation` is that of report.json.
+    """
+    rows = [["", "original", evaluation.get("scored", "quantized")]]
+    rows.append(["weight files", size(before), size(after)])
+    scores = evaluation.get("held_out")
     if scores:
         rows.append(["KL, nats/token", "0", plus_minus(scores["kl"], scores["kl_stderr"])])
         pair = [
@@ -192,9 +202,11 @@ def result_rows(before: int, after: int, scores: dict[str, float] | None) -> lis
     return rows
 
 
-def task_rows(original: dict[str, Any] | None, quantized: dict[str, Any]) -> list[list[str]]:
+def task_rows(evaluation: dict[str, Any]) -> list[list[str]]:
     """Of a table: lm-eval's metrics with standard errors, of both models where both were scored."""
-    rows = [["task", "metric", *(["original"] if original else []), "quantized"]]
+    original, quantized = evaluation.get("original_tasks"), evaluation["tasks"]
+    scored = evaluation.get("scored", "quantized")
+    rows = [["task", "metric", *(["original"] if original else []), scored]]
     models = [m for m in (original, quantized) if m]
     for task, metrics in quantized["tasks"].items():
         for name in metrics:

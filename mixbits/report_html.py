@@ -127,7 +127,8 @@ def _tasks(report: Data) -> str:
                 rows.append([task, name, *cells])
     if len(quantized["tasks"]) > 1:
         rows.append(["average", "acc", *(_number(m.get("average"), ".4f") for m in models)])
-    heads = ["task", "metric", *(["original"] if original else []), "quantized"]
+    scored = evaluation.get("scored", "quantized")
+    heads = ["task", "metric", *(["original"] if original else []), scored]
     return _section("Tasks", _table(heads, rows, "names2"))
 
 
@@ -142,9 +143,11 @@ def _how(report: Data, plan: Data) -> Html:
         ("rounding", report.get("rounding")),
     ):
         if value:
-            facts[name] = ", ".join(f"{k} {v}" for k, v in value.items() if v is not None)
+            facts[name] = ", ".join(f"{k} {v}" for k, v in value.items() if v not in (None, []))
     if held.get("source"):
         facts["held-out text"] = held["source"]
+    if scored := (report.get("evaluation") or {}).get("scored"):
+        facts["scored"] = scored
     for key in ("strategy", "method", "weight_scale_mode", "act_scale_mode"):
         if plan.get(key):
             facts[key.replace("_", " ")] = plan[key]

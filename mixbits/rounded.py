@@ -87,9 +87,10 @@ class _Compensation:
         parts = recipe.parts(weight.shape[1])
         formats = [(s.weight, n) for s, n in parts if s.weight is not None]
         codes = gptq(arranged, inputs.curvature, formats, ops.compensate_group)
+        pieces = arranged.split([columns for _, columns in parts], 1)
         return [
-            check_packed(name, weight, scheme, pack(q, fmt))
-            for q, (fmt, _), (scheme, _) in zip(codes, formats, parts, strict=True)
+            check_packed(name, piece, scheme, pack(q, fmt))
+            for piece, q, (fmt, _), (scheme, _) in zip(pieces, codes, formats, parts, strict=True)
         ]
 
 

@@ -136,15 +136,26 @@ class Scores:
         schemes: Sequence[Scheme],
         scale_modes: tuple[str, str],
         model_sha256: str | None,
+        prefix: Sequence[int] | None = None,
     ) -> None:
-        """Raise UsageError unless the scores are of this model and cover these schemes."""
+        """Raise UsageError unless the scores are of this model and cover these schemes.
+
+        A scale mode (`scale_modes`: of weights, of activations) counts where a scheme has one.
+        `prefix`: tokens that every sequence must have begun with; None: any.
+        """
         if model_sha256 is not None and self.data["model"]["sha256"] != model_sha256:
             raise UsageError(f"{path} was measured on another model, {self.data['model']['name']}")
-        if (self.data["weight_scale_mode"], self.data["act_scale_mode"]) != scale_modes:
+        measured = self.data["weight_scale_mode"], self.data["act_scale_mode"]
+        used = (
+            any(s.weight is not None and s.weight.is_mx for s in schemes),
+            any(s.activation is not None for s in schemes),
+        )
+        if any(u and m != a for u, m, a in zip(used, measured, scale_modes, strict=True)):
             raise UsageError(
-                f"{path} was measured with scale modes {self.data['weight_scale_mode']} (weights) "
-                f"and {self.data['act_scale_mode']} (activations): asked for {scale_modes}"
+                f"{path} was measured with scale modes {measured[0]} (weights) "
+                f"and {measured[1]} (activations): asked for {scale_modes}"
             )
+        self._check_prefix(path, prefix)
         for info in linears:
             row = self.data["linears"].get(info.name)
             if row is None or row["shape"] != [info.out_features, info.in_features]:
@@ -156,6 +167,18 @@ class Scores:
                 if scheme.weight is not None and scheme.name not in row["scores"]:
                     known = ", ".join(row["scores"])
                     raise UsageError(f"{path} has no scores for {scheme.name}, only for {known}")
+
+    def _check_prefix(self, path: Path, prefix: Sequence[int] | None) -> None:
+        before: list[int] = self.data["calibration"].get("prefix", [])  # older files: none
+        if prefix is not None and before != list(prefix):
+            told = [
+                f"tokens {tokens}" if tokens else "nothing" for tokens in (before, list(prefix))
+            ]
+            advice = ": measure again" if before else ": measure again, or pass --no-bos"
+            raise UsageError(
+                f"{path} was measured on sequences that begin with {told[0]}, and texts begin with "
+                f"{told[1]} here{advice}"
+            )
 
     def score(self, linear: str, scheme: Scheme) -> float:
         """Predicted loss of storing `linear` in `scheme`; BF16 costs nothing."""

@@ -46,7 +46,7 @@ from tqdm import tqdm
 from . import ops
 from .arrange import Arrangement
 from .formats import MX_GROUP, Format, Scheme, UsageError
-from .model import LinearInfo, split_expert_name, weight_of
+from .model import LinearInfo, weight_of
 from .probing import probed
 from .streaming import Progress, StreamedModel
 
@@ -84,6 +84,11 @@ class _Moments:
     gw: Tensor | float = 0.0
     dx: dict[Format, Tensor | float] = field(default_factory=dict)
     spread: dict[Scheme, Tensor | float] = field(default_factory=dict)
+
+    @property
+    def reached(self) -> bool:
+        """Whether a gradient came back; a linear may be called for what the loss does not see."""
+        return isinstance(self.g, Tensor)
 
 
 def _effects(x: Tensor, weight: Tensor, grad: Tensor, grad_x: Tensor, scheme: Scheme) -> Tensor:
@@ -163,25 +168,33 @@ def _sampled_label_loss(generator: torch.Generator) -> Callable[[Tensor, Tensor]
     return loss
 
 
-def _fill_idle_experts(linears: Sequence[LinearInfo], moments: dict[str, _Moments]) -> None:
-    """Give experts that no token reached the mean moments of their block's other experts.
+def _idle_experts(
+    linears: Sequence[LinearInfo], reached: Collection[str]
+) -> list[tuple[list[str], list[str]]]:
+    """Of every projection of a block's experts: those that were reached, and those that were not.
 
-    Otherwise they would look free of charge, and any text outside the calibration would pay.
+    The latter, where there are any, take what the former have on average. Otherwise they would look
+    free of charge, and any text outside the calibration would pay.
     """
-    groups: dict[tuple[str, str], list[str]] = {}
+    groups: dict[str, list[str]] = {}
     for info in linears:
         if info.is_expert:
-            module, _, projection = split_expert_name(info.name)
-            groups.setdefault((module, projection), []).append(info.name)
-    for names in groups.values():
-        active = [moments[n] for n in names if moments[n].tokens]
-        idle = [n for n in names if not moments[n].tokens]
-        moments.update(dict.fromkeys(idle, _mean(active)) if active else {})
+            groups.setdefault(info.stack, []).append(info.name)
+    parts = [
+        ([n for n in names if n in reached], [n for n in names if n not in reached])
+        for names in groups.values()
+    ]
+    return [(active, idle) for active, idle in parts if idle]
 
 
-def _check_called(linears: Sequence[LinearInfo], called: Collection[str]) -> None:
-    """Raises UsageError for a linear that the model never called: it would look free of charge."""
-    idle = [i.name for i in linears if not i.is_expert and i.name not in called]
+def _check_reached(linears: Sequence[LinearInfo], reached: Collection[str]) -> None:
+    """Raises UsageError for a linear that no gradient reached: it would look free of charge.
+
+    Not for an expert that others of its block can stand for.
+    """
+    idle = [i.name for i in linears if not i.is_expert and i.name not in reached]
+    for active, experts in _idle_experts(linears, reached):
+        idle += experts * (not active)
     if idle:
         raise UsageError(
             f"linears must be called to be measured: got {len(idle)} that no token of the text "
@@ -191,13 +204,15 @@ def _check_called(linears: Sequence[LinearInfo], called: Collection[str]) -> Non
 
 
 def _mean(parts: Sequence[_Moments]) -> _Moments:
-    count = len(parts)
+    count, first = len(parts), parts[0]
     return _Moments(
         tokens=max(1, round(sum(m.tokens for m in parts) / count)),
+        sequences=round(sum(m.sequences for m in parts) / count),
         x=sum(m.x for m in parts) / count,
         g=sum(m.g for m in parts) / count,
         gw=sum(m.gw for m in parts) / count,
-        dx={fmt: sum(m.dx[fmt] for m in parts) / count for fmt in parts[0].dx},
+        dx={fmt: sum(m.dx[fmt] for m in parts) / count for fmt in first.dx},
+        spread={s: sum(m.spread[s] for m in parts) / count for s in first.spread},
     )
 
 
@@ -208,7 +223,7 @@ def _fisher_scores(
     slabs = -(-weight.shape[1] // MX_GROUP)
     zero = torch.zeros(slabs, dtype=torch.float64, device=weight.device)
     formats = list(dict.fromkeys(s.weight for s in schemes if s.weight is not None))
-    if not moments.tokens or not formats:
+    if not formats:
         return {s.name: zero.tolist() for s in schemes}
     assert isinstance(moments.g, Tensor) and isinstance(moments.x, Tensor)
     assert isinstance(moments.gw, Tensor)
@@ -254,8 +269,10 @@ def _collect(
     with probed(model.model, linears, probe):
         for ids in batches:
             model.forward_backward(ids, loss, progress)
-    _check_called(linears, [name for name, m in moments.items() if m.tokens])
-    _fill_idle_experts(linears, moments)
+    reached = {name for name, m in moments.items() if m.reached}
+    _check_reached(linears, reached)
+    for active, idle in _idle_experts(linears, reached):
+        moments |= dict.fromkeys(idle, _mean([moments[name] for name in active]))
     return moments
 
 
@@ -280,7 +297,7 @@ def _measure_fisher(
 
 def _column_scores(weight: Tensor, moments: _Moments, scheme: Scheme) -> Tensor:
     """float64 [K]: what each input column contributes to the linear's score, unscaled."""
-    if not moments.tokens or scheme.weight is None:
+    if scheme.weight is None:
         return torch.zeros(weight.shape[1], dtype=torch.float64, device=weight.device)
     assert isinstance(moments.g, Tensor) and isinstance(moments.x, Tensor)
     error = (weight.float() - ops.fake_quantize(weight.float(), scheme.weight)).square()
@@ -327,11 +344,17 @@ class _DeltaLossLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, scheme: Scheme, record: Tensor
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        scheme: Scheme,
+        record: Tensor,
+        reach: Callable[[], None],
     ) -> Tensor:
         rounded, rounded_x = _rounded(x, weight, scheme)
         ctx.save_for_backward(x, weight, rounded, rounded_x)
-        ctx.scheme, ctx.record = scheme, record
+        ctx.scheme, ctx.record, ctx.reach = scheme, record, reach
         return torch.nn.functional.linear(rounded_x, rounded, bias)
 
     @staticmethod
@@ -339,13 +362,14 @@ class _DeltaLossLinear(torch.autograd.Function):
         x, weight, rounded, rounded_x = ctx.saved_tensors
         grad = grads[0].reshape(-1, weight.shape[0])
         grad_weight = grad.T @ rounded_x.reshape(-1, weight.shape[1])
+        ctx.reach()
         record: Tensor = ctx.record
         record += ops.gradient_statistics(weight, grad_weight, [ctx.scheme.weight])[0]
         grad_x = grads[0] @ rounded
         if ctx.scheme.activation is not None:
             moved = (grad_x * (x - rounded_x)).abs().flatten(0, -2)
             record += _slabs(moved.sum(0, dtype=torch.float64))
-        return grad_x, None, None, None, None
+        return grad_x, None, None, None, None, None
 
 
 def _rounded(x: Tensor, weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
@@ -404,15 +428,18 @@ def _deltaloss_pass(
         if not torch.is_grad_enabled():
             rounded, rounded_x = _rounded(x, weight, scheme)
             return torch.nn.functional.linear(rounded_x, rounded, bias)
-        called.add(name)
-        out: Tensor = _DeltaLossLinear.apply(x, weight, bias, scheme, records[name])
+        how = scheme, records[name], lambda: reached.add(name)
+        out: Tensor = _DeltaLossLinear.apply(x, weight, bias, *how)
         return out
 
-    called: set[str] = set()
+    reached: set[str] = set()
     with probed(model.model, linears, probe):
         for ids in batches:
             model.forward_backward(ids, _next_token_loss, progress)
-    _check_called(linears, called)
+    _check_reached(linears, reached)
+    for active, idle in _idle_experts(linears, reached):
+        mean = torch.stack([records[name] for name in active]).mean(0)
+        records |= dict.fromkeys(idle, mean)
 
 
 _MEASURES = {"fisher": _measure_fisher, "deltaloss": _measure_deltaloss}

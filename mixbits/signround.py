@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from .formats import MX_GROUP, Assignment, Format, Scheme, UsageError, first_line
-from .linear import check_packed
-from .model import CausalLM, LinearInfo
+from .linear import check_packed, pack_weight
+from .model import CausalLM, LinearInfo, weight_of
 from .pack import Packed, pack
 from .reference import Quantized, dequantize, encode
 from .rounding import search
@@ -110,6 +110,10 @@ def tune(
     Raises UsageError where auto-round is not installed, fails, or lacks what the plan has.
     """
     options = _options(linears, recipes)
+    for info in linears:  # what comes back may have lost what is too small for its scales
+        recipe = recipes.get(info.name)
+        if isinstance(recipe, Scheme) and recipe.packed:
+            pack_weight(info.name, weight_of(model, info).detach(), recipe)
     try:
         from auto_round import AutoRound
     except ImportError:

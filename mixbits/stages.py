@@ -14,13 +14,19 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
-
 from . import demo
 from .allocate import Allocation, Item, total
 from .arrange import Arrangement
 from .atomic import check_destination
-from .calibration import CHARS_PER_TOKEN, Sequences, cut, load_sequences, split, tokenize
+from .calibration import (
+    CHARS_PER_TOKEN,
+    Sequences,
+    cut,
+    prefix_tokens,
+    read_sequences,
+    split,
+    tokenize,
+)
 from .checkpoint import predicted_bytes
 from .curve import check_plotting, frontier
 from .distill import distill, enough_text
@@ -173,15 +179,17 @@ class Text:
 def calibrate(run: Run, tokenizer: Any) -> Text:
     """The run's text: three parts that share no token."""
     args = run.args
+    prefix = prefix_tokens(tokenizer) if args.bos else ()
     gate = args.gate if is_gated(args) or args.diagnose else 0
-    first, held_out = _first_and_held_out(run, tokenizer, gate)
-    if not len(first.ids):
-        empty = Sequences(torch.empty(0, args.seqlen, dtype=torch.int64), "nothing")
-        return Text(empty, empty, held_out)
-    count = len(first.ids) - gate
+    count = args.nsamples if _calibrates(args) or gate else 0
     if args.diagnose and count < 2:
         raise UsageError(f"--diagnose halves the calibration text: got {count} sequence")
-    return Text(*split(first, count, gate), held_out)
+    seen = max(args.nsamples, _seen(args, len(prefix)))
+    held_count = 0 if args.solve_only else args.eval_nsamples
+    first, held_out = _first_and_held_out(
+        run, tokenizer, prefix, seen + gate if gate else count, seen + gate, held_count
+    )
+    return Text(first[:count], first[seen : seen + gate], held_out)
 
 
 def is_gated(args: argparse.Namespace) -> bool:
@@ -189,41 +197,59 @@ def is_gated(args: argparse.Namespace) -> bool:
     return bool(args.gate and not args.plan and not args.solve_only and args.strategy == "optimal")
 
 
-def _first_and_held_out(run: Run, tokenizer: Any, gate: int) -> tuple[Sequences, Sequences]:
-    """Sequences to calibrate with and `gate` more, and held-out ones; none where not needed."""
-    args = run.args
-    vocab = run.source.config.get_text_config().vocab_size
-    calibrates = (
-        not (args.scores or args.plan)
-        or args.diagnose
-        or args.refine
-        or ((args.rounding == "gptq" or args.tune or args.distill) and not args.solve_only)
-    )
-    count = _calibrated(args) + gate if calibrates or gate else 0
-    held_count = 0 if args.solve_only else args.eval_nsamples
-    if not count and not held_count:
-        empty = Sequences(torch.empty(0, args.seqlen, dtype=torch.int64), "nothing")
-        return empty, empty
-    if args.demo:
-        return _demo_sequences(args, tokenizer, vocab, count)
-    if args.eval_dataset is None:
-        # Held-out sequences follow the others even where those are not needed now.
-        before = _calibrated(args) + gate
-        return load_sequences(args.dataset, tokenizer, vocab, before, held_count, args.seqlen)
-    held = load_sequences(args.eval_dataset, tokenizer, vocab, 0, held_count, args.seqlen)[1]
-    return load_sequences(args.dataset, tokenizer, vocab, count, 0, args.seqlen)[0], held
+def _calibrates(args: argparse.Namespace) -> bool:
+    """Whether anything is measured, or rounded, with calibration text."""
+    rounds = args.rounding == "gptq" or args.tune or args.distill
+    measures = not (args.scores or args.plan) or args.diagnose or args.refine
+    return bool(measures or (rounds and not args.solve_only))
 
 
-def _calibrated(args: argparse.Namespace) -> int:
-    """Sequences at the head of the dataset that were, or will be, calibrated with."""
+def _seen(args: argparse.Namespace, prefix: int) -> int:
+    """Sequences at the head of the dataset, `prefix` tokens of each its prefix, that --scores saw.
+
+    At least so many, where theirs were of another length.
+    """
     if args.scores is None:
-        return int(args.nsamples)
+        return 0
     used = Scores.read(args.scores).data["calibration"]
-    return -(-int(used["nsamples"]) * int(used["seqlen"]) // args.seqlen)
+    count, length = int(used["nsamples"]), int(used["seqlen"])
+    text = args.seqlen - prefix
+    return count if length == args.seqlen or text < 1 else -(-count * length // text)
+
+
+def _first_and_held_out(
+    run: Run, tokenizer: Any, prefix: tuple[int, ...], count: int, before: int, held_count: int
+) -> tuple[Sequences, Sequences]:
+    """The first `count` sequences, and `held_count` others; none where 0 are needed.
+
+    The others are of --eval-dataset, or come after the first `before`.
+    """
+    args, vocab = run.args, run.source.config.get_text_config().vocab_size
+    if args.demo:
+        return _demo_sequences(args, tokenizer, vocab, prefix, count, held_count)
+    sizes = args.seqlen, prefix
+    if args.eval_dataset is not None or not held_count:
+        before = count
+    none = Sequences.none(*sizes)
+    held_out = first = none
+    if before and (count or held_count):
+        after = held_count if args.eval_dataset is None else 0
+        total = before + after
+        pool = read_sequences(args.dataset, tokenizer, vocab, total, *sizes)
+        first, held_out = split(pool, before, after)
+    if args.eval_dataset is not None and held_count:
+        pool = read_sequences(args.eval_dataset, tokenizer, vocab, held_count, *sizes)
+        held_out = split(pool, 0, held_count)[1]
+    return first, held_out
 
 
 def _demo_sequences(
-    args: argparse.Namespace, tokenizer: Any, vocab: int, count: int
+    args: argparse.Namespace,
+    tokenizer: Any,
+    vocab: int,
+    prefix: tuple[int, ...],
+    count: int,
+    held_count: int,
 ) -> tuple[Sequences, Sequences]:
     """Text that every Python has: modules trained on to calibrate, held-out ones to judge."""
     try:
@@ -237,11 +263,10 @@ def _demo_sequences(
         if len(text) > wanted:
             break
     pools = [
-        cut(tokenize(tokenizer, part), args.seqlen, name, vocab)
+        cut(tokenize(tokenizer, part), args.seqlen, name, vocab, prefix)
         for part, name in ((text, "the standard library"), (held_out, "its held-out modules"))
     ]
-    first = split(pools[0], count, 0)[0]
-    return first, split(pools[1], 0, args.eval_nsamples)[1]
+    return split(pools[0], count, 0)[0], split(pools[1], 0, held_count)[1]
 
 
 def _arrangements(run: Run, model: StreamedModel, sequences: Sequences) -> dict[str, Arrangement]:
@@ -271,7 +296,8 @@ def measure(run: Run, model: CausalLM, sequences: Sequences, sha256: str) -> Sco
     args = run.args
     if args.scores is not None:
         scores = Scores.read(args.scores)
-        scores.check(args.scores, run.linears, run.all_schemes, run.scale_modes, sha256)
+        modes, prefix = run.scale_modes, sequences.prefix
+        scores.check(args.scores, run.linears, run.all_schemes, modes, sha256, prefix)
         if args.rotate == "ffn" and not any(scores.rotated(i.name) for i in run.linears):
             raise UsageError(f"{args.scores} was measured without --rotate ffn: measure again")
         return scores
@@ -394,9 +420,9 @@ def _smallest_budget(
         choice = solved.allocation.choice
         if choice not in known:
             candidate = Candidate("optimal", solved.plan, args.correction)
-            ids = text.calibration.ids, text.gate.ids
-            options = args.rounding, *ids, args.batch_size, run.own
-            kls = judge(streamed, run.linears, candidate, *options)[1]
+            ids, how = text.calibration.ids, (args.batch_size, text.gate.judged_from, run.own)
+            texts = args.rounding, ids, text.gate.ids
+            kls = judge(streamed, run.linears, candidate, *texts, *how)[1]
             known[choice] = float(kls.mean())
         kl = known[choice]
         print(f"      {bits / problem.elements:.4f} bits per weight: KL {kl:.4f}", flush=True)
@@ -419,7 +445,8 @@ def refine_plan(run: Run, model: CausalLM, planned: Planned, text: Text) -> None
         return _solve(run, measured, budget, "optimal").allocation.choice
 
     streamed = StreamedModel(model, device=args.device)
-    meters = halves(streamed, problem, text.calibration.ids, args.batch_size)
+    ids, how = text.calibration.ids, (args.batch_size, text.calibration.judged_from)
+    meters = halves(streamed, problem, ids, *how)
     found = refine(problem.items, start.allocation.choice, *meters, solve, args.refine)
     planned.found["refine"] = {"nsamples": [len(m.ids) for m in meters], "rounds": found.rounds}
     if found.plan == start.allocation.choice:
@@ -454,7 +481,8 @@ def _distilled(run: Run, model: CausalLM, name: str, plan: Plan, text: Text) -> 
         model, gradient_dtype(run.source.dtype, args.device), args.device
     )
     sizes = args.distill, args.batch_size, args.seed
-    enough = enough_text(run.source.load().to(args.device), ids, *sizes)
+    prefix = text.calibration.prefix
+    enough = enough_text(run.source.load().to(args.device), ids, *sizes, prefix)
     learned = distill(differentiated, run.linears, recipes, rounded, enough, *sizes)
     learned = dict(learned) | own
     how = {"distilled": args.distill, "written_sequences": len(enough) - len(ids)}
@@ -468,10 +496,10 @@ def round_plans(run: Run, model: CausalLM, plans: dict[str, Plan], text: Text) -
     learned = [_tuned(run, name, plan, text)] if args.tune else []
     learned += [_distilled(run, model, name, plan, text)] if args.distill else []
     if len(plans) > 1:
-        ids = text.calibration.ids, text.gate.ids
+        texts = args.rounding, text.calibration.ids, text.gate.ids
         found = learned + candidates(plans, args.rounding, args.correction)
-        options = args.rounding, *ids, args.batch_size, run.own
-        return choose(streamed, run.linears, found, *options)
+        how = args.batch_size, text.gate.judged_from, run.own
+        return choose(streamed, run.linears, found, *texts, *how)
     for candidate in learned[-1:]:
         return Choice(candidate, candidate.learned or {}, [])
     rounded = round_model(

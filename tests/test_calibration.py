@@ -76,7 +76,8 @@ def test_the_same_ids_have_the_same_hash() -> None:
     ids = torch.arange(6).reshape(2, 3)
     expected = hashlib.sha256(np.arange(6, dtype="<i8").tobytes()).hexdigest()
     described = Sequences(ids, "here").describe()
-    assert described == {"source": "here", "nsamples": 2, "seqlen": 3, "sha256": expected}
+    counts = {"nsamples": 2, "seqlen": 3, "prefix": []}
+    assert described == {"source": "here", **counts, "sha256": expected}
     assert Sequences(ids + 1, "here").sha256 != expected
 
 

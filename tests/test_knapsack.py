@@ -11,7 +11,7 @@ import pytest
 from test_allocate import brute_force, close, random_items
 
 from mixbits import knapsack
-from mixbits.allocate import Item, allocate, as_items, optimal
+from mixbits.allocate import Item, allocate, as_items, optimal, total
 from mixbits.knapsack import Items, Relaxation
 
 
@@ -105,6 +105,61 @@ def test_giving_up_leaves_a_plan_and_a_true_bound(
         proofs.append(found.proven)
     assert not all(proofs)
     assert sum(proofs) > 100  # most small instances need no more
+
+
+def wide_items(rng: random.Random) -> list[Item]:
+    """Up to 7 items whose losses span up to 24 decades, at costs that divide well or not at all."""
+    kind, items = rng.randint(0, 3), []
+    for index in range(rng.randint(1, 7)):
+        options = range(rng.randint(1, 5))
+        scale = rng.choice([1e-3, 1.0, 1e6])
+        losses = [
+            scale * rng.random() if kind == 0 else 10 ** rng.uniform(-12, 12) * (rng.random() < 0.9)
+            for _ in options
+        ]
+        costs = [[rng.randint(1, 10**6), 4096 * rng.randint(1, 64)][kind > 1] for _ in options]
+        if kind == 3:  # as plans are: the dearer, the better
+            costs, losses = sorted(costs), sorted(losses, reverse=True)
+        items.append(Item(str(index), tuple(costs), tuple(losses)))
+    return items
+
+
+def least_loss(items: list[Item], budget: int) -> float:
+    """`brute_force` in numpy, at once for all plans."""
+    costs, losses = np.zeros(1, np.int64), np.zeros(1)
+    for item in items:
+        costs = (costs[:, None] + np.array(item.costs)).ravel()
+        losses = (losses[:, None] + np.array(item.losses)).ravel()
+    return float(losses[costs <= budget].min())
+
+
+# The largest of these losses, which no good plan has, once hid what the others differ by.
+HIDDEN = [
+    Item("a", (8192, 241664), (0.001, 0.000750465686542124)),
+    Item(
+        "b",
+        (4096, 4096, 20480, 794624),
+        (0.0, 957282.2068102208, 287847.56140988757, 10995.238516877114),
+    ),
+    Item("c", (12288, 1007616), (3.0, 0.31773784633167634)),
+]
+
+
+def test_proven_is_within_a_billionth_of_the_plan_whatever_else_is_lost() -> None:
+    cases = [(HIDDEN, 382231)]
+    for seed in range(1500):
+        rng = random.Random(seed)
+        items = wide_items(rng)
+        cases.append((items, rng.randint(*as_items(items).cost_range())))
+    for items, budget in cases:
+        found, best = allocate(items, budget), least_loss(items, budget)
+        assert found.proven and found.cost <= budget
+        assert found.loss <= best * (1 + 1e-9), (items, budget)
+        assert found.lower_bound <= best * (1 + 1e-12), (items, budget)
+        lifted = [Item(i.name, i.costs, tuple(x - max(i.losses) for x in i.losses)) for i in items]
+        assert total(items, allocate(lifted, budget).choice)[1] <= best + 1e-9 * sum(
+            max(i.losses) for i in items
+        )
 
 
 def test_equal_slopes_of_one_item_are_one_step() -> None:

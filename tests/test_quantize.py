@@ -198,8 +198,12 @@ def test_held_out_text_follows_what_the_scores_were_measured_on(
     assert run("--avg-bits", 5, "--nsamples", 9) == 0
     scores = tmp_path / "out" / "scores.json"
     assert run("--avg-bits", 5, "--nsamples", 2, "--scores", scores, out="b") == 0
-    a, b = (read(tmp_path / x / "report.json")["evaluation"]["held_out"] for x in ("out", "b"))
-    assert a["sha256"] == b["sha256"] and a["kl"] == b["kl"]
+    assert run("--avg-bits", 5, "--nsamples", 9, "--scores", scores, out="c") == 0
+    a, b, c = (read(tmp_path / x / "report.json") for x in ("out", "b", "c"))
+    held = [x["evaluation"]["held_out"] for x in (a, b, c)]
+    assert held[0]["sha256"] == held[1]["sha256"] == held[2]["sha256"]
+    assert [x["rounding"]["nsamples"] for x in (a, b, c)] == [9, 2, 9]
+    assert held[0]["kl"] == held[2]["kl"] != held[1]["kl"]
 
 
 def test_an_edited_plan_is_applied(run: Callable[..., int], tmp_path: Path) -> None:
@@ -340,18 +344,46 @@ def test_arranged_columns(
     assert all(torch.equal(again[name], stored[name]) for name in stored)
 
 
+PAGES = ("report.html", "README.md")
+
+
 @pytest.mark.parametrize("rounding", ["rtn", "gptq"])
 def test_a_plan_can_be_applied_to_a_fake_model(
-    rounding: str, run: Callable[..., int], tmp_path: Path
+    rounding: str, run: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run("--avg-bits", 6, "--rotate", "ffn", "--rounding", rounding) == 0
     plan = ["--plan", tmp_path / "out" / "plan.json", "--fake", "--rounding", rounding]
     assert run(*plan, out="fake") == 0
     packed, fake = (read(tmp_path / out / "report.json") for out in ("out", "fake"))
     assert fake["reached"] == packed["reached"]
-    # The plain model's activations are not rounded.
+    # Scored with activations rounded, as the packed model runs; rotated weights are bfloat16 there.
     kl = [r["evaluation"]["held_out"]["kl"] for r in (fake, packed)]
-    assert 0 < kl[0] < 1.5 * kl[1]
+    assert kl[0] == pytest.approx(kl[1], rel=0.1)
+    told = [r["evaluation"].get("scored") for r in (fake, packed)]
+    assert told == ["fake, activations rounded", None]
+    for text in (capsys.readouterr().out, *((tmp_path / "fake" / n).read_text() for n in PAGES)):
+        assert told[0] in text
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3_moe"])
+@pytest.mark.parametrize("granularity", ["layer", "slab"])
+def test_fake_is_scored_as_the_packed_model_is(
+    kind: str, granularity: str, run: Callable[..., int], tmp_path: Path
+) -> None:
+    model = make_model(tmp_path / "model", kind)
+    options = ("--rounding", "rtn", "--granularity", granularity)
+    kl = {}
+    for schemes in ("MXFP4,MXFP8", "MXFP4A16,MXFP8A16"):
+        for how in ([], ["--fake"]):
+            words = ("--avg-bits", 5, "--schemes", schemes, *options, *how, "--overwrite")
+            assert run(*words, model=model) == 0
+            evaluation = read(tmp_path / "out" / "report.json")["evaluation"]
+            kl[schemes, bool(how)] = evaluation["held_out"]["kl"]
+            told = "rounded" if schemes.endswith("8") else "in 16 bits"
+            assert evaluation.get("scored") == (f"fake, activations {told}" if how else None)
+        assert kl[schemes, True] == pytest.approx(kl[schemes, False], rel=0.02)
+    both = kl["MXFP4,MXFP8", True], kl["MXFP4A16,MXFP8A16", True]
+    assert both[0] > 1.1 * both[1]  # rounded activations show
 
 
 def test_scores_without_rotation_serve_no_rotated_plan(

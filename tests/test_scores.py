@@ -100,6 +100,28 @@ def test_scores_of_something_else_are_refused(arguments: Any, message: str, path
         Scores.read(path).check(path, *arguments)
 
 
+def test_scale_modes_count_for_schemes_that_have_them(path: Path) -> None:
+    integers, weights_only = [parse_scheme("W4A16")], [parse_scheme("MXFP4A16", "floor", "even")]
+    found = Scores.read(path)
+    found.check(path, LINEARS, integers, ("rceil", "even"), SHA)
+    with pytest.raises(UsageError, match="no scores for MXFP4A16"):  # and not of activations' mode
+        found.check(path, LINEARS, weights_only, ("floor", "even"), SHA)
+    with pytest.raises(UsageError, match="scale modes floor"):
+        found.check(path, LINEARS, weights_only, ("even", "floor"), SHA)
+
+
+def test_scores_know_what_their_sequences_began_with(path: Path) -> None:
+    old = Scores.read(path)  # of a version that knew no prefix
+    old.check(path, LINEARS, SCHEMES, MODES, SHA, ())
+    with pytest.raises(UsageError, match=r"begin with nothing, .* tokens \[2\] here.*--no-bos"):
+        old.check(path, LINEARS, SCHEMES, MODES, SHA, (2,))
+    new = Scores({**old.data, "calibration": {**old.data["calibration"], "prefix": [2]}})
+    new.check(path, LINEARS, SCHEMES, MODES, SHA, (2,))
+    new.check(path, LINEARS, SCHEMES, MODES, SHA)
+    with pytest.raises(UsageError, match=r"begin with tokens \[2\], .* nothing here: measure"):
+        new.check(path, LINEARS, SCHEMES, MODES, SHA, ())
+
+
 def test_json_for_people_is_json() -> None:
     data = {
         "rows": [{"a": [1, 2.5]}, {"b": []}, "@list0@", [["x", [3]]]],

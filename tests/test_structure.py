@@ -36,7 +36,7 @@ LAYERS = [
     {"experts"},
     {"ops"},
     {"backends"},
-    {"folding"},
+    {"folding", "scale_range"},
     {"pack", "rounding"},
     {"reference"},
     {"model", "attention", "cache", "staging"},

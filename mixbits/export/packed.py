@@ -246,7 +246,12 @@ class Carrier:
     def _cast(self, name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
         cast = value.to(dtype)
         if dtype != value.dtype and not torch.equal(cast.double(), value.double()):
+            kind, error = str(dtype).removeprefix("torch."), relative_error(value, cast)
             if not torch.isfinite(cast).all():
-                raise UsageError(f"{name} is too large for {str(dtype).removeprefix('torch.')}")
-            self.losses[name] = relative_error(value, cast)
+                raise UsageError(f"{name} is too large for {kind}")
+            if error > torch.finfo(dtype).eps and not self.lossy:
+                raise UsageError(
+                    f"{name} is too small for {kind}: pass --lossy, or another --dtype"
+                )
+            self.losses[name] = error
         return cast
