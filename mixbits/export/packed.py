@@ -10,11 +10,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from ..arrange import arrangement_of
-from ..checkpoint import TensorSpec, check_files, plain_dtype
+from ..checkpoint import Stock, TensorSpec, check_files, plain_dtype
 from ..formats import Assignment, Format, Mixed, Recipe, Scheme, UsageError
 from ..linear import pack_weight, packed_values
 from ..model import (
@@ -52,7 +51,7 @@ class PackedModel:
     linears: Mapping[str, LinearInfo]
     recipes: Assignment
     specs: Mapping[str, TensorSpec]
-    files: Mapping[str, Path]
+    stock: Stock
     carried: Sequence[str] = ()  # tensors that the model's class does not take, as they came
 
     @classmethod
@@ -61,15 +60,15 @@ class PackedModel:
         config = read_config(folder)
         recipes, source = config.recipes(), open_source(str(folder), quantized=True)
         shapes = meta_model(source.config)
-        specs = check_files(shapes, recipes, source.weight_files(), config.to_dict())
+        stock = check_files(shapes, recipes, source.weight_files(), config.to_dict())
         linears = find_linears(shapes, include_head=True)
-        files = {}
-        for path in source.weight_files():
-            with safe_open(path, framework="pt") as file:
-                files.update(dict.fromkeys(file.keys(), path))
         infos = {info.name: info for info in linears}
-        carried = [name for name in getattr(config, "carried", None) or () if name in files]
-        return cls(folder, shapes, infos, recipes, {s.name: s for s in specs}, files, carried)
+        carried = list(getattr(config, "carried", None) or ())
+        specs = {s.name: s for s in stock.specs if not s.as_stored or s.name in set(carried)}
+        for name in stock.left.groups if stock.left else ():  # plain again, as for any other engine
+            shape = tuple(shapes.state_dict()[name].shape)
+            specs[name] = TensorSpec(name, plain_dtype(folder), shape)
+        return cls(folder, shapes, infos, recipes, specs, stock, carried)
 
     @property
     def config_json(self) -> dict[str, Any]:
@@ -124,9 +123,10 @@ class PackedModel:
         return [name for name in names if name not in self.recipes]
 
     def tensor(self, name: str) -> Tensor:
-        with safe_open(self.files[name], framework="pt") as file:
-            value: Tensor = file.get_tensor(name)
-        return value
+        left = self.stock.left
+        if left is not None and name in left.groups:
+            return left.tensor(name)
+        return self.stock.files.read(name)
 
     def packed(self, name: str) -> list[Packed]:
         """The parts of a linear: one, or those of its segments."""
@@ -156,9 +156,8 @@ class PackedModel:
         if stored.endswith(".weight_plain"):
             return self.tensor(stored)
         _, expert, projection = split_expert_name(name)
-        with safe_open(self.files[stored], framework="pt") as file:
-            stacked = SimpleNamespace(**{stored.rpartition(".")[2]: file.get_slice(stored)})
-            return expert_slice(stacked, expert, projection)
+        stacked = SimpleNamespace(**{stored.rpartition(".")[2]: self.tensor(stored)})
+        return expert_slice(stacked, expert, projection)
 
     def _ordered(self, name: str) -> Recipe:
         recipe = self.recipes[name]
