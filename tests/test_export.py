@@ -22,6 +22,7 @@ from mixbits.export.packed import Carrier, PackedModel
 from mixbits.formats import Format, Mixed, Scheme, parse_scheme
 from mixbits.pack import pack
 from mixbits.targets import TARGETS, fit
+from mixbits.weights import Files
 
 FORMATS = [
     Format("e2m1", 32),
@@ -232,9 +233,12 @@ def with_tensors(folder: Path, tensors: dict[str, Tensor]) -> PackedModel:
         for name, value in tensors.items()
         if name in specs
     }
-    files = {**model.files, **dict.fromkeys(tensors, path)}
+    files, others = Files(model.stock.files.paths), Files([path])
+    files.places |= others.places
+    files.headers |= others.headers
     carried = [name for name in tensors if name not in specs]
-    return replace(model, specs=specs, files=files, carried=carried)
+    stock = replace(model.stock, files=files)
+    return replace(model, specs=specs, stock=stock, carried=carried)
 
 
 def written(folder: Path, model: PackedModel, writer: Any, name: str, dtype: torch.dtype) -> None:
