@@ -229,11 +229,11 @@ def cut(
     What is left over is dropped. Raises UsageError for ids outside the model's vocabulary, and
     where the prefix leaves no room for text.
     """
-    taken = torch.cat([stream, torch.tensor(prefix, dtype=torch.int64)])
-    if len(taken) and not 0 <= int(taken.min()) <= int(taken.max()) < vocab_size:
+    ends = [*prefix, *([int(stream.min()), int(stream.max())] if len(stream) else [])]
+    if ends and not 0 <= min(ends) <= max(ends) < vocab_size:
         raise UsageError(
             f"token ids must be in 0..{vocab_size - 1}, the model's vocabulary: got "
-            f"{int(taken.min())}..{int(taken.max())} ({source}); is it another model's tokenizer?"
+            f"{min(ends)}..{max(ends)} ({source}); is it another model's tokenizer?"
         )
     length = seqlen - len(prefix)
     if length < 1:
@@ -257,27 +257,19 @@ def cut(
     return Sequences(torch.cat([before, texts], 1), source, prefix)
 
 
-def split(
-    pool: Sequences, nsamples: int, held_out: int, before: int | None = None
-) -> tuple[Sequences, Sequences]:
-    """The first `nsamples` sequences, and the next `held_out`, or those after the first `before`.
-
-    Raises UsageError if there are too few.
-    """
+def split(pool: Sequences, nsamples: int, held_out: int) -> tuple[Sequences, Sequences]:
+    """The first `nsamples` sequences, and the next `held_out`. Raises UsageError if too few."""
     have, seqlen = pool.ids.shape
-    before = nsamples if before is None else before
-    needed = before + held_out if held_out else nsamples
-    if have < needed:
+    if have < nsamples + held_out:
         what = f"{nsamples} for calibration" if nsamples else ""
         what += (" and " if what and held_out else "") + (
             f"{held_out} held out" if held_out else ""
         )
-        what += f" after {before}" if held_out and before != nsamples else ""
         raise UsageError(
-            f"need {needed} sequences of {seqlen} tokens ({what}): got {have} from "
+            f"need {nsamples + held_out} sequences of {seqlen} tokens ({what}): got {have} from "
             f"{pool.source}; give more text, or lower --nsamples, --eval-nsamples or --seqlen"
         )
-    return pool[:nsamples], pool[before : before + held_out]
+    return pool[:nsamples], pool[nsamples : nsamples + held_out]
 
 
 def read_sequences(

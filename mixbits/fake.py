@@ -135,6 +135,7 @@ def round_weights(
         else:
             arranged = fake_weight(weight, recipe)
         plain = arrangement.restore(arranged.to(weight.device)).to(weight.dtype)
+        check_finite(f"{info.name}, rounded, as {str(weight.dtype).removeprefix('torch.')}", plain)
         if info.is_expert:
             weight.data.copy_(plain)
         else:  # a new parameter, so that a tied embedding keeps its own values

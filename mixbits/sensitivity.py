@@ -196,10 +196,13 @@ def _check_reached(linears: Sequence[LinearInfo], reached: Collection[str]) -> N
     for active, experts in _idle_experts(linears, reached):
         idle += experts * (not active)
     if idle:
+        parent, leaf = idle[0].rsplit(".", 1)
+        alone = all(i.is_expert for i in linears if i.name == idle[0])
+        pattern = f"{parent.rpartition('.')[0]}.*" if alone else f"*.{leaf}"
         raise UsageError(
             f"linears must be called to be measured: got {len(idle)} that no token of the text "
             "reached, or whose weights the model uses in another way; take more text, or leave "
-            f"them as they are: --ignore '*.{idle[0].rpartition('.')[2]}' ({idle[0]})"
+            f"them as they are: --ignore '{pattern}' ({idle[0]})"
         )
 
 

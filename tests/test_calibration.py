@@ -119,12 +119,19 @@ def _pickle(path: Path) -> None:
     np.save(path, np.array([{"a": 1}], dtype=object), allow_pickle=True)
 
 
+_SHAPE = b"{'descr': '<i8', 'fortran_order': False, 'shape': (1000000000000,), }"
+HUGE = b"\x93NUMPY\x01\x00" + (118).to_bytes(2, "little") + _SHAPE.ljust(117) + b"\n"
 BROKEN: dict[str, tuple[str, Any, str]] = {
     "empty npy": ("a.npy", b"", "cannot read token ids"),
     "not npy": ("a.npy", b"text", "cannot read token ids"),
     "pickle": ("a.npy", _pickle, "cannot read token ids"),
     "npz": ("a.npy", _npz, "cannot read token ids"),
     "float npy": ("a.npy", lambda p: np.save(p, np.ones(3)), "must be integers: got float64"),
+    "no zip": ("a.npy", b"PK\x03\x04" + bytes(500), "cannot read token ids"),
+    "tebibytes": ("a.npy", HUGE, "cannot read token ids"),
+    "deep json": ("a.json", b"[" * 100_000, "cannot read token ids"),
+    "long integer": ("a.jsonl", b'{"n": ' + b"9" * 5000 + b', "text": ""}', "field 'text'.*line 1"),
+    "deep jsonl": ("a.jsonl", b"[" * 100_000, "with a field 'text'.*line 1"),
     "not json": ("a.json", b"[1, 2", "cannot read token ids"),
     "object": ("a.json", b'{"ids": [1]}', "cannot read token ids"),
     "string": ("a.json", b'"abc"', "cannot read token ids"),
@@ -185,3 +192,32 @@ def test_a_hub_dataset_without_text(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", fake)
     with pytest.raises(UsageError, match=r"no column 'text' but \['id', 'prompt'\]"):
         read("someone/some")
+
+
+def test_rows_of_a_hub_dataset_without_text_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows: list[dict[str, Any]] = [{"text": None}, {"text": "one"}, {"text": None}, {"text": "two"}]
+    fake = SimpleNamespace(load_dataset=lambda *_, **__: iter(rows))
+    monkeypatch.setitem(sys.modules, "datasets", fake)
+    assert as_text(read("someone/some")) == "one\n\ntwo"
+    rows.append({"text": ["three"]})
+    with pytest.raises(UsageError, match=r"column 'text' of dataset .* must hold text: got list"):
+        read("someone/some")
+
+
+def test_half_a_surrogate_pair_is_no_character(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "good \\ud83d!"}\n{"text": "\\ud83d\\ude00"}\n')
+    assert as_text(read(path)) == "good \ufffd!\n\n\U0001f600"
+
+
+def test_text_that_repeats_its_own_beginning_is_read_far_enough(tmp_path: Path) -> None:
+    class Marked(Letters):
+        def __call__(self, text: str, add_special_tokens: bool, verbose: bool) -> Any:
+            ids = [ord(c) for c in text]
+            return {"input_ids": [ord("^"), *ids] if add_special_tokens else ids}
+
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(json.dumps({"text": "^" * 400 + "ab"}) for _ in range(50)))
+    first, held = load_sequences(str(path), Marked(), 256, 20, 5, 5)
+    assert as_text(first.ids[0].tolist()) == "^ab\n\n"
+    assert len(first.ids) == 20 and len(held.ids) == 5

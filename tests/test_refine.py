@@ -99,6 +99,20 @@ def test_what_is_not_finite_is_named() -> None:
         marginals(items, (0, 0), lambda plans: [float("nan") if p[1] else 1.0 for p in plans])
 
 
+def test_units_that_the_text_does_not_reach_keep_what_was_predicted() -> None:
+    items = [
+        Item("reached", (1, 2, 3), (0.4, 0.2, 0.0)),
+        Item("idle", (1, 2), (0.6, 0.1)),
+        Item("fixed", (5,), (9.0,)),
+    ]
+    measured = {0: 1.8, 1: 1.4, 2: 1.0}  # twice what was predicted, of the first unit alone
+    found = marginals(items, (2, 1, 0), lambda plans: [measured[plan[0]] for plan in plans])
+    assert found[0].losses == pytest.approx((0.8, 0.4, 0.0))
+    assert found[1].losses == pytest.approx((1.0, 0.0)) and found[2].losses == (0.0,)
+    alone = marginals(items[1:], (1, 0), lambda plans: [1.0 for _ in plans])
+    assert alone[0].losses == pytest.approx((0.5, 0.0))
+
+
 class Quadratic:
     """KL of plans with interactions, and the knapsack; what was measured is kept."""
 

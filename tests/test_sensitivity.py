@@ -324,3 +324,74 @@ def test_a_linear_that_is_never_called_is_named(tmp_path, method):
         UsageError, match=r"--ignore '\*\.unused' \(model.layers.1.self_attn.unused"
     ):
         measure(StreamedModel(model), find_linears(model), SCHEMES[:1], ids, method)
+
+
+def _never_routed(model, expert):
+    """A router whose logits are steered, so that `expert` is never chosen; the model itself."""
+    for module in model.modules():
+        if type(module).__name__ == "Qwen3MoeTopKRouter":
+            plain = module.forward
+
+            def steered(hidden, *args, _plain=plain, _module=module):
+                logits = torch.nn.functional.linear(hidden, _module.weight)
+                logits[..., expert] = -torch.inf
+                top, index = logits.softmax(-1).topk(_module.top_k, dim=-1)
+                return logits, (top / top.sum(-1, keepdim=True)).to(hidden.dtype), index
+
+            module.forward = steered
+    return model
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_experts_that_no_token_reached_cost_what_the_others_do(tmp_path, method):
+    source, ids = _tiny(tmp_path, "qwen3_moe")
+    model = _never_routed(source.load(), expert=2)
+    linears = find_linears(model)
+    scores = measure(StreamedModel(model), linears, SCHEMES, ids, method)
+    for info in linears:
+        if not info.is_expert or ".2." not in info.name.partition("experts")[2]:
+            continue
+        others = [info.name.replace("experts.2", f"experts.{n}") for n in (0, 1, 3)]
+        for scheme in SCHEMES:
+            if scheme.weight is None:
+                continue
+            own = scores[info.name][scheme.name]
+            rest = [scores[name][scheme.name] for name in others]
+            assert min(own) > 0  # every slab of them, not only the sum
+            assert min(map(sum, rest)) * 0.5 < sum(own) < max(map(sum, rest)) * 2
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_experts_of_which_none_was_reached_are_named(tmp_path, method):
+    source, ids = _tiny(tmp_path, "qwen3_moe")
+    model = _never_routed(source.load(), expert=2)
+    only = [i for i in find_linears(model) if not i.is_expert or ".experts.2." in i.name]
+    with pytest.raises(UsageError, match=r"got 6 that no token .*experts\.2\.gate_proj\)"):
+        measure(StreamedModel(model), only, SCHEMES[:1], ids, method)
+
+
+def test_columns_of_an_idle_expert_have_an_order(tmp_path):
+    source, ids = _tiny(tmp_path, "qwen3_moe")
+    model = _never_routed(source.load(), expert=2)
+    linears = find_linears(model)
+    name = "model.layers.0.mlp.experts.2.down_proj"
+    readers = [[i] for i in linears if i.name == name]
+    order = sorted_columns(StreamedModel(model), linears, readers, SCHEMES[0], ids)[name].order
+    assert sorted(order.tolist()) == list(range(48)) != order.tolist()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_linear_whose_output_goes_nowhere_is_named(tmp_path, method):
+    source, ids = _tiny(tmp_path)
+    model = source.load()
+    attention = model.model.layers[1].self_attn
+    attention.aside = torch.nn.Linear(64, 64, dtype=torch.bfloat16)
+    plain = attention.forward
+
+    def forward(hidden_states, *args, **kwargs):
+        attention.aside(hidden_states)
+        return plain(hidden_states, *args, **kwargs)
+
+    attention.forward = forward
+    with pytest.raises(UsageError, match=r"--ignore '\*\.aside'"):
+        measure(StreamedModel(model), find_linears(model), SCHEMES[:1], ids, method)
