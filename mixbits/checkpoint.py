@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .experts import expert_bias, layout_of
 from .formats import Assignment, Mixed, UsageError
 from .linear import pack_recipe, recipe_tensors
 from .model import (
@@ -39,6 +40,7 @@ from .model import (
 )
 from .pack import LAYOUT, Rounded, recipe_spec
 from .recipes import describe
+from .recognise import MAKERS
 from .scores import read_object
 from .source import Source
 
@@ -90,8 +92,13 @@ def tensor_specs(
         if left and split_expert_name(info.name)[0] in split_modules:
             shape = (info.out_features, info.in_features)
             specs.append(TensorSpec(f"{info.name}.weight_plain", dtype, shape, info))
+    layouts = {name: layout_of(model.get_submodule(name)) for name in split_modules}
+    for info in linears:  # biases of experts go with their weights
+        layout = layouts.get(split_expert_name(info.name)[0]) if info.is_expert else None
+        if layout is not None and layout.biased:
+            specs.append(TensorSpec(f"{info.name}.bias", dtype, (info.out_features,), info))
     gone = {f"{name}.weight" for name in packed} | _tied_copies(model)
-    gone |= {f"{m}.{p}" for m in split_modules for p in ("gate_up_proj", "down_proj")}
+    gone |= {f"{m}.{p}" for m, layout in layouts.items() if layout for p in layout.stacks}
     for name, tensor in model.state_dict().items():
         if name not in gone:
             kind = dtype if tensor.is_floating_point() else tensor.dtype
@@ -180,9 +187,10 @@ def _tensors(
             out[spec.name] = value.to(spec.dtype).contiguous()
             continue
         weight = weight_of(model, spec.linear).detach()
-        if spec.name.endswith(".weight_plain"):
-            weight = weight if order is None else weight[order]
-            out[spec.name] = weight.to(spec.dtype).contiguous()
+        if spec.name.endswith((".weight_plain", ".bias")):
+            value = weight if spec.name.endswith(".weight_plain") else _bias_of(model, spec.linear)
+            value = value if order is None else value[order]
+            out[spec.name] = value.to(spec.dtype).contiguous()
             continue
         recipe = assignment[owner]
         packed = rounded[owner] if owner in rounded else pack_recipe(owner, weight, recipe)
@@ -193,6 +201,14 @@ def _tensors(
     return out
 
 
+def _bias_of(model: nn.Module, info: LinearInfo) -> Tensor:
+    """The [N] bias of an expert's linear."""
+    module, expert, projection = split_expert_name(info.name)
+    bias = expert_bias(model.get_submodule(module), expert, projection)
+    assert bias is not None
+    return bias.detach()
+
+
 def _row_orders(assignment: Assignment) -> dict[str, Tensor]:
     """Linear -> order of its rows, where the order of another's columns is folded into them."""
     orders: dict[str, Tensor] = {}
@@ -200,7 +216,7 @@ def _row_orders(assignment: Assignment) -> dict[str, Tensor]:
         if isinstance(recipe, Mixed) and recipe.folded and recipe.order is not None:
             parent = name.rpartition(".")[0]
             order = torch.tensor(recipe.order)
-            orders |= {f"{parent}.{leaf}": order for leaf in ("gate_proj", "up_proj")}
+            orders |= {f"{parent}.{leaf}": order for leaf in MAKERS}
     return orders
 
 
@@ -367,7 +383,7 @@ def check_files(
     shape; or that says that values are not those that were written.
     """
     folder = files[0].parent
-    linears = find_linears(model, include_head=True)
+    linears = find_linears(model, include_head=True, by_use=False)
     unknown = sorted(set(recipes) - {info.name for info in linears})
     if unknown:
         raise UsageError(

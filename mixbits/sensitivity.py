@@ -46,13 +46,10 @@ from tqdm import tqdm
 from . import ops
 from .arrange import Arrangement
 from .formats import MX_GROUP, Format, Scheme, UsageError
-from .model import LinearInfo, split_expert_name, weight_of
+from .model import LinearInfo, weight_of
 from .probing import probed
 from .streaming import Progress, StreamedModel
 
-# Linears whose outputs later tokens read, by the last part of their names.
-READ_LATER = {"k_proj", "v_proj", "qkv_proj", "query_key_value", "c_attn"}
-READ_LATER |= {"kv_a_proj_with_mqa", "kv_b_proj"}  # of DeepSeek
 # So many sequences err in their sampling as much as taking tokens for independent does: by half.
 PRIOR_SEQUENCES = 8
 LABEL_CHUNK = 512  # tokens whose probabilities are held at once while labels are drawn
@@ -168,11 +165,10 @@ def _fill_idle_experts(linears: Sequence[LinearInfo], moments: dict[str, _Moment
 
     Otherwise they would look free of charge, and any text outside the calibration would pay.
     """
-    groups: dict[tuple[str, str], list[str]] = {}
+    groups: dict[str, list[str]] = {}
     for info in linears:
-        if info.is_expert:
-            module, _, projection = split_expert_name(info.name)
-            groups.setdefault((module, projection), []).append(info.name)
+        if info.peers is not None:
+            groups.setdefault(info.peers, []).append(info.name)
     for names in groups.values():
         active = [moments[n] for n in names if moments[n].tokens]
         idle = [n for n in names if not moments[n].tokens]
@@ -180,13 +176,21 @@ def _fill_idle_experts(linears: Sequence[LinearInfo], moments: dict[str, _Moment
 
 
 def _check_called(linears: Sequence[LinearInfo], called: Collection[str]) -> None:
-    """Raises UsageError for a linear that the model never called: it would look free of charge."""
-    idle = [i.name for i in linears if not i.is_expert and i.name not in called]
+    """Raises UsageError for a linear that the model never called: it would look free of charge.
+
+    An expert may be idle if one of its peers is not.
+    """
+    seen = {i.peers for i in linears if i.name in called}
+    idle = [
+        i.name for i in linears if i.name not in called and (i.peers is None or i.peers not in seen)
+    ]
     if idle:
+        leaves = dict.fromkeys(name.rpartition(".")[2] for name in idle)
+        options = " ".join(f"--ignore '*.{leaf}'" for leaf in leaves)
         raise UsageError(
             f"linears must be called to be measured: got {len(idle)} that no token of the text "
             "reached, or whose weights the model uses in another way; take more text, or leave "
-            f"them as they are: --ignore '*.{idle[0].rpartition('.')[2]}' ({idle[0]})"
+            f"them as they are: {options} ({idle[0]})"
         )
 
 
@@ -240,12 +244,13 @@ def _collect(
     moments = {info.name: _Moments() for info in linears}
     activations = list(dict.fromkeys(s.activation for s in schemes if s.activation is not None))
     spread = [s for s in schemes if s.weight is not None]
+    remembered = {info.name for info in linears if info.remembered}
 
     def probe(name: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if name not in moments or not torch.is_grad_enabled():  # an expert may be left alone
             return torch.nn.functional.linear(x, weight, bias)
         arrangement = arrangements.get(name, Arrangement())
-        is_read_later = x.dim() == 3 and name.rpartition(".")[2] in READ_LATER
+        is_read_later = x.dim() == 3 and name in remembered
         how = activations, arrangement, spread if is_read_later else []
         out: Tensor = _FisherLinear.apply(x, weight, bias, moments[name], *how)
         return out

@@ -15,18 +15,18 @@ from torch import Tensor, nn
 
 from ..arrange import arrangement_of
 from ..checkpoint import TensorSpec, check_files, plain_dtype, tensor_specs
+from ..experts import STANDARD, expert_slice, layout_of
 from ..formats import Assignment, Format, Mixed, Recipe, Scheme, UsageError
 from ..linear import pack_weight, packed_values
 from ..model import (
     CausalLM,
     LinearInfo,
-    expert_slice,
     find_linears,
-    is_router,
     meta_model,
     split_expert_name,
 )
 from ..pack import Packed
+from ..recognise import is_router_name
 from ..source import open_source
 from ..targets import Fit
 from ..transformers_quantizer import read_config
@@ -61,7 +61,7 @@ class PackedModel:
         recipes, source = config.recipes(), open_source(str(folder), quantized=True)
         shapes = meta_model(source.config)
         check_files(shapes, recipes, source.weight_files(), config.to_dict())
-        linears = find_linears(shapes, include_head=True)
+        linears = find_linears(shapes, include_head=True, by_use=False)
         specs = tensor_specs(shapes, linears, recipes, plain_dtype(folder))
         files = {}
         for path in source.weight_files():
@@ -77,19 +77,27 @@ class PackedModel:
 
     @property
     def plain(self) -> dict[str, TensorSpec]:
-        """The tensors that are not packed, by name; none of experts."""
-        stacks = {f"{m}.{n}" for m in self.experts for n in ("gate_up_proj", "down_proj")}
+        """The tensors that are not packed, by name; none of experts that may be taken apart."""
+        stacks = {f"{m}.{n}" for m in self.experts for n in STANDARD.stacks}
         specs = (s for s in self.specs.values() if s.linear is None and s.name not in stacks)
         return {spec.name: spec for spec in specs}
 
     @property
     def experts(self) -> dict[str, list[str]]:
-        """Experts module -> its linears, packed and not."""
+        """Experts module -> its linears, packed and not.
+
+        None of those that are left alone in another layout than usual: nobody takes them apart.
+        """
         found: dict[str, list[str]] = {}
         for info in self.linears.values():
             if info.is_expert:
                 found.setdefault(split_expert_name(info.name)[0], []).append(info.name)
-        return found
+        return {
+            module: members
+            for module, members in found.items()
+            if layout_of(self.shapes.get_submodule(module)) == STANDARD
+            or any(name in self.recipes for name in members)
+        }
 
     def stored_name(self, name: str) -> str:
         """What checkpoints, which other loaders read, call what transformers calls `name`."""
@@ -100,7 +108,7 @@ class PackedModel:
     def unpacked_linears(self) -> list[str]:
         """Every `nn.Linear`, router and expert's linear that is left alone, the head among them."""
         modules = dict(self.shapes.named_modules())
-        names = [n for n, m in modules.items() if isinstance(m, nn.Linear) or is_router(n)]
+        names = [n for n, m in modules.items() if isinstance(m, nn.Linear) or is_router_name(n)]
         names += [name for members in self.experts.values() for name in members]
         return [name for name in names if name not in self.recipes]
 
@@ -129,10 +137,12 @@ class PackedModel:
         if f"{name}.weight_plain" in self.specs:
             return self.tensor(f"{name}.weight_plain")
         module, expert, projection = split_expert_name(name)
-        stack = "down_proj" if projection == "down_proj" else "gate_up_proj"
+        layout = layout_of(self.shapes.get_submodule(module))
+        assert layout is not None
+        stack = layout.stack(projection)
         with safe_open(self.files[f"{module}.{stack}"], framework="pt") as file:
             stacked = SimpleNamespace(**{stack: file.get_slice(f"{module}.{stack}")})
-            return expert_slice(stacked, expert, projection)
+            return expert_slice(stacked, expert, projection, layout)
 
     def _ordered(self, name: str) -> Recipe:
         recipe = self.recipes[name]
