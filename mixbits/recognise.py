@@ -24,6 +24,9 @@ _EXPERT_COUNT = re.compile(r"(moe_)?(n|num)_(routed_|local_)?experts")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _SCALES = (1.0, 100.0)  # of inputs
 _TOLERANCE = 1e-4  # float32 sums in another order
+# What was found of modules of a signature.
+_PRODUCTS: dict[Any, tuple[Any, bool]] = {}
+_FOLDS: dict[Any, tuple[Any, bool]] = {}
 
 
 # --- linears ---------------------------------------------------------------------------------
@@ -44,17 +47,43 @@ def linear_weight(module: nn.Module) -> Tensor | None:
 
 def why_not_plain(module: nn.Module) -> str | None:
     """What makes an nn.Linear or Conv1D more than that; None for a plain one."""
-    kind: Any = type(module)
-    own_conv1d = is_conv1d(module) and kind.__module__ == "transformers.pytorch_utils"
-    computes_so = kind.forward is nn.Linear.forward or own_conv1d
-    if not computes_so or "forward" in module.__dict__ or kind.__call__ is not nn.Module.__call__:
-        return "their forward is not that of nn.Linear"
     held = {name for name, value in module._parameters.items() if value is not None}
     if not {"weight"} <= held <= {"weight", "bias"} or module._buffers or module._modules:
         return "they hold more than a weight and a bias"
     if any(getattr(module, hooks) for hooks in _HOOKS):
         return "they have hooks"
+    kind: Any = type(module)
+    is_own = "forward" in module.__dict__ or kind.__call__ is not nn.Module.__call__
+    if is_own or (kind.forward is not nn.Linear.forward and not _computes_a_product(module)):
+        return "they compute something else than nn.Linear"
     return None
+
+
+def _computes_a_product(module: nn.Module) -> bool:
+    """Whether code of its own, with weight and bias alone, gives what nn.Linear gives."""
+    key = signature(module)
+    if key not in _PRODUCTS:
+        _PRODUCTS[key] = [_settings(module)], _try_product(module)
+    return _PRODUCTS[key][1]
+
+
+@torch.no_grad()
+def _try_product(module: nn.Module) -> bool:
+    with suppress(Exception):  # foreign code raises whatever it likes
+        rows, columns = cast("Tensor", linear_weight(module)).shape
+        twin = random_copy(module, small_sizes(rows, columns))
+        weight = cast("Tensor", linear_weight(twin))
+        x = torch.randn(2, 3, weight.shape[1], generator=torch.Generator().manual_seed(1))
+        wanted = [nn.functional.linear(x * scale, weight, twin.bias) for scale in _SCALES]
+        found = [twin(x * scale) for scale in _SCALES]
+        is_narrow = twin.bfloat16()(x.bfloat16()).dtype == torch.bfloat16
+        return is_narrow and same(found, wanted, _TOLERANCE)
+    return False
+
+
+def _settings(module: nn.Module) -> dict[str, Any]:
+    """What a signature knows by its address, to be kept as long as that."""
+    return {k: v for k, v in module.__dict__.items() if not k.startswith("_")}
 
 
 def shared_parameters(model: Any) -> set[str]:
@@ -180,8 +209,6 @@ class Routers:
 
 # --- orders of columns -----------------------------------------------------------------------
 
-_FOLDS: dict[Any, tuple[Any, bool]] = {}  # with settings that a key knows by address
-
 
 def folds(parent: nn.Module, makers: Sequence[str]) -> bool:
     """Whether the columns of `parent`'s READER may be put in any order with the makers' rows.
@@ -191,11 +218,7 @@ def folds(parent: nn.Module, makers: Sequence[str]) -> bool:
     """
     key = (*makers, signature(parent))
     if key not in _FOLDS:
-        settings = [
-            [v for k, v in part.__dict__.items() if not k.startswith("_")]
-            for part in parent.modules()
-        ]
-        _FOLDS[key] = settings, _try_to_fold(parent, makers)
+        _FOLDS[key] = list(map(_settings, parent.modules())), _try_to_fold(parent, makers)
     return _FOLDS[key][1]
 
 
