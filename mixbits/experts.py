@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .twin import random_copy, same, signature, small_sizes
+from .twin import plain_numbers, random_copy, same, signature, small_sizes
 
 # (expert, projection, x [M, K]) -> [M, N]
 ExpertLinear = Callable[[int, str, Tensor], Tensor]
@@ -261,7 +261,7 @@ def _candidates(module: nn.Module, gated: bool, biased: bool) -> Iterator[Layout
             yield Layout(gated, biased, transposed, interleaved, own_gate, routed)
 
 
-@torch.no_grad()
+@plain_numbers()
 def _try_layouts(module: nn.Module, gated: bool, biased: bool) -> Layout | None:
     down = module._parameters["down_proj"]
     if down is None or down.dim() != 3:

@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from .twin import random_copy, same, signature, small_sizes
+from .twin import plain_numbers, random_copy, same, signature, small_sizes
 
 MAKERS = ("gate_proj", "up_proj")  # whose rows are the columns of READER, where it folds
 READER = "down_proj"
@@ -67,7 +67,7 @@ def _computes_a_product(module: nn.Module) -> bool:
     return _PRODUCTS[key][1]
 
 
-@torch.no_grad()
+@plain_numbers()
 def _try_product(module: nn.Module) -> bool:
     with suppress(Exception):  # foreign code raises whatever it likes
         rows, columns = cast("Tensor", linear_weight(module)).shape
@@ -222,7 +222,7 @@ def folds(parent: nn.Module, makers: Sequence[str]) -> bool:
     return _FOLDS[key][1]
 
 
-@torch.no_grad()
+@plain_numbers()
 def _try_to_fold(parent: Any, makers: Sequence[str]) -> bool:
     reader = getattr(parent, READER).weight
     sides = {*reader.shape, *(s for name in makers for s in getattr(parent, name).weight.shape)}

@@ -9,7 +9,8 @@ tensors of its own. Numbers among the settings that are sizes of the original (`
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -79,6 +80,21 @@ def small_sizes(*sizes: int) -> dict[int, int]:
     return {2 * s: 2 * n for s, n in small.items()} | small
 
 
+@contextmanager
+def plain_numbers() -> Iterator[None]:
+    """float32 on the CPU, without gradients, whatever is set: models are built amid other settings.
+
+    What a small copy computes is to be computed within this.
+    """
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.device("cpu"), torch.no_grad():
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
+
+
 def random_copy(module: nn.Module, sizes: Mapping[int, int]) -> Any:
     """`copy_module` with random float32 tensors on the CPU, always the same ones.
 
@@ -100,8 +116,7 @@ def random_copy(module: nn.Module, sizes: Mapping[int, int]) -> Any:
         values = torch.randn(shape, generator=generator)
         return values / math.sqrt(shape[-1]) if len(shape) > 1 else values + 0.5
 
-    with torch.device("cpu"):
-        return copy_module(module, make, sizes)
+    return copy_module(module, make, sizes)
 
 
 def signature(module: nn.Module) -> tuple[Any, ...]:
