@@ -36,6 +36,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .experts import expert_bias, expert_slice, layout_of
 from .files import read_object
 from .formats import Assignment, Mixed, UsageError
 from .linear import pack_recipe, recipe_tensors
@@ -49,6 +50,7 @@ from .model import (
 )
 from .pack import LAYOUT, Rounded, recipe_spec
 from .recipes import describe
+from .recognise import MAKERS
 from .source import Source
 from .weights import DTYPE_NAMES, DTYPES, Files, Renaming, Weights
 
@@ -97,10 +99,17 @@ def tensor_specs(
     for info in linears:  # experts that were left alone beside packed ones
         left = info.is_expert and info.name not in packed
         if left and split_expert_name(info.name)[0] in split_modules:
+            kind = _stack_dtype(weights, _stack_of(model, info)) or dtype
             shape = (info.out_features, info.in_features)
-            specs.append(TensorSpec(f"{info.name}.weight_plain", dtype, shape, info))
+            specs.append(TensorSpec(f"{info.name}.weight_plain", kind, shape, info))
+    layouts = {name: layout_of(model.get_submodule(name)) for name in split_modules}
+    for info in linears:  # biases of experts go with their weights
+        layout = layouts.get(split_expert_name(info.name)[0]) if info.is_expert else None
+        if layout is not None and layout.biased:
+            kind = _stack_dtype(weights, f"{_stack_of(model, info)}_bias") or dtype
+            specs.append(TensorSpec(f"{info.name}.bias", kind, (info.out_features,), info))
     gone = {f"{name}.weight" for name in packed} | _tied_copies(model)
-    gone |= {f"{m}.{p}" for m in split_modules for p in ("gate_up_proj", "down_proj")}
+    gone |= {f"{m}.{p}" for m, layout in layouts.items() if layout for p in layout.stacks}
     state = model.state_dict()
     as_stored = {} if weights is None else _left_quantized(weights, assignment, gone)
     for name, tensor in state.items():
@@ -116,6 +125,18 @@ def tensor_specs(
         for part in dict.fromkeys(parts):
             specs.append(TensorSpec(part, *weights.files.headers[part], as_stored=True))
     return specs
+
+
+def _stack_of(model: nn.Module, info: LinearInfo) -> str:
+    """The parameter that holds an expert's weight."""
+    module, _, projection = split_expert_name(info.name)
+    layout = layout_of(model.get_submodule(module))
+    assert layout is not None
+    return f"{module}.{layout.stack(projection)}"
+
+
+def _stack_dtype(weights: Weights | None, name: str) -> torch.dtype | None:
+    return None if weights is None else weights.stored_dtype(name)
 
 
 def _left_quantized(
@@ -242,9 +263,9 @@ def _tensors(
             out[spec.name] = (value if order is None else value[order]).contiguous()
             continue
         weight = weight_of(model, spec.linear).detach()
-        if spec.name.endswith(".weight_plain"):
-            weight = weight if order is None else weight[order]
-            out[spec.name] = weight.to(spec.dtype).contiguous()
+        if spec.name.endswith((".weight_plain", ".bias")):
+            value = _part_of_expert(model, plain, spec, spec.linear)
+            out[spec.name] = (value if order is None else value[order]).contiguous()
             continue
         recipe = assignment[owner]
         packed = rounded[owner] if owner in rounded else pack_recipe(owner, weight, recipe)
@@ -255,6 +276,22 @@ def _tensors(
     return out
 
 
+def _part_of_expert(model: nn.Module, plain: _Plain, spec: TensorSpec, info: LinearInfo) -> Tensor:
+    """The [N, K], or the [N] bias, of an expert's linear that goes by itself and is not packed."""
+    module, expert, projection = split_expert_name(info.name)
+    is_bias = spec.name.endswith(".bias")
+    held: Any = model.get_submodule(module)
+    name = _stack_of(model, info) + "_bias" * is_bias
+    if getattr(held, name.rpartition(".")[2]).dtype != spec.dtype:  # the source's is finer
+        layout, stack = layout_of(held), plain(TensorSpec(name, spec.dtype, ()))
+        assert layout is not None
+        turn = layout.transposed and not is_bias
+        return layout.part(stack[expert].T if turn else stack[expert], projection)
+    value = (expert_bias if is_bias else expert_slice)(held, expert, projection)
+    assert value is not None
+    return value.detach()
+
+
 def _row_orders(assignment: Assignment) -> dict[str, Tensor]:
     """Linear -> order of its rows, where the order of another's columns is folded into them."""
     orders: dict[str, Tensor] = {}
@@ -262,7 +299,7 @@ def _row_orders(assignment: Assignment) -> dict[str, Tensor]:
         if isinstance(recipe, Mixed) and recipe.folded and recipe.order is not None:
             parent = name.rpartition(".")[0]
             order = torch.tensor(recipe.order)
-            orders |= {f"{parent}.{leaf}": order for leaf in ("gate_proj", "up_proj")}
+            orders |= {f"{parent}.{leaf}": order for leaf in MAKERS}
     return orders
 
 
@@ -502,7 +539,7 @@ def check_files(
     is_part = type(model).__name__ not in (config.get("architectures") or [type(model).__name__])
     rename = Renaming(model) if is_part else None
     recipes = {_renamed(rename, name): recipe for name, recipe in recipes.items()}
-    linears = find_linears(model, include_head=True)
+    linears = find_linears(model, include_head=True, by_use=False)
     unknown = sorted(set(recipes) - {info.name for info in linears})
     if unknown:
         raise UsageError(

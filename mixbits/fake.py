@@ -17,8 +17,9 @@ from . import ops
 from .arrange import Arrangement, arrangement_of
 from .formats import Assignment, Recipe, Scheme
 from .linear import check_finite, packed_values, swap_linears
-from .model import LinearInfo, is_transposed, weight_of
+from .model import LinearInfo, weight_of
 from .pack import Rounded
+from .recognise import is_conv1d
 
 
 def fake_weight(weight: Tensor, recipe: Recipe) -> Tensor:
@@ -140,5 +141,5 @@ def round_weights(
             weight.data.copy_(plain)
         else:  # a new parameter, so that a tied embedding keeps its own values
             module: Any = model.get_submodule(info.name)
-            plain = plain.T.contiguous() if is_transposed(module) else plain
+            plain = plain.T.contiguous() if is_conv1d(module) else plain
             module.weight = nn.Parameter(plain, requires_grad=False)

@@ -122,6 +122,7 @@ def report(run: Run, sha256: str, planned: Planned, choice: Choice, text: Text) 
         # An edited plan still says what it was once made for.
         "budget": None if scores is None else plan.data["budget"],
         "reached": run.reached(plan.assignment),
+        "left_alone": run.coverage.groups(),
         "rounding": rounding,
         "gate": {**text.gate.describe(), "candidates": choice.rows} if choice.rows else None,
         "predicted_loss": None if scores is None else plan.data["predicted_loss"],

@@ -16,15 +16,9 @@ from torch import Tensor, nn
 
 from . import ops
 from .arrange import Arrangement, arrangement_of
-from .experts import run_experts
+from .experts import ExpertsLoop, expert_bias, expert_slice, is_experts, layout_of, loop_of
 from .formats import Mixed, Recipe, Scheme, UsageError
-from .model import (
-    EXPERT_PROJECTIONS,
-    FUSED_GROUPS,
-    expert_slice,
-    is_experts,
-    linear_weight,
-)
+from .model import FUSED_GROUPS, expert_parent, linear_weight
 from .pack import Mix, Operand, Packed, order_dtype, packed_spec
 from .scale_range import check_scales
 
@@ -330,41 +324,47 @@ def share_inputs(model: nn.Module) -> None:
 
 
 class PlainLinear(nn.Module):
-    """y = x W^T: an expert that was left alone among packed ones.
+    """y = x W^T + bias: an expert that was left alone among packed ones.
 
     Its parameter is not called `weight`, or transformers would fold it into a 3-D parameter.
     """
 
-    def __init__(self, in_features: int, out_features: int, like: Tensor) -> None:
+    def __init__(self, weight: Tensor, bias: nn.Parameter | None = None) -> None:
         super().__init__()
-        data = torch.empty(out_features, in_features, dtype=like.dtype, device=like.device)
-        self.weight_plain = nn.Parameter(data, requires_grad=False)
+        # A copy: a view would keep the weights of all experts.
+        copied = weight.detach().clone(memory_format=torch.contiguous_format)
+        self.weight_plain = nn.Parameter(copied, requires_grad=False)
+        self.bias = bias
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.nn.functional.linear(x, self.weight_plain.to(x.dtype))
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return torch.nn.functional.linear(x, self.weight_plain.to(x.dtype), bias)
 
 
 class Experts(nn.Module):
     """Experts as modules of their own, named `<expert>.<projection>`, in place of 3-D weights."""
 
-    def __init__(self, act_fn: Callable[[Tensor], Tensor], linears: dict[str, nn.Module]) -> None:
+    def __init__(self, loop: ExpertsLoop, linears: dict[str, nn.Module]) -> None:
         super().__init__()
-        self.act_fn = act_fn
+        self.loop = loop
         for name, linear in linears.items():
             expert, projection = name.split(".")
             if expert not in self._modules:
                 self.add_module(expert, nn.Module())
             self.get_submodule(expert).add_module(projection, linear)
-        self.num_experts = len(linears) // len(EXPERT_PROJECTIONS)
 
-    def forward(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    @property
+    def num_experts(self) -> int:
+        return self.loop.num_experts
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As of the module whose place it takes: hidden [T, H], and mostly where tokens go."""
+
         def linear(expert: int, projection: str, x: Tensor) -> Tensor:
             out: Tensor = self.get_submodule(f"{expert}.{projection}")(x)
             return out
 
-        return run_experts(
-            hidden, top_k_index, top_k_weights, self.act_fn, linear, self.num_experts
-        )
+        return self.loop(linear, *args, **kwargs)
 
 
 # (linear's name, weight [N, K], bias) -> the module that takes its place
@@ -378,9 +378,8 @@ def swap_linears(model: nn.Module, names: list[str], make: MakeLinear) -> None:
     """
     experts: dict[str, set[str]] = {}
     for name in names:
-        parent = name.rsplit(".", 2)[0] if name.count(".") > 1 else name
-        module = model.get_submodule(parent)
-        if is_experts(module):
+        parent = expert_parent(name)
+        if parent is not None and is_experts(model.get_submodule(parent)):
             experts.setdefault(parent, set()).add(name)
             continue
         linear: Any = model.get_submodule(name)
@@ -393,15 +392,14 @@ def swap_linears(model: nn.Module, names: list[str], make: MakeLinear) -> None:
 
 def _as_modules(module: Any, parent: str, chosen: set[str], make: MakeLinear) -> Experts:
     linears: dict[str, nn.Module] = {}
-    for expert in range(len(module.down_proj)):
-        for projection in EXPERT_PROJECTIONS:
-            weight = expert_slice(module, expert, projection)
+    loop, layout = loop_of(module, keep=True), layout_of(module)
+    assert layout is not None
+    for expert in range(loop.num_experts):
+        for projection in layout.projections:
+            weight, bias = (f(module, expert, projection) for f in (expert_slice, expert_bias))
+            assert weight is not None
+            own = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
             name = f"{parent}.{expert}.{projection}"
-            if name in chosen:
-                linears[f"{expert}.{projection}"] = make(name, weight, None)
-                continue
-            plain = PlainLinear(weight.shape[1], weight.shape[0], weight)
-            if not weight.is_meta:
-                plain.weight_plain.data.copy_(weight)
-            linears[f"{expert}.{projection}"] = plain
-    return Experts(module.act_fn, linears)
+            linear = make(name, weight, own) if name in chosen else PlainLinear(weight, own)
+            linears[f"{expert}.{projection}"] = linear
+    return Experts(loop, linears)

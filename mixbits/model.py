@@ -2,7 +2,8 @@
 
 A *linear* is one [N, K] weight: an `nn.Linear` or GPT-2's `Conv1D` in a decoder block, the head, or
 one slice of the 3-D parameters in which transformers 5 holds a block's experts. Slices get the
-names that they have in most checkpoints: `model.layers.0.mlp.experts.7.gate_proj`.
+names that they have in most checkpoints: `model.layers.0.mlp.experts.7.gate_proj`. What each part
+is shows in what it does (`mixbits.recognise`, `experts`, `usage`); the rest is left alone.
 
 A *unit* is what the allocation decides on: one linear, or several that must agree.
 """
@@ -10,34 +11,59 @@ A *unit* is what the allocation decides on: one linear, or several that must agr
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+from .experts import Layout, expert_slice, layout_of
 from .formats import UsageError
+from .recognise import (
+    Routers,
+    expert_counts,
+    expert_lists,
+    holds_stacks,
+    is_conv1d,
+    is_router_name,
+    linear_weight,
+    makers_of,
+    shared_parameters,
+    why_not_plain,
+)
+from .usage import Usage, usage_of
 
 CausalLM: TypeAlias = Any  # a transformers model; its methods come from untyped mixins
 
-EXPERT_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 FUSED_GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 _EXPERT_NAME = re.compile(r"(?P<module>.+)\.(?P<expert>\d+)\.(?P<projection>\w+)")
-# Routers decide, in a few rows, where a token goes: too small to be worth bits, too fragile.
-_ROUTERS = ("gate", "router", "shared_expert_gate")
+# Linears whose outputs later tokens read, by the last part of their names: where a model's own
+# attention is no function of torch, its use does not show.
+_REMEMBERED = {"k_proj", "v_proj", "qkv_proj", "query_key_value", "c_attn"}
+_REMEMBERED |= {"kv_a_proj_with_mqa", "kv_b_proj"}  # of DeepSeek
+_ROUTERS = "they decide, in a few rows, where tokens go"
 
 
 @dataclass(frozen=True)
 class LinearInfo:
-    """One quantizable weight [out_features, in_features]; `block` is None for the head."""
+    """One quantizable weight [out_features, in_features]; `block` is None for the head.
+
+    is_expert   a slice of 3-D parameters
+    among       the list of modules, each of which may see some tokens only, that it is in
+    makers      linears into whose rows an order of its columns folds, all of them or none
+    remembered  later tokens read its output, as keys or values
+    """
 
     name: str
     out_features: int
     in_features: int
     block: int | None
     is_expert: bool = False
+    among: str | None = None
+    makers: tuple[str, ...] = ()
+    remembered: bool = False
 
     @property
     def numel(self) -> int:
@@ -51,6 +77,35 @@ class LinearInfo:
         module, _, projection = split_expert_name(self.name)
         return f"{module}.{projection}"
 
+    @property
+    def peers(self) -> str | None:
+        """The same for the linears of all experts that stand for each other; None for no expert."""
+        if self.is_expert or self.among is None:
+            return self.stack if self.is_expert else None
+        return f"{self.among}.*.{self.name[len(self.among) + 1 :].partition('.')[2]}"
+
+
+@dataclass(frozen=True)
+class LeftAlone:
+    """A parameter with two dimensions or more in a decoder block that is not quantized.
+
+    `kind` is the class that holds it, `why` completes "they are left as they are:".
+    """
+
+    name: str
+    kind: str
+    why: str
+    numel: int
+    is_router: bool = False
+
+
+@dataclass(frozen=True)
+class Survey:
+    """All of a model's linears, in its order, and what else its decoder blocks hold."""
+
+    linears: list[LinearInfo]
+    left: list[LeftAlone]
+
 
 @dataclass(frozen=True)
 class Unit:
@@ -60,41 +115,18 @@ class Unit:
     linears: tuple[LinearInfo, ...]
 
 
-def is_router(name: str) -> bool:
-    """Whether a module of this name decides where tokens go."""
-    return name.rpartition(".")[2] in _ROUTERS
-
-
-def is_experts(module: nn.Module) -> bool:
-    """Whether `module` holds experts as gate_up_proj [E, 2I, H] and down_proj [E, H, I]."""
-    gate_up = getattr(module, "gate_up_proj", None)
-    down = getattr(module, "down_proj", None)
-    if not isinstance(gate_up, nn.Parameter) or not isinstance(down, nn.Parameter):
-        return False
-    has_bias = getattr(module, "gate_up_proj_bias", None) is not None
-    if gate_up.dim() != 3 or down.dim() != 3 or has_bias or not hasattr(module, "act_fn"):
-        return False
-    hidden, intermediate = down.shape[1:]
-    return gate_up.shape == (down.shape[0], 2 * intermediate, hidden)
-
-
-def expert_slice(module: Any, expert: int, projection: str) -> Tensor:
-    """The [N, K] view of one expert's projection in the 3-D parameters of `module`."""
-    weight: Tensor
-    if projection == "down_proj":
-        weight = module.down_proj[expert]
-    else:
-        gate, up = module.gate_up_proj[expert].chunk(2, dim=0)
-        weight = gate if projection == "gate_proj" else up
-    return weight
-
-
 def split_expert_name(name: str) -> tuple[str, int, str]:
     """`a.b.experts.7.gate_proj` -> (`a.b.experts`, 7, `gate_proj`)."""
     match = _EXPERT_NAME.fullmatch(name)
     if match is None:
         raise ValueError(f"not the name of an expert's linear: {name}")
     return match["module"], int(match["expert"]), match["projection"]
+
+
+def expert_parent(name: str) -> str | None:
+    """What would be the experts module of a linear of this name, or None."""
+    match = _EXPERT_NAME.fullmatch(name)
+    return match["module"] if match else None
 
 
 def decoder_blocks(model: CausalLM) -> tuple[str, nn.ModuleList]:
@@ -126,54 +158,150 @@ def head_is_tied(model: CausalLM) -> bool:
     return bool(head.weight is model.get_input_embeddings().weight)
 
 
-def linear_weight(module: nn.Module) -> Tensor | None:
-    """The [N, K] weight of a linear, of which `Conv1D` holds the transpose; None for the others."""
-    weight: Any = getattr(module, "weight", None)
-    if isinstance(module, nn.Linear):
-        return cast("Tensor", weight)
-    return cast("Tensor", weight.T) if is_transposed(module) else None
-
-
-def is_transposed(module: nn.Module) -> bool:
-    """Whether `module` is GPT-2's `Conv1D`, whose name is all that an optional import needs."""
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
-
-
 def check_layout(model: nn.Module, linears: Iterable[LinearInfo], target: str) -> None:
     """Raises UsageError for a linear that other tools expect to be stored as [K, N]."""
     names = [info.name for info in linears if not info.is_expert]
-    found = [name for name in names if is_transposed(model.get_submodule(name))]
+    found = [name for name in names if is_conv1d(model.get_submodule(name))]
     if found:
         raise UsageError(f"{target} takes nn.Linear only: got Conv1D ({found[0]})")
 
 
-def _linears_in(prefix: str, block: nn.Module, index: int) -> Iterator[LinearInfo]:
-    for name, module in block.named_modules(prefix=prefix):
+class _Surveyor:
+    """Looks through a model's decoder blocks."""
+
+    def __init__(self, model: CausalLM, by_use: bool) -> None:
+        self.prefix, self.blocks = decoder_blocks(model)
+        self.names = [f"{self.prefix}.{index}" for index in range(len(self.blocks))]
+        self.shared = shared_parameters(model)
+        self.counts = expert_counts(model.config.get_text_config())
+        self.usage = Usage()
+        if by_use:
+            plain = [
+                name
+                for prefix, block in zip(self.names, self.blocks, strict=True)
+                for name, module in block.named_modules(prefix=prefix)
+                if linear_weight(module) is not None and self._strange(name, module) is None
+            ]
+            self.usage = usage_of(model, self.names, plain)
+
+    def _strange(self, name: str, module: nn.Module) -> str | None:
+        """Why something that holds a weight like a linear's is left alone; not if by its use."""
+        if (why := why_not_plain(module)) is not None:
+            return why
+        if any(f"{name}.{own}" in self.shared for own, _ in module.named_parameters()):
+            return "their weights are shared with other modules"
+        return None
+
+    def look(self) -> Survey:
+        survey, seen = Survey([], []), set[int]()
+        for index, block in enumerate(self.blocks):
+            prefix = self.names[index]
+            whys, infos = self._linears(index, block)
+            survey.linears.extend(infos)
+            whole = {info.name for info in infos if not info.is_expert}
+            whole |= {split_expert_name(info.name)[0] for info in infos if info.is_expert}
+            for name, module in block.named_modules(prefix=prefix):
+                why = whys.get(name) or _why_no_linear(name.removeprefix(f"{prefix}."), module)
+                for own, value in module._parameters.items():
+                    if value is None or value.dim() < 2 or name in whole or id(value) in seen:
+                        continue
+                    seen.add(id(value))
+                    kind, is_router = type(module).__name__, why == _ROUTERS
+                    one = LeftAlone(f"{name}.{own}", kind, why, value.numel(), is_router)
+                    survey.left.append(one)
+        return survey
+
+    def _linears(self, index: int, block: nn.Module) -> tuple[dict[str, str], list[LinearInfo]]:
+        """Why linears of a block are left alone, and those that are not."""
+        prefix, usage = self.names[index], self.usage
+        modules = dict(block.named_modules(prefix=prefix))
+        lists = expert_lists(block, prefix)
+        routers = Routers(block, prefix, self.counts, usage.scoring, usage.selecting)
+        whys: dict[str, str] = {}
+        for name, module in modules.items():
+            if linear_weight(module) is None:
+                continue
+            if name in routers:
+                whys[name] = _ROUTERS
+            elif (why := self._strange(name, module)) is not None:
+                whys[name] = why
+            elif name in usage.read:
+                whys[name] = "their weights are used by other code than their own product"
+        plain = {n for n, m in modules.items() if linear_weight(m) is not None and n not in whys}
+        found: list[LinearInfo] = []
+        for name, module in modules.items():
+            if name in plain:
+                found.append(self._plain(name, module, index, lists, modules, plain))
+            elif (layout := layout_of(module)) is not None:
+                found += _expert_linears(name, module, layout, index)
+        return whys, found
+
+    def _plain(
+        self,
+        name: str,
+        module: nn.Module,
+        index: int,
+        lists: Sequence[str],
+        modules: Mapping[str, nn.Module],
+        plain: Collection[str],
+    ) -> LinearInfo:
         weight = linear_weight(module)
-        if weight is not None and not is_router(name):
-            yield LinearInfo(name, weight.shape[0], weight.shape[1], index)
-        elif is_experts(module):
-            for expert in range(module.down_proj.shape[0]):
-                for projection in EXPERT_PROJECTIONS:
-                    rows, columns = expert_slice(module, expert, projection).shape
-                    full = f"{name}.{expert}.{projection}"
-                    yield LinearInfo(full, rows, columns, index, is_expert=True)
+        assert weight is not None
+        makers = [] if name in self.usage.outside else makers_of(name, modules, plain)
+        return LinearInfo(
+            name,
+            weight.shape[0],
+            weight.shape[1],
+            index,
+            among=next((held for held in lists if name.startswith(f"{held}.")), None),
+            makers=tuple(makers),
+            remembered=name in self.usage.remembered or name.rpartition(".")[2] in _REMEMBERED,
+        )
 
 
-def find_linears(model: CausalLM, include_head: bool = False) -> list[LinearInfo]:
-    """All quantizable linears in the model's order, the head last. Works on a meta model."""
-    prefix, blocks = decoder_blocks(model)
-    found = [
-        info
-        for index, block in enumerate(blocks)
-        for info in _linears_in(f"{prefix}.{index}", block, index)
-    ]
+def _why_no_linear(name: str, module: nn.Module) -> str:
+    """Why a parameter is left alone that is no linear's; `name` begins in the block."""
+    if is_router_name(name):
+        return _ROUTERS
+    return "their formula is not known" if holds_stacks(module) else "they are no linears"
+
+
+def _expert_linears(name: str, module: Any, layout: Layout, index: int) -> Iterator[LinearInfo]:
+    for expert in range(len(module.down_proj)):
+        makers = tuple(f"{name}.{expert}.{p}" for p in layout.projections[:-1])
+        for projection in layout.projections:
+            rows, columns = expert_slice(module, expert, projection).shape
+            yield LinearInfo(
+                f"{name}.{expert}.{projection}",
+                rows,
+                columns,
+                index,
+                is_expert=True,
+                makers=makers if projection == "down_proj" else (),
+            )
+
+
+def survey(model: CausalLM, include_head: bool = False, by_use: bool = True) -> Survey:
+    """All quantizable linears in the model's order, the head last; works on a meta model.
+
+    `by_use` runs a copy without storage, to see what else the model does with them. A head that is
+    no plain linear is not among them. Raises UsageError where there is none.
+    """
+    found = _Surveyor(model, by_use).look()
     if include_head:
         name, head = output_head(model)
-        found.append(LinearInfo(name, head.out_features, head.in_features, None))
-    if not found:
+        if why_not_plain(head) is None:
+            found.linears.append(LinearInfo(name, head.out_features, head.in_features, None))
+    if not found.linears:
         raise UsageError(f"{type(model).__name__} has no linear layer that can be quantized")
     return found
+
+
+def find_linears(
+    model: CausalLM, include_head: bool = False, by_use: bool = True
+) -> list[LinearInfo]:
+    """The linears of `survey`."""
+    return survey(model, include_head, by_use).linears
 
 
 def weight_of(model: nn.Module, info: LinearInfo) -> Tensor:
@@ -214,8 +342,18 @@ def make_units(
     """
     groups: dict[str, list[LinearInfo]] = {}
     for info in linears:
-        groups.setdefault(_unit_name(info, fuse, per_expert, by_input), []).append(info)
+        name = _unit_name(info, fuse, per_expert, by_input)
+        if by_input and name in groups and groups[name][0].in_features != info.in_features:
+            name = info.name  # it reads something else
+        groups.setdefault(name, []).append(info)
     return [Unit(name, tuple(members)) for name, members in groups.items()]
+
+
+def name_matches(name: str, pattern: str) -> bool:
+    """Whether a wildcard, or a regular expression after `re:`, names it. Raises re.error."""
+    if pattern.startswith("re:"):
+        return re.fullmatch(pattern[3:], name) is not None
+    return fnmatchcase(name, pattern)
 
 
 def match_units(units: Sequence[Unit], pattern: str, option: str = "--keep") -> list[int]:
@@ -225,16 +363,11 @@ def match_units(units: Sequence[Unit], pattern: str, option: str = "--keep") -> 
     expression after `re:`. Raises UsageError where nothing matches.
     """
 
-    def matches(name: str) -> bool:
-        if pattern.startswith("re:"):
-            return re.fullmatch(pattern[3:], name) is not None
-        return fnmatchcase(name, pattern)
-
     try:
         found = [
             index
             for index, unit in enumerate(units)
-            if matches(unit.name) or any(matches(info.name) for info in unit.linears)
+            if any(name_matches(n, pattern) for n in (unit.name, *(i.name for i in unit.linears)))
         ]
     except re.error as error:
         raise UsageError(f"{option} {pattern!r} is not a regular expression: {error}") from None
@@ -243,14 +376,26 @@ def match_units(units: Sequence[Unit], pattern: str, option: str = "--keep") -> 
     return found
 
 
-def ignore(linears: Sequence[LinearInfo], patterns: Sequence[str]) -> list[LinearInfo]:
-    """The linears that no `--ignore` pattern names. Raises UsageError where none is left."""
+def ignore(
+    linears: Sequence[LinearInfo], patterns: Sequence[str], left: Sequence[str] = ()
+) -> list[LinearInfo]:
+    """The linears that no `--ignore` pattern names. Raises UsageError where none is left.
+
+    A pattern may as well name one of `left`, which are left alone anyway.
+    """
     units = make_units(linears, per_expert=True)
-    ignored = {i for pattern in patterns for i in match_units(units, pattern, "--ignore")}
-    left = [info for i, unit in enumerate(units) if i not in ignored for info in unit.linears]
-    if not left:
+    ignored: set[int] = set()
+    for pattern in patterns:
+        try:
+            ignored.update(match_units(units, pattern, "--ignore"))
+        except UsageError as error:
+            is_pattern = not isinstance(error.__context__, re.error)
+            if not is_pattern or not any(name_matches(name, pattern) for name in left):
+                raise
+    kept = [info for i, unit in enumerate(units) if i not in ignored for info in unit.linears]
+    if not kept:
         raise UsageError(f"--ignore must leave a linear: got {' '.join(patterns)}, which name all")
-    return left
+    return kept
 
 
 def model_class(config: Any) -> Any:

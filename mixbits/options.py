@@ -159,6 +159,11 @@ def _plan_options(parser: argparse.ArgumentParser) -> None:
         metavar="PATTERN",
         help="leave linears that match as they are, outside the budget (repeatable)",
     )
+    group.add_argument(
+        "--allow-partial",
+        action="store_true",
+        help="go on where more than half of the decoder blocks' weights cannot be quantized",
+    )
     group.add_argument("--quantize-lm-head", action="store_true", help="include the output head")
     for what, name, mode in (
         ("weights rounded to nearest", "--weight-scale-mode", "floor"),

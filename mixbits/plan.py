@@ -13,8 +13,8 @@ A unit whose columns take several schemes has slabs in the place of one scheme,
 
 runs of `slab_columns` columns (a key of the plan), counted in the unit's `order` of columns where
 it has one. The order of a down_proj's columns is folded into the rows of its gate and up
-projections, the others are stored. `rotated` lists the unit's linears whose ordered columns are
-rotated.
+projections where that changes nothing, the others are stored. `rotated` lists the unit's linears
+whose ordered columns are rotated.
 
 Counting. A budget in average bits counts everything stored for the linears that could be
 quantized: codes, scales and zero points, and 16 bits for a linear left alone. Without scale
@@ -162,18 +162,17 @@ def mixed_recipe(
     return Mixed(tuple(segments), tuple(places), rotated, folded)
 
 
-def is_foldable(name: str, names: Container[str]) -> bool:
-    """Whether a linear reads what two others make column by column: down_proj, of gate and up."""
-    parent, _, leaf = name.rpartition(".")
-    return leaf == "down_proj" and all(f"{parent}.{n}" in names for n in ("gate_proj", "up_proj"))
+def is_foldable(info: LinearInfo, names: Container[str]) -> bool:
+    """Whether a linear reads what others, all of `names`, make column by column."""
+    return bool(info.makers) and all(maker in names for maker in info.makers)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The content of plan.json, and the number of columns of every linear that it names."""
+    """The content of plan.json, and every linear that it names."""
 
     data: dict[str, Any]
-    columns: dict[str, int]
+    linears: dict[str, LinearInfo]
 
     @property
     def assignment(self) -> Assignment:
@@ -188,13 +187,13 @@ class Plan:
         modes = self.data["weight_scale_mode"], self.data["act_scale_mode"]
         recipes: dict[str, Recipe] = {}
         for name in unit["linears"]:
-            columns, rotated = self.columns[name], name in unit.get("rotated", [])
+            columns, rotated = self.linears[name].in_features, name in unit.get("rotated", [])
             if "slabs" in unit:
                 width = self.data["slab_columns"]
                 entries = unit["slabs"].items()
                 slabs = [(parse_scheme(s, *modes), parse_ranges(text)) for s, text in entries]
                 order = unit.get("order")
-                folded = is_foldable(name, self.columns)
+                folded = is_foldable(self.linears[name], self.linears)
                 recipes[name] = mixed_recipe(slabs, width, columns, order, rotated, folded)
             else:
                 scheme = parse_scheme(unit["scheme"], *modes)
@@ -209,7 +208,7 @@ class Plan:
     def read(cls, path: Path, linears: Sequence[LinearInfo]) -> Plan:
         """Raises UsageError for a linear that the model lacks, a part of one, or one twice."""
         data = read_json(path, "mixbits_plan")
-        known, seen = {info.name: info.in_features for info in linears}, set()
+        known, seen = {info.name: info for info in linears}, set()
         try:
             for unit in data["units"]:
                 for name, slabs in unit["linears"].items():
@@ -322,8 +321,9 @@ def _slab_items(
 
 def _order_bits(units: Sequence[Unit]) -> int:
     """Bits of the stored orders of columns, were every linear to have one that is not folded."""
-    linears = {info.name: info.in_features for unit in units for info in unit.linears}
-    return sum(k * order_bits(k) for name, k in linears.items() if not is_foldable(name, linears))
+    linears = {info.name: info for unit in units for info in unit.linears}
+    stored = [i.in_features for i in linears.values() if not is_foldable(i, linears)]
+    return sum(columns * order_bits(columns) for columns in stored)
 
 
 @dataclass(frozen=True)
@@ -419,9 +419,7 @@ class Problem:
                 for choice in self.choices
             ],
         }
-        return Plan(
-            data, {i.name: i.in_features for choice in self.choices for i in choice.unit.linears}
-        )
+        return Plan(data, {i.name: i for choice in self.choices for i in choice.unit.linears})
 
 
 def solve(

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 
-from .experts import run_experts
-from .model import LinearInfo, expert_slice, is_experts, linear_weight, split_expert_name
+from .experts import expert_bias, expert_slice, is_experts, loop_of
+from .model import LinearInfo, linear_weight, split_expert_name
 from .streaming import patched
 
 # x [M, K], weight [N, K], bias -> y [M, N], leaving its record behind
@@ -32,14 +33,11 @@ def probed(model: nn.Module, linears: Sequence[LinearInfo], probe: Probe) -> Ite
 
     def routed(name: str, module: Any) -> Callable[..., Tensor]:
         def linear(expert: int, projection: str, x: Tensor) -> Tensor:
-            weight = expert_slice(module, expert, projection)
-            return probe(f"{name}.{expert}.{projection}", x, weight, None)
+            weight, bias = (f(module, expert, projection) for f in (expert_slice, expert_bias))
+            assert weight is not None
+            return probe(f"{name}.{expert}.{projection}", x, weight, bias)
 
-        def run(hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-            count = len(module.down_proj)
-            return run_experts(hidden, index, weights, module.act_fn, linear, count)
-
-        return run
+        return functools.partial(loop_of(module), linear)
 
     with ExitStack() as stack:
         for name, module in model.named_modules():

@@ -157,6 +157,7 @@ def _dry_run(run: Run) -> None:
 
     elements = sum(i.numel for i in run.linears)
     print(f"{len(run.linears)} linears in {len(run.units)} units, {elements:,} weights")
+    _print_left_alone(run)
     kinds: dict[str, list[Any]] = {}
     for info in run.linears:
         kinds.setdefault(info.name.rpartition(".")[2], []).append(info)
@@ -178,6 +179,17 @@ def _dry_run(run: Run) -> None:
         print(f"  predicted size {size(run.predicted_bytes(given))}")
 
 
+def _print_left_alone(run: Run) -> None:
+    for line in run.coverage.lines(run.source.dtype.itemsize):
+        print(f"  {line}")
+
+
+def _of_how_much(run: Run) -> str:
+    """What "everything" is, where it is not nearly all of the decoder blocks' weights."""
+    share = run.coverage.share(run.linears)
+    return f" (of {share:.1%} of the decoder blocks' weights)" if share < 0.99 else ""
+
+
 def _print_plan(run: Run, choice: Choice, reached: dict[str, Any]) -> None:
     from .report import gate_table, scheme_rows, size, table
 
@@ -185,7 +197,8 @@ def _print_plan(run: Run, choice: Choice, reached: dict[str, Any]) -> None:
         print(gate_table(choice.rows))
     print(table(scheme_rows(run.linears, choice.winner.plan.assignment)))
     print(
-        f"  {reached['avg_bits']:.4f} bits per weight with everything counted, "
+        f"  {reached['avg_bits']:.4f} bits per weight with everything counted"
+        f"{_of_how_much(run)}, "
         f"{reached['avg_bits_without_scales']:.4f} without scales; "
         f"weight files {size(reached['predicted_bytes'])}"
     )
@@ -292,6 +305,7 @@ def quantize(run: Run) -> None:
     args, clock = run.args, Stages(_stage_names(run.args))
     with clock.run("open", run.source.name):
         model, sha256, tokenizer = _open(run)
+    _print_left_alone(run)
     with clock.run("calibrate", "its own text" if args.demo else args.dataset):
         text = stages.calibrate(run, tokenizer)
         if prefix := text.calibration.prefix:

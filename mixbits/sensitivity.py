@@ -50,9 +50,6 @@ from .model import LinearInfo, weight_of
 from .probing import probed
 from .streaming import Progress, StreamedModel
 
-# Linears whose outputs later tokens read, by the last part of their names.
-READ_LATER = {"k_proj", "v_proj", "qkv_proj", "query_key_value", "c_attn"}
-READ_LATER |= {"kv_a_proj_with_mqa", "kv_b_proj"}  # of DeepSeek
 # So many sequences err in their sampling as much as taking tokens for independent does: by half.
 PRIOR_SEQUENCES = 8
 LABEL_CHUNK = 512  # tokens whose probabilities are held at once while labels are drawn
@@ -178,8 +175,8 @@ def _idle_experts(
     """
     groups: dict[str, list[str]] = {}
     for info in linears:
-        if info.is_expert:
-            groups.setdefault(info.stack, []).append(info.name)
+        if info.peers is not None:
+            groups.setdefault(info.peers, []).append(info.name)
     parts = [
         ([n for n in names if n in reached], [n for n in names if n not in reached])
         for names in groups.values()
@@ -187,22 +184,27 @@ def _idle_experts(
     return [(active, idle) for active, idle in parts if idle]
 
 
+def _pattern_of(info: LinearInfo) -> str:
+    """What --ignore calls a linear and those like it: all experts of a block, or one projection."""
+    if info.peers is not None:
+        return f"{info.peers.rpartition('.')[0]}.*"
+    return f"*.{info.name.rpartition('.')[2]}"
+
+
 def _check_reached(linears: Sequence[LinearInfo], reached: Collection[str]) -> None:
     """Raises UsageError for a linear that no gradient reached: it would look free of charge.
 
-    Not for an expert that others of its block can stand for.
+    Not for an expert that one of its peers can stand for.
     """
-    idle = [i.name for i in linears if not i.is_expert and i.name not in reached]
-    for active, experts in _idle_experts(linears, reached):
-        idle += experts * (not active)
+    seen = {i.peers for i in linears if i.name in reached} - {None}
+    idle = [i for i in linears if i.name not in reached and i.peers not in seen]
     if idle:
-        parent, leaf = idle[0].rsplit(".", 1)
-        alone = all(i.is_expert for i in linears if i.name == idle[0])
-        pattern = f"{parent.rpartition('.')[0]}.*" if alone else f"*.{leaf}"
+        patterns = dict.fromkeys(map(_pattern_of, idle))
+        options = " ".join(f"--ignore '{pattern}'" for pattern in patterns)
         raise UsageError(
             f"linears must be called to be measured: got {len(idle)} that no token of the text "
             "reached, or whose weights the model uses in another way; take more text, or leave "
-            f"them as they are: --ignore '{pattern}' ({idle[0]})"
+            f"them as they are: {options} ({idle[0].name})"
         )
 
 
@@ -258,12 +260,13 @@ def _collect(
     moments = {info.name: _Moments() for info in linears}
     activations = list(dict.fromkeys(s.activation for s in schemes if s.activation is not None))
     spread = [s for s in schemes if s.weight is not None]
+    remembered = {info.name for info in linears if info.remembered}
 
     def probe(name: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if name not in moments or not torch.is_grad_enabled():  # an expert may be left alone
             return torch.nn.functional.linear(x, weight, bias)
         arrangement = arrangements.get(name, Arrangement())
-        is_read_later = x.dim() == 3 and name.rpartition(".")[2] in READ_LATER
+        is_read_later = x.dim() == 3 and name in remembered
         how = activations, arrangement, spread if is_read_later else []
         out: Tensor = _FisherLinear.apply(x, weight, bias, moments[name], *how)
         return out

@@ -28,6 +28,7 @@ from .calibration import (
     tokenize,
 )
 from .checkpoint import predicted_bytes
+from .coverage import Coverage
 from .curve import check_plotting, frontier
 from .distill import distill, enough_text
 from .formats import Assignment, Scheme, UsageError, parse_scheme
@@ -36,12 +37,13 @@ from .kept import NO_CODES, OwnCodes
 from .model import (
     CausalLM,
     LinearInfo,
+    Survey,
     Unit,
     check_layout,
-    find_linears,
     ignore,
     make_units,
     match_units,
+    survey,
 )
 from .plan import Budget, Plan, Problem, average_bits, parse_keep, slab_width, unit_options
 from .quality import smallest
@@ -68,6 +70,7 @@ class Run:
     shapes: CausalLM  # without storage
     linears: list[LinearInfo]  # what may be quantized
     units: list[Unit]
+    coverage: Coverage  # and what else there is
     own: OwnCodes = NO_CODES  # of linears that the source has quantized
 
     @property
@@ -125,7 +128,8 @@ def prepare(args: argparse.Namespace) -> Run:
     if longest and args.seqlen > longest:
         raise UsageError(f"--seqlen must be at most {longest} for this model: got {args.seqlen}")
     shapes = source.shapes
-    linears = ignore(find_linears(shapes, include_head=args.quantize_lm_head), args.ignore)
+    found = survey(shapes, include_head=args.quantize_lm_head)
+    linears, coverage = _take_part(args, found)
     slabs = args.granularity == "slab"
     fuse = args.fuse or (slabs and not args.free_slabs)
     units = make_units(linears, fuse, args.per_expert, by_input=slabs)
@@ -136,10 +140,29 @@ def prepare(args: argparse.Namespace) -> Run:
     own = NO_CODES
     if source.has_weights and not source.weights.is_plain:
         own = OwnCodes.find(source.weights, linears)
-    run = Run(args, schemes, keep, source, shapes, linears, units, own)
+    run = Run(args, schemes, keep, source, shapes, linears, units, coverage, own)
     if args.target:
         _check_target(run)
     return run
+
+
+def _take_part(args: argparse.Namespace, found: Survey) -> tuple[list[LinearInfo], Coverage]:
+    """The linears that the budget is for. Raises UsageError where that is not what is asked for."""
+    if args.quantize_lm_head and all(info.block is not None for info in found.linears):
+        raise UsageError(
+            "--quantize-lm-head needs a head that is a plain nn.Linear: got one that does more"
+        )
+    left = [n for one in found.left for n in (one.name, one.name.rpartition(".")[0])]
+    linears = ignore(found.linears, args.ignore, left)
+    coverage = Coverage(found, args.ignore)
+    if not (args.dry_run or args.allow_partial or args.plan):
+        coverage.check("a budget")
+    if args.rotate == "ffn" and not any(i.name.endswith(".down_proj") for i in linears):
+        leaves = ", ".join(dict.fromkeys(i.name.rpartition(".")[2] for i in linears))
+        raise UsageError(
+            f"--rotate ffn rotates what linears called down_proj read: the model has {leaves}"
+        )
+    return linears, coverage
 
 
 def _check_target(run: Run) -> None:

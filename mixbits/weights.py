@@ -9,7 +9,8 @@ Values are then read tensor by tensor, plain, or as they are stored (`mixbits.st
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from .command import plain_errors
+from .experts import Layout, layout_of
 from .formats import Format, UsageError
 from .model import CausalLM, split_expert_name
 from .pack import Packed
@@ -227,26 +229,32 @@ class Weights:
     def tensor(self, name: str) -> Tensor:
         return self.tensors(name)[name]
 
-    def _stored_linear(self, linear: str, is_expert: bool) -> tuple[Stored, Any] | None:
-        """What holds a linear's weight, and which rows (or expert and rows) of it."""
+    def _stored_linear(
+        self, linear: str, is_expert: bool
+    ) -> tuple[Stored, Callable[[Tensor], Tensor]] | None:
+        """What holds a linear's weight, and which part of it; None for what is not that simple."""
         if not is_expert:
             group = self.groups.get(f"{linear}.weight")
-            alone = group is not None and group.converter is None
-            return (group.members[0][1], slice(None)) if group is not None and alone else None
+            if group is None or group.converter is not None:
+                return None
+            return group.members[0][1], lambda rows: rows
         module, expert, projection = split_expert_name(linear)
-        stack = "down_proj" if projection == "down_proj" else "gate_up_proj"
-        group = self.groups.get(f"{module}.{stack}")
+        layout = layout_of(self.model.get_submodule(module))
+        assert layout is not None
+        group = self.groups.get(f"{module}.{layout.stack(projection)}")
         if group is None:
             return None
         if group.converter is None:
             one = group.members[0][1]
-            rows = {"down_proj": slice(None), "gate_proj": slice(0, None, 2)}
-            where = expert, rows.get(projection, slice(1, None, 2))
-            return (one, where) if isinstance(one, GptOss) else None
+            part = functools.partial(_of_expert, layout, expert, projection)
+            return (one, part) if isinstance(one, GptOss) else None
         patterns = list(dict.fromkeys(pattern for pattern, _ in group.members))
-        wanted = len(patterns) - 1 if projection == "up_proj" else 0
-        members = [one for pattern, one in group.members if pattern == patterns[wanted]]
-        return (members[expert], slice(None)) if expert < len(members) else None
+        joins_two = layout.stack(projection) != projection  # gate and up, in this order
+        if layout.interleaved or len(patterns) != 1 + joins_two:
+            return None
+        wanted = patterns[joins_two and projection == "up_proj"]
+        members = [one for pattern, one in group.members if pattern == wanted]
+        return (members[expert], lambda rows: rows) if expert < len(members) else None
 
     def kept_format(self, linear: str, is_expert: bool) -> Format | None:
         """The format of ours that a linear is stored in, as far as shapes tell."""
@@ -259,5 +267,11 @@ class Weights:
         kept = None if found is None else found[0].kept(self.files.read)
         if found is None or kept is None:
             return None
-        packed = [None if t is None else t[found[1]].contiguous() for t in kept.packed]
-        return Kept(kept.format, Packed(*packed))  # type: ignore[arg-type]
+        codes, scale, zero_point = kept.packed
+        codes, scale = (found[1](tensor).contiguous() for tensor in (codes, scale))
+        zero_point = None if zero_point is None else found[1](zero_point).contiguous()
+        return Kept(kept.format, Packed(codes, scale, zero_point))
+
+
+def _of_expert(layout: Layout, expert: int, projection: str, stack: Tensor) -> Tensor:
+    return layout.part(stack[expert], projection)

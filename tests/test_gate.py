@@ -25,7 +25,7 @@ def plan(linears: list[Any], schemes: list[str]) -> Plan:
         for i, s in zip(linears, schemes, strict=True)
     ]
     data = {"weight_scale_mode": "floor", "act_scale_mode": "floor", "units": units}
-    return Plan(data, {i.name: i.in_features for i in linears})
+    return Plan(data, {i.name: i for i in linears})
 
 
 @pytest.fixture

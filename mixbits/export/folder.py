@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import Shard, TensorSpec, copy_companions, make_shards, write_index
+from ..experts import STANDARD, layout_of
 from ..formats import UsageError
 from .packed import STORED_NAMES, Carrier
 
@@ -80,7 +81,12 @@ def plain_pieces(carrier: Carrier, stacked: bool) -> list[Piece]:
     """
     model, kind = carrier.model, carrier.model.shapes.config.model_type
     quantized = {name for name, fit in carrier.fits.items() if fit.scheme.weight is not None}
-    if kind not in STORED_NAMES and any(model.linears[name].is_expert for name in quantized):
+    if kind not in STORED_NAMES and any(
+        model.linears[name].is_expert
+        and (name in quantized or layout_of(model.shapes.get_submodule(module)) != STANDARD)
+        for module, members in model.experts.items()
+        for name in members
+    ):
         raise UsageError(f"experts are exported of {', '.join(STORED_NAMES)} only: got {kind}")
     pieces = [_plain_piece(carrier, spec) for spec in model.plain.values()]
     left = [name for name in carrier.fits if name not in quantized]

@@ -25,8 +25,9 @@ import torch
 from torch import Tensor
 
 from ..formats import MX_GROUP, Format, UsageError
-from ..model import LinearInfo, is_router
+from ..model import LinearInfo
 from ..pack import Packed
+from ..recognise import is_router_name
 from ..reference import unpack_codes
 from .gguf_tokenizer import add_vocabulary, read_vocabulary
 from .packed import Carrier
@@ -215,7 +216,8 @@ class _Entries:
     def _plain(self, name: str, shape: tuple[int, ...]) -> _Values:
         owner = name.rpartition(".")[0]
         order = self._order(owner, shape[0])
-        if len(shape) == 1 or is_router(owner):  # in 16 bits, llama.cpp rounds a router's input
+        # In 16 bits, llama.cpp rounds a router's input.
+        if len(shape) == 1 or is_router_name(owner):
             return _Values("F32", shape, lambda: self.carrier.plain(name, torch.float32)[order])
         dtype = self.carrier.kept(self.carrier.model.specs[name].dtype)
         return _matrix(shape, dtype, lambda: self.carrier.plain(name)[order])

@@ -14,18 +14,18 @@ from torch import Tensor, nn
 
 from ..arrange import arrangement_of
 from ..checkpoint import Stock, TensorSpec, check_files, plain_dtype
+from ..experts import STANDARD, expert_slice, layout_of
 from ..formats import Assignment, Format, Mixed, Recipe, Scheme, UsageError
 from ..linear import pack_weight, packed_values
 from ..model import (
     CausalLM,
     LinearInfo,
-    expert_slice,
     find_linears,
-    is_router,
     meta_model,
     split_expert_name,
 )
 from ..pack import Packed
+from ..recognise import is_router_name
 from ..source import open_source
 from ..targets import Fit
 from ..transformers_quantizer import read_config
@@ -61,7 +61,7 @@ class PackedModel:
         recipes, source = config.recipes(), open_source(str(folder), quantized=True)
         shapes = meta_model(source.config)
         stock = check_files(shapes, recipes, source.weight_files(), config.to_dict())
-        linears = find_linears(shapes, include_head=True)
+        linears = find_linears(shapes, include_head=True, by_use=False)
         infos = {info.name: info for info in linears}
         carried = list(getattr(config, "carried", None) or ())
         specs = {s.name: s for s in stock.specs if not s.as_stored or s.name in set(carried)}
@@ -82,9 +82,10 @@ class PackedModel:
 
     @property
     def plain(self) -> dict[str, TensorSpec]:
-        """The tensors that are not packed, by name; none of experts, none that are carried."""
-        others = {f"{m}.{n}" for m in self.experts for n in ("gate_up_proj", "down_proj")}
-        others |= set(self.carried)
+        """The tensors that are not packed, by name; none that are carried, none of experts that may
+        be taken apart.
+        """
+        others = {f"{m}.{n}" for m in self.experts for n in STANDARD.stacks} | set(self.carried)
         specs = (s for s in self.specs.values() if s.linear is None and s.name not in others)
         return {spec.name: spec for spec in specs}
 
@@ -102,12 +103,20 @@ class PackedModel:
 
     @property
     def experts(self) -> dict[str, list[str]]:
-        """Experts module -> its linears, packed and not."""
+        """Experts module -> its linears, packed and not.
+
+        None of those that are left alone in another layout than usual: nobody takes them apart.
+        """
         found: dict[str, list[str]] = {}
         for info in self.linears.values():
             if info.is_expert:
                 found.setdefault(split_expert_name(info.name)[0], []).append(info.name)
-        return found
+        return {
+            module: members
+            for module, members in found.items()
+            if layout_of(self.shapes.get_submodule(module)) == STANDARD
+            or any(name in self.recipes for name in members)
+        }
 
     def stored_name(self, name: str) -> str:
         """What checkpoints, which other loaders read, call what transformers calls `name`."""
@@ -118,7 +127,7 @@ class PackedModel:
     def unpacked_linears(self) -> list[str]:
         """Every `nn.Linear`, router and expert's linear that is left alone, the head among them."""
         modules = dict(self.shapes.named_modules())
-        names = [n for n, m in modules.items() if isinstance(m, nn.Linear) or is_router(n)]
+        names = [n for n, m in modules.items() if isinstance(m, nn.Linear) or is_router_name(n)]
         names += [name for members in self.experts.values() for name in members]
         return [name for name in names if name not in self.recipes]
 
@@ -148,16 +157,19 @@ class PackedModel:
         if f"{name}.weight_plain" in self.specs:
             return f"{name}.weight_plain"
         module, _, projection = split_expert_name(name)
-        return f"{module}.{'down_proj' if projection == 'down_proj' else 'gate_up_proj'}"
+        layout = layout_of(self.shapes.get_submodule(module))
+        assert layout is not None
+        return f"{module}.{layout.stack(projection)}"
 
     def left_alone(self, name: str) -> Tensor:
         """The [N, K] of an expert's linear that is not packed, as it is stored."""
         stored = self.left_alone_in(name)
         if stored.endswith(".weight_plain"):
             return self.tensor(stored)
-        _, expert, projection = split_expert_name(name)
+        module, expert, projection = split_expert_name(name)
         stacked = SimpleNamespace(**{stored.rpartition(".")[2]: self.tensor(stored)})
-        return expert_slice(stacked, expert, projection)
+        layout = layout_of(self.shapes.get_submodule(module))
+        return expert_slice(stacked, expert, projection, layout)
 
     def _ordered(self, name: str) -> Recipe:
         recipe = self.recipes[name]

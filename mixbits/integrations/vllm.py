@@ -35,6 +35,7 @@ from vllm.model_executor.parameter import BasevLLMParameter
 from vllm.model_executor.utils import set_weight_attrs
 
 from ..arrange import check_order
+from ..experts import ExpertsLoop, GatedActivation
 from ..formats import BF16, Assignment, Mixed, Recipe, UsageError
 from ..linear import AnyPacked, Experts, MixedLinear, PackedLinear
 from ..ops import packed_matmuls_unchecked
@@ -362,7 +363,9 @@ class MixbitsExpertsMethod(FusedMoEMethodBase):
             linears[f"{key[0]}.{_SHARDS[key[1]]}"] = _module(recipe, rows, columns, own)
         for name in stored:
             del layer._parameters[name]
-        layer.packed = Experts(_ACTIVATIONS[layer.activation.value], linears)
+        activation = GatedActivation(_ACTIVATIONS[layer.activation.value])
+        count = len(linears) // len(_SHARDS)
+        layer.packed = Experts(ExpertsLoop(count, activation), linears)
 
     def apply(
         self, layer: Any, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, *_: Any, **__: Any
