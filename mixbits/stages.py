@@ -253,8 +253,7 @@ def _first_and_held_out(
     sizes = args.seqlen, prefix
     if args.eval_dataset is not None or not held_count:
         before = count
-    none = Sequences.none(*sizes)
-    held_out = first = none
+    first = held_out = Sequences.none(*sizes)
     if before and (count or held_count):
         after = held_count if args.eval_dataset is None else 0
         total = before + after

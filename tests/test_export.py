@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from mixbits import checkpoint, reference
 from mixbits.export import auto_round, compressed_tensors
 from mixbits.export.__main__ import main
 from mixbits.export.packed import Carrier, PackedModel
-from mixbits.formats import Format, Mixed, Scheme, parse_scheme
+from mixbits.formats import Format, Mixed, Scheme, UsageError, parse_scheme
 from mixbits.pack import pack
 from mixbits.targets import TARGETS, fit
 from mixbits.weights import Files
@@ -432,3 +433,22 @@ def test_wrong_usage_is_one_sentence(
     assert main(argv) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("value", "what"), [(1e-9, "small"), (1e-6, "small"), (1e6, "large"), (3e-4, None)]
+)
+def test_what_a_chosen_dtype_cannot_hold_is_refused_at_the_cast(
+    value: float, what: str | None
+) -> None:
+    stored = torch.linspace(0.5, 1.0, 64).mul(value).to(torch.bfloat16)
+    model: Any = SimpleNamespace(tensor=lambda name: stored)
+    strict, lossy = (Carrier(model, {}, torch.float16, given) for given in (False, True))
+    if what is None:
+        assert torch.equal(strict.plain("norm").double(), stored.double())
+        return
+    with pytest.raises(UsageError, match=f"^norm is too {what} for float16"):
+        strict.plain("norm")
+    if what == "small":
+        assert strict.losses == {} and lossy.plain("norm").dtype == torch.float16
+        assert lossy.losses["norm"] > 2.0**-10
