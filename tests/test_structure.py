@@ -33,6 +33,7 @@ LAYERS = [
     {"linear"},
     {"experts"},
     {"ops"},
+    {"gradients"},
     {"backends"},
     {"folding"},
     {"pack", "rounding"},
