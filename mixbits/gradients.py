@@ -119,17 +119,22 @@ def _unrounded(operand: Operand | Mix) -> Operand | Mix:
 
 def _back(gradient: Tensor, operand: Operand | Mix, columns: int, backend: str | None) -> Tensor:
     """dL/dx [M, K] of x that `operand` [N, K] has multiplied; `gradient` is dL/dy [M, N]."""
-    is_mix = isinstance(operand, Mix)
-    pieces = [
-        torch.ops.mixbits.packed_matmul_backward(gradient, *packed, fmt.code, width, backend)
-        for packed, fmt, width in (operand.parts if is_mix else [(*operand[:2], columns)])
-    ]
-    if not is_mix:
-        return pieces[0]
+    if isinstance(operand, Operand):
+        packed, fmt, _ = operand
+        return _back_part(gradient, packed, fmt, columns, backend)
+    pieces = [_back_part(gradient, *part, backend) for part in operand.parts]
     order = None if operand.order is None else operand.order.long()
     # The matrix of an arrangement is orthogonal up to a factor that the weight has been divided by,
     # so that its transpose is what restores a weight.
     return Arrangement(order, operand.rotated).restore(torch.cat(pieces, 1))
+
+
+def _back_part(
+    gradient: Tensor, packed: Packed, fmt: Format, columns: int, backend: str | None
+) -> Tensor:
+    arguments = (gradient, *packed, fmt.code, columns, backend)
+    out: Tensor = torch.ops.mixbits.packed_matmul_backward(*arguments)
+    return out
 
 
 # --- torch.ops.mixbits: what torch.compile sees ------------------------------------------------

@@ -153,9 +153,7 @@ def test_registered_ops(name):
 
     got = gradient_of(multiply, x, weights)
     torch.testing.assert_close(got, weights @ value_of(Operand(packed, fmt)), atol=1e-4, rtol=1e-5)
-    assert torch.equal(
-        gradient_of(lambda x: torch.ops.mixbits.fake_quantize(x, fmt.code), x, x), x
-    )
+    assert torch.equal(gradient_of(lambda x: torch.ops.mixbits.fake_quantize(x, fmt.code), x, x), x)
     x.requires_grad_()
     torch.library.opcheck(torch.ops.mixbits.packed_matmul, (x, *packed, fmt.code, code))
     torch.library.opcheck(torch.ops.mixbits.fake_quantize, (x, fmt.code))
