@@ -330,10 +330,10 @@ class DecodeStep:
         if not _is_plain(model):
             return None
         plan = self.plan(model)
-        if (
-            plan is None
-            or plan.is_observed()
-            or (torch.is_grad_enabled() and plan.needs_gradient())
+        if plan is None or plan.is_observed():
+            return None
+        if torch.is_grad_enabled() and (
+            plan.needs_gradient() or any(layer.needs_gradient() for layer in layers)
         ):
             return None
         length = layers[0].get_seq_length()

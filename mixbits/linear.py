@@ -249,7 +249,22 @@ class MixedLinear(nn.Module):
         return self.parts[0].int8_activations
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.parts[0].weight_packed.is_meta:
+            return self._forward_offloaded(x)
         return _forward(self, x)
+
+    def _forward_offloaded(self, x: Tensor) -> Tensor:
+        """accelerate brings a module's weights when that is called, and segments never are."""
+        hooks: list[Any] = [getattr(part, "_hf_hook", None) for part in self.parts]
+        if None in hooks:
+            raise UsageError(f"a packed linear must have its weights: they are meta ({self})")
+        try:
+            for part, hook in zip(self.parts, hooks, strict=True):
+                hook.pre_forward(part)
+            return _forward(self, x)
+        finally:
+            for part, hook in zip(self.parts, hooks, strict=True):
+                hook.post_forward(part, None)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}"

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import copy
+import warnings
+
 import pytest
 import torch
 from conftest import DTYPES
 from test_mixed import filled, slab_recipe
+from tiny import make_model
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
+from transformers import DynamicCache
 
+import mixbits
 from mixbits import gradients, ops
-from mixbits.fake import FakeLinear
-from mixbits.formats import Mixed, parse_scheme
-from mixbits.linear import PackedLinear, share_inputs
-from mixbits.pack import Mix, Operand
+from mixbits.attention import use_grouped_attention
+from mixbits.decode import use_decode_step
+from mixbits.fake import FakeLinear, fake_quantize_model
+from mixbits.formats import Mixed, UsageError, parse_scheme
+from mixbits.linear import MixedLinear, PackedLinear, share_inputs, swap_linears
+from mixbits.model import find_linears
+from mixbits.pack import Operand
+from mixbits.source import open_source
 
 BACKENDS = [name for name, why in ops.backends().items() if why is None]
 SCHEMES = ["W4A16", "W2A16G64ASYM", "W8A16", "MXFP4A16", "MXFP8E5M2A16", "MXFP4", "MXFP8"]
@@ -289,5 +299,169 @@ def test_a_product_without_gradients_knows_nothing_of_them(monkeypatch):
     linear(torch.randn(3, 172))
     with torch.no_grad():
         linear(torch.randn(3, 172, requires_grad=True))
-    mix = linear.operand
-    assert isinstance(mix, Mix)
+
+
+# --- models -------------------------------------------------------------------------------------
+
+
+def packed_and_fake(folder, kind="llama", names=("W4A16", "W8A16"), **overrides):
+    """A packed model with everything that makes it fast, and its definition."""
+    source = open_source(str(make_model(folder, kind, **overrides)))
+    models = [source.load().float().eval().requires_grad_(False) for _ in range(2)]
+    linears = find_linears(models[0], include_head=True)
+    recipes = {
+        info.name: slab_recipe(info.in_features, *names, rotated="down_proj" in info.name)
+        if "q_proj" not in info.name
+        else parse_scheme(names[0])
+        for info in linears
+    }
+    swap_linears(models[0], list(recipes), lambda n, w, b: filled(w, recipes[n], b))
+    fake_quantize_model(models[1], recipes)
+    share_inputs(models[0])
+    use_grouped_attention(models[0])
+    use_decode_step(models[0])
+    return models
+
+
+IDS = torch.arange(3, 35).reshape(2, 16)
+
+
+def embedding_gradient(model, **options):
+    embeddings = model.get_input_embeddings()(IDS).requires_grad_()
+    model(inputs_embeds=embeddings, labels=IDS, use_cache=False, **options).loss.backward()
+    return embeddings.grad
+
+
+@pytest.mark.parametrize("names", [("W4A16", "W8A16"), ("MXFP4A16", "MXFP8A16")], ids="+".join)
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3_moe", "gemma"])
+def test_of_a_model(tmp_path, kind, names):
+    packed, fake = packed_and_fake(tmp_path, kind, names)
+    got, expected = embedding_gradient(packed), embedding_gradient(fake)
+    assert torch.cosine_similarity(got.flatten(), expected.flatten(), 0) > 0.99999
+    torch.testing.assert_close(got.norm(), expected.norm(), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_of_a_model_with_checkpoints(tmp_path, reentrant):
+    packed, _ = packed_and_fake(tmp_path)
+    expected = embedding_gradient(packed)
+    packed.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    packed.train()
+    torch.testing.assert_close(embedding_gradient(packed), expected)
+
+
+def test_a_prefix_in_the_cache_is_learned_through_steps(tmp_path):
+    """A native step would write beside it, and give logits that depend on nothing."""
+    found = []
+    for model in packed_and_fake(tmp_path):
+        generator = torch.Generator().manual_seed(0)
+        prefix = torch.randn(2, 2, 1, 2, 5, 16, generator=generator).requires_grad_()
+        cache = DynamicCache()
+        for layer in range(2):
+            cache.update(*prefix[layer], layer)
+        for token in (3, 4, 5):
+            logits = model(torch.tensor([[token]]), past_key_values=cache).logits
+        logits.square().sum().backward()
+        found.append(prefix.grad.flatten())
+    assert torch.cosine_similarity(*found, 0) > 0.99999
+
+
+# --- peft ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def peft():
+    return pytest.importorskip("peft", reason="peft is not installed")
+
+
+def adapter_gradients(peft, model):
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = peft.get_peft_model(model, config)
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    return {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+
+
+def as_plain(model):
+    """The dequantized model: linears of torch."""
+    model = copy.deepcopy(model)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, PackedLinear | MixedLinear) and ".segments." not in name:
+            linear = torch.nn.Linear(module.in_features, module.out_features, bias=False)
+            linear.weight.data, linear.bias = module.weight, module.bias
+            model.set_submodule(name, linear)
+    return model
+
+
+def test_lora_on_all_linears(tmp_path, peft):
+    packed, _ = packed_and_fake(tmp_path)
+    plain = as_plain(packed)
+    found, expected = adapter_gradients(peft, packed), adapter_gradients(peft, plain)
+    assert found.keys() == expected.keys() and len(found) == 2 * 2 * 7  # not the head, as in peft
+    for name, gradient in found.items():
+        cosine = torch.cosine_similarity(gradient.flatten(), expected[name].flatten(), 0)
+        assert cosine > 0.9999, name
+
+
+def test_lora_learns_is_saved_and_comes_back(tmp_path, peft):
+    packed, _ = packed_and_fake(tmp_path / "model")
+    base = copy.deepcopy(packed)
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj", "lm_head"])
+    model = peft.get_peft_model(packed, config)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 0.01)
+    losses = []
+    for _ in range(20):
+        optimizer.zero_grad()
+        loss = model(input_ids=IDS, labels=IDS).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.7 * losses[0]
+    model.save_pretrained(tmp_path / "adapter")
+    again = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    with torch.no_grad():
+        expected = model.eval()(input_ids=IDS).logits
+        assert torch.equal(again(input_ids=IDS).logits, expected)
+        tokens = again.generate(input_ids=IDS[:1], max_new_tokens=4, do_sample=False)
+        assert torch.equal(tokens, model.generate(input_ids=IDS[:1], max_new_tokens=4))
+        with again.disable_adapter():
+            plain = again(input_ids=IDS).logits
+    assert not torch.equal(plain, expected)
+    assert torch.equal(again.unload()(input_ids=IDS).logits, plain)
+
+
+def test_what_would_change_a_packed_weight_is_refused(tmp_path, peft):
+    packed, _ = packed_and_fake(tmp_path)
+    for init in ("pissa", "olora"):
+        config = peft.LoraConfig(target_modules="all-linear", init_lora_weights=init)
+        with pytest.raises(UsageError, match=f"packed weights cannot change: got '{init}'"):
+            peft.get_peft_model(copy.deepcopy(packed), config)
+    model = peft.get_peft_model(packed, peft.LoraConfig(target_modules="all-linear"))
+    with pytest.raises(UsageError, match="cannot be merged into a packed linear"):
+        model.merge_and_unload()
+
+
+def test_a_prompt_is_learned(tmp_path, peft):
+    packed, fake = packed_and_fake(tmp_path)
+    found = []
+    for model in (packed, fake):
+        torch.manual_seed(0)
+        config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+        model = peft.get_peft_model(model, config)
+        model(input_ids=IDS, labels=IDS).loss.backward()
+        (gradient,) = (p.grad for p in model.parameters() if p.requires_grad)
+        found.append(gradient.flatten())
+    assert found[0].norm() > 0 and torch.cosine_similarity(*found, 0) > 0.9999
+
+
+def test_trainer_takes_a_model_with_adapters_only(run, tmp_path, peft):
+    from transformers.trainer_utils import validate_quantization_for_training
+
+    assert run("--avg-bits", 5) == 0
+    model = mixbits.load(tmp_path / "out")
+    with pytest.raises(ValueError, match="attach trainable adapters"):
+        validate_quantization_for_training(model)
+    config = peft.LoraConfig(target_modules="all-linear")
+    validate_quantization_for_training(peft.get_peft_model(model, config))
