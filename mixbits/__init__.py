@@ -10,7 +10,7 @@ also what lets transformers' own from_pretrained load DIR.
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 __version__ = "0.1.0"
 __all__ = ["UsageError", "__version__", "load", "parse_scheme"]
@@ -34,22 +34,25 @@ def __getattr__(name: str) -> Any:
 
 
 class _Registration:
-    """Registers our quantizer when transformers.quantizers has been imported, and not before.
+    """Registers what we have for a package when that has been imported, and not before.
 
-    transformers finds no quantizers by itself, and importing it takes seconds.
+    Neither transformers nor peft finds it by itself, and importing them takes seconds.
     """
 
-    module = "transformers.quantizers"
+    modules: ClassVar = {
+        "transformers.quantizers": ".transformers_quantizer",
+        "peft": ".integrations.peft",
+    }
 
     @classmethod
-    def register(cls) -> None:
+    def register(cls, name: str) -> None:
         from importlib import import_module
 
-        import_module(".transformers_quantizer", __name__)
+        import_module(cls.modules[name], __name__)
 
     @classmethod
     def find_spec(cls, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        if name != cls.module:
+        if name not in cls.modules:
             return None
         from importlib.machinery import PathFinder
 
@@ -60,7 +63,7 @@ class _Registration:
 
         def exec_module(module: ModuleType) -> None:
             execute(module)
-            cls.register()
+            cls.register(name)
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
@@ -68,5 +71,6 @@ class _Registration:
 
 if all(getattr(finder, "__module__", None) != __name__ for finder in sys.meta_path):
     sys.meta_path.insert(0, _Registration)
-if _Registration.module in sys.modules:
-    _Registration.register()
+for _name in _Registration.modules:
+    if _name in sys.modules:
+        _Registration.register(_name)

@@ -34,6 +34,7 @@ def grouped_attention(
     """
     batch, heads, tokens, width = query.shape
     plain = tokens == 1 and attention_mask is None and kwargs.get("position_bias") is None
+    plain = plain and not kwargs.get("dropout")
     if not plain or kwargs.get("cache") is not None or query.device.type != "cpu":
         out: tuple[Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, **kwargs

@@ -113,12 +113,18 @@ class GrowingLayer(DynamicLayer):
         self._length += tokens
         self._room.used = self._length
 
+    def needs_gradient(self, *more: Tensor) -> bool:
+        """Whether what is held (a prefix that is learned), or `more`, asks for gradients."""
+        tensors = (self.keys, self.values, *more)
+        wanted = any(x is not None and x.requires_grad for x in tensors)
+        return wanted and torch.is_grad_enabled()
+
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Append keys and values [B, heads, T, D]; returns all of them."""
         plain = self.get_seq_length() == 0 or torch.compiler.is_compiling()
-        if plain or key_states.requires_grad or value_states.requires_grad:
+        if plain or self.needs_gradient(key_states, value_states):
             out: tuple[Tensor, Tensor] = super().update(key_states, value_states, *args, **kwargs)
             return out
         tokens = key_states.shape[-2]

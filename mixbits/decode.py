@@ -12,8 +12,10 @@ grows in place, too.
 
 from __future__ import annotations
 
+import copy
 import functools
 import os
+import threading
 import types
 from collections.abc import Callable
 from itertools import repeat
@@ -29,7 +31,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from . import attention, ops
 from .backends import cpu
 from .cache import growing_layers
-from .linear import MixedLinear, PackedLinear
+from .linear import MixedLinear, PackedLinear, content_of
 
 KINDS = ("Llama", "Mistral", "Qwen2", "Qwen3")  # transformers' <kind>ForCausalLM
 _LINEARS = (
@@ -51,29 +53,46 @@ def _require(condition: object, what: str) -> None:
 class Angles:
     """cos and sin of a model's own rotary embedding, for many positions at a time.
 
-    Those of most kinds depend on the position only. Of the others, every step asks for its own.
+    Those of most kinds depend on the position only. The others change with what they are asked:
+    every step asks a copy that belongs to its thread, as several may step through one model.
     """
 
     _BY_POSITION = ("default", "linear", "llama3", "yarn")
 
     def __init__(self, rotary: Any, like: Tensor) -> None:
         self._rotary, self._like = rotary, like[:0]
+        self._thread = threading.local()
         self.count = 256 if rotary.rope_type in self._BY_POSITION else 1
-        self._move_to(0)
-        self.width = self._cos.shape[-1]
+        self._block: tuple[object, Tensor, Tensor] | None = None
+        self.width = self.at(0)[0].shape[-1]
 
-    def _move_to(self, block: int) -> None:
+    def _make(self, rotary: Any, block: int) -> tuple[Tensor, Tensor]:
         positions = torch.arange(self.count)[None] + block * self.count
-        self._cos, self._sin = (x.contiguous() for x in self._rotary(self._like, positions))
-        self._block = block
+        cos, sin = rotary(self._like, positions)
+        return cos.contiguous(), sin.contiguous()
 
-    def addresses(self, position: int) -> tuple[int, int]:
-        """Of cos and sin [head width] at a position."""
-        block, row = divmod(position, self.count)
-        if block != self._block or self.count == 1:
-            self._move_to(block)
-        offset = row * self.width * self._cos.element_size()
-        return self._cos.data_ptr() + offset, self._sin.data_ptr() + offset
+    def at(self, position: int) -> tuple[Tensor, Tensor, int]:
+        """cos and sin [1, positions, head width], and how many bytes in a position's row begins.
+
+        They are the caller's to keep while it reads them: another thread may have others made.
+        """
+        number, row = divmod(position, self.count)
+        if self.count == 1:
+            return *self._make(self._own_rotary(), number), 0
+        rotary = self._rotary
+        key = number, rotary.attention_scaling, content_of(rotary.inv_freq)
+        block = self._block
+        if block is None or block[0] != key:
+            block = self._block = (key, *self._make(rotary, number))
+        _, cos, sin = block
+        return cos, sin, row * self.width * cos.element_size()
+
+    def _own_rotary(self) -> Any:
+        key = content_of(self._rotary.original_inv_freq)
+        own: tuple[object, Any] | None = getattr(self._thread, "rotary", None)
+        if own is None or own[0] != key:
+            own = self._thread.rotary = (key, copy.deepcopy(self._rotary))
+        return own[1]
 
 
 class Plan:
@@ -155,9 +174,6 @@ class Plan:
 
     def _angles(self, rotary: Any) -> Angles:
         angles = Angles(rotary, self.embeddings)
-        if angles.count > 1:
-            self._keep(rotary._buffers, "inv_freq")
-            self._keep(vars(rotary), "attention_scaling")
         _require(angles.width == self.width, "a partial rotation")
         return angles
 
@@ -211,7 +227,7 @@ class Plan:
         return [bias, int(linear.int8_activations), *numbers]
 
     def _order(self, linear: MixedLinear) -> None:
-        self._keep(linear._buffers, "order")
+        self._keep(vars(linear) if linear.order is None else linear._buffers, "order")
         if linear.order is not None:
             self.parameters.append(linear.order)
             self._buffer(linear.order)
@@ -314,10 +330,10 @@ class DecodeStep:
         if not _is_plain(model):
             return None
         plan = self.plan(model)
-        if (
-            plan is None
-            or plan.is_observed()
-            or (torch.is_grad_enabled() and plan.needs_gradient())
+        if plan is None or plan.is_observed():
+            return None
+        if torch.is_grad_enabled() and (
+            plan.needs_gradient() or any(layer.needs_gradient() for layer in layers)
         ):
             return None
         length = layers[0].get_seq_length()
@@ -374,7 +390,8 @@ def _run(plan: Plan, token: int, position: int, layers: list[Any], length: int) 
     """Logits [1, 1, vocab] of what follows a token; the caches hold it from then on."""
     logits = torch.empty((1, 1, plan.vocab), dtype=plan.dtype)
     caches = [number for layer in layers for number in layer.make_room(1).address]
-    inputs = (plan.embedding_address(token), *plan.angles.addresses(position))
+    cos, sin, start = plan.angles.at(position)
+    inputs = (plan.embedding_address(token), cos.data_ptr() + start, sin.data_ptr() + start)
     cpu.decode_step(plan.decoder, *inputs, logits, length, caches)
     for layer in layers:
         layer.grow(1)

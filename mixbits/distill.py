@@ -31,8 +31,9 @@ from transformers import GenerationConfig
 
 from . import ops
 from .arrange import arrangement_of
-from .fake import round_input
+from .fake import fake_input
 from .formats import Assignment, Format, Recipe, UsageError
+from .gradients import straight_through
 from .model import CausalLM, LinearInfo
 from .pack import Packed, Rounded, pack, unpack
 from .probing import probed
@@ -45,18 +46,6 @@ SEEN = 2  # times that a sequence is learned from, at most
 PROMPT = 8  # tokens of the calibration text that a written sequence starts with
 WRITTEN_AT_ONCE = 64
 LEARNED_BITS = 7  # at most
-
-
-class _StraightThrough(torch.autograd.Function):
-    """The value of `rounded`, with the gradient of x."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, rounded: Tensor) -> Tensor:
-        return rounded.view_as(rounded)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return grads[0], None
 
 
 class _Part:
@@ -82,7 +71,7 @@ class _Part:
             return ops.dequantize(self.before, self.fmt, self.columns)
         values = self.latent * self.grid.scale
         rounded = snap(values.detach(), self.grid, self.fmt)
-        return join_groups(_StraightThrough.apply(values, rounded), self.columns)
+        return join_groups(straight_through(values, rounded), self.columns)
 
     def packed(self) -> Packed:
         if self.latent is None:
@@ -104,8 +93,7 @@ class _Linear:
         ]
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        arranged = self.arrangement.input(x)
-        rounded = _StraightThrough.apply(arranged, round_input(arranged.detach(), self.recipe))
+        rounded = fake_input(x, self.recipe, self.arrangement)
         weight = torch.cat([part.weight() for part in self.parts], 1).to(rounded.dtype)
         return torch.nn.functional.linear(rounded, weight, bias).to(x.dtype)
 

@@ -38,13 +38,9 @@ def fake_input(x: Tensor, recipe: Recipe, arrangement: Arrangement) -> Tensor:
     """x [..., K] arranged, and rounded where the recipe rounds activations.
 
     In x's dtype, in float32 at least where it is rotated. Of float64, rounding is still that of
-    float32.
+    float32. Gradients go straight through the rounding.
     """
-    return round_input(arrangement.input(x), recipe)
-
-
-def round_input(arranged: Tensor, recipe: Recipe) -> Tensor:
-    """The second half of `fake_input`: the arranged columns, rounded in their dtype."""
+    arranged = arrangement.input(x)
     parts = recipe.parts(arranged.shape[-1])
     rounded = []
     for piece, (scheme, _) in zip(

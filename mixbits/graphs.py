@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import threading
 import warnings
 import weakref
 from collections.abc import Callable
@@ -155,13 +156,15 @@ class GraphedForward:
         self.forward: Callable[..., Any] = model.forward
         self.record = record
         self.works = True
+        self._lock = threading.Lock()  # threads take turns with the one step's memory
         self._kind: object = None
         self._step: _Step | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         kwargs.pop("tokenizer", None)  # of generate, for stop strings: no model reads it
         if self._is_step(args, kwargs):
-            logits = self._replayed(dict(kwargs))
+            with self._lock:
+                logits = self._replayed(dict(kwargs))
             if logits is not None:
                 from transformers.modeling_outputs import CausalLMOutputWithPast
 

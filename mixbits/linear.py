@@ -7,14 +7,16 @@ What they must equal, up to the order of summation, is in `mixbits.fake`.
 
 from __future__ import annotations
 
+import ctypes
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
 
-from . import ops
+from . import gradients, ops
 from .arrange import Arrangement, arrangement_of
 from .experts import ExpertsLoop, expert_bias, expert_slice, is_experts, layout_of, loop_of
 from .formats import Mixed, Recipe, Scheme, UsageError
@@ -112,10 +114,11 @@ class PackedLinear(nn.Module):
         self.backend: str | None = None
         self.int8_activations = False
         self.siblings: SharedInput | None = None
-        self.register_buffer("weight_zero_point", None)
-        self.register_buffer("row_scale", None, persistent=False)
+        # No buffers as long as they are None: accelerate moves buffers, and takes all for tensors.
+        self.weight_zero_point = self.row_scale = None
         for name, (dtype, shape) in packed_spec(scheme.weight, out_features, in_features).items():
-            self._buffers[name] = torch.empty(shape, dtype=dtype, device=device)
+            vars(self).pop(name, None)
+            self.register_buffer(name, torch.empty(shape, dtype=dtype, device=device))
         self.bias = bias
 
     @classmethod
@@ -134,6 +137,10 @@ class PackedLinear(nn.Module):
         assert self.scheme.weight is not None
         packed = Packed(self.weight_packed, self.weight_scale, self.weight_zero_point)
         return Operand(packed, self.scheme.weight, self.scheme.activation)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [tensor for tensor in self._buffers.values() if tensor is not None]
 
     @property
     def weight(self) -> Tensor:
@@ -191,10 +198,11 @@ class MixedLinear(nn.Module):
         self.in_features, self.out_features, self.recipe = recipe.in_features, out_features, recipe
         self.columns = tuple(columns for _, columns in recipe.segments)
         self.siblings: SharedInput | None = None
-        self.register_buffer("order", None)
-        if recipe.order is not None and not recipe.folded:
+        if recipe.order is None or recipe.folded:
+            self.order = None  # no buffer: accelerate takes all for tensors
+        else:
             dtype = order_dtype(self.in_features)
-            self.order = torch.tensor(recipe.order, dtype=dtype, device=device)
+            self.register_buffer("order", torch.tensor(recipe.order, dtype=dtype, device=device))
         self.segments = nn.ModuleList(
             PackedLinear(columns, out_features, scheme, device=device)
             for scheme, columns in recipe.segments
@@ -209,6 +217,11 @@ class MixedLinear(nn.Module):
     def operand(self) -> Mix:
         operands = tuple(part.operand for part in self.parts)
         return Mix(operands, self.columns, self.order, self.recipe.rotated)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        parts = [tensor for part in self.parts for tensor in part.tensors]
+        return parts if self.order is None else [self.order, *parts]
 
     @property
     def weight(self) -> Tensor:
@@ -226,7 +239,22 @@ class MixedLinear(nn.Module):
         return self.parts[0].int8_activations
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.parts[0].weight_packed.is_meta:
+            return self._forward_offloaded(x)
         return _forward(self, x)
+
+    def _forward_offloaded(self, x: Tensor) -> Tensor:
+        """accelerate brings a module's weights when that is called, and segments never are."""
+        hooks: list[Any] = [getattr(part, "_hf_hook", None) for part in self.parts]
+        if None in hooks:
+            raise UsageError(f"a packed linear must have its weights: they are meta ({self})")
+        try:
+            for part, hook in zip(self.parts, hooks, strict=True):
+                hook.pre_forward(part)
+            return _forward(self, x)
+        finally:
+            for part, hook in zip(self.parts, hooks, strict=True):
+                hook.post_forward(part, None)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}"
@@ -266,7 +294,10 @@ def allow_fp8_activations(model: nn.Module) -> None:
     chosen = [m for m in linears if m.operand.format.element == "e2m1" and not m.operand.activation]
     for one in chosen:
         packed, fmt, _ = one.operand
-        one.row_scale = ops.fold_rows(packed, fmt, one.in_features)
+        row_scale = ops.fold_rows(packed, fmt, one.in_features)
+        if row_scale is not None:
+            del one.row_scale
+            one.register_buffer("row_scale", row_scale, persistent=False)
     if all(one.row_scale is None for one in chosen):
         raise UsageError(
             f"fp8_activations needs MXFP4A16 linears with block scales within 15 binades per row: "
@@ -282,33 +313,93 @@ def packed_linear(weight: Tensor, recipe: Recipe, bias: nn.Parameter | None = No
     return PackedLinear(columns, rows, recipe, bias, weight.device)
 
 
+class _Waiting:
+    """Products of one input that nobody has asked for yet; they go when the input does.
+
+    What the input holds is compared byte by byte, so that it does not matter who has changed it,
+    or through which of its views: a tensor knows its address and a version, and neither tells.
+    """
+
+    def __init__(self, x: Tensor, products: dict[AnyPacked, Tensor]) -> None:
+        self.content, self.products, self.left = content_of(x), products, len(products)
+        self.states = {linear: _state(linear) for linear in products}
+        self.end = weakref.ref(x, lambda _: products.clear())
+
+    def take(self, linear: AnyPacked, x: Tensor) -> Tensor | None:
+        """The product of a linear with x; None if there is none of this x."""
+        if self.states.get(linear) != _state(linear) or self.content != content_of(x):
+            return None
+        self.left -= 1
+        return self.products.pop(linear, None)
+
+
+def content_of(x: Tensor) -> object:
+    """What a contiguous tensor on the CPU holds, to be compared with what it holds later."""
+    return x.shape, x.dtype, ctypes.string_at(x.data_ptr(), x.nbytes)
+
+
+def _state(linear: AnyPacked) -> object:
+    """What a product depends on besides its input, and whether autograd may use it later."""
+    versions = [(tensor.data_ptr(), tensor._version) for tensor in linear.tensors]
+    return PackedLinear.changes, torch.is_inference_mode_enabled(), versions
+
+
 class SharedInput:
-    """Packed linears that a module calls one after the other with the same tensor.
+    """Packed linears that a module calls one after the other with the same input.
 
     The first call multiplies x with the weights of all, so that x is prepared and the threads
-    are woken once; the others find their products waiting. Products are kept per thread, for the
-    very tensor object that they belong to, until each is taken. A module that does not call all
-    of its linears with one tensor makes that a waste: after some such calls it is given up.
+    are woken once; the others find their products waiting, if x, their weights and settings are
+    what they were. Products wait in the thread that made them, until the next call at most. A
+    module that does not call all of its linears with one input makes that a waste: after some such
+    calls in a row it is given up. Of more than `MAX_TOKENS` the products take so long that nothing is won.
     """
+
+    MAX_TOKENS = 64
+    MISSES = 3
 
     def __init__(self, linears: list[AnyPacked]) -> None:
         self.linears = linears
-        self.misses_left = 3
-        self._waiting: dict[int, tuple[Tensor, dict[AnyPacked, Tensor]]] = {}
+        self.misses_left = self.MISSES
+        self._thread = threading.local()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"linears": self.linears}  # a copy begins anew
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["linears"])  # type: ignore[misc]
 
     def product(self, linear: AnyPacked, x: Tensor) -> Tensor | None:
         """x times the weight of `linear`, without its bias; None to leave it to the linear."""
-        if torch.compiler.is_compiling() or x.device.type != "cpu" or self.misses_left == 0:
+        waiting: _Waiting | None = self._thread.__dict__.pop("waiting", None)
+        if (
+            self.misses_left == 0
+            or torch.compiler.is_compiling()
+            or x.device.type != "cpu"
+            or x.numel() > self.MAX_TOKENS * linear.in_features
+            or x.is_neg()
+            or not x.is_contiguous()
+            or gradients.is_wanted(x)
+        ):
             return None
-        thread = threading.get_ident()
-        owner, products = self._waiting.pop(thread, (None, {}))
-        if owner is not x or linear not in products:
-            self.misses_left -= bool(products)
-            products = dict(zip(self.linears, _products(self.linears, x), strict=True))
+        if waiting is not None and waiting.left:
+            y = waiting.take(linear, x)
+            if y is not None:
+                self._thread.waiting = waiting
+                self.misses_left = self.misses_left if waiting.left else self.MISSES
+                return y
+            self.misses_left -= 1
+        if not self._is_shareable():
+            return None
+        products = dict(zip(self.linears, _products(self.linears, x), strict=True))
         y = products.pop(linear)
-        if products:
-            self._waiting[thread] = (x, products)
+        self._thread.waiting = _Waiting(x, products)
         return y
+
+    def _is_shareable(self) -> bool:
+        """Whether all are here, to be multiplied in one way, and tell when they change."""
+        ways = {(one.backend, one.int8_activations) for one in self.linears}
+        tensors = [tensor for one in self.linears for tensor in one.tensors]
+        return len(ways) == 1 and all(t.is_cpu and not t.is_inference() for t in tensors)
 
 
 def share_inputs(model: nn.Module) -> None:

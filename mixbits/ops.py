@@ -14,7 +14,8 @@
     packed_matmul_fp8     x [M, K], Packed [N, K], uint8 [N]   [M, N], x's dtype
 
 What each means is said in `mixbits.reference`. Values may be bfloat16, float16 or float32, need
-not be contiguous, and lie on one device. No gradient flows through any of these.
+not be contiguous, and lie on one device. Gradients flow to x through products and `fake_quantize`
+(`mixbits.gradients`), and through nothing else.
 
 The backend is the argument `backend`, else the environment variable MIXBITS_BACKEND, else the
 best there is for the tensor's device. In eager mode its functions are called directly;
@@ -33,7 +34,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import folding, reference, rounding
+from . import folding, gradients, reference, rounding
 from .arrange import Arrangement, check_order
 from .formats import MAX_SEGMENTS, Format, UsageError
 from .pack import Mix, Operand, Packed, order_dtype, packed_spec
@@ -150,7 +151,7 @@ def _contiguous(packed: Packed) -> Packed:
 def fake_quantize(x: Tensor, fmt: Format, backend: str | None = None) -> Tensor:
     """Round trip of x [..., K] through codes of `fmt`, groups along K, in x's own dtype.
 
-    Raises TypeError or ValueError for a tensor that it cannot take, UsageError for a backend.
+    Gradients go straight through. Raises TypeError or ValueError for a tensor that it cannot take, UsageError for a backend.
     """
     if torch.compiler.is_compiling():
         return torch.ops.mixbits.fake_quantize(x, fmt.code, backend)
@@ -160,7 +161,8 @@ def fake_quantize(x: Tensor, fmt: Format, backend: str | None = None) -> Tensor:
     module = _backend(x, backend)
     if x.numel() == 0:
         return torch.empty_like(x)
-    return module.fake_quantize(x.detach().contiguous(), fmt)
+    rounded: Tensor = module.fake_quantize(x.detach().contiguous(), fmt)
+    return gradients.straight_through(x, rounded) if gradients.is_wanted(x) else rounded
 
 
 def quantize_pack(weight: Tensor, fmt: Format, backend: str | None = None) -> Packed:
@@ -281,6 +283,12 @@ def packed_matmul_fp8(
     """
     _check_values("x", x, 2)
     require_fp8(x.device, backend)
+    if gradients.is_wanted(x):
+
+        def multiply(x: Tensor, operands: Sequence[Operand | Mix]) -> list[Tensor]:
+            return [packed_matmul_fp8(x.detach(), packed, fmt, row_scale, backend)]
+
+        return gradients.products(x, [Operand(packed, fmt)], multiply, backend)[0]
     if x.numel() == 0:
         return x.new_zeros((x.shape[0], row_scale.shape[0]))
     out: Tensor = _module("cuda_fp8").packed_matmul(x.contiguous(), packed, fmt, row_scale)
@@ -394,6 +402,12 @@ def packed_matmuls_unchecked(
     """
     if torch.compiler.is_compiling():
         return [_compiled_matmul(x, operand, backend, int8_activations) for operand in operands]
+    if gradients.is_wanted(x):
+
+        def multiply(x: Tensor, operands: Sequence[Operand | Mix]) -> list[Tensor]:
+            return packed_matmuls_unchecked(x.detach(), operands, backend, int8_activations)
+
+        return gradients.products(x, operands, multiply, backend)
     module = _backend(x, backend)
     if x.numel() == 0:
         return [x.new_zeros((x.shape[0], operand.out_features)) for operand in operands]
@@ -504,3 +518,4 @@ _library.impl("fake_quantize", _fake_quantize_impl, "CompositeExplicitAutograd")
 _library.impl("packed_matmul", _packed_matmul_impl, "CompositeExplicitAutograd")
 torch.library.register_fake("mixbits::fake_quantize", _fake_quantize_meta, lib=_library)
 torch.library.register_fake("mixbits::packed_matmul", _packed_matmul_meta, lib=_library)
+gradients.register(_library, dequantize)

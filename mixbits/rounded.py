@@ -55,14 +55,15 @@ class _Compensation:
         self.recipes, self.own = recipes, own
         self.rounded: dict[str, list[Packed]] = {}
         self.recording = False
-        self._inputs: dict[str, Tensor] = {}  # of the original stream, by linear
+        # Of the original stream, by linear, and its version: in-place changes raise it.
+        self._inputs: dict[str, tuple[Tensor, int | None]] = {}
         self._last: _Inputs | None = None
 
     def probe(self, name: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Stands for a linear of either stream."""
         if self.recording or name not in self.recipes:  # an expert may have been left alone
             if self.shares.get(name):
-                self._inputs[name] = x
+                self._inputs[name] = (x, _version(x))
             return torch.nn.functional.linear(x, weight, bias)
         recipe = self.recipes[name]
         inputs = self._seen(name, x, recipe)
@@ -73,8 +74,10 @@ class _Compensation:
 
     def _seen(self, name: str, x: Tensor, recipe: Recipe) -> _Inputs:
         """What the linear's input comes to; q, k and v, and gate and up, mostly share it."""
-        last, original = self._last, self._inputs.pop(name, None)
-        if last is None or last.x is not x or last.prepared != _preparation(recipe):
+        last, (original, version) = self._last, self._inputs.pop(name, (None, None))
+        if original is not None and _version(original) != version:
+            original = None  # written over since: it says nothing any more
+        if last is None or not last.fits(x, recipe):
             last = self._last = _Inputs(x, recipe, original)
         return last
 
@@ -98,7 +101,7 @@ class _Inputs:
     """One linear's inputs in the quantized stream: arranged, rounded, and their moments."""
 
     def __init__(self, x: Tensor, recipe: Recipe, original: Tensor | None) -> None:
-        self.x, self.prepared = x, _preparation(recipe)
+        self.x, self.version, self.prepared = x, _version(x), _preparation(recipe)
         self.arrangement = arrangement_of(recipe, x.device)
         self.rounded = fake_input(x, recipe, self.arrangement)
         rows = self.rounded.flatten(0, -2)
@@ -107,6 +110,16 @@ class _Inputs:
         if original is not None:  # E[x xq^T]
             arranged = self.arrangement.input(original.flatten(0, -2))
             self.cross = arranged.T @ rows / len(rows)
+
+    def fits(self, x: Tensor, recipe: Recipe) -> bool:
+        """Whether these are of x, as it is now, and for such a recipe."""
+        is_same = self.x is x and self.version is not None and self.version == _version(x)
+        return is_same and self.prepared == _preparation(recipe)
+
+
+def _version(x: Tensor) -> int | None:
+    """How often x has been written to; None if it does not know."""
+    return None if x.is_inference() else x._version
 
 
 def _preparation(recipe: Recipe) -> object:

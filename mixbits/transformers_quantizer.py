@@ -156,7 +156,8 @@ class MixbitsQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        return False
+        """Adapters beside packed linears are; Trainer refuses a model that has none."""
+        return True
 
     @property
     def is_compileable(self) -> bool:

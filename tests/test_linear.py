@@ -118,7 +118,7 @@ def test_linears_with_one_input_are_multiplied_in_one_call(monkeypatch):
         for linear, expected in alone:
             assert torch.equal(linear(x), expected)
     assert calls == [2, 2]
-    assert not parent.gate_proj.siblings._waiting  # nothing is kept
+    assert not parent.gate_proj.siblings._thread.waiting.products  # nothing is kept
 
 
 def test_linears_with_inputs_of_their_own_give_sharing_up():

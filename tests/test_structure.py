@@ -34,6 +34,7 @@ LAYERS = [
     {"weights"},
     {"stored"},
     {"ops"},
+    {"gradients"},
     {"backends"},
     {"folding", "scale_range"},
     {"pack", "rounding"},
