@@ -64,7 +64,7 @@ class Angles:
         self._thread = threading.local()
         self.count = 256 if rotary.rope_type in self._BY_POSITION else 1
         self._block: tuple[object, Tensor, Tensor] | None = None
-        self.width = self.at(0)[0].shape[-1]
+        self.width = self._make(self._own_rotary(), 0)[0].shape[-1]
 
     def _make(self, rotary: Any, block: int) -> tuple[Tensor, Tensor]:
         positions = torch.arange(self.count)[None] + block * self.count
