@@ -32,6 +32,7 @@ from . import attention, ops
 from .backends import cpu
 from .cache import growing_layers
 from .linear import MixedLinear, PackedLinear, content_of
+from .pack import packed_spec
 
 KINDS = ("Llama", "Mistral", "Qwen2", "Qwen3")  # transformers' <kind>ForCausalLM
 _LINEARS = (
@@ -220,9 +221,10 @@ class Plan:
         for part in linear.parts if type(linear) is MixedLinear else [linear]:
             _require(type(part) is PackedLinear, "a linear's class")
             _require(part.backend in (None, "cpu"), "a linear's backend")
-            for tensor in part.operand.packed:
-                if tensor is not None:
-                    self._buffer(tensor)
+            for name in packed_spec(part.operand.format, *shape):
+                self._keep(part._buffers, name)
+                self.parameters.append(part._buffers[name])
+                self._buffer(part._buffers[name])
         numbers = cpu.linear_numbers(linear.operand, shape[1])
         return [bias, int(linear.int8_activations), *numbers]
 

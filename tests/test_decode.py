@@ -383,7 +383,20 @@ def fewer_bits(model):
     part.weight_scale = part.weight_scale - 1
 
 
-@pytest.mark.parametrize("change", [reverse_order, fewer_bits, lambda m: m.to(torch.bfloat16)])
+def swap_data(model):
+    part = attention_of(model).q_proj.segments[1]
+    part.weight_packed.data = part.weight_packed ^ 0x11
+
+
+def swap_buffer(model):
+    part = attention_of(model).q_proj.segments[1]
+    part._buffers["weight_packed"] = part.weight_packed ^ 0x11
+
+
+@pytest.mark.parametrize(
+    "change",
+    [reverse_order, fewer_bits, swap_data, swap_buffer, lambda m: m.to(torch.bfloat16)],
+)
 def test_steps_see_changes_of_mixed_linears(tmp_path, steps, change):
     model, _ = make(tmp_path, mix="slabs")
     use_decode_step(model)
