@@ -223,8 +223,9 @@ class Plan:
             _require(part.backend in (None, "cpu"), "a linear's backend")
             for name in packed_spec(part.operand.format, *shape):
                 self._keep(part._buffers, name)
-                self.parameters.append(part._buffers[name])
-                self._buffer(part._buffers[name])
+                tensor = part.get_buffer(name)
+                self.parameters.append(tensor)
+                self._buffer(tensor)
         numbers = cpu.linear_numbers(linear.operand, shape[1])
         return [bias, int(linear.int8_activations), *numbers]
 
