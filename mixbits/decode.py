@@ -32,6 +32,7 @@ from . import attention, ops
 from .backends import cpu
 from .cache import growing_layers
 from .linear import MixedLinear, PackedLinear, content_of
+from .pack import packed_spec
 
 KINDS = ("Llama", "Mistral", "Qwen2", "Qwen3")  # transformers' <kind>ForCausalLM
 _LINEARS = (
@@ -64,7 +65,7 @@ class Angles:
         self._thread = threading.local()
         self.count = 256 if rotary.rope_type in self._BY_POSITION else 1
         self._block: tuple[object, Tensor, Tensor] | None = None
-        self.width = self.at(0)[0].shape[-1]
+        self.width = self._make(self._own_rotary(), 0)[0].shape[-1]
 
     def _make(self, rotary: Any, block: int) -> tuple[Tensor, Tensor]:
         positions = torch.arange(self.count)[None] + block * self.count
@@ -220,9 +221,11 @@ class Plan:
         for part in linear.parts if type(linear) is MixedLinear else [linear]:
             _require(type(part) is PackedLinear, "a linear's class")
             _require(part.backend in (None, "cpu"), "a linear's backend")
-            for tensor in part.operand.packed:
-                if tensor is not None:
-                    self._buffer(tensor)
+            for name in packed_spec(part.operand.format, *shape):
+                self._keep(part._buffers, name)
+                tensor = part.get_buffer(name)
+                self.parameters.append(tensor)
+                self._buffer(tensor)
         numbers = cpu.linear_numbers(linear.operand, shape[1])
         return [bias, int(linear.int8_activations), *numbers]
 

@@ -141,7 +141,7 @@ def _back_part(
 
 
 def _dtype(gradient: Tensor) -> torch.dtype:
-    """Of dL/dx: float32 on a CPU; a GPU multiplies in 16 bits, with the weights' values likewise."""
+    """Of dL/dx: float32 on a CPU; a GPU multiplies in 16 bits, with values of the weight alike."""
     return torch.float32 if gradient.device.type == "cpu" else gradient.dtype
 
 

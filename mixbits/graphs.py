@@ -28,7 +28,7 @@ from transformers.cache_utils import StaticLayer
 
 from .experts import is_experts
 from .formats import first_line
-from .linear import Experts
+from .linear import Experts, PackedLinear
 
 WARM_UP = 2  # steps before the capture: kernels are compiled and chosen, workspaces allocated
 
@@ -149,11 +149,45 @@ def _kind(arguments: dict[str, Any]) -> object:
     return tree_map(describe, arguments)
 
 
+_KNOWN = ("torch", "transformers", "mixbits")  # packages whose modules keep settings elsewhere
+
+
+class _Captured:
+    """The modules, tensors and settings that a captured step has been made of."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.places: list[tuple[dict[str, Any], str, Any]] = []
+        self.hooks: list[dict[int, Any]] = []
+        for module in model.modules():
+            self._keep(module._modules, module._parameters, module._buffers)
+            self.hooks += [module._forward_hooks, module._forward_pre_hooks]
+            if isinstance(module, PackedLinear):
+                self.places.append((vars(module), "backend", module.backend))
+            if type(module).__module__.partition(".")[0] not in _KNOWN:  # adapters, for one
+                inside = [value for value in vars(module).values() if type(value) is dict]
+                self._keep(vars(module), *inside)
+        self.counts = [len(hooks) for hooks in self.hooks]
+        self.tensors = [x for *_, x in self.places if isinstance(x, Tensor)]
+        self.addresses = [tensor.data_ptr() for tensor in self.tensors]
+
+    def _keep(self, *owners: dict[str, Any]) -> None:
+        self.places += [(owner, name, x) for owner in owners for name, x in owner.items()]
+
+    def holds(self) -> bool:
+        return (
+            all(owner.get(name) is x for owner, name, x in self.places)
+            and [len(hooks) for hooks in self.hooks] == self.counts
+            and [tensor.data_ptr() for tensor in self.tensors] == self.addresses
+        )
+
+
 class GraphedForward:
     """A model's `forward` that replays one-token steps; the latest kind of step is kept."""
 
     def __init__(self, model: Any, record: Record = capture) -> None:
         self.forward: Callable[..., Any] = model.forward
+        self._model = model
+        self._captured: _Captured | None = None
         self.record = record
         self.works = True
         self._lock = threading.Lock()  # threads take turns with the one step's memory
@@ -195,7 +229,13 @@ class GraphedForward:
         """The step's logits, or None where it cannot be captured."""
         cache = kwargs.pop("past_key_values")
         kind = _kind(kwargs)
-        if self._step is None or kind != self._kind or not self._step.memory.fits(cache):
+        if (
+            self._step is None
+            or kind != self._kind
+            or not self._step.memory.fits(cache)
+            or self._captured is None
+            or not self._captured.holds()
+        ):
             self._step = None  # its memory goes first
             lengths = [layer.cumulative_length.clone() for layer in cache.layers]
             try:
@@ -206,7 +246,7 @@ class GraphedForward:
                     layer.cumulative_length.copy_(length)
                 warnings.warn(f"no CUDA graphs: {first_line(error)}", stacklevel=3)
                 return None
-            self._kind = kind
+            self._kind, self._captured = kind, _Captured(self._model)
         return self._step(kwargs, cache)
 
 

@@ -351,7 +351,8 @@ class SharedInput:
     are woken once; the others find their products waiting, if x, their weights and settings are
     what they were. Products wait in the thread that made them, until the next call at most. A
     module that does not call all of its linears with one input makes that a waste: after some such
-    calls in a row it is given up. Of more than `MAX_TOKENS` the products take so long that nothing is won.
+    calls in a row it is given up. With more than `MAX_TOKENS` nothing is won. What needs a gradient
+    is left to each linear, so that each has a graph of its own.
     """
 
     MAX_TOKENS = 64

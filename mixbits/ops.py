@@ -151,7 +151,8 @@ def _contiguous(packed: Packed) -> Packed:
 def fake_quantize(x: Tensor, fmt: Format, backend: str | None = None) -> Tensor:
     """Round trip of x [..., K] through codes of `fmt`, groups along K, in x's own dtype.
 
-    Gradients go straight through. Raises TypeError or ValueError for a tensor that it cannot take, UsageError for a backend.
+    Gradients go straight through. Raises TypeError or ValueError for a tensor that it cannot take,
+    UsageError for a backend.
     """
     if torch.compiler.is_compiling():
         return torch.ops.mixbits.fake_quantize(x, fmt.code, backend)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ import mixbits
 from mixbits import demo
 from mixbits.backends import cpu
 from mixbits.cache import GrowingLayer
-from mixbits.decode import use_decode_step
+from mixbits.decode import Angles, use_decode_step
 from mixbits.fake import fake_quantize_model
 from mixbits.formats import parse_scheme
 from mixbits.linear import share_inputs, swap_linears
@@ -158,6 +159,64 @@ def test_generate_gives_the_tokens_that_the_modules_give(steps, monkeypatch):
     use_decode_step(model)
     assert torch.equal(model.generate(**inputs, max_new_tokens=200, do_sample=False), modules)
     assert len(steps) == modules.shape[1] - inputs.input_ids.shape[1] - 1 > 30
+
+
+@pytest.mark.parametrize("rope", ["default", "dynamic"])
+def test_threads_that_generate_at_once(tmp_path, steps, rope):
+    """On both sides of a block of angles, or with angles that are made for every step."""
+    parameters = {"rope_type": rope, "rope_theta": 10000.0, **ROPES.get(rope, {})}
+    model, _ = make(tmp_path, max_position_embeddings=512, rope_parameters=parameters)
+    use_decode_step(model)
+    lengths = (10, 240, 250, 254, 256, 300)
+    prompts = [torch.randint(0, 130, (1, length)) for length in lengths]
+
+    def generate(prompt):
+        options = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
+        out = model.generate(prompt, output_logits=True, return_dict_in_generate=True, **options)
+        return torch.cat(out.logits)
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    alone = [generate(prompt) for prompt in prompts]
+    with ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(generate, prompts * 4))
+    torch.set_num_threads(before)
+    assert len(steps) == 11 * 5 * len(prompts)
+    assert all(map(torch.equal, together, alone * 4))
+
+
+def test_angles_stay_while_they_are_read(tmp_path):
+    """Other threads ask for other positions meanwhile."""
+    model, _ = make(tmp_path)
+    angles = Angles(model.model.rotary_emb, model.model.embed_tokens.weight.detach())
+    cos, sin, start = angles.at(300)
+    kept = cos.clone(), sin.clone()
+    angles.at(10)
+    torch.empty(cos.shape).fill_(7)
+    assert torch.equal(cos, kept[0]) and torch.equal(sin, kept[1])
+    assert start == (300 - 256) * 16 * 4
+
+
+@pytest.mark.parametrize("change", ["in place", "data", "replaced", "scaling"])
+def test_angles_see_new_frequencies(tmp_path, steps, change):
+    model, _ = make(tmp_path)
+    use_decode_step(model)
+    before = decode_logits(model, 3)
+    rotary = model.model.rotary_emb
+    if change == "in place":
+        rotary.inv_freq.mul_(0.5)
+    elif change == "data":
+        rotary.inv_freq.data = rotary.inv_freq / 2
+    elif change == "replaced":
+        rotary.inv_freq = rotary.inv_freq / 2
+    else:
+        rotary.attention_scaling = 1.5
+    other = copy.deepcopy(model)
+    del other.forward
+    taken = len(steps)
+    changed, expected = decode_logits(model, 3), decode_logits(other, 3)
+    assert len(steps) > taken and not torch.equal(changed, before)
+    torch.testing.assert_close(changed, expected, rtol=0, atol=1e-4)
 
 
 def test_a_loaded_model_takes_native_steps(run, tmp_path, steps):
@@ -324,7 +383,20 @@ def fewer_bits(model):
     part.weight_scale = part.weight_scale - 1
 
 
-@pytest.mark.parametrize("change", [reverse_order, fewer_bits, lambda m: m.to(torch.bfloat16)])
+def swap_data(model):
+    part = attention_of(model).q_proj.segments[1]
+    part.weight_packed.data = part.weight_packed ^ 0x11
+
+
+def swap_buffer(model):
+    part = attention_of(model).q_proj.segments[1]
+    part._buffers["weight_packed"] = part.weight_packed ^ 0x11
+
+
+@pytest.mark.parametrize(
+    "change",
+    [reverse_order, fewer_bits, swap_data, swap_buffer, lambda m: m.to(torch.bfloat16)],
+)
 def test_steps_see_changes_of_mixed_linears(tmp_path, steps, change):
     model, _ = make(tmp_path, mix="slabs")
     use_decode_step(model)

@@ -345,7 +345,7 @@ def test_of_a_model(tmp_path, kind, names):
 def test_of_a_model_with_checkpoints(tmp_path, reentrant):
     packed, _ = packed_and_fake(tmp_path)
     expected = embedding_gradient(packed)
-    packed.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    packed.activation_checkpointing_enable({"use_reentrant": reentrant})
     packed.train()
     torch.testing.assert_close(embedding_gradient(packed), expected)
 
@@ -378,7 +378,7 @@ def adapter_gradients(peft, model):
     torch.manual_seed(0)
     config = peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.filterwarnings("error", "Unsupported layer")  # of a class that peft does not know
         model = peft.get_peft_model(model, config)
     model(input_ids=IDS, labels=IDS).loss.backward()
     return {n: p.grad for n, p in model.named_parameters() if p.requires_grad}

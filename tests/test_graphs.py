@@ -248,3 +248,44 @@ def test_a_captured_step_asks_nothing_of_the_host(tmp_path, kind, scheme):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("warnings.warn", lambda *args, **kwargs: pytest.fail(str(args[0])))
         model.generate(prompt("cpu"), **OPTIONS)
+
+
+def _halve(model):
+    norm = model.model.norm
+    norm.weight.data = norm.weight / 2
+
+
+def _flip(linear):
+    linear.weight_packed = linear.weight_packed ^ 0x11
+
+
+class _Scaled(torch.nn.Module):
+    def __init__(self, inner, scale):
+        super().__init__()
+        self.inner, self.scale = inner, scale
+
+    def forward(self, x):
+        return self.scale * self.inner(x)
+
+
+CHANGES = {
+    "adapter": lambda m: setattr(m.model.layers[0], "mlp", _Scaled(m.model.layers[0].mlp, 2)),
+    "setting of an adapter": lambda m: setattr(m.model.layers[1].mlp, "scale", 3),
+    "hook": lambda m: m.model.norm.register_forward_hook(lambda module, args, out: 2 * out),
+    "data": _halve,
+    "buffer": lambda m: _flip(m.model.layers[0].self_attn.o_proj),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_step_of_a_model_that_has_changed_is_captured_again(tmp_path, change):
+    model, record = packed_model(tmp_path), Rerun()
+    model.model.layers[1].mlp = _Scaled(model.model.layers[1].mlp, 1)
+    graphs.use_graphs(model, record)
+    ids = prompt("cpu")
+    before = model.generate(ids, **OPTIONS)
+    again = model.generate(ids, **OPTIONS)
+    assert torch.equal(before, again) and record.recorded == 1
+    CHANGES[change](model)
+    model.generate(ids, **OPTIONS)
+    assert record.recorded == 2

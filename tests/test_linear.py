@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import torch
 from tiny import KINDS, make_model
@@ -147,6 +151,182 @@ def test_shared_inputs_of_several_threads():
 
     with ThreadPoolExecutor(4) as pool:
         assert all(pool.map(run, range(4)))
+
+
+CHANGED_INPUTS = {
+    "in place": lambda x: x.mul_(2),
+    "through a view": lambda x: x[0].mul_(2),
+    "through a view of its memory": lambda x: x.flatten()[:64].zero_(),
+    "data": lambda x: x.data.mul_(2),
+    "detached": lambda x: x.detach().mul_(2),
+    "numpy": lambda x: np.multiply(x.numpy(), 2, out=x.numpy()),
+    "other memory": lambda x: x.set_(2 * x),
+    "sign of zero": lambda x: x.mul_(-1),
+}
+
+
+def apart(linear, x):
+    """The product of a linear that shares nothing."""
+    linear = copy.deepcopy(linear)
+    linear.siblings = None
+    return linear(x)
+
+
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("change", CHANGED_INPUTS)
+def test_siblings_see_what_their_input_holds_now(change, inference):
+    parent, _ = shared_pair()
+    for tokens in (1, 3, 100):  # of so many no product is shared
+        with torch.inference_mode(inference):
+            x = torch.zeros(1, tokens, 64) if "zero" in change else torch.randn(1, tokens, 64)
+            parent.gate_proj(x)
+            CHANGED_INPUTS[change](x)
+            assert torch.equal(parent.up_proj(x), apart(parent.up_proj, x))
+
+
+def test_siblings_see_another_input_at_the_same_address():
+    parent, _ = shared_pair()
+    memory = torch.randn(2, 3, 64)
+    for _ in range(5):
+        parent.gate_proj(memory[:1])
+        memory.normal_()
+        assert torch.equal(parent.up_proj(memory[:1]), apart(parent.up_proj, memory[:1]))
+
+
+def test_a_hook_that_changes_the_input_in_place():
+    parent, _ = shared_pair()
+    x = torch.randn(1, 3, 64)
+    expected = apart(parent.up_proj, 2 * x)
+    with parent.up_proj.register_forward_pre_hook(lambda module, args: (args[0].mul_(2),)):
+        parent.gate_proj(x)
+        assert torch.equal(parent.up_proj(x), expected)
+
+
+def flip_codes(linear):
+    linear.weight_packed ^= 0x11
+
+
+def new_scales(linear):
+    linear.weight_scale = 2 * linear.weight_scale
+
+
+def load_state(linear, assign=False):
+    state = {name: value.clone() for name, value in linear.state_dict().items()}
+    state["weight_packed"] ^= 0x11
+    linear.load_state_dict(state, assign=assign)
+
+
+def swap_data(linear):
+    linear.weight_packed.data = linear.weight_packed ^ 0x11
+
+
+def swap_buffer(linear):
+    linear._buffers["weight_packed"] = linear.weight_packed ^ 0x11
+
+
+CHANGED_LINEARS = {
+    "codes in place": flip_codes,
+    "scales set": new_scales,
+    "state copied": load_state,
+    "state assigned": lambda linear: load_state(linear, assign=True),
+    "data": swap_data,
+    "buffer": swap_buffer,
+    "8-bit activations": lambda linear: setattr(linear, "int8_activations", True),
+    "backend": lambda linear: setattr(linear, "backend", "reference"),
+}
+
+
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("early", [False, True])
+@pytest.mark.parametrize("change", CHANGED_LINEARS)
+def test_siblings_are_multiplied_as_they_are_now(change, early, inference):
+    """Between the two calls, or before: then they differ from each other."""
+    with torch.inference_mode(inference):
+        parent, _ = shared_pair(("MXFP8A16", "W4A16"))
+    x = torch.randn(1, 3, 64).bfloat16()
+    gate = apart(parent.gate_proj, x)
+    for number, is_now in enumerate((early, not early)):
+        if is_now:
+            with torch.inference_mode(inference):
+                CHANGED_LINEARS[change](parent.up_proj)
+        assert number or torch.equal(parent.gate_proj(x), gate)
+    assert torch.equal(parent.up_proj(x), apart(parent.up_proj, x))
+
+
+def test_products_that_nobody_asks_for_go_with_their_input():
+    parent, _ = shared_pair()
+    x = torch.randn(1, 3, 64)
+    parent.gate_proj(x)
+    products = parent.gate_proj.siblings._thread.waiting.products
+    product = weakref.ref(products[parent.up_proj])
+    assert product() is not None
+    del x
+    assert not products and product() is None
+
+
+def test_products_of_a_thread_go_with_it():
+    parent, _ = shared_pair()
+    x = torch.randn(1, 3, 64)
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(parent.gate_proj, x).result()
+        (thread,) = pool._threads
+        waiting = pool.submit(lambda: weakref.ref(parent.gate_proj.siblings._thread.waiting))
+        waiting = waiting.result()
+    assert not thread.is_alive() and waiting() is None
+
+
+def test_a_call_that_fails_between_siblings_leaves_nothing_wrong():
+    parent, _ = shared_pair()
+    for _ in range(10):
+        x = torch.randn(1, 3, 64)
+        parent.gate_proj(x)
+        with pytest.raises(RuntimeError):
+            torch.randn(2) @ torch.randn(3)
+        other = torch.randn(1, 3, 64)
+        got = [linear(other) for linear in parent.children()]
+        assert all(map(torch.equal, got, [apart(linear, other) for linear in parent.children()]))
+    assert parent.gate_proj.siblings.misses_left > 0
+
+
+def test_a_product_made_for_inference_is_not_given_to_autograd():
+    parent, _ = shared_pair()
+    x = torch.randn(1, 3, 64)
+    with torch.inference_mode():
+        parent.gate_proj(x)
+    scale = torch.ones(24, requires_grad=True)
+    (parent.up_proj(x) * scale).sum().backward()
+    assert scale.grad is not None
+
+
+def test_copies_share_nothing_with_the_original():
+    parent, _ = shared_pair()
+    x = torch.randn(1, 3, 64)
+    parent.gate_proj(x)
+    for other in (copy.deepcopy(parent), pickle.loads(pickle.dumps(parent))):
+        assert other.gate_proj.siblings.linears == [other.gate_proj, other.up_proj]
+        flip_codes(other.up_proj)
+        assert torch.equal(other.up_proj(x), apart(other.up_proj, x))
+    assert torch.equal(parent.up_proj(x), apart(parent.up_proj, x))
+
+
+@pytest.mark.parametrize("buffers", [False, True])
+@pytest.mark.parametrize("recipe", ["W4A16", "W4A16ASYM", "slabs"])
+def test_offloaded_weights(recipe, buffers):
+    """accelerate puts them on the meta device but while their module runs."""
+    from accelerate import cpu_offload
+    from test_mixed import filled, slab_recipe
+
+    recipe = slab_recipe(64) if recipe == "slabs" else parse_scheme(recipe)
+    parent = torch.nn.Module()
+    for name in ("gate_proj", "up_proj"):
+        parent.add_module(name, filled(torch.randn(24, 64), recipe))
+    share_inputs(parent)
+    x = torch.randn(1, 3, 64)
+    expected = [linear(x) for linear in parent.children()]
+    cpu_offload(parent, torch.device("cpu"), offload_buffers=buffers)
+    assert all(tensor.is_meta for tensor in parent.buffers()) == buffers
+    for _ in range(2):
+        assert all(map(torch.equal, [linear(x) for linear in parent.children()], expected))
 
 
 def test_to_bfloat16_keeps_scales():

@@ -14,8 +14,8 @@ from mixbits import checkpoint, options
 from mixbits.evaluate import sequence_kl
 from mixbits.fake import fake_quantize_model
 from mixbits.formats import BF16, Mixed, Recipe, UsageError, parse_scheme
-from mixbits.model import find_linears
-from mixbits.rounded import RoundedModel, round_model
+from mixbits.model import LinearInfo, find_linears
+from mixbits.rounded import RoundedModel, _Compensation, round_model
 from mixbits.rounding import METHODS
 from mixbits.source import open_source
 from mixbits.streaming import StreamedModel
@@ -144,6 +144,23 @@ def test_linears_without_a_recipe_are_left_alone(tmp_path: Path) -> None:
     logits = RoundedModel(StreamedModel(model), linears, chosen, rounded).logits(ids)
     assert torch.isfinite(logits).all()
     assert all(torch.equal(before[n], v) for n, v in model.state_dict().items())
+
+
+def test_inputs_that_change_in_place_are_looked_at_again() -> None:
+    """A module may write to what it has given to a linear, and give it to the next."""
+    infos = [LinearInfo(name, 8, 32, 0) for name in ("q", "k")]
+    recipes = {info.name: parse_scheme("W4A16", *MODES) for info in infos}
+    weight = torch.randn(8, 32)
+    found = []
+    for write in (lambda x: x.mul_(-2).add_(1), lambda x: 1 - 2 * x):
+        torch.manual_seed(0)
+        work = _Compensation(infos, recipes, 0.5)
+        for work.recording in (True, False):
+            x = torch.randn(5, 32)
+            work.probe("q", x, weight, None)
+            out = work.probe("k", write(x), weight, None)
+        found.append((out, work.rounded["k"][0].weight_packed))
+    assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
 
 
 def test_bad_arguments(tmp_path: Path) -> None:

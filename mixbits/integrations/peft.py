@@ -31,14 +31,16 @@ class LoraPackedLinear(lora.Linear):
     def _get_in_out_features(self, module: Any) -> tuple[int, int]:
         return module.in_features, module.out_features  # peft warns of classes that are not its own
 
-    def update_layer(self, adapter_name: str, *args: Any, config: Any, **kwargs: Any) -> None:
+    def update_layer(
+        self, adapter_name: str, r: int, lora_alpha: int, config: Any, **kwargs: Any
+    ) -> None:
         init = config.init_lora_weights
         if init not in INITS:
             raise UsageError(
                 f"init_lora_weights on a packed linear must be one of "
                 f"{', '.join(map(repr, INITS))}, as packed weights cannot change: got {init!r}"
             )
-        super().update_layer(adapter_name, *args, config=config, **kwargs)
+        super().update_layer(adapter_name, r, lora_alpha, config, **kwargs)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         raise UsageError(
@@ -66,10 +68,11 @@ def _all_linear(original: Any) -> Any:
 def _packed_names(model: Any) -> set[str]:
     """Packed linears but the head, and those that have an adapter already, as peft leaves out."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    wholes: Any = (MixedLinear, tuners_utils.BaseTunerLayer)
     inside = {
         part
         for module in model.modules()
-        if isinstance(module, MixedLinear | tuners_utils.BaseTunerLayer)
+        if isinstance(module, wholes)
         for part in module.modules()
         if part is not module
     }
@@ -90,8 +93,9 @@ def _with_ours(original: Any) -> Any:
     return post_init
 
 
-if not hasattr(peft.LoraConfig.__post_init__, "__wrapped__"):  # this module may be reloaded
-    peft.LoraConfig.__post_init__ = _with_ours(peft.LoraConfig.__post_init__)
+_config: Any = peft.LoraConfig
+if not hasattr(_config.__post_init__, "__wrapped__"):  # this module may be reloaded
+    _config.__post_init__ = _with_ours(_config.__post_init__)
     tuners_utils._maybe_include_all_linear_layers = _all_linear(
         tuners_utils._maybe_include_all_linear_layers
     )
