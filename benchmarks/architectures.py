@@ -20,8 +20,9 @@ wrong linear. In bfloat16, which is what users run, the bound is four times what
 does to the twin's logits, and its last digit: a router may then send a token elsewhere. Exports to
 compressed-tensors, as transformers dequantizes them, have weights and scales rounded to bfloat16,
 which moves a weight by less than 8 bits have done: the bound is what those did, in float32.
-auto-round and gguf hold no mix of these schemes: for them all linears are W8A16G32, and what is
-written is not read here (tests/test_export*.py do).
+auto-round and gguf hold no mix of these schemes, nor does transformers read one in experts: for
+these all linears are W8A16G32. What is written for auto-round and gguf is not read here
+(tests/test_export*.py do).
 
 Each kind runs in a process of its own, with limits; rows are written as they come, and kinds that
 are in the CSV already are not run again unless they are named by --only.
@@ -34,6 +35,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -265,10 +267,13 @@ def export_all(folder: Path, work: Path, image: bool, twin: Twin) -> tuple[str, 
     from mixbits.export.__main__ import main
 
     done, refused = [], []
+    if any(re.search(r"\.experts\.\d+\.", name) for name in packed_modules(folder)):
+        folder = uniform(folder, work)  # transformers reads experts of one scheme only
+        twin = Twin(work / "source", image, packed_modules(folder), twin.picture)
     for name in ("compressed-tensors", "auto-round", "gguf"):
         out = work / name
         try:
-            if name == "auto-round":
+            if name == "auto-round" and not (work / "uniform").exists():
                 folder = uniform(folder, work)
             command(main, [folder, "--format", name, "--out", out], out)
         except Refused as why:
