@@ -94,6 +94,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "text_config": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32}
     },
     "emu3": {"vocabulary_map": {"<image>": VOCAB - 1}},
+    "falcon_h1": {**_MAMBA, "mamba_d_ssm": 128},
     "gemma3n_text": {
         "num_hidden_layers": 4,
         "layer_types": ["sliding_attention", "full_attention"] * 2,

@@ -28,6 +28,7 @@ KINDS = (
     "bloom",  # ALiBi
     "cohere2",
     "deepseek_v3",
+    "falcon",
     "gemma2",
     "gemma3",  # sees: its tower has as many layers as the decoder
     "glm4",  # gate and up in one linear
@@ -36,6 +37,7 @@ KINDS = (
     "gpt_neox",
     "gpt_oss",
     "nanochat",
+    "phi",
     "phi3",  # q, k and v in one linear
     "qwen3_next",
 )
