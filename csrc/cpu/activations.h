@@ -77,23 +77,24 @@ constexpr int least_steps(Integers kind, int dtype) {
                                 : 1 << 7;
 }
 
-// x -> integers, in steps of `scale`, and what these leave of x: zeros where they are enough. The
-// remainders are exact where `scale` is a power of two.
+// x -> integers, in steps of `scale`. Of a term, x keeps what it leaves, which is exact where
+// `scale` is a power of two.
 MB_INLINE Fit round_block(float* x, float scale, float reciprocal, int steps, int32_t* out) {
   const int32_t least = bit_cast<int32_t>(scale * float(steps));
   vi large = {}, left = {};
+  vf rest[kBlock / kLanes];
   for (int i = 0; i < kBlock; i += kLanes) {
     const vf value = load(x + i);
     const vi rounded = round_to_int(value * reciprocal);
-    const vf rest = fma(int_to_float(rounded), splat(-scale), value);
     store_raw(out + i, rounded);
-    store(x + i, rest);
+    rest[i / kLanes] = fma(int_to_float(rounded), splat(-scale), value);
+    left |= bit_cast<vi>(rest[i / kLanes]);
     large -= (bit_cast<vi>(value) & 0x7fffffff) >= least;
-    left |= bit_cast<vi>(rest) & 0x7fffffff;
   }
-  if (max_lane(left) != 0 && sum_lanes(int_to_float(large)) <= kBlock / 2) return kTerm;
-  memset(x, 0, kBlock * sizeof(float));
-  return kEnough;
+  if (max_lane(left & 0x7fffffff) == 0 || sum_lanes(int_to_float(large)) > kBlock / 2)
+    return kEnough;
+  for (int i = 0; i < kBlock; i += kLanes) store(x + i, rest[i / kLanes]);
+  return kTerm;
 }
 
 MB_INLINE Fit e2m1_block(float* x, const Format format, int dtype, int32_t* out, float* scale) {
@@ -111,8 +112,8 @@ MB_INLINE Fit e2m1_block(float* x, const Format format, int dtype, int32_t* out,
   return is_exact(byte, dtype) ? kEnough : kUnfit;
 }
 
-// Integers and scale of 32 values, of which x keeps what another term must add. Unfit, and zeros,
-// when they are not finite, or too small for a scale.
+// Integers and scale of 32 values. Of a term, x keeps what others must add. Unfit, and zeros, when
+// they are not finite, or too small for a scale.
 MB_INLINE Fit integer_block(float* x, Integers kind, const Format format, int dtype, int32_t* out,
                             float* scale) {
   if (kind == kE2M1Codes) return e2m1_block(x, format, dtype, out, scale);

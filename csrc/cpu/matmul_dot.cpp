@@ -56,7 +56,7 @@ MB_INLINE vi sum_plane(const int8_t (*plane)[kVector]) {
   return sum;
 }
 
-// The integers of some blocks; x keeps what further terms must add to them.
+// The integers of some blocks. Where they are a term, x keeps what others must add.
 template <int BITS, int PIECES>
 static Fit prepare_step(float* x, int blocks, Integers kind, const Target& target, int dtype,
                         Step<BITS, PIECES>* out) {
@@ -64,12 +64,12 @@ static Fit prepare_step(float* x, int blocks, Integers kind, const Target& targe
   alignas(64) int8_t natural[PIECES][columns] = {};
   const float weight_scale = target.element() == kE2M1 ? 0.5f : 1.0f;
   memset(out->scale, 0, sizeof(out->scale));
-  Fit fit = kEnough;
+  Fit fits[columns / kBlock], fit = kEnough;
   for (int b = 0; b < blocks; ++b) {
     alignas(64) int32_t values[kBlock];
     float scale;
-    const Fit one = integer_block(x + b * kBlock, kind, target.activation, dtype, values, &scale);
-    fit = one > fit ? one : fit;
+    fits[b] = integer_block(x + b * kBlock, kind, target.activation, dtype, values, &scale);
+    fit = fits[b] > fit ? fits[b] : fit;
     split_pieces<PIECES>(values, columns, natural[0] + b * kBlock);
     for (int i = 0; i < BITS; ++i) out->scale[b * BITS + i] = scale * weight_scale;
   }
@@ -84,25 +84,28 @@ static Fit prepare_step(float* x, int blocks, Integers kind, const Target& targe
   const vi first = PIECES == 1 ? sums[0] : vi((sums[0] << 8) + sums[PIECES == 1 ? 0 : 1]);
   store_raw(out->start[0], vi(first * offset));
   if (PIECES == 3) store_raw(out->start[PIECES == 3 ? 1 : 0], vi(sums[PIECES - 1] * offset));
+  for (int b = 0; b < blocks && fit == kTerm; ++b) {
+    if (fits[b] == kEnough) memset(x + b * kBlock, 0, kBlock * sizeof(float));
+  }
   return fit;
 }
 
 // A prepared token: a step for every run of columns, then further terms, which are as many steps
-// at most, and of which columns each of those is.
+// at most, their number, and the step that each is added to.
 template <int BITS, int PIECES>
 struct Token {
-  Step<BITS, PIECES>*const steps, *const terms;
-  int32_t *const term_count, *const columns_of;  // in steps
+  using S = Step<BITS, PIECES>;
+  S *const steps, *const terms;
+  int32_t *const term_count, *const step_of;
 
   Token(const char* p, int64_t columns)
-      : steps(const_cast<Step<BITS, PIECES>*>(reinterpret_cast<const Step<BITS, PIECES>*>(p))),
+      : steps(reinterpret_cast<S*>(const_cast<char*>(p))),
         terms(steps + count(columns)),
         term_count(reinterpret_cast<int32_t*>(terms + count(columns))),
-        columns_of(term_count + 1) {}
-
+        step_of(term_count + 1) {}
   static int64_t count(int64_t columns) { return group_count(columns, step_columns<BITS>()); }
   static int64_t bytes(int64_t columns) {
-    return count(columns) * int64_t(2 * sizeof(Step<BITS, PIECES>) + 4) + 4;
+    return count(columns) * int64_t(2 * sizeof(S) + sizeof(int32_t)) + int64_t(sizeof(int32_t));
   }
 };
 
@@ -121,7 +124,7 @@ bool prepare(const Target& target, const Tokens& tokens, int64_t m, float* float
           prepare_step(floats + i * columns, blocks, Integers(KIND), target, tokens.dtype, step);
       if (fit == kEnough) break;
       if (fit == kUnfit || terms == count) return false;
-      token.columns_of[terms] = int32_t(i);
+      token.step_of[terms] = int32_t(i);
     }
   }
   *token.term_count = terms;
@@ -230,63 +233,60 @@ MB_INLINE void add_step(const Rows& rows, int64_t group, vi spread, const S* con
   }
 }
 
-// sums += R rows times a token's further terms.
-template <int ELEMENT, int PIECES, int R, bool ZERO_POINTS, bool ONE_GROUP, class T>
-static void add_terms(const Work& work, const Rows& rows, const uint8_t* tail, const T& token,
-                      float* sums) {
+// R rows times M tokens, all of k. `sums` is [M][R]; `tail` is the last step, if it is not whole.
+template <int ELEMENT, int PIECES, int M, int R, bool ZERO_POINTS, bool ONE_GROUP>
+static void multiply_rows(const Work& work, Rows rows, const uint8_t* tail, float (*sums)[R]) {
+  constexpr int bits = element_bits(ELEMENT);
+  using S = Step<bits, PIECES>;
+  const Groups<bits> groups(work.target.weight.format.group_size);
+  const int64_t whole = work.tokens.columns / S::kColumns;
+  const S* x[M];
+  for (int m = 0; m < M; ++m) {
+    const int64_t token = min64(m, work.tokens.count - 1);
+    x[m] = reinterpret_cast<const S*>(work.prepared + token * work.stride);
+  }
+  vf total[M][R] = {};
+  const uint8_t* ahead = rows.codes + kAhead;
+  for (int64_t step = 0; step < whole; ++step, rows.codes += kVector) {
+    // The hardware follows one stream well, and not R that begin anew every few lines.
+    for (int at = 0; at < R * kVector; at += 64) __builtin_prefetch(ahead + at, 0, 2);
+    ahead += R * kVector;
+    add_step<ELEMENT, PIECES, M, R, ZERO_POINTS, ONE_GROUP>(rows, groups.first(step), groups.spread,
+                                                            x, step, total);
+  }
+  if (whole * S::kColumns < work.tokens.columns) {
+    rows.codes = tail;
+    rows.code_stride = kVector;
+    add_step<ELEMENT, PIECES, M, R, ZERO_POINTS, ONE_GROUP>(rows, groups.first(whole),
+                                                            groups.spread, x, whole, total);
+  }
+  for (int m = 0; m < M; ++m) {
+    for (int r = 0; r < R; ++r) sums[m][r] = sum_lanes(total[m][r]);
+  }
+}
+
+// sums += R rows times a token's further terms. Not inline: few tokens have any, and the loop
+// above needs all registers.
+template <int ELEMENT, int PIECES, int R, bool ZERO_POINTS>
+static __attribute__((noinline)) void add_terms(const Work& work, const Rows& rows,
+                                                const uint8_t* tail, int64_t m, float* sums) {
   constexpr int bits = element_bits(ELEMENT);
   const Groups<bits> groups(work.target.weight.format.group_size);
+  const Token<bits, PIECES> token(work.prepared + m * work.stride, work.tokens.columns);
   const auto* const terms = token.terms;
   vf total[1][R] = {};
   for (int32_t i = 0; i < *token.term_count; ++i) {
-    const int64_t step = token.columns_of[i];
+    const int64_t step = token.step_of[i];
     Rows at = rows;
     at.codes += step * kVector;
     if (step == work.tokens.columns / step_columns<bits>()) {
       at.codes = tail;
       at.code_stride = kVector;
     }
-    add_step<ELEMENT, PIECES, 1, R, ZERO_POINTS, ONE_GROUP>(at, groups.first(step), groups.spread,
-                                                            &terms, i, total);
+    add_step<ELEMENT, PIECES, 1, R, ZERO_POINTS, false>(at, groups.first(step), groups.spread,
+                                                        &terms, i, total);
   }
   for (int r = 0; r < R; ++r) sums[r] += sum_lanes(total[0][r]);
-}
-
-// R rows times M tokens, all of k. `sums` is [M][R]; `tail` is the last step, if it is not whole.
-template <int ELEMENT, int PIECES, int M, int R, bool ZERO_POINTS, bool ONE_GROUP>
-static void multiply_rows(const Work& work, const Rows& rows, const uint8_t* tail,
-                          float (*sums)[R]) {
-  constexpr int bits = element_bits(ELEMENT);
-  using S = Step<bits, PIECES>;
-  const Groups<bits> groups(work.target.weight.format.group_size);
-  const int64_t whole = work.tokens.columns / S::kColumns;
-  const auto token = [&](int m) {
-    const int64_t number = min64(m, work.tokens.count - 1);
-    return Token<bits, PIECES>(work.prepared + number * work.stride, work.tokens.columns);
-  };
-  const S* x[M];
-  for (int m = 0; m < M; ++m) x[m] = token(m).steps;
-  vf total[M][R] = {};
-  Rows at = rows;
-  const uint8_t* ahead = rows.codes + kAhead;
-  for (int64_t step = 0; step < whole; ++step, at.codes += kVector) {
-    // The hardware follows one stream well, and not R that begin anew every few lines.
-    for (int line = 0; line < R * kVector; line += 64) __builtin_prefetch(ahead + line, 0, 2);
-    ahead += R * kVector;
-    add_step<ELEMENT, PIECES, M, R, ZERO_POINTS, ONE_GROUP>(at, groups.first(step), groups.spread,
-                                                            x, step, total);
-  }
-  if (whole * S::kColumns < work.tokens.columns) {
-    at.codes = tail;
-    at.code_stride = kVector;
-    add_step<ELEMENT, PIECES, M, R, ZERO_POINTS, ONE_GROUP>(at, groups.first(whole), groups.spread,
-                                                            x, whole, total);
-  }
-  for (int m = 0; m < M; ++m) {
-    for (int r = 0; r < R; ++r) sums[m][r] = sum_lanes(total[m][r]);
-    if (*token(m).term_count != 0)
-      add_terms<ELEMENT, PIECES, R, ZERO_POINTS, ONE_GROUP>(work, rows, tail, token(m), sums[m]);
-  }
 }
 
 // out += R rows from row n on, times the tokens.
@@ -318,6 +318,12 @@ static void multiply_some(const Work& work, int64_t n, Sums out, char* scratch) 
     multiply_rows<ELEMENT, PIECES, M, R, false, false>(work, rows, tail[0], sums);
   }
   for (int m = 0; m < M && m < work.tokens.count; ++m) {
+    const char* const x = work.prepared + m * work.stride;
+    if (*Token<bits, PIECES>(x, columns).term_count != 0) {
+      const auto add = target.weight.zero_points ? add_terms<ELEMENT, PIECES, R, true>
+                                                 : add_terms<ELEMENT, PIECES, R, false>;
+      add(work, rows, tail[0], m, sums[m]);
+    }
     for (int r = 0; r < R; ++r) out.data[m * out.stride + r] += sums[m][r];
   }
 }

@@ -69,10 +69,11 @@ struct Token {
 };
 
 template <class A>
-int64_t token_bytes(const Target&, int64_t columns) {
+int64_t token_bytes(const Target& target, int64_t columns) {
   const int64_t blocks = group_count(columns, kBlock), dwords = blocks * (block_dwords<A>() + 2);
+  const bool has_terms = A::kScaledTokens && !target.activation_code;
   // A cache line more: tokens that are a power of two apart would share cache sets.
-  return round_up((A::kScaledTokens ? 2 * dwords + blocks + 1 : dwords) * 4, 64) + 64;
+  return round_up((has_terms ? 2 * dwords + blocks + 1 : dwords + 1) * 4, 64) + 64;
 }
 
 // The order of a block's elements that shifted dwords of `BITS`-bit codes have.
