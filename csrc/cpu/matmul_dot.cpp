@@ -105,7 +105,8 @@ struct Token {
         step_of(term_count + 1) {}
   static int64_t count(int64_t columns) { return group_count(columns, step_columns<BITS>()); }
   static int64_t bytes(int64_t columns) {
-    return count(columns) * int64_t(2 * sizeof(S) + sizeof(int32_t)) + int64_t(sizeof(int32_t));
+    const int64_t n = count(columns);  // vectors of the next token begin on a cache line again
+    return round_up(2 * n * int64_t(sizeof(S)) + (n + 1) * int64_t(sizeof(int32_t)), 64);
   }
 };
 
