@@ -80,7 +80,7 @@ Mixes random_mixes(Random& random, int64_t tokens, int64_t columns, int64_t prod
   m.int8_activations = random.below(4) == 0;
   m.x = Bytes(tokens * columns * dtype_size(m.dtype), random.below(2));
   for (int64_t i = 0; i < tokens * columns; ++i) {
-    const int power = random.below(100) ? int(i / 32 % 7) - 3 : random.between(4, 13);
+    const int power = random.below(100) ? int(i / 32 % 7) - 3 : random.between(4, 9);
     set(m.x, m.dtype, i, ldexpf(random.normal(), power));
   }
   for (int count = random.between(1, 4); count > 0; --count) {
