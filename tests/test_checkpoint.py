@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from safetensors.torch import load_file, save_file
 from tiny import VOCAB, add_tokenizer, make_model
 from torch import Tensor
@@ -293,7 +292,7 @@ def test_a_dtype_that_packed_linears_cannot_take_is_refused(
     with pytest.raises(UsageError, match="dtype must be bfloat16, float16 or float32: got torch"):
         mixbits.load(folder, dtype=dtype)
     with pytest.raises(UsageError, match="dtype must be bfloat16, float16 or float32: got torch"):
-        transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
 
 
 def test_a_damaged_order_of_columns_is_refused(tmp_path: Path) -> None:
