@@ -42,7 +42,7 @@ from .rounding import Group
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 _PREFERENCE = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "reference")}
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 # --- backends --------------------------------------------------------------------------------
@@ -105,7 +105,7 @@ def _backend(x: Tensor, requested: str | None) -> Any:
 
 
 def _check_values(name: str, x: Tensor, dims: int | None = None) -> None:
-    if x.dtype not in _DTYPES:
+    if x.dtype not in DTYPES:
         raise TypeError(f"{name} must be bfloat16, float16 or float32: got {x.dtype}")
     if dims is not None and x.dim() != dims:
         raise ValueError(f"{name} must have {dims} dimensions: got shape {tuple(x.shape)}")
@@ -190,7 +190,7 @@ def dequantize(
     device = packed.weight_packed.device
     _check_packed(packed, fmt, in_features, device)
     out_shape = (packed.weight_packed.shape[0], in_features)
-    if dtype not in _DTYPES:
+    if dtype not in DTYPES:
         raise TypeError(f"dtype must be bfloat16, float16 or float32: got {dtype}")
     module = _backend(packed.weight_packed, backend)
     if 0 in out_shape:
@@ -343,8 +343,8 @@ def packed_matmul(
     With `activation`, x is fake-quantized to it first. Sums are in float32 or exact integers;
     backends differ in their order only. Where x is left as it is, the CPU may turn it into
     integers: of 24 bits in a block of 32 for float32, of 16 bits for bfloat16 and float16, whose
-    results have fewer digits than that. `int8_activations` allows 8 bits, for speed; a backend
-    that has nothing to gain ignores it.
+    results have fewer digits than that, and twice as many where a block has a few large values.
+    `int8_activations` allows 8 bits, for speed; a backend that has nothing to gain ignores it.
     """
     return packed_matmuls(x, [Operand(packed, fmt, activation)], backend, int8_activations)[0]
 
@@ -401,6 +401,7 @@ def packed_matmuls_unchecked(
     The packed tensors must be contiguous and fit K = x.shape[1], and an order must be of
     `mixbits.pack.order_dtype`: nothing looks again, and memory beyond theirs would be read.
     """
+    _check_values("x", x)
     if torch.compiler.is_compiling():
         return [_compiled_matmul(x, operand, backend, int8_activations) for operand in operands]
     if gradients.is_wanted(x):

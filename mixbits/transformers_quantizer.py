@@ -21,6 +21,7 @@ from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from . import ops
 from .arrange import check_order
 from .checkpoint import Stock, check_files, checksum, crc, kinds_of
 from .files import read_object
@@ -75,6 +76,12 @@ class MixbitsQuantizer(HfQuantizer):
 
     requires_calibration = True
     stock: Stock
+
+    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """The dtype of activations, unless packed linears cannot take it."""
+        if dtype not in ops.DTYPES:
+            raise UsageError(f"dtype must be bfloat16, float16 or float32: got {dtype}")
+        return dtype
 
     def _process_model_before_weight_loading(
         self, model: nn.Module, checkpoint_files: Sequence[str] | None = None, **kwargs: Any

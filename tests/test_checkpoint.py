@@ -284,6 +284,17 @@ def test_a_damaged_folder_is_refused_in_one_sentence(
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float8_e4m3fn])
+def test_a_dtype_that_packed_linears_cannot_take_is_refused(
+    dtype: torch.dtype, tmp_path: Path
+) -> None:
+    folder = saved(tmp_path, "llama", False)[-1]
+    with pytest.raises(UsageError, match="dtype must be bfloat16, float16 or float32: got torch"):
+        mixbits.load(folder, dtype=dtype)
+    with pytest.raises(UsageError, match="dtype must be bfloat16, float16 or float32: got torch"):
+        AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+
+
 def test_a_damaged_order_of_columns_is_refused(tmp_path: Path) -> None:
     """It would otherwise address memory beyond the input."""
     source = open_source(str(make_model(tmp_path / "model")))

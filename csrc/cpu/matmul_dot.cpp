@@ -56,18 +56,20 @@ MB_INLINE vi sum_plane(const int8_t (*plane)[kVector]) {
   return sum;
 }
 
+// The integers of some blocks. Where they are a term, x keeps what others must add.
 template <int BITS, int PIECES>
-static bool prepare_step(const float* x, int blocks, Integers kind, const Target& target, int dtype,
-                         Step<BITS, PIECES>* out) {
+static Fit prepare_step(float* x, int blocks, Integers kind, const Target& target, int dtype,
+                        Step<BITS, PIECES>* out) {
   constexpr int planes = 8 / BITS, columns = step_columns<BITS>();
   alignas(64) int8_t natural[PIECES][columns] = {};
   const float weight_scale = target.element() == kE2M1 ? 0.5f : 1.0f;
   memset(out->scale, 0, sizeof(out->scale));
-  bool ok = true;
+  Fit fits[columns / kBlock], fit = kEnough;
   for (int b = 0; b < blocks; ++b) {
     alignas(64) int32_t values[kBlock];
     float scale;
-    ok = integer_block(x + b * kBlock, kind, target.activation, dtype, values, &scale) && ok;
+    fits[b] = integer_block(x + b * kBlock, kind, target.activation, dtype, values, &scale);
+    fit = fits[b] > fit ? fits[b] : fit;
     split_pieces<PIECES>(values, columns, natural[0] + b * kBlock);
     for (int i = 0; i < BITS; ++i) out->scale[b * BITS + i] = scale * weight_scale;
   }
@@ -82,27 +84,57 @@ static bool prepare_step(const float* x, int blocks, Integers kind, const Target
   const vi first = PIECES == 1 ? sums[0] : vi((sums[0] << 8) + sums[PIECES == 1 ? 0 : 1]);
   store_raw(out->start[0], vi(first * offset));
   if (PIECES == 3) store_raw(out->start[PIECES == 3 ? 1 : 0], vi(sums[PIECES - 1] * offset));
-  return ok;
+  for (int b = 0; b < blocks && fit == kTerm; ++b) {
+    if (fits[b] == kEnough) memset(x + b * kBlock, 0, kBlock * sizeof(float));
+  }
+  return fit;
 }
+
+// A prepared token: a step for every run of columns, then further terms, which are as many steps
+// at most, their number, and the step that each is added to.
+template <int BITS, int PIECES>
+struct Token {
+  using S = Step<BITS, PIECES>;
+  S *const steps, *const terms;
+  int32_t *const term_count, *const step_of;
+
+  Token(const char* p, int64_t columns)
+      : steps(reinterpret_cast<S*>(const_cast<char*>(p))),
+        terms(steps + count(columns)),
+        term_count(reinterpret_cast<int32_t*>(terms + count(columns))),
+        step_of(term_count + 1) {}
+  static int64_t count(int64_t columns) { return group_count(columns, step_columns<BITS>()); }
+  static int64_t bytes(int64_t columns) {
+    const int64_t n = count(columns);  // vectors of the next token begin on a cache line again
+    return round_up(2 * n * int64_t(sizeof(S)) + (n + 1) * int64_t(sizeof(int32_t)), 64);
+  }
+};
 
 template <int BITS, int PIECES, int KIND>
 bool prepare(const Target& target, const Tokens& tokens, int64_t m, float* floats, char* out) {
   constexpr int columns = step_columns<BITS>();
   tokens.load(m, floats);
-  const int64_t padded = round_up(tokens.columns, columns);
-  memset(floats + tokens.columns, 0, (padded - tokens.columns) * sizeof(float));
-  auto* step = reinterpret_cast<Step<BITS, PIECES>*>(out);
-  bool ok = true;
-  for (int64_t first = 0; first < tokens.columns; first += columns, ++step) {
-    const int blocks = int(group_count(min64(tokens.columns - first, columns), kBlock));
-    ok = prepare_step(floats + first, blocks, Integers(KIND), target, tokens.dtype, step) && ok;
+  const Token<BITS, PIECES> token(out, tokens.columns);
+  const int64_t count = token.count(tokens.columns);
+  memset(floats + tokens.columns, 0, (count * columns - tokens.columns) * sizeof(float));
+  int32_t terms = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const int blocks = int(group_count(min64(tokens.columns - i * columns, columns), kBlock));
+    for (auto* step = token.steps + i;; step = token.terms + terms++) {
+      const Fit fit =
+          prepare_step(floats + i * columns, blocks, Integers(KIND), target, tokens.dtype, step);
+      if (fit == kEnough) break;
+      if (fit == kUnfit || terms == count) return false;
+      token.step_of[terms] = int32_t(i);
+    }
   }
-  return ok;
+  *token.term_count = terms;
+  return true;
 }
 
 template <int BITS, int PIECES>
 int64_t token_bytes(const Target&, int64_t columns) {
-  return group_count(columns, step_columns<BITS>()) * int64_t(sizeof(Step<BITS, PIECES>));
+  return Token<BITS, PIECES>::bytes(columns);
 }
 
 // --- weights ------------------------------------------------------------------------------------
@@ -234,6 +266,30 @@ static void multiply_rows(const Work& work, Rows rows, const uint8_t* tail, floa
   }
 }
 
+// sums += R rows times a token's further terms. Not inline: few tokens have any, and the loop
+// above needs all registers.
+template <int ELEMENT, int PIECES, int R, bool ZERO_POINTS>
+static __attribute__((noinline)) void add_terms(const Work& work, const Rows& rows,
+                                                const uint8_t* tail, int64_t m, float* sums) {
+  constexpr int bits = element_bits(ELEMENT);
+  const Groups<bits> groups(work.target.weight.format.group_size);
+  const Token<bits, PIECES> token(work.prepared + m * work.stride, work.tokens.columns);
+  const auto* const terms = token.terms;
+  vf total[1][R] = {};
+  for (int32_t i = 0; i < *token.term_count; ++i) {
+    const int64_t step = token.step_of[i];
+    Rows at = rows;
+    at.codes += step * kVector;
+    if (step == work.tokens.columns / step_columns<bits>()) {
+      at.codes = tail;
+      at.code_stride = kVector;
+    }
+    add_step<ELEMENT, PIECES, 1, R, ZERO_POINTS, false>(at, groups.first(step), groups.spread,
+                                                        &terms, i, total);
+  }
+  for (int r = 0; r < R; ++r) sums[r] += sum_lanes(total[0][r]);
+}
+
 // out += R rows from row n on, times the tokens.
 template <int ELEMENT, int PIECES, int M, int R>
 static void multiply_some(const Work& work, int64_t n, Sums out, char* scratch) {
@@ -263,6 +319,12 @@ static void multiply_some(const Work& work, int64_t n, Sums out, char* scratch) 
     multiply_rows<ELEMENT, PIECES, M, R, false, false>(work, rows, tail[0], sums);
   }
   for (int m = 0; m < M && m < work.tokens.count; ++m) {
+    const char* const x = work.prepared + m * work.stride;
+    if (*Token<bits, PIECES>(x, columns).term_count != 0) {
+      const auto add = target.weight.zero_points ? add_terms<ELEMENT, PIECES, R, true>
+                                                 : add_terms<ELEMENT, PIECES, R, false>;
+      add(work, rows, tail[0], m, sums[m]);
+    }
     for (int r = 0; r < R; ++r) out.data[m * out.stride + r] += sums[m][r];
   }
 }

@@ -42,24 +42,38 @@ constexpr int kFoldTokens = 64;  // so many pay for multiplying scales into a pa
 
 // --- tokens -------------------------------------------------------------------------------------
 
-// A prepared token: dwords of all blocks, then scales, then starts.
+// A prepared token: dwords of all blocks, then scales, then starts. Of integers, then further terms
+// (activations.h), which are as many blocks at most, and the numbers of the blocks that they are
+// of.
 template <class A>
 struct Token {
-  const int32_t* dwords;
-  const float* scales;
-  const int32_t* starts;
+  struct Part {
+    int32_t* dwords;
+    float* scales;
+    int32_t* starts;
 
-  Token(const char* p, int64_t blocks) {
-    dwords = reinterpret_cast<const int32_t*>(p);
-    scales = reinterpret_cast<const float*>(dwords + blocks * block_dwords<A>());
-    starts = reinterpret_cast<const int32_t*>(scales + blocks);
-  }
+    Part(int32_t* p, int64_t blocks)
+        : dwords(p),
+          scales(reinterpret_cast<float*>(p + blocks * block_dwords<A>())),
+          starts(p + blocks * (block_dwords<A>() + 1)) {}
+  };
+  const Part first;
+  int32_t *const term_count, *const blocks_of;
+  const Part terms;
+
+  Token(const char* p, int64_t blocks)
+      : first(const_cast<int32_t*>(reinterpret_cast<const int32_t*>(p)), blocks),
+        term_count(first.starts + blocks),
+        blocks_of(term_count + 1),
+        terms(blocks_of + blocks, blocks) {}
 };
 
 template <class A>
-int64_t token_bytes(const Target&, int64_t columns) {
+int64_t token_bytes(const Target& target, int64_t columns) {
+  const int64_t blocks = group_count(columns, kBlock), dwords = blocks * (block_dwords<A>() + 2);
+  const bool has_terms = A::kScaledTokens && !target.activation_code;
   // A cache line more: tokens that are a power of two apart would share cache sets.
-  return round_up(group_count(columns, kBlock) * (block_dwords<A>() + 2) * 4, 64) + 64;
+  return round_up((has_terms ? 2 * dwords + blocks + 1 : dwords + 1) * 4, 64) + 64;
 }
 
 // The order of a block's elements that shifted dwords of `BITS`-bit codes have.
@@ -103,19 +117,24 @@ bool prepare_integers(const Target& target, const Tokens& tokens, int64_t m, flo
   const Token<A> token(out, blocks);
   const float weight_scale = target.element() == kE2M1 ? 0.5f : 1.0f;
   const int32_t offset = -code_offset(target.element());
-  bool ok = true;
+  int32_t terms = 0;
   for (int64_t b = 0; b < blocks; ++b) {
-    alignas(64) int32_t values[kBlock];
-    float scale;
-    ok = integer_block(floats + b * kBlock, Integers(KIND), target.activation, tokens.dtype, values,
-                       &scale) &&
-         ok;
-    int32_t* dwords = const_cast<int32_t*>(token.dwords) + b * block_dwords<A>();
-    const int32_t sum = store_integers<A, BITS>(values, dwords);
-    const_cast<float*>(token.scales)[b] = scale * weight_scale;
-    const_cast<int32_t*>(token.starts)[b] = offset * sum;
+    int64_t at = b;
+    for (const auto* part = &token.first;; part = &token.terms, at = terms++) {
+      alignas(64) int32_t values[kBlock];
+      float scale;
+      const Fit fit = integer_block(floats + b * kBlock, Integers(KIND), target.activation,
+                                    tokens.dtype, values, &scale);
+      const int32_t sum = store_integers<A, BITS>(values, part->dwords + at * block_dwords<A>());
+      part->scales[at] = scale * weight_scale;
+      part->starts[at] = offset * sum;
+      if (fit == kEnough) break;
+      if (fit == kUnfit || terms == blocks) return false;
+      token.blocks_of[terms] = int32_t(b);
+    }
   }
-  return ok;
+  *token.term_count = terms;
+  return true;
 }
 
 // --- panels -------------------------------------------------------------------------------------
@@ -271,7 +290,7 @@ void multiply_tile(const Work& work, int64_t m, const Panel& panel, int64_t firs
   const int32_t* x[M];
   const int64_t scales_at = all * dwords, starts_at = scales_at + all;
   for (int i = 0; i < M; ++i) {
-    x[i] = Token<A>(work.prepared + (m + i) * work.stride, all).dwords;
+    x[i] = Token<A>(work.prepared + (m + i) * work.stride, all).first.dwords;
   }
   float* totals = sums.data + m * sums.stride;
   __m512 total[M][kRowVectors];
@@ -308,6 +327,35 @@ void multiply_tile(const Work& work, int64_t m, const Panel& panel, int64_t firs
   }
 }
 
+// sums += a token's further terms times the panel's blocks, which are `first` and following.
+template <class A>
+void add_terms(const Token<A>& token, const Panel& panel, int64_t first, int64_t blocks,
+               float* sums) {
+  constexpr int dwords = block_dwords<A>();
+  for (int32_t i = 0; i < *token.term_count; ++i) {
+    const int64_t b = token.blocks_of[i] - first;
+    if (b < 0 || b >= blocks) continue;
+    const int32_t* const x = token.terms.dwords + i * dwords;
+    const __m512i* w = panel.dwords + b * dwords * kRowVectors;
+    // Two sums of each vector of rows, so that one addition need not wait for the last.
+    typename A::Sum sum[2][kRowVectors];
+    for (int v = 0; v < kRowVectors; ++v) {
+      sum[0][v] = A::start(token.terms.starts + i);
+      sum[1][v] = _mm512_setzero_si512();
+    }
+    for (int d = 0; d < dwords; ++d, w += kRowVectors) {
+      const __m512i dword = _mm512_set1_epi32(x[d]);
+      for (int v = 0; v < kRowVectors; ++v) sum[d % 2][v] = A::dot(sum[d % 2][v], w[v], dword);
+    }
+    for (int v = 0; v < kRowVectors; ++v) {
+      const __m512 scale = _mm512_loadu_ps(panel.scales + (first + b) * kPanelRows + v * 16);
+      const __m512i all = _mm512_add_epi32(sum[0][v], sum[1][v]);
+      const __m512 total = _mm512_loadu_ps(sums + v * 16);
+      _mm512_storeu_ps(sums + v * 16, add_scaled(all, scale, token.terms.scales[i], total));
+    }
+  }
+}
+
 template <class A>
 void multiply_tokens(const Work& work, const Panel& panel, int64_t first, int64_t blocks,
                      Sums sums) {
@@ -333,6 +381,13 @@ void multiply_tokens(const Work& work, const Panel& panel, int64_t first, int64_
         break;
       default:
         multiply_tile<A, kTileM>(work, m, panel, first, blocks, sums);
+    }
+    if constexpr (A::kScaledTokens) {
+      for (int64_t i = m; i < (tile + 1) * work.tokens.count / tiles; ++i) {
+        const Token<A> token(work.prepared + i * work.stride,
+                             group_count(work.tokens.columns, kBlock));
+        add_terms<A>(token, panel, first, blocks, sums.data + i * sums.stride);
+      }
     }
   }
 }

@@ -218,5 +218,28 @@ inline Bytes slow_fake_quantize(const std::vector<float>& x, int64_t rows, int64
   return slow_dequantize(slow_pack(x, rows, columns, format), dtype);
 }
 
+// --- activations that become integers -----------------------------------------------------------
+
+// By how much rounding may move each of a block's `count` values, as csrc/cpu/activations.h says:
+// by half a step, or, where at most half of the values are large, by half a step of what rounding
+// left, of which the largest is half a step itself.
+inline double integer_error(const double* x, int64_t count, int dtype, bool int8) {
+  double largest = 0;
+  for (int64_t k = 0; k < count; ++k) largest = std::max(largest, fabs(x[k]));
+  if (largest == 0) return 0;
+  const int digits = dtype == kFloat32 ? 22 : 14;
+  // Just below a power of two the step is that of the power.
+  double step = ldexp(1.0, ilogb(largest * (2 / 1.984375)) - digits);
+  double steps = dtype == kFloat32 ? 0x1p17 : dtype == kFloat16 ? 0x1p9 : 0x1p7;
+  if (int8) {
+    step = largest / 127;
+    steps = 4;
+  }
+  int64_t large = 0;
+  for (int64_t k = 0; k < count; ++k) large += fabs(x[k]) >= steps * step * (1 + 1e-6);
+  const double half = 1.01 * step / 2;
+  return large > 16 ? half : half * (int8 ? 1.0 / 254 : ldexp(1.0, -digits - 1));
+}
+
 }  // namespace test
 }  // namespace mixbits
