@@ -48,7 +48,7 @@ class _Compensation:
 
     def __init__(self, linears: Sequence[LinearInfo], recipes: Assignment, share: float) -> None:
         # An expert sees other tokens in the two streams, and the head one stream only.
-        self.shares = {i.name: 0.0 if i.is_expert or i.block is None else share for i in linears}
+        self.shares = {i.name: 0.0 if i.peers or i.block is None else share for i in linears}
         self.recipes = recipes
         self.rounded: dict[str, list[Packed]] = {}
         self.recording = False

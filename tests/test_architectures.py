@@ -59,7 +59,7 @@ KINDS = {
     "gpt2": GPT2_SIZES,  # weights are stored as [K, N]
     "gpt_bigcode": GPT2_SIZES,  # its initialisation looks at its linears' weights
     "gpt_neox": SIZES,
-    "gpt_oss": SIZES | {"head_dim": 16, "num_local_experts": 4},  # experts with biases stay
+    "gpt_oss": SIZES | {"head_dim": 16, "num_local_experts": 4},  # experts with biases
     "nanochat": SIZES,
     "olmo2": SIZES,
     "opt": SIZES | {"ffn_dim": 96, "word_embed_proj_dim": 64},
