@@ -174,7 +174,7 @@ class _Surveyor:
         self.names = [f"{self.prefix}.{index}" for index in range(len(self.blocks))]
         self.shared = shared_parameters(model)
         self.counts = expert_counts(model.config.get_text_config())
-        self.usage = Usage()
+        self.usage, self.by_use = Usage(), by_use
         if by_use:
             plain = [
                 name
@@ -247,7 +247,8 @@ class _Surveyor:
     ) -> LinearInfo:
         weight = linear_weight(module)
         assert weight is not None
-        makers = [] if name in self.usage.outside else makers_of(name, modules, plain)
+        tries = self.by_use and name not in self.usage.outside
+        makers = makers_of(name, modules, plain) if tries else []
         return LinearInfo(
             name,
             weight.shape[0],
@@ -263,7 +264,8 @@ def _why_no_linear(name: str, module: nn.Module) -> str:
     """Why a parameter is left alone that is no linear's; `name` begins in the block."""
     if is_router_name(name):
         return _ROUTERS
-    return "their formula is not known" if holds_stacks(module) else "they are no linears"
+    is_expert = holds_stacks(module) or "expert" in type(module).__name__.lower()
+    return "their formula is not known" if is_expert else "they are no linears"
 
 
 def _expert_linears(name: str, module: Any, layout: Layout, index: int) -> Iterator[LinearInfo]:
@@ -284,8 +286,10 @@ def _expert_linears(name: str, module: Any, layout: Layout, index: int) -> Itera
 def survey(model: CausalLM, include_head: bool = False, by_use: bool = True) -> Survey:
     """All quantizable linears in the model's order, the head last; works on a meta model.
 
-    `by_use` runs a copy without storage, to see what else the model does with them. A head that is
-    no plain linear is not among them. Raises UsageError where there is none.
+    `by_use` runs a copy without storage, to see what else the model does with them, and tries which
+    orders of columns fold; without, `makers` and some of what to leave alone are missing: enough
+    for linears that were chosen before. A head that is no plain linear is not among them. Raises
+    UsageError where there is none.
     """
     found = _Surveyor(model, by_use).look()
     if include_head:

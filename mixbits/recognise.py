@@ -173,7 +173,11 @@ class Routers:
             name in self.selecting
             or (name in self.scoring and rows <= columns // 2)
             or self._is_called_so(name, rows, columns)
-            or ((rows in self.counts or rows == 1) and self._is_beside_experts(name))
+            or (
+                (rows in self.counts or rows == 1)
+                and self._is_beside_experts(name)
+                and not self._is_of_an_mlp(name)
+            )
         )
 
     def _shape(self, name: str) -> tuple[int, ...]:
@@ -185,13 +189,19 @@ class Routers:
         if any(map(_ROUTERS.fullmatch, parts)):
             return True
         is_narrow = rows in self.counts or rows <= columns // 2
-        return "gate" in parts and is_narrow and not self._has_twin(name)
+        return "gate" in parts and is_narrow and not self._is_of_an_mlp(name)
 
-    def _has_twin(self, name: str) -> bool:
-        """Whether another linear beside it has its shape, as the up of a gated MLP has."""
+    def _is_of_an_mlp(self, name: str) -> bool:
+        """Whether a linear beside it reads as many columns as it has rows, as a down does.
+
+        Or has its shape, as gate and up have; but two routers may have that as well.
+        """
         parent, _, leaf = name.rpartition(".")
-        others = (child for child, _ in self.modules[parent].named_children() if child != leaf)
-        return any(self._shape(f"{parent}.{other}") == self._shape(name) for other in others)
+        mine = self._shape(name)
+        others = [child for child, _ in self.modules[parent].named_children() if child != leaf]
+        shapes = [self._shape(f"{parent}.{other}") for other in others]
+        is_read = any(shape[1:] == mine[:1] for shape in shapes)
+        return is_read or (mine in shapes and mine[0] not in self.counts)
 
     def _is_beside_experts(self, name: str) -> bool:
         """Whether a module that holds the linear, not the whole block, holds experts as well."""

@@ -51,7 +51,7 @@ class _Compensation:
         self, linears: Sequence[LinearInfo], recipes: Assignment, share: float, own: Rounded
     ) -> None:
         # An expert sees other tokens in the two streams, and the head one stream only.
-        self.shares = {i.name: 0.0 if i.is_expert or i.block is None else share for i in linears}
+        self.shares = {i.name: 0.0 if i.peers or i.block is None else share for i in linears}
         self.recipes, self.own = recipes, own
         self.rounded: dict[str, list[Packed]] = {}
         self.recording = False

@@ -4,7 +4,7 @@ A copy of the model on torch's `meta` device runs a few tokens: shapes flow, no 
 and every torch function that is called shows which tensors it takes. So it is seen
 
     read        whose weights something else than their own product looks at
-    selecting   whose outputs only select: an index is made of them, and no gradient comes back
+    selecting   whose outputs only select: no gradient comes back to them
     scoring     whose outputs, up to element-wise operations, are what an index is made of
     remembered  whose outputs, up to element-wise operations, become keys or values
     outside     which are called while the module that holds them is not
@@ -191,11 +191,11 @@ class _Watch(TorchFunctionMode):
             self._own = True
             try:
                 y: Tensor = type(linear).forward(linear, x)
-                if name not in self.leaves:
+                if name not in self.leaves and torch.is_grad_enabled():
                     leaf = torch.zeros(y.shape[-1], dtype=y.dtype, device="meta")
                     self.leaves[name] = leaf.requires_grad_()
                     self._names[id(leaf)] = name
-                y = y + self.leaves[name]
+                y = y + self.leaves.get(name, 0)
             finally:
                 self._own = False
             if name.rpartition(".")[0] not in self._active:
@@ -282,7 +282,9 @@ class _Watch(TorchFunctionMode):
         if self._lost or not self.leaves:
             return
         leaves = list(self.leaves.values())
-        gradients: Any = torch.autograd.grad(logits.sum(), leaves, allow_unused=True)
+        gradients: Sequence[Tensor | None] = torch.autograd.grad(
+            logits.sum(), leaves, allow_unused=True
+        )
         for name, gradient in zip(self.leaves, gradients, strict=True):
             if gradient is None:
                 self.found.selecting.add(name)

@@ -16,10 +16,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoRoundConfig
 
 from mixbits import reference
+from mixbits.experts import EXPERT_PROJECTIONS
 from mixbits.export.__main__ import main
 from mixbits.export.packed import STORED_NAMES
 from mixbits.formats import Recipe, Scheme, parse_scheme
-from mixbits.model import EXPERT_PROJECTIONS, find_linears, weight_of
+from mixbits.model import find_linears, weight_of
 from mixbits.source import Source
 
 SIZES: dict[str, dict[str, Any]] = {

@@ -1,5 +1,7 @@
 """Parts of a model are recognised by what they do; the rest is left alone, and said."""
 
+import copy
+import pickle
 import sys
 from pathlib import Path
 
@@ -12,12 +14,17 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 import mixbits
+from mixbits import experts, recognise
 from mixbits.coverage import Coverage
+from mixbits.experts import expert_slice
 from mixbits.fake import fake_quantize_model
 from mixbits.formats import UsageError, parse_scheme
-from mixbits.model import find_linears, make_units, meta_model, survey, weight_of
+from mixbits.linear import PackedLinear, PlainLinear, swap_linears
+from mixbits.model import find_linears, make_units, meta_model, split_expert_name, survey, weight_of
 from mixbits.quantize import main
+from mixbits.sensitivity import measure
 from mixbits.source import open_source
+from mixbits.streaming import StreamedModel
 
 SIZES = {
     "vocab_size": VOCAB,
@@ -137,13 +144,13 @@ def test_experts_of_every_known_way_are_split_into_linears(kind: str) -> None:
 def test_rows_of_gpt_oss_are_those_of_its_checkpoints() -> None:
     """Even rows of a published expert are its gate, odd ones its up; stored here as columns."""
     model = small("gpt_oss")
-    experts = model.model.layers[1].mlp.experts
+    own = model.model.layers[1].mlp.experts
     infos = {i.name: i for i in find_linears(model)}
     prefix = "model.layers.1.mlp.experts.2"
-    published = experts.gate_up_proj[2].T
+    published = own.gate_up_proj[2].T
     for name, rows in (("gate_proj", published[::2]), ("up_proj", published[1::2])):
         assert torch.equal(weight_of(model, infos[f"{prefix}.{name}"]), rows)
-    assert torch.equal(weight_of(model, infos[f"{prefix}.down_proj"]), experts.down_proj[2].T)
+    assert torch.equal(weight_of(model, infos[f"{prefix}.down_proj"]), own.down_proj[2].T)
 
 
 def quantized(folder: Path, kind: str, *options: str, **more: object) -> tuple[nn.Module, Path]:
@@ -187,15 +194,33 @@ def test_biases_of_experts_stay_with_experts_that_are_left_alone(tmp_path: Path)
     options = "--schemes", "W8A16G32", "--keep", "*.experts.1.*=BF16", "--per-expert", "--size"
     model, out = quantized(tmp_path, "gpt_oss", *options, "10MB", "--strategy", "uniform")
     packed, prefix = mixbits.load(out), "model.layers.0.mlp.experts"
-    state, experts = packed.state_dict(), model.model.layers[0].mlp.experts
+    state, own = packed.state_dict(), model.model.layers[0].mlp.experts
     for expert in range(4):
-        gate_up = experts.gate_up_proj_bias[expert]
+        gate_up = own.gate_up_proj_bias[expert]
         assert torch.equal(state[f"{prefix}.{expert}.gate_proj.bias"], gate_up[::2])
         assert torch.equal(state[f"{prefix}.{expert}.up_proj.bias"], gate_up[1::2])
-    assert torch.equal(state[f"{prefix}.1.down_proj.weight_plain"], experts.down_proj[1].T)
+    assert torch.equal(state[f"{prefix}.1.down_proj.weight_plain"], own.down_proj[1].T)
     packed.save_pretrained(tmp_path / "again")
     again = mixbits.load(tmp_path / "again")
     assert torch.equal(again(IDS).logits, packed(IDS).logits)
+    layer = packed.model.layers[0].mlp
+    copied, x = pickle.loads(pickle.dumps(copy.deepcopy(layer))), torch.randn(1, 3, 64).bfloat16()
+    assert torch.equal(copied(x)[0], layer(x)[0])
+
+
+@torch.no_grad()
+def test_fake_experts_are_rounded_where_they_lie(tmp_path: Path) -> None:
+    options = "--schemes", "W4A16G32", "--avg-bits", "4.5", "--per-expert"
+    _, packed = quantized(tmp_path, "gpt_oss", *options)
+    fake = tmp_path / "fake"
+    ids = ["--dataset", str(tmp_path / "ids.npy"), *SMALL, "--rounding", "rtn"]
+    assert main([str(tmp_path / "model"), *ids, *options, "--fake", "--out", str(fake)]) == 0
+    model = AutoModelForCausalLM.from_pretrained(fake)
+    for name, linear in mixbits.load(packed).named_modules():
+        if ".experts." in name and isinstance(linear, PackedLinear):
+            module, expert, projection = split_expert_name(name)
+            found = expert_slice(model.get_submodule(module), expert, projection)
+            assert torch.equal(found, linear.weight.bfloat16())
 
 
 @torch.no_grad()
@@ -388,9 +413,9 @@ class Interleaved(Plain):
 def with_experts(kind: type) -> nn.Module:
     model = small("mixtral")
     for layer in model.model.layers:
-        experts = kind(model.config).bfloat16()
-        experts.load_state_dict(layer.mlp.experts.state_dict())
-        layer.mlp.experts = experts
+        own = kind(model.config).bfloat16()
+        own.load_state_dict(layer.mlp.experts.state_dict())
+        layer.mlp.experts = own
     return model
 
 
@@ -409,13 +434,11 @@ def test_experts_of_another_formula_are_left_alone(kind: type) -> None:
 @pytest.mark.parametrize("kind", [Plain, Interleaved])
 def test_experts_of_the_same_results_are_ours(kind: type) -> None:
     """As PlainLinears, through the one loop, they give what their own code gives."""
-    from mixbits.linear import PlainLinear, swap_linears
-
     model = with_experts(kind).float()
-    experts = [i.name for i in find_linears(model) if i.is_expert]
-    assert len(experts) == 24
+    found = [i.name for i in find_linears(model) if i.is_expert]
+    assert len(found) == 24
     before = model(IDS).logits
-    swap_linears(model, experts, lambda name, weight, bias: PlainLinear(weight, bias))
+    swap_linears(model, found, lambda name, weight, bias: PlainLinear(weight, bias))
     assert distance(model(IDS).logits, before) < 1e-5
 
 
@@ -503,10 +526,30 @@ def test_routers_and_experts_of_remote_code(router: str) -> None:
     assert mine["shared.down_proj"].peers is None
 
 
-def test_an_idle_expert_in_a_list_is_measured_by_its_peers(tmp_path: Path) -> None:
-    from mixbits.sensitivity import measure
-    from mixbits.streaming import StreamedModel
+class Noisy(Block):
+    """Two routers of one shape, and a shared expert of as many columns as there are experts."""
 
+    def __init__(self) -> None:
+        super().__init__("w_gate")
+        self.w_noise = nn.Linear(64, 6, bias=False)
+        self.shared.gate_proj, self.shared.up_proj = (nn.Linear(64, 6) for _ in range(2))
+        self.shared.down_proj = nn.Linear(6, 64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) + 0 * self.w_noise(x).sum()
+
+
+def test_routers_are_told_from_small_shared_experts() -> None:
+    model = llama()
+    for layer in model.model.layers:
+        layer.mlp = Noisy().bfloat16()
+    found = survey(model)
+    routers = {one.name.split(".")[-2] for one in found.left if one.is_router}
+    assert routers == {"w_gate", "w_noise", "weigh"}
+    assert "model.layers.1.mlp.shared.up_proj" in {i.name for i in found.linears}
+
+
+def test_an_idle_expert_in_a_list_is_measured_by_its_peers(tmp_path: Path) -> None:
     model = llama().float()
     for layer in model.model.layers:
         layer.mlp = Block("dispatcher")
@@ -643,8 +686,6 @@ def test_a_linear_of_remote_code_keeps_its_gain(
 
 def test_what_is_found_does_not_depend_on_torchs_settings() -> None:
     """transformers builds models with another default dtype, on a device without storage."""
-    from mixbits import experts, recognise
-
     models = [small("mixtral"), small("gpt_oss"), small("falcon"), small("llama")]
     expected = list(map(find_linears, models))
     for cache in (experts._FOUND, recognise._FOLDS, recognise._PRODUCTS):

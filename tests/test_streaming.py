@@ -91,7 +91,8 @@ def _slice_grad(model, info):
     """Gradient of one expert's slice: the same view of the 3-D parameters' gradients."""
     from types import SimpleNamespace
 
-    from mixbits.model import expert_slice, split_expert_name
+    from mixbits.experts import expert_slice
+    from mixbits.model import split_expert_name
 
     module, expert, projection = split_expert_name(info.name)
     experts = model.get_submodule(module)

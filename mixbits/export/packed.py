@@ -127,7 +127,7 @@ class PackedModel:
     def unpacked_linears(self) -> list[str]:
         """Every `nn.Linear`, router and expert's linear that is left alone, the head among them."""
         modules = dict(self.shapes.named_modules())
-        names = [n for n, m in modules.items() if isinstance(m, nn.Linear) or is_router_name(n)]
+        names = [n for n, m in modules.items() if isinstance(m, nn.Linear) or _is_router(n, m)]
         names += [name for members in self.experts.values() for name in members]
         return [name for name in names if name not in self.recipes]
 
@@ -177,6 +177,11 @@ class PackedModel:
             return recipe
         order = self.tensor(f"{name}.order")
         return replace(recipe, order=tuple(order.tolist()))
+
+
+def _is_router(name: str, module: nn.Module) -> bool:
+    weight = module._parameters.get("weight")
+    return is_router_name(name) and weight is not None and weight.dim() == 2
 
 
 def relative_error(weight: Tensor, other: Tensor) -> float:
