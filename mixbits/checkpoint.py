@@ -121,8 +121,7 @@ def tensor_specs(
             specs.append(TensorSpec(name, kind, tuple(tensor.shape)))
     if weights is not None:
         parts = [part for names in as_stored.values() for part in names]
-        parts += [part for one in weights.carried for part in one.parts]
-        for part in dict.fromkeys(parts):
+        for part in dict.fromkeys([*parts, *weights.carried_parts]):
             specs.append(TensorSpec(part, *weights.files.headers[part], as_stored=True))
     return specs
 
@@ -455,7 +454,7 @@ def _exceptions(
     specs: Sequence[TensorSpec], weights: Weights, dtype: torch.dtype
 ) -> dict[str, Any]:
     """Keys of quantization_config on what is neither packed nor plain in `dtype`."""
-    carried = [part for one in weights.carried for part in one.parts]
+    carried = weights.carried_parts
     found = {"dtypes": _kinds(specs, dtype), "carried": carried}
     stored = [s.name for s in specs if s.as_stored and s.name not in set(carried)]
     if stored:
@@ -498,9 +497,10 @@ def save_fake(
     assignment: Assignment,
     rounded: Rounded = MappingProxyType({}),
 ) -> int:
-    """Write a plain 16-bit model whose weights are rounded but not packed, for any other tool.
+    """Write a plain model whose weights are rounded but not packed, for any other tool.
 
-    The model itself is changed. Activations are not rounded by such a model.
+    What is not rounded is as the source stores it, or in 16 bits where that is quantized. The model
+    itself is changed. Activations are not rounded by such a model.
     """
     from .fake import round_weights
 
@@ -508,9 +508,36 @@ def save_fake(
     if head_is_tied(model) and _is_packed(head, assignment):
         model.config.tie_word_embeddings = False
     round_weights(model, [i for i in linears if i.name in assignment], assignment, rounded)
-    model.save_pretrained(folder)
+    weights, state = source.weights, model.state_dict()
+    changed = {f"{i.name}.weight" for i in linears if _is_packed(i.name, assignment)}
+    changed |= {_stack_of(model, i) for i in linears if i.is_expert and i.name in assignment}
+    for name, value in state.items():
+        finer = name in weights.groups and weights.stored_dtype(name) != value.dtype
+        if finer and name not in changed:
+            state[name] = weights.tensor(name)
+    model.save_pretrained(folder, state_dict=state)
+    if weights.carried:
+        _add_shard(folder, {one.name: weights.plain(one).contiguous() for one in weights.carried})
     copy_companions(source.path, folder)
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def _add_shard(folder: Path, tensors: dict[str, Tensor]) -> None:
+    """Put more tensors beside those of a model that transformers has written."""
+    from safetensors.torch import save_file
+
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        places = dict(read_object(index)["weight_map"])
+    else:
+        first = "model-first.safetensors"
+        (folder / "model.safetensors").rename(folder / first)
+        places = dict.fromkeys(Files([folder / first]).headers, first)
+    file = "model-carried.safetensors"
+    save_file(tensors, folder / file, metadata={"format": "pt"})
+    places |= dict.fromkeys(tensors, file)
+    text = json.dumps({"metadata": {}, "weight_map": places}, indent=2) + "\n"
+    index.write_text(text, encoding="utf-8")
 
 
 def plain_dtype(folder: Path) -> torch.dtype:

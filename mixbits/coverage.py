@@ -5,7 +5,7 @@ Counted are parameters of two dimensions and more in the decoder blocks. A share
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,9 +35,6 @@ class Coverage:
 
     def groups(self) -> list[dict[str, Any]]:
         """`left_alone` of report.json: what is of one class and left for one reason."""
-        groups: dict[tuple[str, str], list[LeftAlone]] = {}
-        for one in self.found.left:
-            groups.setdefault((one.kind, one.why), []).append(one)
         rows = [
             {
                 "class": kind,
@@ -48,15 +45,22 @@ class Coverage:
                 "first": members[0].name,
                 "is_router": members[0].is_router,
             }
-            for (kind, why), members in groups.items()
+            for (kind, why), members in self._members().items()
         ]
         return sorted(rows, key=lambda row: -row["weights"])
 
-    def lines(self, itemsize: int) -> list[str]:
-        """One for each group that is worth saying; `itemsize` is bytes per weight."""
+    def _members(self) -> dict[tuple[str, str], list[LeftAlone]]:
+        groups: dict[tuple[str, str], list[LeftAlone]] = {}
+        for one in self.found.left:
+            groups.setdefault((one.kind, one.why), []).append(one)
+        return groups
+
+    def lines(self, nbytes: Callable[[LeftAlone], int]) -> list[str]:
+        """One for each group that is worth saying; `nbytes` are those of one as it is stored."""
+        members = self._members()
         return [
-            f"{size(row['weights'] * itemsize)} in {_tensors(row)}, {row['share']:.1%} "
-            f"of the weights, are left as they are: {row['why']}"
+            f"{size(sum(map(nbytes, members[row['class'], row['why']])))} in {_tensors(row)}, "
+            f"{row['share']:.1%} of the weights, are left as they are: {row['why']}"
             for row in self._told()
         ]
 

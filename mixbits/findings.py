@@ -123,6 +123,8 @@ def report(run: Run, sha256: str, planned: Planned, choice: Choice, text: Text) 
         "budget": None if scores is None else plan.data["budget"],
         "reached": run.reached(plan.assignment),
         "left_alone": run.coverage.groups(),
+        "carried": len(run.source.weights.carried_parts),
+        "kept": len(run.own.rounded_names(plan.assignment)),
         "rounding": rounding,
         "gate": {**text.gate.describe(), "candidates": choice.rows} if choice.rows else None,
         "predicted_loss": None if scores is None else plan.data["predicted_loss"],

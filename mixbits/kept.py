@@ -80,16 +80,23 @@ class OwnCodes:
         fmt = self.formats.get(linear)
         return fmt is not None and scheme.activation is None and _is_format(scheme, fmt)
 
+    def rounded_names(self, assignment: Assignment) -> list[str]:
+        """The linears to which a plan gives the format that they have."""
+        chosen = {name: assignment.get(name) for name in self.formats}
+        return [
+            name
+            for name, recipe in chosen.items()
+            if isinstance(recipe, Scheme) and _is_format(recipe, self.formats[name])
+        ]
+
     def rounded(self, assignment: Assignment) -> dict[str, list[Packed]]:
-        """The linears to which a plan gives the format that they have, as the source has them."""
+        """Those linears as the source has them."""
         found: dict[str, list[Packed]] = {}
-        for name, fmt in self.formats.items():
-            recipe = assignment.get(name)
-            if isinstance(recipe, Scheme) and _is_format(recipe, fmt):
-                assert self.weights is not None
-                kept = self.weights.kept(name, self.linears[name].is_expert)
-                assert kept is not None
-                found[name] = [kept.packed]
+        for name in self.rounded_names(assignment):
+            assert self.weights is not None
+            kept = self.weights.kept(name, self.linears[name].is_expert)
+            assert kept is not None
+            found[name] = [kept.packed]
         return found
 
 

@@ -157,7 +157,7 @@ def _dry_run(run: Run) -> None:
 
     elements = sum(i.numel for i in run.linears)
     print(f"{len(run.linears)} linears in {len(run.units)} units, {elements:,} weights")
-    _print_left_alone(run)
+    _print_findings(run)
     kinds: dict[str, list[Any]] = {}
     for info in run.linears:
         kinds.setdefault(info.name.rpartition(".")[2], []).append(info)
@@ -179,8 +179,24 @@ def _dry_run(run: Run) -> None:
         print(f"  predicted size {size(run.predicted_bytes(given))}")
 
 
-def _print_left_alone(run: Run) -> None:
-    for line in run.coverage.lines(run.source.dtype.itemsize):
+def _print_findings(run: Run) -> None:
+    """What else than plain linears in 16 bits the source holds."""
+    from .report import size
+
+    weights, own = run.source.weights, run.own
+    kind, itemsize = type(run.shapes).__name__, run.source.dtype.itemsize
+    lines = run.coverage.lines(
+        lambda one: weights.nbytes(one.name) if one.name in weights.groups else one.numel * itemsize
+    )
+    if parts := weights.carried_parts:
+        lines.append(
+            f"{size(weights.files.nbytes(parts))} in {len(parts)} tensors that {kind} does not "
+            f"take are carried over as they are ({parts[0]}{' ...' if len(parts) > 1 else ''})"
+        )
+    if own.formats:
+        names = ", ".join(scheme.name for scheme in own.schemes)
+        lines.append(f"{len(own.formats)} linears are stored in {names}: a plan can keep that")
+    for line in lines:
         print(f"  {line}")
 
 
@@ -305,7 +321,7 @@ def quantize(run: Run) -> None:
     args, clock = run.args, Stages(_stage_names(run.args))
     with clock.run("open", run.source.name):
         model, sha256, tokenizer = _open(run)
-    _print_left_alone(run)
+    _print_findings(run)
     with clock.run("calibrate", "its own text" if args.demo else args.dataset):
         text = stages.calibrate(run, tokenizer)
         if prefix := text.calibration.prefix:

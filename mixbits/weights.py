@@ -10,6 +10,7 @@ Values are then read tensor by tensor, plain, or as they are stored (`mixbits.st
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -79,6 +80,11 @@ class Files:
                     self.headers[name] = Header(DTYPES[kind], tuple(part.get_shape()))
         except (SafetensorError, OSError) as error:
             raise UsageError(f"cannot read {path}: {error}; is the file complete?") from None
+
+    def nbytes(self, names: Iterable[str]) -> int:
+        """Of these tensors, without headers."""
+        found = (self.headers[name] for name in names)
+        return sum(dtype.itemsize * math.prod(shape) for dtype, shape in found)
 
     def read(self, name: str) -> Tensor:
         """The value, mapped from its file."""
@@ -173,6 +179,11 @@ class Weights:
             group.members.append((pattern or one.name, one))
         self.groups = self._targets(groups.values(), rename.state)
 
+    @property
+    def carried_parts(self) -> list[str]:
+        """Names of the stored tensors that are carried."""
+        return [part for one in self.carried for part in one.parts]
+
     def _targets(self, groups: Iterable[_Group], state: Mapping[str, Tensor]) -> dict[str, _Group]:
         found: dict[str, _Group] = {}
         for group in groups:
@@ -214,6 +225,10 @@ class Weights:
     def parts(self, name: str) -> list[str]:
         """Names of the stored tensors that a tensor of the model is made of."""
         return [part for _, one in self.groups[name].members for part in one.parts]
+
+    def nbytes(self, name: str) -> int:
+        """Bytes of the stored tensors that a tensor of the model is made of."""
+        return self.files.nbytes(self.parts(name))
 
     def plain(self, one: Stored) -> Tensor:
         """The plain value of a stored tensor: as it is, or in 16 bits where it is quantized."""
