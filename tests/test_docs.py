@@ -24,7 +24,7 @@ COMMAND = re.compile(r"python3? -m ((?:mixbits|benchmarks)\.\w+)([^&|\n]*)")
 SPAN = re.compile(r"(?<!`)`([^`\n]+(?:\n[^`\n]+)?)`(?!`)")
 
 
-class _Parsed(Exception):
+class _Parsed(BaseException):
     """The arguments were understood: nothing needs to run."""
 
 
