@@ -24,11 +24,10 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import zlib
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -36,13 +35,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .companions import copy_companions
 from .experts import expert_bias, expert_slice, layout_of
 from .files import read_object
-from .formats import Assignment, Mixed, UsageError
+from .formats import Assignment, Mixed
 from .linear import pack_recipe, recipe_tensors
 from .model import (
     LinearInfo,
-    find_linears,
     head_is_tied,
     output_head,
     split_expert_name,
@@ -52,7 +51,7 @@ from .pack import LAYOUT, Rounded, recipe_spec
 from .recipes import describe
 from .recognise import MAKERS
 from .source import Source
-from .weights import DTYPE_NAMES, DTYPES, Files, Renaming, Weights
+from .weights import DTYPE_NAMES, Files, Weights
 
 SHARD_BYTES = 2 << 30
 # transformers without mixbits only warns, and leaves weights random: config.json says what to do.
@@ -108,7 +107,7 @@ def tensor_specs(
         if layout is not None and layout.biased:
             kind = _stack_dtype(weights, f"{_stack_of(model, info)}_bias") or dtype
             specs.append(TensorSpec(f"{info.name}.bias", kind, (info.out_features,), info))
-    gone = {f"{name}.weight" for name in packed} | _tied_copies(model)
+    gone = {f"{name}.weight" for name in packed} | tied_copies(model)
     gone |= {f"{m}.{p}" for m, layout in layouts.items() if layout for p in layout.stacks}
     state = model.state_dict()
     as_stored = {} if weights is None else _left_quantized(weights, assignment, gone)
@@ -161,7 +160,7 @@ def _is_packed(name: str, assignment: Assignment) -> bool:
     return name in assignment and assignment[name].packed
 
 
-def _tied_copies(model: Any) -> set[str]:
+def tied_copies(model: Any) -> set[str]:
     """State-dict names that share another's storage by design, such as a tied head's.
 
     transformers ties them after loading only: until then, its list is all there is.
@@ -383,51 +382,6 @@ def plain_config(folder: Path, dtype: torch.dtype) -> dict[str, Any]:
     return config
 
 
-# Not copied: weights in whatever form, and what speaks of them alone.
-_WEIGHT_FILES: tuple[str, ...] = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")
-_WEIGHT_FILES += (".gguf", ".onnx", ".onnx_data", ".npz", ".pkl", ".pickle", ".ot", ".index.json")
-_OF_THE_SOURCE = {"config.json", "quantize_config.json", "quant_config.json", "recipe.yaml"}
-_OF_THE_SOURCE |= {"hf_quant_config.json", "mixbits-export.json", "README.md", "plan.json"}
-_OF_THE_SOURCE |= {"scores.json", "report.json", "report.html", "curve.csv", "curve.png"}
-
-
-def copy_companions(source: Path, folder: Path) -> None:
-    """Everything beside the weights: tokenizer, processor, templates, code, licences.
-
-    Not weights, their indices, nor reports; no hidden files, nor links that lead out of the model's
-    folder (of the hub's cache, out of that model's); no folders that are models or outputs.
-    """
-    for path in companions(source):
-        copy = folder / path.relative_to(source)
-        copy.parent.mkdir(exist_ok=True, parents=True)
-        shutil.copyfile(path, copy)
-
-
-def companions(folder: Path, top: Path | None = None) -> Iterator[Path]:
-    """The files that `copy_companions` copies, sorted."""
-    top = folder if top is None else top
-    for path in sorted(folder.iterdir()):
-        if path.name.startswith((".", "__")) or not _lies_within(path, top):
-            continue
-        if path.is_dir():
-            if not any((path / name).exists() for name in _OF_THE_SOURCE):
-                yield from companions(path, top)
-        elif path.is_file() and not _speaks_of_weights(path.name):
-            yield path
-
-
-def _speaks_of_weights(name: str) -> bool:
-    return name in _OF_THE_SOURCE or name.lower().endswith(_WEIGHT_FILES)
-
-
-def _lies_within(path: Path, top: Path) -> bool:
-    """Whether a path, links followed, is in the folder, or in the blobs of its hub snapshot."""
-    target, inside = path.resolve(), top.resolve()
-    blobs = inside.parent.parent / "blobs"
-    is_snapshot = inside.parent.name == "snapshots"
-    return target.is_relative_to(inside) or (is_snapshot and target.is_relative_to(blobs))
-
-
 def _kinds(specs: Iterable[TensorSpec], dtype: torch.dtype) -> dict[str, str]:
     """`dtypes` of quantization_config: plain floats that are not of the model's own type."""
     return {
@@ -540,132 +494,13 @@ def _add_shard(folder: Path, tensors: dict[str, Tensor]) -> None:
     index.write_text(text, encoding="utf-8")
 
 
-def plain_dtype(folder: Path) -> torch.dtype:
-    """What config.json says that unquantized tensors are stored in."""
-    config = read_object(folder / "config.json")
-    name = config.get("dtype", config.get("torch_dtype"))
-    dtype = getattr(torch, str(name), None)
-    if not isinstance(dtype, torch.dtype):
-        raise UsageError(f"dtype of config.json must be a torch dtype: got {name!r} ({folder})")
-    return dtype
-
-
-def check_files(
-    model: Any, recipes: Assignment, files: Sequence[Path], quantization: Mapping[str, Any]
-) -> Stock:
-    """The tensors of `model` with linears packed by `recipes`: files hold these, and no others.
-
-    `model` has shapes only, and its linears still; `quantization` is the `quantization_config`. A
-    model of another class than config.json says, such as the text part of one that also sees, may
-    leave some of the files' tensors aside.
-    Raises UsageError that names the tensor that is missing, too many, or of another dtype or
-    shape; or that says that values are not those that were written.
-    """
-    folder, opened = files[0].parent, Files(files)
-    config = read_object(folder / "config.json")
-    is_part = type(model).__name__ not in (config.get("architectures") or [type(model).__name__])
-    rename = Renaming(model) if is_part else None
-    recipes = {_renamed(rename, name): recipe for name, recipe in recipes.items()}
-    linears = find_linears(model, include_head=True, by_use=False)
-    unknown = sorted(set(recipes) - {info.name for info in linears})
-    if unknown:
-        raise UsageError(
-            f"quantization_config names a linear that the model lacks: {unknown[0]} ({folder})"
-        )
-    tied = sorted(_tied_copies(model) & {f"{name}.weight" for name in recipes})
-    if tied:
-        raise UsageError(f"config.json ties {tied[0]}, which has packed weights ({folder})")
-    stock = _stock(model, linears, recipes, opened, quantization, plain_dtype(folder))
-    stock = replace(stock, is_part=is_part)
-    expected = {s.name: (DTYPE_NAMES[s.dtype], s.shape) for s in stock.specs}
-    found = {
-        _renamed(rename, n): (DTYPE_NAMES[h.dtype], h.shape) for n, h in opened.headers.items()
-    }
-    for name in sorted(expected.keys() if is_part else expected.keys() | found.keys()):
-        wanted, got = (
-            f"{t[name][0]} {list(t[name][1])}" if name in t else "none" for t in (expected, found)
-        )
-        if wanted != got:
-            raise UsageError(
-                f"the tensors of a checkpoint must be those that config.json says: {name} must be "
-                f"{wanted}: got {got} ({folder})"
-            )
-    actual = checksum((crc for path in files for crc in _file_crcs(path)), quantization)
-    if actual != quantization.get("checksum"):
-        raise UsageError(
-            "values and schemes of a checkpoint must have the checksum in config.json, "
-            f"{quantization.get('checksum')}: got {actual}; a file was damaged or edited, or is of "
-            f"another checkpoint ({folder})"
-        )
-    return stock
-
-
-@dataclass(frozen=True)
-class Stock:
-    """What the files of a checkpoint hold, as a model of some class has it.
-
-    left     the source's own quantized weights, which are to be made plain; None: there are none
-    is_part  whether the model is of another class than the checkpoint, such as its text part
-    """
-
-    specs: list[TensorSpec]
-    recipes: Assignment
-    files: Files
-    left: Weights | None
-    is_part: bool = False
-
-
-def _stock(
-    model: Any,
-    linears: Sequence[LinearInfo],
-    recipes: Assignment,
-    files: Files,
-    quantization: Mapping[str, Any],
-    dtype: torch.dtype,
-) -> Stock:
-    kinds, carried = quantization.get("dtypes") or {}, quantization.get("carried") or []
-    stored, left = quantization.get("stored") or {}, None
-    names = list(stored.get("tensors") or [])
-    for name in [*names, *carried]:
-        if name not in files.headers:
-            raise UsageError(f"a tensor of quantization_config is in no file: {name}")
-    if names:
-        headers = {name: files.headers[name] for name in names}
-        left = Weights(model, files, stored.get("quantization_config"), dtype, headers)
-    made = set() if left is None else set(left.groups)
-    specs = [
-        replace(s, dtype=_kind(kinds[s.name])) if s.name in kinds and s.linear is None else s
-        for s in tensor_specs(model, linears, recipes, dtype)
-        if s.name not in made
-    ]
-    specs += [TensorSpec(n, *files.headers[n], as_stored=True) for n in [*names, *carried]]
-    return Stock(specs, recipes, files, left)
-
-
-def _kind(name: Any) -> torch.dtype:
-    if name not in DTYPES:
-        raise UsageError(f"dtypes of quantization_config must be of safetensors: got {name!r}")
-    return DTYPES[name]
-
-
-def _renamed(rename: Renaming | None, name: str) -> str:
-    """What a model calls a tensor, or a linear, of the files."""
-    if rename is None:
-        return name
-    for suffix in ("", ".weight"):
-        found = rename(name + suffix)[0].removesuffix(suffix)
-        if found != name or name + suffix in rename.state:
-            return found
-    return name
-
-
 def crc(name: str, value: Tensor) -> int:
     """crc32 of a tensor's name and values."""
     data: Any = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
     return zlib.crc32(data, zlib.crc32(name.encode()))
 
 
-def _file_crcs(path: Path) -> Iterator[int]:
+def file_crcs(path: Path) -> Iterator[int]:
     from safetensors import safe_open
 
     with safe_open(path, framework="pt") as file, ThreadPoolExecutor(4) as pool:

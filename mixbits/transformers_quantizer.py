@@ -23,12 +23,13 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from . import ops
 from .arrange import check_order
-from .checkpoint import Stock, check_files, checksum, crc, kinds_of
+from .checkpoint import checksum, crc, kinds_of
 from .files import read_object
 from .formats import Recipe, UsageError
 from .linear import MixedLinear, packed_linear, share_inputs, swap_linears
 from .pack import LAYOUT
 from .recipes import parse_recipe
+from .stock import Stock, check_files
 
 
 class MixbitsConfig(QuantizationConfigMixin):

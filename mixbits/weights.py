@@ -24,9 +24,10 @@ from torch import Tensor
 from .command import plain_errors
 from .experts import Layout, layout_of
 from .formats import Format, UsageError
+from .layouts import stored_tensors
 from .model import CausalLM, split_expert_name
 from .pack import Packed
-from .stored import GptOss, Header, Headers, Kept, Stored, stored_tensors
+from .stored import GptOss, Header, Headers, Kept, Stored
 
 DTYPE_NAMES = {  # in the order of safetensors, which stores the last first
     torch.bool: "BOOL",

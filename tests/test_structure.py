@@ -23,6 +23,7 @@ LAYERS = [
     {"evaluate"},
     {"loading"},
     {"transformers_quantizer"},
+    {"stock"},
     {"checkpoint", "graphs", "decode", "pages"},
     {"plan", "rounded", "distill"},
     {"scores"},
@@ -32,6 +33,7 @@ LAYERS = [
     {"streaming"},
     {"linear", "kept"},
     {"weights"},
+    {"layouts"},
     {"stored"},
     {"ops"},
     {"gradients"},
@@ -49,7 +51,7 @@ LAYERS = [
     {"allocate"},
     {"knapsack"},
     {"demo"},
-    {"targets", "command", "files"},
+    {"targets", "command", "files", "companions"},
     {"formats"},
 ]
 LEVEL = {name: len(LAYERS) - i for i, names in enumerate(LAYERS) for name in names}

@@ -12,7 +12,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from ..checkpoint import Shard, TensorSpec, copy_companions, make_shards, write_index
+from ..checkpoint import Shard, TensorSpec, make_shards, write_index
+from ..companions import copy_companions
 from ..experts import STANDARD, layout_of
 from ..formats import UsageError
 from .packed import STORED_NAMES, Carrier

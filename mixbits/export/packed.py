@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..arrange import arrangement_of
-from ..checkpoint import Stock, TensorSpec, check_files, plain_dtype
+from ..checkpoint import TensorSpec
 from ..experts import STANDARD, expert_slice, layout_of
 from ..formats import Assignment, Format, Mixed, Recipe, Scheme, UsageError
 from ..linear import pack_weight, packed_values
@@ -27,6 +27,7 @@ from ..model import (
 from ..pack import Packed
 from ..recognise import is_router_name
 from ..source import open_source
+from ..stock import Stock, check_files, plain_dtype
 from ..targets import Fit
 from ..transformers_quantizer import read_config
 

@@ -1,0 +1,51 @@
+"""What lies beside a model's weights, and comes along: processors, templates, code, licences."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+# Not copied: weights in whatever form, and what speaks of them alone.
+_WEIGHT_FILES: tuple[str, ...] = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")
+_WEIGHT_FILES += (".gguf", ".onnx", ".onnx_data", ".npz", ".pkl", ".pickle", ".ot", ".index.json")
+_OF_THE_SOURCE = {"config.json", "quantize_config.json", "quant_config.json", "recipe.yaml"}
+_OF_THE_SOURCE |= {"hf_quant_config.json", "mixbits-export.json", "README.md", "plan.json"}
+_OF_THE_SOURCE |= {"scores.json", "report.json", "report.html", "curve.csv", "curve.png"}
+
+
+def copy_companions(source: Path, folder: Path) -> None:
+    """Everything beside the weights: tokenizer, processor, templates, code, licences.
+
+    Not weights, their indices, nor reports; no hidden files, nor links that lead out of the model's
+    folder (of the hub's cache, out of that model's); no folders that are models or outputs.
+    """
+    for path in companions(source):
+        copy = folder / path.relative_to(source)
+        copy.parent.mkdir(exist_ok=True, parents=True)
+        shutil.copyfile(path, copy)
+
+
+def companions(folder: Path, top: Path | None = None) -> Iterator[Path]:
+    """The files that `copy_companions` copies, sorted."""
+    top = folder if top is None else top
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith((".", "__")) or not _lies_within(path, top):
+            continue
+        if path.is_dir():
+            if not any((path / name).exists() for name in _OF_THE_SOURCE):
+                yield from companions(path, top)
+        elif path.is_file() and not _speaks_of_weights(path.name):
+            yield path
+
+
+def _speaks_of_weights(name: str) -> bool:
+    return name in _OF_THE_SOURCE or name.lower().endswith(_WEIGHT_FILES)
+
+
+def _lies_within(path: Path, top: Path) -> bool:
+    """Whether a path, links followed, is in the folder, or in the blobs of its hub snapshot."""
+    target, inside = path.resolve(), top.resolve()
+    blobs = inside.parent.parent / "blobs"
+    is_snapshot = inside.parent.name == "snapshots"
+    return target.is_relative_to(inside) or (is_snapshot and target.is_relative_to(blobs))
