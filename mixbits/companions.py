@@ -18,7 +18,7 @@ def copy_companions(source: Path, folder: Path) -> None:
     """Everything beside the weights: tokenizer, processor, templates, code, licences.
 
     Not weights, their indices, nor reports; no hidden files, nor links that lead out of the model's
-    folder (of the hub's cache, out of that model's); no folders that are models or outputs.
+    folder (of the hub's cache, out of that model's); no folders that are links, models or outputs.
     """
     for path in companions(source):
         copy = folder / path.relative_to(source)
@@ -30,13 +30,17 @@ def companions(folder: Path, top: Path | None = None) -> Iterator[Path]:
     """The files that `copy_companions` copies, sorted."""
     top = folder if top is None else top
     for path in sorted(folder.iterdir()):
-        if path.name.startswith((".", "__")) or not _lies_within(path, top):
+        if path.name.startswith(".") or not _lies_within(path, top):
             continue
         if path.is_dir():
-            if not any((path / name).exists() for name in _OF_THE_SOURCE):
+            if not (path.is_symlink() or path.name == "__pycache__" or _is_a_model(path)):
                 yield from companions(path, top)
         elif path.is_file() and not _speaks_of_weights(path.name):
             yield path
+
+
+def _is_a_model(folder: Path) -> bool:
+    return any((folder / name).exists() for name in ("config.json", "plan.json", "report.json"))
 
 
 def _speaks_of_weights(name: str) -> bool:
