@@ -10,18 +10,53 @@ from huggingface_hub.utils import filter_repo_objects
 from mixbits.companions import copy_companions
 from mixbits.source import _FILES
 
-COMES = """
-generation_config.json tokenizer.json tokenizer.model tokenizer_config.json vocab.json merges.txt
-my.tiktoken tekken.json special_tokens_map.json chat_template.jinja preprocessor_config.json
-processor_config.json video_preprocessor_config.json modeling_my.py NOTICE LICENSE USE_POLICY.md
-additional_chat_templates/tool_use.jinja assets/figure.png assets/README2.md __init__.py
-""".split()
-STAYS = """
-config.json model.safetensors model-00001-of-00002.safetensors model.safetensors.index.json
-consolidated.00.pth pytorch_model.bin model.gguf tf_model.h5 onnx/model.onnx onnx/model.onnx_data
-plan.json scores.json report.json report.html README.md quantize_config.json hf_quant_config.json
-.gitattributes .git/config __pycache__/modeling_my.pyc earlier/config.json earlier/tokenizer.json
-""".split()
+COMES = [
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+    "my.tiktoken",
+    "tekken.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+    "modeling_my.py",
+    "NOTICE",
+    "LICENSE",
+    "USE_POLICY.md",
+    "additional_chat_templates/tool_use.jinja",
+    "assets/figure.png",
+    "assets/README2.md",
+    "__init__.py",
+]
+STAYS = [
+    "config.json",
+    "model.safetensors",
+    "model-00001-of-00002.safetensors",
+    "model.safetensors.index.json",
+    "consolidated.00.pth",
+    "pytorch_model.bin",
+    "model.gguf",
+    "tf_model.h5",
+    "onnx/model.onnx",
+    "onnx/model.onnx_data",
+    "plan.json",
+    "scores.json",
+    "report.json",
+    "report.html",
+    "README.md",
+    "quantize_config.json",
+    "hf_quant_config.json",
+    ".gitattributes",
+    ".git/config",
+    "__pycache__/modeling_my.pyc",
+    "earlier/config.json",
+    "earlier/tokenizer.json",
+]
 
 
 def make(folder: Path, names: list[str]) -> None:
