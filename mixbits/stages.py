@@ -138,7 +138,7 @@ def prepare(args: argparse.Namespace) -> Run:
     for pattern, _ in keep:
         match_units(units, pattern)
     own = NO_CODES
-    if source.has_weights and not source.weights.is_plain:
+    if not args.dry_run and not source.weights.is_plain:
         own = OwnCodes.find(source.weights, linears)
     run = Run(args, schemes, keep, source, shapes, linears, units, coverage, own)
     if args.target:

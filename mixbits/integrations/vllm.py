@@ -432,7 +432,12 @@ class MixbitsVllmConfig(QuantizationConfig):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> MixbitsVllmConfig:
-        """Raises UsageError for a layout that is not ours."""
+        """Raises UsageError for a layout that is not ours, or tensors that only we make plain."""
+        if stored := config.get("stored"):
+            raise UsageError(
+                "weights that a plan leaves as the source has quantized them cannot be loaded into "
+                f"vLLM: got {len(stored['tensors'])} such tensors ({stored['tensors'][0]})"
+            )
         return cls(MixbitsConfig(**config).recipes())
 
     def _experts(self, layer: Any, prefix: str) -> MixbitsExpertsMethod | None:
