@@ -74,7 +74,8 @@ class Coverage:
         quantizable = sum(i.numel for i in self.found.linears if i.block is not None)
         if quantizable >= LEAST_SHARE * counted:
             return
-        others = "; ".join(f"{_tensors(r)}: {r['why']}" for r in self._told()[:3])
+        rows = self._told() or self.groups()  # routers are many, if nothing else is
+        others = "; ".join(f"{_tensors(r)}: {r['why']}" for r in rows[:3])
         raise UsageError(
             f"{budget} must speak of at least half of the weights in the decoder blocks: got "
             f"{quantizable / counted:.0%}, for the others are left as they are ({others}); "
