@@ -138,7 +138,7 @@ def prepare(args: argparse.Namespace) -> Run:
     for pattern, _ in keep:
         match_units(units, pattern)
     own = NO_CODES
-    if not args.dry_run and not source.weights.is_plain:
+    if source.quantization and not args.dry_run:
         own = OwnCodes.find(source.weights, linears)
     run = Run(args, schemes, keep, source, shapes, linears, units, coverage, own)
     if args.target:

@@ -92,6 +92,9 @@ def test_an_architecture_is_quantized_loaded_and_runs(kind: str, tmp_path: Path)
 def test_a_spread_of_the_survey(kind: str) -> None:
     """8 bits, load, exports: equal to the same linears rounded in place, nothing lost."""
     row = run_kind(kind)
+    if kind == "jetmoe":  # most of it is experts of a formula that is not known
+        assert row["result"] == "refused" and "at least half of the weights" in row["reason"]
+        return
     assert row["result"] == "equal", row["reason"]
     assert float(row["packed_share"]) > 0.5
 

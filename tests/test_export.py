@@ -442,7 +442,7 @@ def test_what_a_chosen_dtype_cannot_hold_is_refused_at_the_cast(
     value: float, what: str | None
 ) -> None:
     stored = torch.linspace(0.5, 1.0, 64).mul(value).to(torch.bfloat16)
-    model: Any = SimpleNamespace(tensor=lambda name: stored)
+    model: Any = SimpleNamespace(tensor=lambda name: stored, dtype=stored.dtype)
     strict, lossy = (Carrier(model, {}, torch.float16, given) for given in (False, True))
     if what is None:
         assert torch.equal(strict.plain("norm").double(), stored.double())

@@ -258,7 +258,7 @@ def test_its_own_output_is_no_input(
     assert run("--avg-bits", 5, "--eval-nsamples", 0) == 0
     capsys.readouterr()
     code = run("--avg-bits", 5, model=tmp_path / "out", out="again")
-    assert "is quantized already" in refused(code, capsys)
+    assert "is quantized by mixbits already" in refused(code, capsys)
     assert entries(tmp_path) == ["out"]
 
 

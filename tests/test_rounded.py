@@ -154,7 +154,7 @@ def test_inputs_that_change_in_place_are_looked_at_again() -> None:
     found = []
     for write in (lambda x: x.mul_(-2).add_(1), lambda x: 1 - 2 * x):
         torch.manual_seed(0)
-        work = _Compensation(infos, recipes, 0.5)
+        work = _Compensation(infos, recipes, 0.5, {})
         for work.recording in (True, False):
             x = torch.randn(5, 32)
             work.probe("q", x, weight, None)
