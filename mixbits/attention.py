@@ -8,6 +8,10 @@ attention, for which keys and values are read once.
 
 from __future__ import annotations
 
+import functools
+import inspect
+import re
+import sys
 from typing import Any
 
 import torch
@@ -45,9 +49,28 @@ def grouped_attention(
     return y.reshape(batch, 1, heads, y.shape[-1]), None
 
 
+@functools.cache
+def _asks_for_sdpa(code: str) -> bool:
+    """Whether a Python module does something else where the implementation is called "sdpa".
+
+    Sparse attention masks what its indexer leaves out only then. A module that cannot be read may.
+    """
+    try:
+        source = inspect.getsource(sys.modules[code])
+    except (OSError, TypeError, KeyError):
+        return True
+    return re.search(r"_attn_implementation\b[^\n]*[\"']sdpa[\"']", source) is not None
+
+
 def use_grouped_attention(model: Any) -> None:
-    """Let a model that uses `sdpa` use this instead; one that does not is left alone."""
-    if getattr(model.config, "_attn_implementation", None) == "sdpa":
+    """Let a model that uses `sdpa` use this instead.
+
+    One that does not is left alone, and one whose code asks for that name.
+    """
+    codes = {type(module).__module__ for module in model.modules()}
+    foreign = [code for code in codes if code.partition(".")[0] not in ("torch", "mixbits")]
+    is_sdpa = getattr(model.config, "_attn_implementation", None) == "sdpa"
+    if is_sdpa and not any(map(_asks_for_sdpa, foreign)):
         AttentionInterface.register(NAME, grouped_attention)
         AttentionMaskInterface.register(NAME, sdpa_mask)
         model.set_attn_implementation(NAME)
