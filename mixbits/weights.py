@@ -61,6 +61,7 @@ class Files:
 
     def __init__(self, paths: Iterable[Path]) -> None:
         self.paths = list(paths)
+        self._opened: dict[Path, Any] = {}  # mapped once each
         self.places: dict[str, Path] = {}
         self.headers: dict[str, Header] = {}
         for path in self.paths:
@@ -91,13 +92,17 @@ class Files:
         """The value, mapped from its file."""
         from safetensors import SafetensorError, safe_open
 
+        path = self.places[name]
         try:
-            with safe_open(self.places[name], framework="pt") as file:
-                value: Tensor = file.get_tensor(name)
+            if path not in self._opened:
+                self._opened[path] = safe_open(path, framework="pt").__enter__()
+            value: Tensor = self._opened[path].get_tensor(name)
         except (SafetensorError, OSError, RuntimeError) as error:
-            path = self.places[name]
             raise UsageError(f"cannot read {path}: {error}; is the file complete?") from None
         return value
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_opened": {}}  # of a copy, or in another process, anew
 
 
 @dataclass
