@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import signal
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -19,6 +20,23 @@ from types import FrameType
 from .formats import UsageError
 
 MARKS = ("plan.json", "mixbits-export.json")  # of folders that `overwrite` may remove
+
+
+def scratch_folder(beside: Path, needs: int) -> tempfile.TemporaryDirectory[str]:
+    """A hidden folder that goes with the process; what killed processes have left goes first.
+
+    It lies in `beside`, or what there is of that path. `needs` is the room to ask for. Raises
+    UsageError for a full disk.
+    """
+    where = next(path for path in (beside, *beside.parents) if path.is_dir())
+    for path in where.glob(".mixbits-scratch-*"):
+        pid = path.name.split("-")[2]
+        if pid.isdigit() and not _is_alive(int(pid)):
+            shutil.rmtree(path, ignore_errors=True)
+    free = shutil.disk_usage(where).free
+    if free < needs:
+        raise UsageError(f"{where} has {free:,} bytes free: {needs:,} are needed")
+    return tempfile.TemporaryDirectory(prefix=f".mixbits-scratch-{os.getpid()}-", dir=where)
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .atomic import scratch_folder
 from .command import plain_errors
 from .files import read_object
 from .formats import UsageError, first_line
@@ -178,13 +179,7 @@ class Source:
     def _make_plain(self) -> Any:
         state = self.shapes.state_dict()
         needed = sum(state[name].numel() for name in self.weights.groups) * self.dtype.itemsize
-        where = self.scratch or Path(tempfile.gettempdir())
-        if (free := shutil.disk_usage(where).free) < needed:
-            raise UsageError(
-                f"the weights are stored quantized, and need {needed:,} bytes to be made plain: "
-                f"{free:,} are free in {where}"
-            )
-        made = tempfile.TemporaryDirectory(prefix=".mixbits-plain-", dir=where)
+        made = scratch_folder(self.scratch or Path(tempfile.gettempdir()), needed)
         folder = Path(made.name)
         places: dict[str, str] = {}
         for number, tensors in enumerate(self._in_shards()):

@@ -255,18 +255,22 @@ def test_weights_are_made_plain_beside_the_output_and_gone_afterwards(
     source.scratch = tmp_path
     monkeypatch.setattr(source_module, "SCRATCH_SHARD", 10_000)
     model = source.load()
-    (folder,) = tmp_path.glob(".mixbits-plain-*")
+    (folder,) = tmp_path.glob(".mixbits-scratch-*")
     assert len(list(folder.glob("*.safetensors"))) > 3
     again = source.load()  # from the same folder
-    assert list(tmp_path.glob(".mixbits-plain-*")) == [folder]
+    assert list(tmp_path.glob(".mixbits-scratch-*")) == [folder]
     for one, other in zip(model.parameters(), again.parameters(), strict=True):
         assert torch.equal(one, other)
     del source
     assert not folder.exists()
-    monkeypatch.setattr(source_module.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    left = tmp_path / ".mixbits-scratch-999999999-x"  # by a process that was killed
+    left.mkdir()
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     source = open_source(str(tmp_path / "model"))
-    with pytest.raises(UsageError, match="bytes to be made plain: 1,000 are free"):
+    source.scratch = tmp_path / "not" / "yet"
+    with pytest.raises(UsageError, match=f"{tmp_path} has 1,000 bytes free: .* are needed"):
         source.load()
+    assert not left.exists()
 
 
 def _tensors(change: Callable[[dict[str, Tensor]], object]) -> Callable[[Path], None]:
