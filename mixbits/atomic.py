@@ -98,7 +98,7 @@ def _is_alive(pid: int) -> bool:
 
 
 def _sync(folder: Path) -> None:
-    for path in folder.iterdir():
+    for path in filter(Path.is_file, folder.rglob("*")):
         with path.open("rb") as file:
             os.fsync(file.fileno())
 

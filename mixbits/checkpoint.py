@@ -42,6 +42,7 @@ from .formats import Assignment, Mixed
 from .linear import pack_recipe, recipe_tensors
 from .model import (
     LinearInfo,
+    expert_linears,
     head_is_tied,
     output_head,
     split_expert_name,
@@ -90,6 +91,7 @@ def tensor_specs(
     """
     packed = {i.name: i for i in linears if _is_packed(i.name, assignment)}
     split_modules = {split_expert_name(i.name)[0] for i in packed.values() if i.is_expert}
+    linears = [*linears, *_siblings(model, linears, split_modules)]
     specs: list[TensorSpec] = []
     for info in packed.values():
         spec = recipe_spec(assignment[info.name], info.out_features, info.in_features)
@@ -123,6 +125,18 @@ def tensor_specs(
         for part in dict.fromkeys([*parts, *weights.carried_parts]):
             specs.append(TensorSpec(part, *weights.files.headers[part], as_stored=True))
     return specs
+
+
+def _siblings(
+    model: nn.Module, linears: Sequence[LinearInfo], split_modules: Iterable[str]
+) -> Iterator[LinearInfo]:
+    """Linears of experts modules that are taken apart which are not among `linears`: --ignore."""
+    known = {info.name for info in linears}
+    for name in sorted(split_modules):
+        module = model.get_submodule(name)
+        layout = layout_of(module)
+        assert layout is not None
+        yield from (i for i in expert_linears(name, module, layout, 0) if i.name not in known)
 
 
 def _stack_of(model: nn.Module, info: LinearInfo) -> str:

@@ -86,7 +86,7 @@ def _block(reader: _Reader, name: str, scale: str, size: Any) -> tuple[int, int]
     """Rows and columns that share a scale. Raises UsageError for a grid that does not fit."""
     shape, grid = reader.headers[name].shape, reader.headers[scale].shape
     rows, columns = shape[-2:] if len(shape) > 1 else (1, *shape)
-    if torch.Size(grid).numel() == 1:
+    if torch.Size(grid).numel() == 1 or grid == (*shape[:-2], 1, 1):
         return rows, columns
     if grid in (shape[:-1], (*shape[:-1], 1)):
         return 1, columns
@@ -210,6 +210,8 @@ def _auto_round(reader: _Reader) -> None:
 
 
 def _modelopt(reader: _Reader) -> None:
+    for module in reader.ending(".pre_quant_scale"):
+        raise UsageError(f"{module}.pre_quant_scale scales an input, which is not read")
     for module in reader.ending(".weight_scale_2"):
         parts = [f"{module}.{n}" for n in ("weight", "weight_scale", "weight_scale_2")]
         weight, *_ = reader.need(*parts)

@@ -233,7 +233,7 @@ class _Surveyor:
             if name in plain:
                 found.append(self._plain(name, module, index, lists, modules, plain))
             elif (layout := layout_of(module)) is not None:
-                found += _expert_linears(name, module, layout, index)
+                found += expert_linears(name, module, layout, index)
         return whys, found
 
     def _plain(
@@ -268,7 +268,8 @@ def _why_no_linear(name: str, module: nn.Module) -> str:
     return "their formula is not known" if is_expert else "they are no linears"
 
 
-def _expert_linears(name: str, module: Any, layout: Layout, index: int) -> Iterator[LinearInfo]:
+def expert_linears(name: str, module: Any, layout: Layout, index: int) -> Iterator[LinearInfo]:
+    """All linears of an experts module called `name`, in block `index`."""
     for expert in range(len(module.down_proj)):
         makers = tuple(f"{name}.{expert}.{p}" for p in layout.projections[:-1])
         for projection in layout.projections:

@@ -57,7 +57,10 @@ def check_files(
         raise UsageError(f"config.json ties {tied[0]}, which has packed weights ({folder})")
     stock = _stock(model, linears, recipes, opened, quantization, plain_dtype(folder))
     stock = replace(stock, is_part=is_part)
-    expected = {s.name: (DTYPE_NAMES[s.dtype], s.shape) for s in stock.specs}
+    expected = {
+        _renamed(rename, s.name) if s.as_stored else s.name: (DTYPE_NAMES[s.dtype], s.shape)
+        for s in stock.specs
+    }
     found = {
         _renamed(rename, n): (DTYPE_NAMES[h.dtype], h.shape) for n, h in opened.headers.items()
     }

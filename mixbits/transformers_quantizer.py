@@ -11,7 +11,7 @@ nothing above that can be imported here but in functions.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +118,9 @@ class MixbitsQuantizer(HfQuantizer):
             if order is not None and not order.is_meta:  # on disk, where weights are offloaded
                 check_order(order, module.in_features, f"{name}.order", f" ({model.name_or_path})")
         self._fill(model)
+        # Files have the model's own names; those of the source stand beside them as they are. So
+        # nothing is renamed back when it is saved (None would mean transformers' own rules).
+        model._weight_conversions = []
         share_inputs(model)
         use_fast_steps(model)
 
@@ -153,11 +156,24 @@ class MixbitsQuantizer(HfQuantizer):
         config.dtypes = kinds_of(state, self.stock.recipes, model.dtype)
         if not config.dtypes:
             del config.dtypes
+        self._check_unchanged(model, left)
         beside = [spec.name for spec in self.stock.specs if spec.as_stored]
         state |= {name: self.stock.files.read(name) for name in beside}
         crcs = [crc(name, value) for name, value in state.items()]
         config.checksum = checksum(crcs, config.to_dict())
         return state, {}
+
+    def _check_unchanged(self, model: Any, left: Collection[str]) -> None:
+        """Raises UsageError for weights that are stored as the source's, and are so no more."""
+        state = model.state_dict() if left else {}
+        for name in left:
+            assert self.stock.left is not None
+            stored = self.stock.left.tensor(name).to(state[name].dtype)
+            if not torch.equal(state[name].cpu(), stored):
+                raise UsageError(
+                    f"a weight that is stored as the source has quantized it must stay that: "
+                    f"{name} was changed, and cannot be saved"
+                )
 
     def is_serializable(self) -> bool:
         return True

@@ -124,6 +124,16 @@ class _Group:
         return {n: v[0] if isinstance(v, list) else v for n, v in made.items()}
 
 
+def _check_kinds(group: _Group, dtype: torch.dtype) -> None:
+    """Raises UsageError for integers in the place of floats: codes that nothing explains."""
+    for _, one in group.members:
+        if one.is_plain and dtype.is_floating_point and not one.dtype.is_floating_point:
+            raise UsageError(
+                f"{one.name} is stored as {str(one.dtype).removeprefix('torch.')} "
+                f"{list(one.shape)}, in a way that quantization_config of config.json does not say"
+            )
+
+
 class Renaming:
     """transformers' names of stored tensors for a model, which may be without storage."""
 
@@ -193,6 +203,7 @@ class Weights:
     def _targets(self, groups: Iterable[_Group], state: Mapping[str, Tensor]) -> dict[str, _Group]:
         found: dict[str, _Group] = {}
         for group in groups:
+            _check_kinds(group, state[group.first].dtype)
             shapes = [torch.empty(s.shape, device="meta") for _, s in group.members]
             with plain_errors(f"{group.first} cannot be made of {group.members[0][1].name}"):
                 made = group.convert(self.model, shapes)

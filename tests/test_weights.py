@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from tiny import SMALL, read, write_ids
+from tiny import SMALL, make_model, read, write_ids
 from torch import Tensor
 
 import mixbits
@@ -34,6 +35,26 @@ from test_published import PLAIN, QUANTIZED, Maker
 
 from benchmarks.tiny_models import picture_inputs
 
+
+def in_fp8(found: Published) -> Published:
+    """The same model with its second layer's MLP in FP8 blocks, as Qwen3.5-FP8 is published."""
+    plain = dict(found.plain)
+    for path in found.folder.glob("*.safetensors"):
+        tensors = load_file(path)
+        for name in [n for n in tensors if ".language_model.layers.1.mlp." in n]:
+            parts, plain[name] = published.fp8_blocks(tensors.pop(name).float())
+            tensors |= {name.removesuffix("weight") + key: value for key, value in parts.items()}
+        save_file(tensors, path, metadata={"format": "pt"})
+    index = found.folder / "model.safetensors.index.json"
+    places = {
+        name: path.name for path in found.folder.glob("*.safetensors") for name in load_file(path)
+    }
+    index.write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    config = read(found.folder / "config.json") | {"quantization_config": published.FP8}
+    (found.folder / "config.json").write_text(json.dumps(config))
+    return replace(found, plain=plain)
+
+
 GPTQ: dict[str, dict[str, Any]] = {
     "2 bits": {"bits": 2},
     "8 bits": {"bits": 8, "sym": False},
@@ -47,6 +68,7 @@ MAKERS: dict[str, Maker] = {
     **PLAIN,
     **{f"gptq, {k}": lambda f, k=k: published.gptq(f, **GPTQ[k]) for k in GPTQ},
     "awq, groups of 32": lambda f: published.awq(f, group_size=32),
+    "qwen3_5_fp8": lambda f: in_fp8(published.qwen3_5(f)),
 }
 
 
@@ -316,6 +338,68 @@ def test_what_cannot_be_made_plain_is_refused_by_name(case: str, tmp_path: Path)
     change(tmp_path)
     with pytest.raises(UsageError, match=said):
         _ = open_source(str(tmp_path)).weights
+
+
+def test_codes_that_nothing_explains_are_refused(tmp_path: Path) -> None:
+    published.gptq(tmp_path)
+    config = read(tmp_path / "config.json")
+    del config["quantization_config"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    tensors = {f"{Q}.weight": torch.ones(128, 128, dtype=torch.int8)}
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UsageError, match="is stored as int8"):
+        _ = open_source(str(tmp_path)).weights
+
+
+def test_weights_left_quantized_may_not_be_edited(tmp_path: Path) -> None:
+    quantized(tmp_path, "qwen3_5_fp8", "W4A16G32,W8A16G32", "6", "--ignore", "*.layers.1.mlp.*")
+    packed = mixbits.load(tmp_path / "out")
+    part = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.equal(part(IDS).logits, packed(IDS).logits)
+    packed.save_pretrained(tmp_path / "again")
+    again, out = stored(tmp_path / "again"), stored(tmp_path / "out")
+    assert again.keys() == out.keys() and all(same_bits(again[n], out[n]) for n in out)
+    mixbits.load(tmp_path / "again")
+    packed.model.language_model.layers[1].mlp.down_proj.weight.data.mul_(2)
+    with pytest.raises(UsageError, match="was changed, and cannot be saved"):
+        packed.save_pretrained(tmp_path / "edited")
+
+
+def test_carried_names_rename_nothing_when_saved(tmp_path: Path) -> None:
+    """A name of the source's makes transformers turn the others back into such names."""
+    make_model(tmp_path / "model", "mixtral")
+    path = tmp_path / "model" / "model.safetensors"
+    extra = {"model.layers.2.block_sparse_moe.experts.0.w1.weight": torch.randn(8, 4)}
+    save_file(load_file(path) | extra, path, metadata={"format": "pt"})
+    ids = ["--dataset", str(write_ids(tmp_path / "ids.npy")), *SMALL, "--avg-bits", "6"]
+    assert main([str(tmp_path / "model"), *ids, "--out", str(tmp_path / "out")]) == 0
+    mixbits.load(tmp_path / "out").save_pretrained(tmp_path / "again")
+    out, again = stored(tmp_path / "out"), stored(tmp_path / "again")
+    assert again.keys() == out.keys() and extra.keys() <= out.keys()
+    assert all(same_bits(again[n], out[n]) for n in out)
+    mixbits.load(tmp_path / "again")
+
+
+def test_some_experts_may_be_ignored(tmp_path: Path) -> None:
+    quantized(tmp_path, "gpt_oss", "W4A16G32,W8A16G32", "6", "--ignore", "*.experts.1.down_proj")
+    out, source = stored(tmp_path / "out"), open_source(str(tmp_path / "model"))
+    report = read(tmp_path / "out" / "report.json")
+    assert report["bytes_after"] == report["reached"]["predicted_bytes"]
+    assert out["model.layers.0.mlp.experts.1.down_proj.weight_plain"].dtype == torch.bfloat16
+    packed = mixbits.load(tmp_path / "out", dtype=torch.float32)
+    assert gap(packed, twin(source, packed), input_ids=IDS) < CLOSE
+
+
+def test_folders_beside_the_weights_come_along(tmp_path: Path) -> None:
+    MAKERS["gptq"](tmp_path / "model")
+    (tmp_path / "model" / "additional_chat_templates").mkdir()
+    (tmp_path / "model" / "additional_chat_templates" / "tool.jinja").write_text("x")
+    ids = ["--dataset", str(write_ids(tmp_path / "ids.npy", vocab_size=100)), *SMALL]
+    assert (
+        main([str(tmp_path / "model"), *ids, "--avg-bits", "6", "--out", str(tmp_path / "out")])
+        == 0
+    )
+    assert (tmp_path / "out" / "additional_chat_templates" / "tool.jinja").read_text() == "x"
 
 
 def test_the_command_says_it_in_one_sentence(
