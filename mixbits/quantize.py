@@ -23,7 +23,7 @@ from .options import parse_arguments
 
 if TYPE_CHECKING:  # torch is imported by functions only: a wrong option should be told at once
     from .gate import Choice
-    from .model import CausalLM
+    from .model import CausalLM, LeftAlone
     from .report import Stages
     from .stages import Planned, Run, Text
 
@@ -183,12 +183,16 @@ def _print_findings(run: Run) -> None:
     """What else than plain linears in 16 bits the source holds."""
     from .report import size
 
-    weights, own = run.source.weights, run.own
-    kind, itemsize = type(run.shapes).__name__, run.source.dtype.itemsize
-    lines = run.coverage.lines(
-        lambda one: weights.nbytes(one.name) if one.name in weights.groups else one.numel * itemsize
-    )
-    if parts := weights.carried_parts:
+    weights = run.source.weights if run.source.has_weights else None  # or config.json alone
+    own, kind, itemsize = run.own, type(run.shapes).__name__, run.source.dtype.itemsize
+
+    def nbytes(one: LeftAlone) -> int:
+        if weights is None or one.name not in weights.groups:
+            return one.numel * itemsize
+        return weights.nbytes(one.name)
+
+    lines = run.coverage.lines(nbytes)
+    if weights and (parts := weights.carried_parts):
         lines.append(
             f"{size(weights.files.nbytes(parts))} in {len(parts)} tensors that {kind} does not "
             f"take are carried over as they are ({parts[0]}{' ...' if len(parts) > 1 else ''})"
