@@ -74,6 +74,12 @@ class TensorSpec:
     as_stored: bool = False
 
     @property
+    def is_plain(self) -> bool:
+        """Whether it is a value of the model: neither of a packed weight, nor the source's own."""
+        alone = self.linear is None or self.name.endswith((".weight_plain", ".bias"))
+        return alone and not self.as_stored
+
+    @property
     def nbytes(self) -> int:
         return self.dtype.itemsize * int(torch.Size(self.shape).numel())
 
@@ -112,7 +118,8 @@ def tensor_specs(
     gone = {f"{name}.weight" for name in packed} | tied_copies(model)
     gone |= {f"{m}.{p}" for m, layout in layouts.items() if layout for p in layout.stacks}
     state = model.state_dict()
-    as_stored = {} if weights is None else _left_quantized(weights, assignment, gone)
+    is_quantized = weights is not None and not weights.is_plain
+    as_stored = _left_quantized(weights, assignment, gone) if weights and is_quantized else {}
     for name, tensor in state.items():
         if name not in gone and name not in as_stored:
             kind = dtype if tensor.is_floating_point() else tensor.dtype
@@ -270,15 +277,12 @@ def _tensors(
             continue
         owner = spec.name.rpartition(".")[0] if spec.linear is None else spec.linear.name
         order = None if spec.as_stored else orders.get(owner)
-        if spec.linear is None:
-            value = plain(spec)
+        if spec.linear is None or spec.is_plain:
+            of_expert = spec.linear is not None
+            value = _part_of_expert(model, plain, spec) if of_expert else plain(spec)
             out[spec.name] = (value if order is None else value[order]).contiguous()
             continue
         weight = weight_of(model, spec.linear).detach()
-        if spec.name.endswith((".weight_plain", ".bias")):
-            value = _part_of_expert(model, plain, spec, spec.linear)
-            out[spec.name] = (value if order is None else value[order]).contiguous()
-            continue
         recipe = assignment[owner]
         packed = rounded[owner] if owner in rounded else pack_recipe(owner, weight, recipe)
         if order is not None:
@@ -288,8 +292,10 @@ def _tensors(
     return out
 
 
-def _part_of_expert(model: nn.Module, plain: _Plain, spec: TensorSpec, info: LinearInfo) -> Tensor:
+def _part_of_expert(model: nn.Module, plain: _Plain, spec: TensorSpec) -> Tensor:
     """The [N, K], or the [N] bias, of an expert's linear that goes by itself and is not packed."""
+    info = spec.linear
+    assert info is not None
     module, expert, projection = split_expert_name(info.name)
     is_bias = spec.name.endswith(".bias")
     held: Any = model.get_submodule(module)
@@ -401,7 +407,7 @@ def _kinds(specs: Iterable[TensorSpec], dtype: torch.dtype) -> dict[str, str]:
     return {
         s.name: DTYPE_NAMES[s.dtype]
         for s in specs
-        if s.linear is None and not s.as_stored and s.dtype.is_floating_point and s.dtype != dtype
+        if s.is_plain and s.dtype.is_floating_point and s.dtype != dtype
     }
 
 
@@ -409,7 +415,6 @@ def kinds_of(
     state: Mapping[str, Tensor], recipes: Assignment, dtype: torch.dtype
 ) -> dict[str, str]:
     """`dtypes` of quantization_config for the tensors of a packed model."""
-
     scale = re.compile(r"(\.segments\.\d+)?\.weight_scale")
     return {
         name: DTYPE_NAMES[value.dtype]

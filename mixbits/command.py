@@ -63,4 +63,4 @@ def _sentence(error: Exception) -> str:
         return f"{error.strerror or error}{where}"
     kind, said = type(error).__name__, first_line(error)
     what = kind if said == kind else f"{kind}: {said}"
-    return f"the model, or a file of it, cannot be worked with: {what} (--traceback says where)"
+    return f"the model, a file of it, or mixbits itself failed: {what} (--traceback says where)"

@@ -117,7 +117,7 @@ def _stock(
         left = Weights(model, files, stored.get("quantization_config"), dtype, headers)
     made = set() if left is None else set(left.groups)
     specs = [
-        replace(s, dtype=_kind(kinds[s.name])) if s.name in kinds and s.linear is None else s
+        replace(s, dtype=_kind(kinds[s.name])) if s.name in kinds and s.is_plain else s
         for s in tensor_specs(model, linears, recipes, dtype)
         if s.name not in made
     ]

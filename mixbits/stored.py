@@ -19,6 +19,7 @@ GPTQModel (v1 stores zero points less one), AutoAWQ's gemm layout, NVIDIA ModelO
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
@@ -183,15 +184,15 @@ class Nvfp4(Stored):
 
 
 @dataclass(frozen=True)
-class _Integers(Stored):
+class _Integers(Stored, ABC):
     """`bits` wide codes [N, K] with a scale and a zero point for every group of columns."""
 
     bits: int = 4
     group: int = 128
 
+    @abstractmethod
     def quantized(self, read: Read) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """codes [N, K], scale [N, G] float, zero point [N, G], and the group of every column."""
-        raise NotImplementedError
 
     def plain(self, read: Read) -> Tensor:
         codes, scale, zero, group = self.quantized(read)

@@ -125,9 +125,10 @@ class _Group:
 
 
 def _check_kinds(group: _Group, dtype: torch.dtype) -> None:
-    """Raises UsageError for integers in the place of floats: codes that nothing explains."""
+    """Raises UsageError for integers, or bytes, in the place of floats: codes without a scale."""
     for _, one in group.members:
-        if one.is_plain and dtype.is_floating_point and not one.dtype.is_floating_point:
+        is_float = one.dtype.is_floating_point and one.dtype.itemsize > 1
+        if one.is_plain and dtype.is_floating_point and not is_float:
             raise UsageError(
                 f"{one.name} is stored as {str(one.dtype).removeprefix('torch.')} "
                 f"{list(one.shape)}, in a way that quantization_config of config.json does not say"
@@ -234,10 +235,15 @@ class Weights:
 
     def stored_dtype(self, name: str) -> torch.dtype | None:
         """What a tensor of the model is kept in: the files' own type, 16 bits where quantized."""
-        if name not in self.groups:
-            return None
-        kinds = {one.dtype for _, one in self.groups[name].members if one.is_plain}
-        return kinds.pop() if len(kinds) == 1 and self.is_stored_plain(name) else self.dtype
+        return self._dtypes.get(name)
+
+    @cached_property
+    def _dtypes(self) -> dict[str, torch.dtype]:
+        found = {}
+        for name, group in self.groups.items():
+            kinds = {one.dtype if one.is_plain else self.dtype for _, one in group.members}
+            found[name] = kinds.pop() if len(kinds) == 1 else self.dtype
+        return found
 
     def parts(self, name: str) -> list[str]:
         """Names of the stored tensors that a tensor of the model is made of."""

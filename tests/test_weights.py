@@ -390,6 +390,28 @@ def test_some_experts_may_be_ignored(tmp_path: Path) -> None:
     assert gap(packed, twin(source, packed), input_ids=IDS) < CLOSE
 
 
+@pytest.mark.parametrize("ignored", ["*.experts.1.down_proj", "*.self_attn.*"])
+def test_finer_parts_of_experts_keep_their_bits(ignored: str, tmp_path: Path) -> None:
+    """Biases of packed experts, and experts that are left among them, in float32."""
+    published.gpt_oss(tmp_path / "model")
+    for path in (tmp_path / "model").glob("*.safetensors"):
+        tensors = load_file(path)
+        for name in [n for n in tensors if n.endswith("_bias")]:
+            tensors[name] = torch.randn(tensors[name].shape)
+        save_file(tensors, path, metadata={"format": "pt"})
+    before = stored(tmp_path / "model")
+    ids = ["--dataset", str(write_ids(tmp_path / "ids.npy", vocab_size=100)), *SMALL]
+    options = ["--avg-bits", "6", "--ignore", ignored, "--out", str(tmp_path / "out")]
+    assert main([str(tmp_path / "model"), *ids, *options]) == 0
+    out, module = stored(tmp_path / "out"), "model.layers.1.mlp.experts"
+    first, second = (before[f"{module}.{n}_proj_bias"] for n in ("gate_up", "down"))
+    assert same_bits(out[f"{module}.2.up_proj.bias"], first[2, 1::2])
+    assert same_bits(out[f"{module}.1.down_proj.bias"], second[1])
+    assert mixbits.load(tmp_path / "out")(IDS).logits.isfinite().all()
+    mixbits.load(tmp_path / "out").save_pretrained(tmp_path / "again")
+    mixbits.load(tmp_path / "again")
+
+
 def test_folders_beside_the_weights_come_along(tmp_path: Path) -> None:
     MAKERS["gptq"](tmp_path / "model")
     (tmp_path / "model" / "additional_chat_templates").mkdir()
