@@ -238,11 +238,7 @@ def open_source(
 
     Raises UsageError in one sentence: no such folder or name, no configuration, quantized by us.
     """
-    path = Path(model)
-    if not path.is_dir():
-        path = _download(model, _FILES[1:] if config_only else _FILES)
-    if not (path / "config.json").is_file():
-        raise UsageError(f"a model folder must hold config.json: {path} does not")
+    path = find_folder(model, config_only)
     from transformers import AutoConfig
 
     with plain_errors(f"cannot read {path / 'config.json'}"):
@@ -254,6 +250,20 @@ def open_source(
     if method == "mixbits" and not quantized:
         raise UsageError(f"the model in {path} is quantized by mixbits already: pass the original")
     return source
+
+
+def find_folder(model: str, config_only: bool = False) -> Path:
+    """The folder of a model: `model` itself, or what the hub holds by that name, downloaded.
+
+    With `config_only`, no weights are fetched. Raises UsageError for what is no folder and no
+    name, and for a folder without config.json.
+    """
+    path = Path(model)
+    if not path.is_dir():
+        path = _download(model, _FILES[1:] if config_only else _FILES)
+    if not (path / "config.json").is_file():
+        raise UsageError(f"a model folder must hold config.json: {path} does not")
+    return path
 
 
 def _download(model: str, patterns: list[str]) -> Path:
