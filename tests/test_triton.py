@@ -44,6 +44,7 @@ needs_device = pytest.mark.skipif(
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 needs_compiler = pytest.mark.skipif(INTERPRETED, reason="Triton is interpreting")
 
+SOME_FORMATS = FORMATS[::4]
 each_format = pytest.mark.parametrize("fmt", FORMATS, ids=format_id)
 
 
@@ -77,6 +78,11 @@ def check_all_codes_and_scales(backend: ModuleType, device: torch.device, elemen
         assert_same_bits(got.cpu(), reference.dequantize(q, fmt, dtype))
 
 
+def repeats(device: torch.device) -> bool:
+    """Whether a second run could differ: what is interpreted goes step by step."""
+    return device.type != "cpu"
+
+
 def check_statistics(
     backend: ModuleType, device: torch.device, columns: int, formats: list[Format] = FORMATS
 ) -> None:
@@ -93,7 +99,8 @@ def check_statistics(
         inputs = [t.to(device) for t in (w, row_weight, column_weight)]
         got = backend.fisher_statistics(*inputs, formats)
         torch.testing.assert_close(got.cpu(), expected, rtol=1e-12, atol=0)
-        assert torch.equal(got, backend.fisher_statistics(*inputs, formats))
+        if repeats(device):
+            assert torch.equal(got, backend.fisher_statistics(*inputs, formats))
         expected = reference.gradient_statistics(w, g, formats)
         got = backend.gradient_statistics(w.to(device), g.to(device), formats)
         torch.testing.assert_close(got.cpu(), expected, rtol=1e-12, atol=0)
@@ -106,12 +113,13 @@ def check_square_sums(
     generator = torch.Generator().manual_seed(columns)
     for dtype in DTYPES:
         x = torch.randn(41, columns, generator=generator).to(dtype)
-        for some in (formats, formats[:2], []):
+        for some in (formats, formats[:2], []) if dtype == torch.float32 else (formats,):
             got = backend.square_sums(x.to(device), some)
             torch.testing.assert_close(
                 got.cpu(), reference.square_sums(x, some), rtol=1e-12, atol=0
             )
-            assert torch.equal(got, backend.square_sums(x.to(device), some))
+            if repeats(device):
+                assert torch.equal(got, backend.square_sums(x.to(device), some))
 
 
 def check_matmul(
@@ -266,7 +274,7 @@ def test_leading_dimensions(backend):
 @needs_device
 @pytest.mark.parametrize("columns", [31, 172])
 def test_statistics(backend, columns):
-    check_statistics(backend, DEVICE, columns)
+    check_statistics(backend, DEVICE, columns, FORMATS if columns > 32 else SOME_FORMATS)
 
 
 @needs_device
@@ -285,7 +293,7 @@ def test_statistics_of_hard_rows(backend):
 @needs_device
 @pytest.mark.parametrize("columns", [31, 172])
 def test_square_sums(backend, columns):
-    check_square_sums(backend, DEVICE, columns)
+    check_square_sums(backend, DEVICE, columns, FORMATS if columns > 32 else SOME_FORMATS)
 
 
 @needs_device
