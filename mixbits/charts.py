@@ -14,7 +14,12 @@ from html import escape
 
 WIDTH = 720  # of a heat map, in units that a page scales
 LEVELS = 9
-KINDS = 6
+# Kinds of points, in light colours of equal weight that can be told apart without colour vision
+# (after Okabe and Ito), with matplotlib's names of their shapes: the same on page and picture.
+COLORS = ("#c2410c", "#0072b2", "#00805c", "#a8497f", "#8a6a00", "#3b4a5a")
+MARKERS = ("*", "s", "^", "v", "D", "o")
+KINDS = len(COLORS)
+_PLANS = {"this plan": 0, "uniform": 1, "head": 2, "tail": 3, "optimal": 4}
 _BAND = 24  # blocks side by side in a heat map; more continue below
 _LETTER = 6.4  # width of a letter, about
 
@@ -172,6 +177,11 @@ _SHAPES = [  # paths around the origin, within 6 units
     "M0-6L6 0 0 6-6 0Z",
     "M-4.5 0a4.5 4.5 0 1 0 9 0a4.5 4.5 0 1 0-9 0Z",
 ]
+
+
+def plan_kind(name: str) -> int:
+    """The kind of point that a plan of that name always is."""
+    return _PLANS.get(name, KINDS - 1)
 
 
 def symbol(kind: int, size: float = 16) -> Html:

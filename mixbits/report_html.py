@@ -21,12 +21,14 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
-from .charts import HeatMap, Html, Mark, Plot, interval, symbol, text
+from . import verdict
+from .charts import HeatMap, Html, Mark, Plot, interval, plan_kind, symbol, text
 from .diagnostics import spearman
 from .formats import UsageError, parse_scheme
-from .report import size
+from .report import average_name, size
 from .report_style import STYLE
 
 Data = Mapping[str, Any]
@@ -49,7 +51,7 @@ def _plus_minus(value: Any, stderr: Any, digits: str = ".4f") -> str:
 
 
 def _table(head: Sequence[object], rows: Iterable[Sequence[object]], kind: str = "") -> Html:
-    """A table that scrolls sideways where it must."""
+    """A table that scrolls sideways where it must, with a shadow where there is more."""
     top = "".join(f"<th>{text(cell)}</th>" for cell in head)
     body = "".join("<tr>" + "".join(f"<td>{text(c)}</td>" for c in row) + "</tr>" for row in rows)
     return Html(
@@ -66,16 +68,27 @@ def _note(sentence: object) -> Html:
     return Html(f"<p>{text(sentence)}</p>")
 
 
-def _figure(chart: str) -> Html:
-    return Html(f'<div class="scroll">{chart}</div>')
+def _figure(chart: str, wide: bool = False) -> Html:
+    """A chart; one that is `wide` says on a narrow screen that it scrolls."""
+    hint = '<span class="sideways">wider than this screen: scroll sideways →</span>' * wide
+    return Html(f'{hint}<div class="scroll">{chart}</div>')
+
+
+_UNIT = re.compile(r"(?<=\d) (?=[kMG]?B\b|%|bits?\b)")
+
+
+def _together(words: object) -> str:
+    """Numbers stay on a line with their units."""
+    return _UNIT.sub("\u00a0", str(words))
 
 
 # --- summary ---------------------------------------------------------------------------------
 
 
 def _card(name: str, value: str, more: str = "") -> str:
-    detail = f"<small>{text(more)}</small>" if more else ""
-    return f'<div class="card"><span>{text(name)}</span><b>{text(value)}</b>{detail}</div>'
+    detail = f"<small>{text(_together(more))}</small>" if more else ""
+    shown = text(_together(value))
+    return f'<div class="card"><span>{text(name)}</span><b>{shown}</b>{detail}</div>'
 
 
 def _cards(report: Data) -> Html:
@@ -100,7 +113,37 @@ def _cards(report: Data) -> Html:
     if _is_number(held.get("top1_agreement")):
         more = "of likeliest tokens" + _error(held, "top1_agreement", ".2%")
         cards.append(_card("agreement", f"{held['top1_agreement']:.2%}", more))
-    return Html(f'<div class="cards">{"".join(cards)}</div>')
+    errors = any("±" in card for card in cards)
+    meant = "± is a standard error: another text of this kind would give a figure within it of this"
+    note = _note(f"{meant} in two of three cases, and within twice of it in 19 of 20.")
+    return Html(f'<div class="cards">{"".join(cards)}</div>' + note * errors)
+
+
+def _judgement(report: Data) -> str:
+    """Whether it is good, in words; and what the plan was compared with."""
+    said = verdict.lines(report.get("evaluation"))
+    if not said:
+        return ""
+    candidates = (report.get("gate") or {}).get("candidates")
+    compared = (
+        f"Of {len(candidates)} candidates of this size, it was the best on other text."
+        if candidates
+        else "No other plan of this size was compared with it."
+    )
+    word, colon, figures = _together(said[0]).partition(":")
+    rest = "".join(_note(_together(line)) for line in [*said[1:], compared])
+    return f'<p class="verdict"><b>{text(word)}</b>{colon}{text(figures)}</p>{rest}'
+
+
+def _sample(report: Data) -> str:
+    evaluation = report.get("evaluation") or {}
+    if not evaluation.get("sample"):
+        return ""
+    note = _note("What the quantized model makes of the prompt, drawn with the run's seed.")
+    prompt, said = str(evaluation.get("prompt") or ""), str(evaluation["sample"])
+    begins = len(prompt) if prompt and said.startswith(prompt) else 0
+    shown = f"<pre><b>{text(said[:begins])}</b>{text(said[begins:])}</pre>"
+    return _section("A sample", note, shown)
 
 
 def _error(held: Data, name: str, digits: str) -> str:
@@ -126,7 +169,8 @@ def _tasks(report: Data) -> str:
                 cells = [_plus_minus(s.get(name), s.get(f"{name}_stderr")) for s in scores]
                 rows.append([task, name, *cells])
     if len(quantized["tasks"]) > 1:
-        rows.append(["average", "acc", *(_number(m.get("average"), ".4f") for m in models)])
+        cells = [_plus_minus(m.get("average"), m.get("average_stderr")) for m in models]
+        rows.append([average_name(quantized), "acc", *cells])
     scored = evaluation.get("scored", "quantized")
     heads = ["task", "metric", *(["original"] if original else []), scored]
     return _section("Tasks", _table(heads, rows, "names2"))
@@ -153,8 +197,9 @@ def _how(report: Data, plan: Data) -> Html:
             facts[key.replace("_", " ")] = plan[key]
     loss, bound = report.get("predicted_loss", plan.get("predicted_loss")), plan.get("lower_bound")
     if _is_number(loss) and _is_number(bound):
-        gap = (loss - bound) / loss if loss > 0 else 0.0
-        facts["predicted loss"] = f"{loss:.4g}, at most {gap:.2g} of it above the optimum"
+        least = f"no plan within the budget can have less than {bound:.4g}"
+        proven = loss - bound <= 1e-9 * abs(loss)
+        facts["predicted loss"] = f"{loss:.4g}; {'proven to be the least' if proven else least}"
     for key, value in (report.get("environment") or {}).items():
         if value is not None:
             facts[key] = ", ".join(map(str, value)) if isinstance(value, list) else value
@@ -197,7 +242,7 @@ def _heat_map(
     found = _cells(values, weights)
     inside = {place: v for place, v in found.items() if isinstance(place, tuple)}
     outside = [f"{place} {v:{look['digits']}}" for place, v in found.items() if place not in inside]
-    chart = _figure(HeatMap(name, inside, **look).draw()) if inside else ""
+    chart = _figure(HeatMap(name, inside, **look).draw(), wide=True) if inside else ""
     return chart + (_note(f"Outside the blocks: {', '.join(outside)}.") if outside else "")
 
 
@@ -256,8 +301,8 @@ def _curve(report: Data, plan: Data) -> str:
         "predicted_loss": report.get("predicted_loss", plan.get("predicted_loss")),
     }
     named = [
-        (kind, m)
-        for kind, m in enumerate([chosen, *(report.get("baselines") or [])])
+        (plan_kind(m["name"]), m)
+        for m in [chosen, *(report.get("baselines") or [])]
         if _is_number(m["avg_bits"]) and _is_number(m["predicted_loss"])
     ]
     line = [
@@ -290,7 +335,63 @@ def _curve(report: Data, plan: Data) -> str:
     plot = Plot("the curve", "bits per weight, everything counted", "predicted loss", marks, line)
     said = f"The best plan of every budget, from one measurement. {_proof(report['curve'])}"
     legend = _table(["plan", "bits", "predicted loss", "of this plan's"], rows) if rows else ""
-    return _section("What every budget buys", _note(said), _figure(plot.draw()), legend)
+    others = _other_budgets(report, line, chosen)
+    return _section("What every budget buys", _note(said), _figure(plot.draw()), legend, others)
+
+
+def _other_budgets(report: Data, line: Sequence[tuple[float, float]], chosen: Data) -> str:
+    """What a budget of so many bits would give: along the curve, and as far off as here."""
+    bits, loss = chosen["avg_bits"], chosen["predicted_loss"]
+    if not (_is_number(bits) and _is_number(loss) and loss > 0 and len(line) > 1):
+        return ""
+    points = sorted(line)
+    first, last = points[0][0], points[-1][0]
+    steps = sorted({*(n / 2 for n in range(math.ceil(2 * first), math.floor(2 * last) + 1)), last})
+    kl = _held_out(report).get("kl")
+    rows = []
+    for at in steps:
+        found = math.exp(_interpolated(at, [(x, math.log(y)) for x, y in points]))
+        expected = f"{kl * found / loss:.3g}" if _is_number(kl) else "-"
+        rows.append((f"{at:.4g}", f"{found:#.3g}", expected, f"{found / loss:.2f} x"))
+    note = _note(
+        "What other budgets would give: the predicted loss, and the KL to expect if it is as far "
+        f"from the prediction as here ({_number(kl, '.3g')} measured, {loss:.3g} predicted)."
+        if _is_number(kl)
+        else "What other budgets would give, as predicted."
+    )
+    heads = ["bits per weight", "predicted loss", "KL to expect", "of this plan's"]
+    return f"<h3>With more or fewer bits</h3>{note}{_table(heads, rows)}"
+
+
+def _interpolated(x: float, points: Sequence[tuple[float, float]]) -> float:
+    """y at x on the lines between points of rising x; beyond the ends, theirs."""
+    for (x0, y0), (x1, y1) in pairwise(points):
+        if x <= x1:
+            return y0 + (y1 - y0) * max(0.0, x - x0) / (x1 - x0 or 1.0)
+    return points[-1][1]
+
+
+def _predicted_and_measured(report: Data, plan: Data) -> str:
+    """The plan's predicted loss beside the KL that it has, where both are nats per token."""
+    loss = report.get("predicted_loss", plan.get("predicted_loss"))
+    held, gate = _held_out(report), report.get("gate") or {}
+    if not _is_number(loss) or plan.get("method", "fisher") != "fisher":
+        return ""
+    measured = []
+    if gate.get("candidates"):
+        kl = _number(gate["candidates"][0]["kl"], ".4f")
+        measured.append(("measured on the gate's text", kl))
+    if _is_number(held.get("kl")):
+        kl = _plus_minus(held["kl"], held.get("kl_stderr"))
+        measured.append(("measured on held-out text", kl))
+    if not measured:
+        return ""
+    rows = [("predicted from the calibration text", f"{loss:.4f}"), *measured]
+    note = _note(
+        "KL divergence in nats per token. The prediction is of weights rounded to nearest, one "
+        "linear at a time; error compensation makes it less, and errors that add up more."
+    )
+    return _section("Predicted and measured", note, _table(["", "KL"], rows))
 
 
 def _proof(curve: Sequence[Data]) -> str:
@@ -366,7 +467,7 @@ def _swaps(report: Data) -> str:
             (
                 s["unit"],
                 f"{s['before']} → {s['after']}",
-                size(abs(s["bits"]) / 8),
+                _together(size(abs(s["bits"]) / 8)),
                 f"{abs(s['loss']):#.3g}",
                 f"{-s['loss'] / s['bits'] * 8e6:#.3g}",
             )
@@ -471,9 +572,11 @@ def render(report: Data, plan: Data | None = None, scores: Data | None = None) -
     bits = (report.get("reached") or {}).get("avg_bits")
     title = f"{name} at {bits:.2f} bits" if _is_number(bits) else name
     sections = (
+        _sample(report),
         _tasks(report),
         _maps(report, scores),
         _curve(report, plan),
+        _predicted_and_measured(report, plan),
         _search(report),
         _candidates(report),
         _fidelity(report),
@@ -487,6 +590,6 @@ def render(report: Data, plan: Data | None = None, scores: Data | None = None) -
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<meta name="color-scheme" content="light dark">'
         f"<title>{text(title)}</title><style>{STYLE}</style></head>\n<body><main>"
-        f"<header><h1>{text(title)}</h1></header>{_cards(report)}"
-        f"{''.join(sections)}</main></body></html>\n"
+        f"<header><h1>{text(title)}</h1>{_judgement(report)}</header>{_cards(report)}"
+        f'<div class="sections">{"".join(sections)}</div></main></body></html>\n'
     )

@@ -46,6 +46,7 @@ from .model import (
     survey,
 )
 from .plan import Budget, Plan, Problem, average_bits, parse_keep, slab_width, unit_options
+from .progress import part, say
 from .quality import smallest
 from .refine import Options, halves, refine
 from .rounded import round_model
@@ -441,13 +442,15 @@ def _smallest_budget(
         solved = _solve(run, problem, Budget(total_bits=bits), "optimal")
         choice = solved.allocation.choice
         if choice not in known:
+            tried = f"proposal {len(known) + 1}, {bits / problem.elements:.3f} bits"
             candidate = Candidate("optimal", solved.plan, args.correction)
             ids, how = text.calibration.ids, (args.batch_size, text.gate.judged_from, run.own)
             texts = args.rounding, ids, text.gate.ids
-            kls = judge(streamed, run.linears, candidate, *texts, *how)[1]
+            with part(tried):
+                kls = judge(streamed, run.linears, candidate, *texts, *how)[1]
             known[choice] = float(kls.mean())
         kl = known[choice]
-        print(f"      {bits / problem.elements:.4f} bits per weight: KL {kl:.4f}", flush=True)
+        say(f"      {bits / problem.elements:.4f} bits per weight: KL {kl:.4f}")
         return kl
 
     tolerance = max(1, round(SEARCH_TOLERANCE * problem.elements))

@@ -47,11 +47,12 @@ LAYERS = [
     {"twin"},
     {"options", "arrange", "recipes", "atomic"},
     {"quality"},
-    {"curve", "diagnostics", "charts", "report_style"},
+    {"curve", "diagnostics", "report_style"},
+    {"charts"},
     {"allocate"},
     {"knapsack"},
     {"demo"},
-    {"targets", "command", "files", "companions"},
+    {"targets", "command", "files", "companions", "progress", "verdict"},
     {"formats"},
 ]
 LEVEL = {name: len(LAYERS) - i for i, names in enumerate(LAYERS) for name in names}
