@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from html import escape
 
 WIDTH = 720  # of a heat map, in units that a page scales
+PHONE = 400  # and what fits there without scrolling
 LEVELS = 9
 # Kinds of points, in light colours of equal weight that can be told apart without colour vision
 # (after Okabe and Ito), with matplotlib's names of their shapes: the same on page and picture.
@@ -85,6 +86,17 @@ class HeatMap:
     digits: str  # format of a value in a title
     logarithmic: bool = False
 
+    @property
+    def wide(self) -> bool:
+        """Whether it takes more than a phone's screen: else it is drawn as small as it is."""
+        return self._width(len({block for block, _ in self.cells})) > PHONE
+
+    def _width(self, blocks: int) -> float:
+        across = -(-blocks // -(-blocks // _BAND)) if blocks else 0
+        left = 8 + _LETTER * max((len(module) for _, module in self.cells), default=0)
+        legend = left + 14 * LEVELS + _LETTER * (len(self.unit) + 30)
+        return min(WIDTH, max(legend, left + 52.0 * across))
+
     def draw(self) -> Html:
         """Modules down, blocks across, in bands of at most 24 blocks, with a legend."""
         blocks = sorted({block for block, _ in self.cells})
@@ -110,7 +122,8 @@ class HeatMap:
                         parts.append(self._cell(x, top, side, block, module, found[block, module]))
                 top += 19
             top += 14
-        return _svg(WIDTH, top - 8, parts, self.name, f"heat {self.ramp}")
+        kind = f"heat {self.ramp}{' wide' * self.wide}"
+        return _svg(self._width(len(blocks)), top - 8, parts, self.name, kind)
 
     def _cell(self, x: float, y: float, side: float, block: int, module: str, level: int) -> str:
         value = self.cells[block, module]

@@ -20,7 +20,7 @@ from .arrange import Arrangement
 from .calibration import Sequences
 from .diagnostics import next_swaps, spearman, stability
 from .evaluate import logits_kl
-from .files import write_text
+from .files import last_part, without_folders, write_text
 from .formats import BF16, Assignment
 from .gate import Choice
 from .model import CausalLM, LinearInfo
@@ -116,9 +116,9 @@ def report(run: Run, sha256: str, planned: Planned, choice: Choice, text: Text) 
         rounding |= text.calibration.describe()
     return {
         "mixbits_report": 1,
-        "command": run.args.command,
+        "command": without_folders(run.args.command),
         "environment": environment(),
-        "source": {"name": run.source.name, "sha256": sha256},
+        "source": {"name": last_part(run.source.name), "sha256": sha256},
         "calibration": None if scores is None else scores.data["calibration"],
         # An edited plan still says what it was once made for.
         "budget": None if scores is None else plan.data["budget"],

@@ -57,10 +57,10 @@ def planned_work(args: argparse.Namespace, blocks: int, units: int = 0) -> dict[
     return {stage: float(count * blocks) for stage, count in work.items()}
 
 
-def duration(seconds: float) -> str:
+def duration(seconds: float, digits: int = 1) -> str:
     """For people: `8.3 s`, `2 min 5 s`, `1 h 10 min`."""
-    if seconds < 59.95:
-        return f"{seconds:.1f} s"
+    if seconds < 59.5:
+        return f"{seconds:.{digits}f} s"
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
@@ -134,8 +134,8 @@ class Progress:
         """`43 %, about 1 min 20 s left, 1 min 2 s so far: round, candidate 2 of 5`."""
         left = self.left()
         what = ", ".join(filter(None, (self.name, self.part)))
-        rest = f"about {duration(left)} left, " if left is not None else ""
-        so_far = duration(self.clock() - self.begun)
+        rest = f"about {duration(left, 0)} left, " if left is not None else ""
+        so_far = duration(self.clock() - self.begun, 0)
         return f"{100 * self.share():.0f} %, {rest}{so_far} so far: {what}"
 
     def show(self, at_once: bool = False) -> None:

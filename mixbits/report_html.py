@@ -114,8 +114,10 @@ def _cards(report: Data) -> Html:
         more = "of likeliest tokens" + _error(held, "top1_agreement", ".2%")
         cards.append(_card("agreement", f"{held['top1_agreement']:.2%}", more))
     errors = any("±" in card for card in cards)
-    meant = "± is a standard error: another text of this kind would give a figure within it of this"
-    note = _note(f"{meant} in two of three cases, and within twice of it in 19 of 20.")
+    note = _note(
+        "± is a standard error, of how much figures vary between sequences: over much more text of "
+        "this kind a figure would come out within twice that, in 19 of 20 cases."
+    )
     return Html(f'<div class="cards">{"".join(cards)}</div>' + note * errors)
 
 
@@ -242,8 +244,9 @@ def _heat_map(
     found = _cells(values, weights)
     inside = {place: v for place, v in found.items() if isinstance(place, tuple)}
     outside = [f"{place} {v:{look['digits']}}" for place, v in found.items() if place not in inside]
-    chart = _figure(HeatMap(name, inside, **look).draw(), wide=True) if inside else ""
-    return chart + (_note(f"Outside the blocks: {', '.join(outside)}.") if outside else "")
+    chart = HeatMap(name, inside, **look)
+    drawn = _figure(chart.draw(), chart.wide) if inside else ""
+    return drawn + (_note(f"Outside the blocks: {', '.join(outside)}.") if outside else "")
 
 
 def _sensitivity(scores: Data) -> tuple[str, dict[str, float]]:

@@ -27,13 +27,12 @@ STYLE = """
 body { margin: 0; background: var(--page); color: var(--ink); line-height: 1.5;
   font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Liberation Sans", sans-serif; }
 main { max-width: 1440px; margin: 0 auto; padding: 24px 28px 56px; }
-.sections { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 560px), 1fr));
-  column-gap: 44px; align-items: start; }
-.sections > section { min-width: 0; }
+.sections { columns: 2 560px; column-gap: 44px; }
+.sections > section { break-inside: avoid; overflow: hidden; }
 header p { max-width: 75ch; }
 .verdict { color: var(--ink); font-size: 1.05rem; margin: 0 0 .3rem; }
 h1 { font-size: 1.75rem; line-height: 1.2; margin: 0 0 1rem; overflow-wrap: anywhere; }
-h2 { font-size: 1.2rem; margin: 2.5rem 0 .4rem; padding-top: .9rem;
+h2 { font-size: 1.2rem; margin: 1.9rem 0 .4rem; padding-top: .9rem;
   border-top: 1px solid var(--rule); }
 h3 { font-size: 1rem; margin: 1.2rem 0 .3rem; }
 p { margin: .2rem 0 .8rem; color: var(--soft); }
@@ -62,7 +61,7 @@ dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
 .pair { display: flex; flex-wrap: wrap; gap: 8px 28px; align-items: center; }
 svg { display: block; } td svg { display: inline-block; }
 svg.heat, svg.plot { max-width: 100%; height: auto; }
-svg.heat { min-width: 620px; } svg.plot { min-width: 400px; }
+svg.wide { min-width: 620px; } svg.plot { min-width: 400px; }
 svg text { font-size: 11px; fill: var(--soft); } svg text.small { font-size: 9.5px; }
 svg text.axis { fill: var(--ink); }
 .heat .q0 { fill: var(--q0); } .heat .q1 { fill: var(--q1); } .heat .q2 { fill: var(--q2); }
@@ -93,9 +92,10 @@ svg text.on5, svg text.on6, svg text.on7, svg text.on8 { fill: var(--high); }
 }
 @media print {
   @page { margin: 15mm; }
-  body { font-size: 10pt; } main { max-width: none; padding: 0; } .sections { display: block; }
+  body { font-size: 10pt; } main { max-width: none; padding: 0; }
+  .sections { columns: auto; } .sections > section { break-inside: auto; overflow: visible; }
   h2, h3, h2 + p { break-after: avoid; } table, .card, .pair, svg { break-inside: avoid; }
-  .scroll { overflow: visible; } svg.heat, svg.plot { min-width: 0; }
+  .scroll { overflow: visible; } svg.wide, svg.plot { min-width: 0; }
   .card, pre, .chosen, svg { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
 }
 """.replace("LIGHT_KINDS", " ".join(f"--c{i}: {color};" for i, color in enumerate(COLORS)))

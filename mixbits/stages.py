@@ -31,6 +31,7 @@ from .checkpoint import predicted_bytes
 from .coverage import Coverage
 from .curve import check_plotting, frontier
 from .distill import distill, enough_text
+from .files import last_part
 from .formats import Assignment, Scheme, UsageError, parse_scheme
 from .gate import Candidate, Choice, candidates, choose, judge
 from .kept import NO_CODES, OwnCodes
@@ -346,7 +347,7 @@ def score(
     for linear, scores in slabs.items():
         free = [s.name for s in run.all_schemes if run.own.is_free(linear, s)]
         scores |= {name: [0.0] * len(scores[name]) for name in free}
-    name = {"name": run.source.name, "sha256": sha256}
+    name = {"name": last_part(run.source.name), "sha256": sha256}
     return Scores.build(slabs, run.linears, method, run.scale_modes, name, described, arranged)
 
 
