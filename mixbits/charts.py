@@ -33,7 +33,9 @@ class Html(str):
 
 def text(value: object) -> Html:
     """Escaped, unless it is markup."""
-    return value if isinstance(value, Html) else Html(escape(str(value)))
+    if isinstance(value, Html):
+        return value
+    return Html(escape(str(value).encode("utf-8", "replace").decode()))  # half an emoji is "?"
 
 
 def _svg(width: float, height: float, parts: Sequence[str], label: str, kind: str = "") -> Html:

@@ -350,7 +350,7 @@ def _other_budgets(report: Data, line: Sequence[tuple[float, float]], chosen: Da
     points = sorted(line)
     first, last = points[0][0], points[-1][0]
     steps = sorted({*(n / 2 for n in range(math.ceil(2 * first), math.floor(2 * last) + 1)), last})
-    kl = _held_out(report).get("kl")
+    kl = _held_out(report).get("kl") or math.nan
     rows = []
     for at in steps:
         found = math.exp(_interpolated(at, [(x, math.log(y)) for x, y in points]))

@@ -40,7 +40,7 @@ def test_the_gate_ships_the_best_candidate(
 
 @pytest.mark.parametrize("options", [[], ["--solve-only"], ["--plan"]], ids=["", "solve", "plan"])
 def test_the_page_can_be_made_again_from_the_files(
-    options: list[str], run: Callable[..., int], tmp_path: Path
+    options: list[str], run: Callable[..., int], shared: Path, tmp_path: Path
 ) -> None:
     assert run("--avg-bits", 5, *(options if options == ["--solve-only"] else [])) == 0
     out = tmp_path / "out"
@@ -55,7 +55,7 @@ def test_the_page_can_be_made_again_from_the_files(
     assert ("What every budget buys" in page) == (options != ["--plan"])
     assert ("perplexity" in page) == (options != ["--solve-only"])
     report = data[0]
-    linears = find_linears(open_source(report["source"]["name"]).load())
+    linears = find_linears(open_source(str(shared / report["source"]["name"])).load())
     assert list(report["linear_bits"]) == [info.name for info in linears]
     weights = {info.name: info.numel for info in linears}
     bits = sum(report["linear_bits"][name] * n for name, n in weights.items())
