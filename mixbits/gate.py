@@ -35,8 +35,9 @@ CONFIDENCE = 0.95
 class Candidate:
     """A plan, and the share of `mixbits.rounding.retarget` that it is rounded with.
 
-    `learned` has its packed weights where their rounding was learned (`mixbits.distill`,
-    `mixbits.signround`), and `how` says so in report.json.
+    `learned` has its packed weights where they are known already: their rounding was learned
+    (`mixbits.distill`, `mixbits.signround`), and `how` says so in report.json, or they were
+    measured while a budget was sought.
     """
 
     name: str

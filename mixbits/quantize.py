@@ -338,7 +338,7 @@ def _rounded(run: Run, clock: Stages, model: CausalLM, planned: Planned, text: T
     what = f"{run.args.rounding}, " + "distilled, " * bool(run.args.distill)
     what += ("the best of " * (len(plans) > 1)) + ", ".join(plans)
     with clock.run("round", what):
-        return stages.round_plans(run, model, plans, text)
+        return stages.round_plans(run, model, plans, text, planned.rounded)
 
 
 def quantize(run: Run) -> None:
