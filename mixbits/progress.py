@@ -25,6 +25,7 @@ from .formats import printable
 BACKWARD = 4  # a forward, and the forward and backward of it, of twice the cost
 PROPOSALS = 5  # of --max-kl: half of the searches need no more
 CANDIDATES = 5  # of the gate: optimal with and without correction, uniform, head, tail
+CHOICES, DOCUMENTS = 4, 1000  # of an lm-eval task, before it is known
 EVERY = 30.0  # seconds between two lines without a terminal; then twice as long
 REDRAWN = 0.2  # seconds between two drawings
 
@@ -36,8 +37,8 @@ _current: Progress | None = None
 def planned_work(args: argparse.Namespace, blocks: int, units: int = 0) -> dict[str, float]:
     """Work of each stage that has any, as far as arguments and the number of blocks tell it.
 
-    `units` are those that --diagnose measures alone. lm-eval's tasks are not known before they are
-    read, nor are the plans that --refine proposes: these are added when they begin.
+    `units` are those that --diagnose measures alone. How many requests lm-eval's tasks have is
+    known when they are read, and is guessed until then; plans of --refine are added as they come.
     """
     rounding = 2 * args.nsamples if args.rounding == "gptq" else 1
     judged = rounding + 2 * args.gate
@@ -45,12 +46,14 @@ def planned_work(args: argparse.Namespace, blocks: int, units: int = 0) -> dict[
     passes = len(args.schemes.split(",")) if args.method == "deltaloss" else 1
     gated = args.gate and not args.plan and args.strategy == "optimal"
     learned = args.distill * args.batch_size * (BACKWARD + 1) if args.distill else 0
+    tasks = len(args.tasks.split(",")) * (2 if args.eval_original else 1) if args.tasks else 0
+    requests = tasks * CHOICES * (args.limit or DOCUMENTS)
     work = {
         "measure": 0 if args.scores or args.plan else measured * passes,
         "allocate": PROPOSALS * judged if args.max_kl else 0,
         "diagnose": (units * args.gate + measured * passes) if args.diagnose else 0,
         "round": learned + (CANDIDATES * judged if gated else rounding),
-        "evaluate": 2 * args.eval_nsamples,
+        "evaluate": 2 * args.eval_nsamples + requests,
     }
     if args.granularity == "slab":
         work["measure"] *= 2  # once more for the order of columns

@@ -119,6 +119,7 @@ def _evaluate(
 ) -> None:
     """Held-out scores, lm-eval's, and a sample, into `result`: `evaluation` of report.json."""
     from .evaluate import compare, run_tasks
+    from .progress import numbered
     from .streaming import StreamedModel
     from .verdict import verdict
 
@@ -132,10 +133,10 @@ def _evaluate(
         tasks = args.tasks.split(",")
         add_bos = args.add_bos_token if args.bos or args.add_bos_token else False
         options = args.limit, add_bos, args.include_path, args.batch_size
-        for name, model in (("original_tasks", original), ("tasks", quantized)):
-            if name == "tasks" or args.eval_original:
-                model.to(args.device)
-                result[name] = run_tasks(model, tokenizer, tasks, *options)
+        scored = [("original_tasks", original)] * args.eval_original + [("tasks", quantized)]
+        for name, model in numbered(scored, "lm-eval, model"):
+            model.to(args.device)
+            result[name] = run_tasks(model, tokenizer, tasks, *options)
     if args.prompt:
         result["prompt"] = args.prompt
         result["sample"] = _generate(quantized, tokenizer, args, prefix)

@@ -142,6 +142,8 @@ def test_what_is_planned_follows_from_the_arguments() -> None:
     assert work("--granularity", "slab")["measure"] == 2 * plain["measure"]
     both = work("--method", "deltaloss", "--schemes", "MXFP4,MXFP8")
     assert both["measure"] == 2 * plain["measure"]
+    tasks = work("--tasks", "a,b", "--limit", "5", "--eval-original")["evaluate"]
+    assert tasks - plain["evaluate"] == 2 * 2 * p.CHOICES * 5 * 10
     assert all(a >= 0 for a in itertools.chain(plain.values(), both.values()))
 
 
