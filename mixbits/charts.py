@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from html import escape
 
 WIDTH = 720  # of a heat map, in units that a page scales
-PHONE = 400  # and what fits there without scrolling
+WIDE = 620  # from here on it scrolls on a phone; what is smaller is made to fit
 LEVELS = 9
 # Kinds of points, in light colours of equal weight that can be told apart without colour vision
 # (after Okabe and Ito), with matplotlib's names of their shapes: the same on page and picture.
@@ -90,8 +90,8 @@ class HeatMap:
 
     @property
     def wide(self) -> bool:
-        """Whether it takes more than a phone's screen: else it is drawn as small as it is."""
-        return self._width(len({block for block, _ in self.cells})) > PHONE
+        """Whether it would be too small to read on a phone's screen, if it were made to fit."""
+        return self._width(len({block for block, _ in self.cells})) > WIDE
 
     def _width(self, blocks: int) -> float:
         across = -(-blocks // -(-blocks // _BAND)) if blocks else 0

@@ -129,7 +129,11 @@ def plot(
     for mark in marks:
         if mark["predicted_loss"] > 0:
             where, kind = (mark[key], mark["predicted_loss"]), plan_kind(mark["name"])
-            look = {"color": COLORS[kind], "markersize": 9, "label": printable(mark["name"])}
+            look: dict[str, Any] = {
+                "color": COLORS[kind],
+                "markersize": 9,
+                "label": printable(mark["name"]),
+            }
             axes.plot(*where, MARKERS[kind], **look)
     axes.set(yscale="log", ylabel=loss_name)
     axes.yaxis.set_minor_locator(ticker.LogLocator(subs=(2, 3, 5)))

@@ -169,7 +169,8 @@ def run_tasks(
         add_bos_token=add_bos_token,
         device=str(next(model.parameters()).device),
     )
-    blocks = getattr(model.config.get_text_config(), "num_hidden_layers", 1)
+    config: Any = model.config
+    blocks = getattr(config.get_text_config(), "num_hidden_layers", 1)
     try:
         # lm-eval asks git for the commit of whatever folder this runs in, which may be none.
         commit = patch("lm_eval.evaluator.get_git_commit_hash", return_value=None)
@@ -198,7 +199,7 @@ def _bars_told(cost: float) -> Iterator[None]:
     """
     import datasets
 
-    class Told(tqdm):  # type: ignore[type-arg]
+    class Told(tqdm):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **{**kwargs, "disable": True})
             self.advance = None

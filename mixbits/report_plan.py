@@ -247,7 +247,7 @@ def search(report: Data) -> str:
         for m in sorted(search["measured"], key=lambda m: m["avg_bits"])
     ]
     said = (
-        f"The smallest plan whose KL is at most {limit:g} on held-out text, each one "
+        f"The smallest plan whose KL is at most {limit:g} on the gate's text, each one "
         f"rounded and measured; the search ends at {search['tolerance']:g} bits per weight."
     )
     heads = ["bits per weight", "KL", "good enough"]

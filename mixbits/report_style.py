@@ -49,6 +49,7 @@ th, td { padding: 4px 10px; text-align: right; white-space: nowrap;
 th { color: var(--soft); font-weight: 600; }
 th:first-child, td:first-child { text-align: left; padding-left: 0; }
 .names2 th:nth-child(2), .names2 td:nth-child(2) { text-align: left; }
+.names2 { font-size: .8rem; } .names2 th, .names2 td { padding-right: 7px; }
 .total tbody tr:last-child td { font-weight: 600; border-bottom: 0; }
 td svg { vertical-align: middle; }
 .chosen { font-style: normal; font-size: .75rem; font-weight: 600; padding: 1px 7px;
