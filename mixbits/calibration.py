@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .files import last_part
 from .formats import UsageError, first_line
 
 CHARS_PER_TOKEN = 16  # more text than this per wanted token is not read at first
@@ -63,7 +64,7 @@ class Sequences:
         """What a report or a scores file records."""
         count, length = self.ids.shape
         return {
-            "source": self.source,
+            "source": last_part(self.source),
             "nsamples": count,
             "seqlen": length,
             "prefix": list(self.prefix),

@@ -13,8 +13,14 @@ from dataclasses import dataclass
 from html import escape
 
 WIDTH = 720  # of a heat map, in units that a page scales
+WIDE = 620  # from here on it scrolls on a phone; what is smaller is made to fit
 LEVELS = 9
-KINDS = 6
+# Kinds of points, in light colours of equal weight that can be told apart without colour vision
+# (after Okabe and Ito), with matplotlib's names of their shapes: the same on page and picture.
+COLORS = ("#c2410c", "#0072b2", "#00805c", "#a8497f", "#8a6a00", "#3b4a5a")
+MARKERS = ("*", "s", "^", "v", "D", "o")
+KINDS = len(COLORS)
+_PLANS = {"this plan": 0, "uniform": 1, "head": 2, "tail": 3, "optimal": 4}
 _BAND = 24  # blocks side by side in a heat map; more continue below
 _LETTER = 6.4  # width of a letter, about
 
@@ -27,7 +33,9 @@ class Html(str):
 
 def text(value: object) -> Html:
     """Escaped, unless it is markup."""
-    return value if isinstance(value, Html) else Html(escape(str(value)))
+    if isinstance(value, Html):
+        return value
+    return Html(escape(str(value).encode("utf-8", "replace").decode()))  # half an emoji is "?"
 
 
 def _svg(width: float, height: float, parts: Sequence[str], label: str, kind: str = "") -> Html:
@@ -80,6 +88,17 @@ class HeatMap:
     digits: str  # format of a value in a title
     logarithmic: bool = False
 
+    @property
+    def wide(self) -> bool:
+        """Whether it would be too small to read on a phone's screen, if it were made to fit."""
+        return self._width(len({block for block, _ in self.cells})) > WIDE
+
+    def _width(self, blocks: int) -> float:
+        across = -(-blocks // -(-blocks // _BAND)) if blocks else 0
+        left = 8 + _LETTER * max((len(module) for _, module in self.cells), default=0)
+        legend = left + 14 * LEVELS + _LETTER * (len(self.unit) + 30)
+        return min(WIDTH, max(legend, left + 52.0 * across))
+
     def draw(self) -> Html:
         """Modules down, blocks across, in bands of at most 24 blocks, with a legend."""
         blocks = sorted({block for block, _ in self.cells})
@@ -105,7 +124,8 @@ class HeatMap:
                         parts.append(self._cell(x, top, side, block, module, found[block, module]))
                 top += 19
             top += 14
-        return _svg(WIDTH, top - 8, parts, self.name, f"heat {self.ramp}")
+        kind = f"heat {self.ramp}{' wide' * self.wide}"
+        return _svg(self._width(len(blocks)), top - 8, parts, self.name, kind)
 
     def _cell(self, x: float, y: float, side: float, block: int, module: str, level: int) -> str:
         value = self.cells[block, module]
@@ -172,6 +192,11 @@ _SHAPES = [  # paths around the origin, within 6 units
     "M0-6L6 0 0 6-6 0Z",
     "M-4.5 0a4.5 4.5 0 1 0 9 0a4.5 4.5 0 1 0-9 0Z",
 ]
+
+
+def plan_kind(name: str) -> int:
+    """The kind of point that a plan of that name always is."""
+    return _PLANS.get(name, KINDS - 1)
 
 
 def symbol(kind: int, size: float = 16) -> Html:

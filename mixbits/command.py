@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
-from .formats import UsageError, first_line
+from .formats import UsageError, first_line, printable
 
 
 class Parser(argparse.ArgumentParser):
@@ -51,7 +51,7 @@ def exit_code(run: Callable[[], object], argv: Sequence[str] | None = None) -> i
     except Exception as error:
         if "--traceback" in (sys.argv if argv is None else argv):
             traceback.print_exc()
-        print(f"error: {_sentence(error)}", file=sys.stderr)
+        print(f"error: {printable(_sentence(error))}", file=sys.stderr)
         return 2
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import csv
 import importlib.util
 import io
-import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,13 +17,11 @@ from typing import Any
 import numpy as np
 
 from .allocate import Allocation, Item, as_items, optimal
-from .formats import UsageError
+from .charts import COLORS, MARKERS, plan_kind
+from .formats import UsageError, printable
 from .knapsack import Items, Relaxation
 
 BREAKPOINTS = 100  # up to this many, every budget at which the relaxation is exact is a point
-
-# Markers and colours (Okabe and Ito's) that can be told apart without colour vision.
-_MARKS = [("*", "#d55e00"), ("s", "#009e73"), ("^", "#cc79a7"), ("v", "#e69f00"), ("D", "#56b4e9")]
 
 Row = Mapping[str, Any]
 
@@ -128,17 +125,22 @@ def plot(
     shown = [row for row in table if row["predicted_loss"] > 0]
     bits, losses = (np.array([row[k] for row in shown]) for k in (key, "predicted_loss"))
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
-    axes.plot(bits, losses, color="#0072b2", marker=".", label="optimal")
-    for mark, (shape, color) in zip(marks, itertools.cycle(_MARKS), strict=False):
+    axes.plot(bits, losses, color=COLORS[-1], marker=".", label="optimal")
+    for mark in marks:
         if mark["predicted_loss"] > 0:
-            where = mark[key], mark["predicted_loss"]
-            axes.plot(*where, shape, color=color, markersize=9, label=mark["name"])
+            where, kind = (mark[key], mark["predicted_loss"]), plan_kind(mark["name"])
+            look: dict[str, Any] = {
+                "color": COLORS[kind],
+                "markersize": 9,
+                "label": printable(mark["name"]),
+            }
+            axes.plot(*where, MARKERS[kind], **look)
     axes.set(yscale="log", ylabel=loss_name)
     axes.yaxis.set_minor_locator(ticker.LogLocator(subs=(2, 3, 5)))
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter("{x:g}")
     axes.set_xlabel("bits per weight, everything counted" if key == "avg_bits" else "bits")
-    axes.set_title(title, fontsize=9)
+    axes.set_title(printable(title).replace("$", r"\$"), fontsize=9)
     axes.grid(color="0.9", which="both")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)

@@ -25,15 +25,14 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 from torch.nn.functional import kl_div
-from tqdm import tqdm
 from transformers import GenerationConfig
 
-from . import ops
+from . import ops, progress
 from .arrange import arrangement_of
 from .fake import fake_input
 from .formats import Assignment, Format, Recipe, UsageError
 from .gradients import straight_through
-from .model import CausalLM, LinearInfo
+from .model import CausalLM, LinearInfo, decoder_blocks
 from .pack import Packed, Rounded, pack, unpack
 from .probing import probed
 from .reference import Quantized, dequantize, encode, join_groups, split_groups
@@ -159,7 +158,8 @@ def distill(
     }
     latents = [p.latent for one in learned.values() for p in one.parts if p.latent is not None]
     if latents:
-        _descend(model, linears, learned, latents, _batches(ids, steps, batch_size, seed), steps)
+        batches = _batches(ids, steps, batch_size, seed)
+        _descend(model, linears, learned, latents, batches, steps, batch_size)
     return {name: [part.packed().to("cpu") for part in one.parts] for name, one in learned.items()}
 
 
@@ -169,22 +169,23 @@ def _descend(
     learned: Mapping[str, _Linear],
     latents: Sequence[Tensor],
     batches: Iterator[Tensor],
-    steps: int,
+    count: int,
+    size: int,
 ) -> None:
     def probe(name: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if name not in learned:
             return torch.nn.functional.linear(x, weight, bias)
         return learned[name](x, bias)
 
-    rate = RATE / math.sqrt(steps)
-    with tqdm(total=steps, desc="distill", unit="step", leave=False) as bar:
-        for step, batch in enumerate(batches):
-            loss = _divergence(model.logits(batch))
-            with probed(model.model, linears, probe):
-                value = model.forward_backward(batch, loss, lambda: None)
-            _move(latents, rate * (1 - step / steps))
-            bar.set_postfix(kl=f"{value:.4f}")
-            bar.update()
+    rate = RATE / math.sqrt(count)
+    advance = progress.steps(count * size, (progress.BACKWARD + 1) * len(model.blocks))
+    for step, batch in enumerate(batches):
+        loss = _divergence(model.logits(batch))
+        with probed(model.model, linears, probe):
+            value = model.forward_backward(batch, loss, lambda: None)
+        _move(latents, rate * (1 - step / count))
+        with progress.part(f"distilled {step + 1} of {count} steps, KL {value:.4f}"):
+            advance(len(batch))
 
 
 @torch.no_grad()
@@ -234,11 +235,11 @@ def written(
     found = []
     # Options that are not given would come from the model's own, such as a penalty of repetition.
     own = patch.object(model, "generation_config", options)
-    bar = tqdm(total=count, desc="write", unit="sequence", leave=False)
-    with own, bar, torch.random.fork_rng():
+    advance = progress.steps(count, len(decoder_blocks(model)[1]))
+    with own, progress.part("the original writes text"), torch.random.fork_rng():
         torch.manual_seed(seed)
-        for part in prompts.split(WRITTEN_AT_ONCE):
-            part = part.to(model.device)
-            found.append(model.generate(part, attention_mask=torch.ones_like(part)).cpu())
-            bar.update(len(part))
+        for batch in prompts.split(WRITTEN_AT_ONCE):
+            batch = batch.to(model.device)
+            found.append(model.generate(batch, attention_mask=torch.ones_like(batch)).cpu())
+            advance(len(batch))
     return torch.cat(found)

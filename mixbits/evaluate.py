@@ -13,9 +13,12 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +26,7 @@ from tqdm import tqdm
 
 from .calibration import prefix_tokens
 from .formats import UsageError, first_line
+from .progress import steps
 
 CHUNK = 512  # tokens whose float64 log-probabilities are held at once
 TASKS_DIR = Path(__file__).parent / "demo" / "tasks"
@@ -64,8 +68,10 @@ def _per_sequence(
 ) -> Tensor:
     """float64 [sequences, 4] on the CPU: `_sequence_means` of every sequence."""
     rows = []
-    for batch in tqdm(ids.split(batch_size), desc="compare", unit="batch", leave=False):
+    advance = steps(2 * len(ids), len(getattr(reference, "blocks", [reference])))
+    for batch in ids.split(batch_size):
         rows.append(_batch_means(reference.logits(batch), quantized.logits(batch), batch, first))
+        advance(2 * len(batch))
     return torch.cat(rows)
 
 
@@ -95,14 +101,16 @@ def compare(
 ) -> dict[str, float]:
     """Held-out figures of `quantized` against `reference` on ids [sequences, length].
 
-    kl: mean KL(reference || quantized) per token in nats; perplexity, perplexity_reference;
-    top1_agreement: share of positions where both find the same token likeliest; each with
-    `<name>_stderr`. Positions before `first` are not judged (`Sequences.judged_from`).
+    kl: mean KL(reference || quantized) per token in nats; perplexity, perplexity_reference, and
+    perplexity_ratio, their quotient, whose error is of the paired differences; top1_agreement:
+    share of positions where both find the same token likeliest; each with `<name>_stderr`.
+    Positions before `first` are not judged (`Sequences.judged_from`).
     """
     kl, nll_p, nll_q, agree = _per_sequence(reference, quantized, ids, batch_size, first).T
     result: dict[str, float] = {}
     result["kl"], result["kl_stderr"] = _mean_stderr(kl)
-    for name, nll in (("perplexity", nll_q), ("perplexity_reference", nll_p)):
+    named = {"perplexity": nll_q, "perplexity_reference": nll_p, "perplexity_ratio": nll_q - nll_p}
+    for name, nll in named.items():
         mean, stderr = _mean_stderr(nll)
         result[name] = math.exp(mean)
         result[f"{name}_stderr"] = math.exp(mean) * stderr  # first order
@@ -144,12 +152,10 @@ def run_tasks(
     """Score `model` with lm-eval: {"tasks": {task: {metric: value, metric_stderr: ...}}, ...}.
 
     The bundled tasks are always known; `include_path` is a folder with more. `average` is the
-    mean of the tasks' acc. Prompts begin as the tokenizer begins texts, unless `add_bos_token` is
-    False; the result says whether there was anything to begin with. Raises UsageError for unknown
-    tasks or data that cannot be had.
+    mean acc of the tasks in `averaged`, those that have one, with `average_stderr`. Prompts begin
+    as the tokenizer begins texts, unless `add_bos_token` is False; the result says whether there
+    was anything to begin with. Raises UsageError for unknown tasks or data that cannot be had.
     """
-    from unittest.mock import patch
-
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
@@ -163,9 +169,12 @@ def run_tasks(
         add_bos_token=add_bos_token,
         device=str(next(model.parameters()).device),
     )
+    config: Any = model.config
+    blocks = getattr(config.get_text_config(), "num_hidden_layers", 1)
     try:
         # lm-eval asks git for the commit of whatever folder this runs in, which may be none.
-        with patch("lm_eval.evaluator.get_git_commit_hash", return_value=None):
+        commit = patch("lm_eval.evaluator.get_git_commit_hash", return_value=None)
+        with commit, _bars_told(blocks):
             raw = simple_evaluate(
                 model=lm,
                 tasks=list(tasks),
@@ -180,6 +189,37 @@ def run_tasks(
             "use --tasks stdlib_next_line, or --include-path with tasks that read local files"
         ) from None
     return _task_summary(raw, tasks, limit, add_bos_token)
+
+
+@contextmanager
+def _bars_told(cost: float) -> Iterator[None]:
+    """lm-eval's bars are not drawn; what those of requests count is a step of our own progress.
+
+    A request takes `cost` forwards of a block.
+    """
+    import datasets
+
+    class Told(tqdm):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **{**kwargs, "disable": True})
+            self.advance = None
+            if self.iterable is None and self.total:
+                self.advance = steps(self.total, cost)
+
+        def update(self, n: float | None = 1) -> None:
+            if self.advance is not None:
+                self.advance(n)
+
+    shown = datasets.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
+    with ExitStack() as stack:
+        if shown:
+            stack.callback(datasets.enable_progress_bars)
+        for name, module in list(sys.modules.items()):
+            if name.partition(".")[0] == "lm_eval" and getattr(module, "tqdm", None) is tqdm:
+                stack.enter_context(patch.object(module, "tqdm", Told))
+        stack.enter_context(patch("tqdm.tqdm", Told))  # some import it where they use it
+        yield
 
 
 def _without_suffix(tokenizer: Any, prefix: tuple[int, ...]) -> Any:
@@ -215,10 +255,15 @@ def _task_summary(
             for key, value in raw["results"][task].items()
             if isinstance(value, (int, float)) and key != "sample_len"
         }
-    accuracies = [s["acc"] for s in scores.values() if "acc" in s]
+    averaged = [task for task in tasks if "acc" in scores[task]]
+    errors = [scores[task].get("acc_stderr") for task in averaged]
+    stderr = math.hypot(*(e for e in errors if e is not None)) / max(1, len(errors))
+    mean = sum(scores[task]["acc"] for task in averaged) / len(averaged) if averaged else None
     return {
         "tasks": scores,
-        "average": sum(accuracies) / len(accuracies) if accuracies else None,
+        "average": mean,
+        "average_stderr": None if None in errors or not errors else stderr,
+        "averaged": averaged,
         "limit": limit,
         "add_bos_token": add_bos_token,
     }

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 from pathlib import Path
 from typing import Any
 
 from .formats import UsageError, first_line
+
+_SNAPSHOT = re.compile(r"/models--([\w.-]+?)--([\w.-]+)/snapshots/[^/]+$")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -21,6 +25,37 @@ def write_text(path: Path, text: str) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def last_part(name: str) -> str:
+    """What a report calls a model or a text: of a path on this machine the last part only."""
+    try:
+        local = Path(name).is_absolute() or Path(name).exists()
+    except (OSError, ValueError):  # too long for a path, or none at all
+        return name
+    return hub_name(Path(name)) or Path(os.path.abspath(name)).name if local else name
+
+
+def hub_name(folder: Path) -> str | None:
+    """What the hub calls a folder of its cache; None of any other."""
+    found = _SNAPSHOT.search(os.path.abspath(folder))
+    return f"{found[1]}/{found[2]}" if found else None
+
+
+def without_folders(command: str) -> str:
+    """A command line as it was typed, but of absolute paths the last part only.
+
+    What a --prompt says is no path.
+    """
+    words = shlex.split(command)
+    shown = []
+    for before, word in zip(["", *words], words, strict=False):
+        option, equals, value = word.rpartition("=")
+        is_path = value.startswith("/") and (not option or option.startswith("--"))
+        if is_path and "--prompt" not in (before, option):
+            word = option + equals + (Path(value).name or value)
+        shown.append(word)
+    return shlex.join(shown)
 
 
 def read_object(path: Path) -> dict[str, Any]:

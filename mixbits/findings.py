@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from . import curve
 from .allocate import Allocation
@@ -21,16 +20,18 @@ from .arrange import Arrangement
 from .calibration import Sequences
 from .diagnostics import next_swaps, spearman, stability
 from .evaluate import logits_kl
-from .files import write_text
-from .formats import Assignment
+from .files import last_part, without_folders, write_text
+from .formats import BF16, Assignment
 from .gate import Choice
 from .model import CausalLM, LinearInfo
 from .plan import Budget, Plan, Problem, average_bits
+from .progress import steps
 from .report import environment
 from .rounded import RoundedModel, round_model
 from .scores import Scores
 from .stages import Planned, Run, Solved, Text, make_problem, score
 from .streaming import StreamedModel
+from .verdict import Circumstances
 
 POINTS = 17  # of the report's own curve
 MOST_POINTS = 40  # in report.json, of a finer curve or of one with many breakpoints
@@ -115,9 +116,9 @@ def report(run: Run, sha256: str, planned: Planned, choice: Choice, text: Text) 
         rounding |= text.calibration.describe()
     return {
         "mixbits_report": 1,
-        "command": run.args.command,
+        "command": without_folders(run.args.command),
         "environment": environment(),
-        "source": {"name": run.source.name, "sha256": sha256},
+        "source": {"name": last_part(run.source.name), "sha256": sha256},
         "calibration": None if scores is None else scores.data["calibration"],
         # An edited plan still says what it was once made for.
         "budget": None if scores is None else plan.data["budget"],
@@ -132,6 +133,23 @@ def report(run: Run, sha256: str, planned: Planned, choice: Choice, text: Text) 
         **planned.found,
         **_describe(run, plan, planned),
     }
+
+
+def circumstances(run: Run, choice: Choice, rounding: dict[str, Any]) -> Circumstances:
+    """What advice on a bad verdict goes by; `rounding` is that of report.json."""
+    plan = choice.winner.plan.assignment
+    parts = [p for i in run.linears if i.name in plan for p in plan[i.name].parts(i.in_features)]
+    used = {scheme.name: scheme for scheme, _ in parts}
+    offered = [*used.values(), *([] if run.args.plan else run.schemes)]
+    seen = rounding["nsamples"] * rounding["seqlen"] if "nsamples" in rounding else None
+    return Circumstances(
+        schemes=list(used.values()),
+        avg_bits=average_bits(run.linears, plan),
+        widest=max(s.storage_bits(128, 4096) / (128 * 4096) for s in offered or [BF16]),
+        gated=bool(choice.rows),
+        gate_possible=not run.args.plan and run.args.strategy == "optimal",
+        tokens=seen,
+    )
 
 
 def write_curve(
@@ -163,16 +181,16 @@ def fidelity(
     rounded = round_model(model, linears, {i.name: recipes[i.name] for i in linears}, "rtn")
     sums = [0.0] * count
     batches = ids.split(run.args.batch_size)
-    with tqdm(total=count * len(batches), desc="units alone", unit="unit", leave=False) as bar:
-        for batch in batches:
-            reference = model.logits(batch)
-            for number, c in enumerate(choices):
-                names = [info.name for info in c.unit.linears]
-                alone = {name: rounded[name] for name in names}
-                quantized = RoundedModel(model, c.unit.linears, recipes, alone)
-                kls = logits_kl(reference, quantized.logits(batch), batch, first)
-                sums[number] += float(kls.sum())
-                bar.update()
+    advance = steps(count * len(ids), len(model.blocks))
+    for batch in batches:
+        reference = model.logits(batch)
+        for number, c in enumerate(choices):
+            names = [info.name for info in c.unit.linears]
+            alone = {name: rounded[name] for name in names}
+            quantized = RoundedModel(model, c.unit.linears, recipes, alone)
+            kls = logits_kl(reference, quantized.logits(batch), batch, first)
+            sums[number] += float(kls.sum())
+            advance(len(batch))
     return [
         {
             "unit": c.unit.name,

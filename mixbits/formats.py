@@ -34,14 +34,33 @@ SCALE_MODES: tuple[ScaleMode, ...] = ("floor", "rceil", "even")
 INT_GROUPS = (32, 64, 128)
 
 
+_JOINERS = "\u200c\u200d"  # of Persian letters, and of emoji
+
+
 class UsageError(ValueError):
     """Bad input from the user: the command line prints it as one sentence and exits with 2."""
 
 
 def first_line(error: BaseException, limit: int = 160) -> str:
     """What another library's error says, short enough to stand inside one sentence of ours."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0][:limit]
+    said = str(error).strip().splitlines() or [type(error).__name__]
+    line = printable(said[0])
+    if len(line) <= limit:
+        return line
+    cut = line[: limit - 3]
+    whole, space, _ = cut.rpartition(" ")
+    return (whole if space and len(whole) > limit // 2 else cut).rstrip(" ,;:(") + "..."
+
+
+def printable(value: object) -> str:
+    """Text of others on one line, without what a terminal would obey instead of show.
+
+    Line ends and tabs become spaces, other control and direction characters a replacement mark.
+    """
+    return "".join(
+        c if c.isprintable() or c in _JOINERS else " " if c.isspace() else "\ufffd"
+        for c in str(value)
+    )
 
 
 @dataclass(frozen=True)

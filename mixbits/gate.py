@@ -24,6 +24,7 @@ from .kept import NO_CODES, OwnCodes
 from .model import LinearInfo
 from .pack import Rounded
 from .plan import Plan
+from .progress import numbered
 from .rounded import RoundedModel, round_model
 from .streaming import StreamedModel
 
@@ -34,8 +35,9 @@ CONFIDENCE = 0.95
 class Candidate:
     """A plan, and the share of `mixbits.rounding.retarget` that it is rounded with.
 
-    `learned` has its packed weights where their rounding was learned (`mixbits.distill`,
-    `mixbits.signround`), and `how` says so in report.json.
+    `learned` has its packed weights where they are known already: their rounding was learned
+    (`mixbits.distill`, `mixbits.signround`), and `how` says so in report.json, or they were
+    measured while a budget was sought.
     """
 
     name: str
@@ -111,7 +113,7 @@ def choose(
     divergences: list[Tensor] = []
     best: tuple[float, int, Rounded] | None = None
     how = calibration, held_out, batch_size, first, own
-    for index, candidate in enumerate(candidates):
+    for index, candidate in enumerate(numbered(candidates, "candidate")):
         rounded, kl = judge(model, linears, candidate, method, *how)
         divergences.append(kl)
         mean = float(divergences[-1].mean())

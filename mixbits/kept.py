@@ -11,11 +11,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from tqdm import tqdm
-
 from .formats import Assignment, Format, Scheme, parse_scheme
 from .model import LinearInfo, Unit
 from .pack import Packed
+from .progress import steps
 from .weights import Weights
 
 
@@ -47,9 +46,11 @@ class OwnCodes:
         """Reads the values once, since not every scale is one of ours."""
         likely = [i for i in linears if weights.kept_format(i.name, i.is_expert) is not None]
         formats = {}
-        for info in tqdm(likely, desc="codes of the source", unit="linear", leave=False):
+        advance = steps(len(likely))
+        for info in likely:
             if (kept := weights.kept(info.name, info.is_expert)) is not None:
                 formats[info.name] = kept.format
+            advance()
         return cls(weights, {i.name: i for i in likely}, formats)
 
     def offer(

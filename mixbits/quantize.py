@@ -13,6 +13,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads starve s
 
 import argparse
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,7 @@ if TYPE_CHECKING:  # torch is imported by functions only: a wrong option should 
     from .model import CausalLM, LeftAlone
     from .report import Stages
     from .stages import Planned, Run, Text
+    from .verdict import Circumstances
 
 STAGES = ("open", "calibrate", "measure", "allocate", "round", "write", "evaluate")
 
@@ -107,26 +109,36 @@ def _load_result(run: Run, choice: Choice, evaluation: dict[str, Any]) -> Any:
 
 
 def _evaluate(
-    run: Run, original: Any, quantized: Any, tokenizer: Any, held_out: Any, result: dict[str, Any]
+    run: Run,
+    original: Any,
+    quantized: Any,
+    tokenizer: Any,
+    held_out: Any,
+    circumstances: Circumstances,
+    result: dict[str, Any],
 ) -> None:
     """Held-out scores, lm-eval's, and a sample, into `result`: `evaluation` of report.json."""
     from .evaluate import compare, run_tasks
+    from .progress import numbered
     from .streaming import StreamedModel
+    from .verdict import verdict
 
     args, prefix = run.args, held_out.prefix
     if len(held_out.ids):
         p, q = (StreamedModel(m, device=args.device) for m in (original, quantized))
         scores = compare(p, q, held_out.ids, args.batch_size, held_out.judged_from)
         result["held_out"] = {**held_out.describe(), **scores}
+        result["verdict"] = verdict(scores, circumstances)
     if args.tasks:
         tasks = args.tasks.split(",")
         add_bos = args.add_bos_token if args.bos or args.add_bos_token else False
         options = args.limit, add_bos, args.include_path, args.batch_size
-        for name, model in (("original_tasks", original), ("tasks", quantized)):
-            if name == "tasks" or args.eval_original:
-                model.to(args.device)
-                result[name] = run_tasks(model, tokenizer, tasks, *options)
+        scored = [("original_tasks", original)] * args.eval_original + [("tasks", quantized)]
+        for name, model in numbered(scored, "lm-eval, model"):
+            model.to(args.device)
+            result[name] = run_tasks(model, tokenizer, tasks, *options)
     if args.prompt:
+        result["prompt"] = args.prompt
         result["sample"] = _generate(quantized, tokenizer, args, prefix)
 
 
@@ -181,6 +193,7 @@ def _dry_run(run: Run) -> None:
 
 def _print_findings(run: Run) -> None:
     """What else than plain linears in 16 bits the source holds."""
+    from .progress import say
     from .report import size
 
     weights = run.source.weights if run.source.has_weights else None  # or config.json alone
@@ -201,7 +214,7 @@ def _print_findings(run: Run) -> None:
         names = ", ".join(scheme.name for scheme in own.schemes)
         lines.append(f"{len(own.formats)} linears are stored in {names}: a plan can keep that")
     for line in lines:
-        print(f"  {line}")
+        say(f"  {line}")
 
 
 def _of_how_much(run: Run) -> str:
@@ -211,12 +224,13 @@ def _of_how_much(run: Run) -> str:
 
 
 def _print_plan(run: Run, choice: Choice, reached: dict[str, Any]) -> None:
+    from .progress import say
     from .report import gate_table, scheme_rows, size, table
 
     if choice.rows:
-        print(gate_table(choice.rows))
-    print(table(scheme_rows(run.linears, choice.winner.plan.assignment)))
-    print(
+        say(gate_table(choice.rows))
+    say(table(scheme_rows(run.linears, choice.winner.plan.assignment)))
+    say(
         f"  {reached['avg_bits']:.4f} bits per weight with everything counted"
         f"{_of_how_much(run)}, "
         f"{reached['avg_bits_without_scales']:.4f} without scales; "
@@ -250,15 +264,26 @@ def _write_card(run: Run, folder: Path, choice: Choice, report: dict[str, Any]) 
 
 
 def _print_results(report: dict[str, Any], evaluation: dict[str, Any]) -> None:
-    from .report import result_rows, table, task_rows
+    from .progress import say
+    from .report import result_rows, search_line, table, task_rows
+    from .verdict import lines
 
     sizes = report["bytes_before"], report["bytes_after"]
-    print("\n" + table(result_rows(*sizes, evaluation)))
+    say("\n" + table(result_rows(*sizes, evaluation)) + "\n")
+    for line in [*lines(evaluation), *search_line(report)]:
+        say(f"  {line}")
     if "tasks" in evaluation:
-        print("\n" + table(task_rows(evaluation)))
+        say("\n" + table(task_rows(evaluation)))
     if "sample" in evaluation:
-        print("\n  the quantized model writes:\n")
-        print("\n".join("    " + line for line in evaluation["sample"].splitlines()))
+        say("\n  the quantized model writes:\n")
+        say("\n".join("    " + line for line in evaluation["sample"].expandtabs(4).splitlines()))
+
+
+def _print_curve(args: argparse.Namespace) -> None:
+    from .progress import say
+
+    if args.curve:
+        say(f"  what every budget buys is in {args.out}/curve.png and curve.csv")
 
 
 def _open(run: Run) -> tuple[Any, str, Any]:
@@ -277,6 +302,7 @@ def _stage_names(args: argparse.Namespace) -> list[str]:
 def _planned(run: Run, clock: Stages, model: CausalLM, sha256: str, text: Text) -> Planned:
     """The plan that is given, or those that are measured for and solved."""
     from . import findings, stages
+    from .progress import say
     from .report import diagnosis, refinement
 
     args = run.args
@@ -292,11 +318,11 @@ def _planned(run: Run, clock: Stages, model: CausalLM, sha256: str, text: Text) 
     if args.refine:
         with clock.run("refine", f"units in their other schemes, up to {args.refine} rounds"):
             stages.refine_plan(run, model, planned, text)
-        print(refinement(planned.found["refine"]["rounds"]))
+        say(refinement(planned.found["refine"]["rounds"]))
     if args.diagnose:
         with clock.run("diagnose", "units one by one, the text in halves"):
             planned.found |= findings.diagnose(run, model, planned, text)
-        print(diagnosis(planned.found))
+        say(diagnosis(planned.found))
     return planned
 
 
@@ -313,23 +339,28 @@ def _rounded(run: Run, clock: Stages, model: CausalLM, planned: Planned, text: T
     what = f"{run.args.rounding}, " + "distilled, " * bool(run.args.distill)
     what += ("the best of " * (len(plans) > 1)) + ", ".join(plans)
     with clock.run("round", what):
-        return stages.round_plans(run, model, plans, text)
+        return stages.round_plans(run, model, plans, text, planned.rounded)
 
 
 def quantize(run: Run) -> None:
     """All stages, in order. Raises UsageError; leaves a complete output folder or none."""
     from . import findings, stages
     from .atomic import atomic_folder
+    from .model import decoder_blocks
+    from .progress import Progress, duration, planned_work, say
     from .report import Stages
+    from .verdict import verdict
 
-    args, clock = run.args, Stages(_stage_names(run.args))
+    blocks = len(decoder_blocks(run.shapes)[1])
+    progress = Progress(planned_work(run.args, blocks, len(run.units)))
+    args, clock = run.args, Stages(_stage_names(run.args), progress)
     with clock.run("open", run.source.name):
         model, sha256, tokenizer = _open(run)
     _print_findings(run)
     with clock.run("calibrate", "its own text" if args.demo else args.dataset):
         text = stages.calibrate(run, tokenizer)
         if prefix := text.calibration.prefix:
-            print(f"      every sequence begins with {tokenizer.decode(prefix)}", flush=True)
+            say(f"      every sequence begins with {tokenizer.decode(prefix)}")
     planned = _planned(run, clock, model, sha256, text)
     choice = _rounded(run, clock, model, planned, text)
     report = findings.report(run, sha256, planned, choice, text)
@@ -347,33 +378,44 @@ def quantize(run: Run) -> None:
             report["bytes_after"] = _write(run, folder, model, choice, planned, report)
         write_report(folder, None)
     if args.solve_only:
-        print(f"  plan and scores are in {args.out}")
+        say(f"  plan and scores are in {args.out}")
+        _print_curve(args)
         return
-    evaluation: dict[str, Any] = {}
+    evaluation: dict[str, Any] = {"verdict": verdict(None)}
+    circumstances = findings.circumstances(run, choice, report["rounding"])
     judges = ["held-out text"] * bool(args.eval_nsamples) + [args.tasks] * bool(args.tasks)
     try:
         with clock.run("evaluate", ", ".join(judges) or "nothing asked for"):
             if args.fake:  # its weights were rounded in place
                 model = run.source.load()
             quantized = _load_result(run, choice, evaluation)
-            _evaluate(run, model, quantized, tokenizer, text.held_out, evaluation)
+            texts = tokenizer, text.held_out
+            _evaluate(run, model, quantized, *texts, circumstances, evaluation)
     finally:  # a task that fails takes nothing else with it
         write_report(args.out, evaluation)
     _print_results(report, evaluation)
-    print(f"\n  everything is in {args.out}; what it came to in {args.out / 'report.html'}")
+    took = duration(sum(row["seconds"] for row in clock.rows))
+    say(f"\n  everything is in {args.out} after {took}; what it came to in {args.out}/report.html")
+    _print_curve(args)
     if args.target:
         name = "compressed-tensors" if args.target == "vllm" else args.target
-        print(f"  for {args.target}: python -m mixbits.export {args.out} --format {name} --out ...")
+        folders = shlex.quote(str(args.out)), shlex.quote(f"{args.out}-{name}")
+        say(
+            f"  for {args.target}: python -m mixbits.export {folders[0]} --format {name} "
+            f"--out {folders[1]}"
+        )
 
 
 def _command(argv: list[str] | None) -> None:
     args = parse_arguments(argv)
     from . import stages
+    from .progress import Progress
     from .report import quiet
 
     quiet()
     _check_device(args)
-    run = stages.prepare(args)
+    with Progress({}).stage("look at the source"):
+        run = stages.prepare(args)
     if args.dry_run:
         _dry_run(run)
     else:

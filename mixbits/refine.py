@@ -32,7 +32,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from .allocate import Allocation, Item, total
 from .evaluate import logits_kl
@@ -41,6 +40,7 @@ from .formats import Assignment, Recipe, UsageError
 from .model import LinearInfo
 from .plan import Budget, Problem
 from .probing import probed
+from .progress import steps
 from .rounded import rounded_linear
 from .streaming import StreamedModel
 
@@ -101,15 +101,15 @@ def divergences(
     variants: list[tuple[Assignment, int]] = [({}, 0)]
     variants += [(c, min(map(blocks.__getitem__, c), default=len(model.blocks))) for c in changes]
     batches, columns = ids.split(batch_size), []
-    with tqdm(total=len(batches) * len(variants), desc="refine", unit="plan", leave=False) as bar:
-        for batch in batches:
-            kept: list[Any] = []
-            reference, kls = model.logits(batch), []
-            for change, first in variants:
-                logits = _logits(model, linears, {**recipes, **change}, batch, kept, first)
-                kls.append(logits_kl(reference, logits, batch, judged_from))
-                bar.update()
-            columns.append(torch.stack(kls))
+    advance = steps(len(ids) * len(variants), len(model.blocks))
+    for batch in batches:
+        kept: list[Any] = []
+        reference, kls = model.logits(batch), []
+        for change, first in variants:
+            logits = _logits(model, linears, {**recipes, **change}, batch, kept, first)
+            kls.append(logits_kl(reference, logits, batch, judged_from))
+            advance(len(batch))
+        columns.append(torch.stack(kls))
     return torch.cat(columns, 1)
 
 

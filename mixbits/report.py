@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 
-from .formats import BF16, Assignment
+from .formats import BF16, Assignment, printable
 from .model import LinearInfo
 from .plan import average_bits
+from .progress import Progress, duration, say
 
 
 def _reset_peak() -> None:
@@ -42,19 +43,25 @@ def _peak_memory() -> int:
 
 @dataclass
 class Stages:
-    """Names, seconds and peak memory of the stages, printed as they go: a table of contents."""
+    """Names, seconds and peak memory of the stages, printed as they go: a table of contents.
+
+    `progress` is the whole run's, and is told which stage it is in.
+    """
 
     names: Sequence[str]
+    progress: Progress = field(default_factory=lambda: Progress({}))
     rows: list[dict[str, Any]] = field(default_factory=list)
 
     @contextmanager
     def run(self, name: str, what: str) -> Iterator[None]:
         number = self.names.index(name) + 1
-        print(f"[{number}/{len(self.names)}] {name:<12} {what}", flush=True)
+        say(f"[{number}/{len(self.names)}] {name:<12} {printable(what)}")
         _reset_peak()
         start = time.perf_counter()
-        yield
+        with self.progress.stage(name):
+            yield
         seconds = time.perf_counter() - start
+        say(f"      {duration(seconds)}")
         row = {"stage": name, "seconds": round(seconds, 2), "peak_memory_bytes": _peak_memory()}
         if torch.cuda.is_available():
             row["peak_gpu_memory_bytes"] = torch.cuda.max_memory_allocated()
@@ -97,6 +104,7 @@ def environment() -> dict[str, Any]:
 
 def table(rows: Sequence[Sequence[str]], indent: str = "  ") -> str:
     """Rows (the first is the heading) as aligned text: first column left, the others right."""
+    rows = [[printable(cell) for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = []
     for number, row in enumerate(rows):
@@ -144,6 +152,20 @@ def size(nbytes: float) -> str:
 
 def plus_minus(value: float, stderr: float, digits: int = 4) -> str:
     return f"{value:.{digits}f} ± {stderr:.{digits}f}"
+
+
+def search_line(report: dict[str, Any]) -> list[str]:
+    """Of --max-kl: what was promised, on which text, and what came out on another."""
+    found = report.get("search")
+    held_out = (report.get("evaluation") or {}).get("held_out")
+    if not found:
+        return []
+    gate = report.get("gate") or {}
+    kl = gate["candidates"][0]["kl"] if gate else found["kl"]
+    line = f"--max-kl {found['max_kl']:g}: KL is {kl:.4f} on the gate's text, where it was sought"
+    if held_out:
+        line += f", and {plus_minus(held_out['kl'], held_out['kl_stderr'])} on other text"
+    return [line + "."]
 
 
 def gate_table(rows: Sequence[dict[str, Any]]) -> str:
@@ -218,5 +240,16 @@ def task_rows(evaluation: dict[str, Any]) -> list[list[str]]:
             ]
             rows.append([task, name, *cells])
     if quantized["average"] is not None and len(quantized["tasks"]) > 1:
-        rows.append(["average", "acc", *(f"{m['average']:.4f}" for m in models)])
+        rows.append([average_name(quantized), "acc", *map(_average, models)])
     return rows
+
+
+def average_name(tasks: dict[str, Any]) -> str:
+    """What lm-eval's average is over: not every task has an accuracy."""
+    count = len(tasks.get("averaged", [n for n, s in tasks["tasks"].items() if "acc" in s]))
+    return f"mean of {count} tasks"
+
+
+def _average(tasks: dict[str, Any]) -> str:
+    stderr = tasks.get("average_stderr")  # of older reports: not known
+    return plus_minus(tasks["average"], stderr) if stderr else f"{tasks['average']:.4f}"

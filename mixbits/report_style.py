@@ -1,9 +1,13 @@
 """The style of report.html: light and dark, on a phone and on paper."""
 
+from __future__ import annotations
+
+from .charts import COLORS
+
 STYLE = """
 :root {
   --page: #ffffff; --ink: #1b1f24; --soft: #5b6570; --rule: #dde2e7; --panel: #f5f7f9;
-  --c0: #c2410c; --c1: #0072b2; --c2: #00805c; --c3: #a8497f; --c4: #8a6a00; --c5: #3b4a5a;
+  LIGHT_KINDS
 }
 .blue { --q0: #e6eff8; --q1: #d0e1f2; --q2: #b2d0e8; --q3: #8cbbdd; --q4: #66a5d1;
   --q5: #3f86bd; --q6: #256ba9; --q7: #134f8c; --q8: #08306b; --low: #1b1f24; --high: #ffffff; }
@@ -22,17 +26,22 @@ STYLE = """
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--page); color: var(--ink); line-height: 1.5;
   font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Liberation Sans", sans-serif; }
-main { max-width: 800px; margin: 0 auto; padding: 24px 20px 56px; }
+main { max-width: 1440px; margin: 0 auto; padding: 24px 28px 56px; }
+.sections { columns: 2 560px; column-gap: 44px; }
+.sections > section { break-inside: avoid; overflow: hidden; }
+header p { max-width: 75ch; }
+.verdict { color: var(--ink); font-size: 1.05rem; margin: 0 0 .3rem; }
 h1 { font-size: 1.75rem; line-height: 1.2; margin: 0 0 1rem; overflow-wrap: anywhere; }
-h2 { font-size: 1.2rem; margin: 2.5rem 0 .4rem; padding-top: .9rem;
+h2 { font-size: 1.2rem; margin: 1.9rem 0 .4rem; padding-top: .9rem;
   border-top: 1px solid var(--rule); }
 h3 { font-size: 1rem; margin: 1.2rem 0 .3rem; }
 p { margin: .2rem 0 .8rem; color: var(--soft); }
-.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(130px, 1fr)); gap: 10px; }
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 10px; }
 .card { background: var(--panel); border: 1px solid var(--rule); border-radius: 8px;
   padding: 10px 12px; }
 .card span, .card small { display: block; color: var(--soft); font-size: .8rem; line-height: 1.35; }
-.card b { display: block; font-size: 1.3rem; line-height: 1.5; font-variant-numeric: tabular-nums; }
+.card b { display: block; font-size: 1.3rem; line-height: 1.5; white-space: nowrap;
+  font-variant-numeric: tabular-nums; }
 .scroll { overflow-x: auto; max-width: 100%; margin: .4rem 0 .8rem; }
 table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }
 th, td { padding: 4px 10px; text-align: right; white-space: nowrap;
@@ -40,6 +49,7 @@ th, td { padding: 4px 10px; text-align: right; white-space: nowrap;
 th { color: var(--soft); font-weight: 600; }
 th:first-child, td:first-child { text-align: left; padding-left: 0; }
 .names2 th:nth-child(2), .names2 td:nth-child(2) { text-align: left; }
+.names2 { font-size: .8rem; } .names2 th, .names2 td { padding-right: 7px; }
 .total tbody tr:last-child td { font-weight: 600; border-bottom: 0; }
 td svg { vertical-align: middle; }
 .chosen { font-style: normal; font-size: .75rem; font-weight: 600; padding: 1px 7px;
@@ -52,7 +62,7 @@ dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
 .pair { display: flex; flex-wrap: wrap; gap: 8px 28px; align-items: center; }
 svg { display: block; } td svg { display: inline-block; }
 svg.heat, svg.plot { max-width: 100%; height: auto; }
-svg.heat { min-width: 620px; } svg.plot { min-width: 400px; }
+svg.wide { min-width: 620px; } svg.plot { min-width: 400px; }
 svg text { font-size: 11px; fill: var(--soft); } svg text.small { font-size: 9.5px; }
 svg text.axis { fill: var(--ink); }
 .heat .q0 { fill: var(--q0); } .heat .q1 { fill: var(--q1); } .heat .q2 { fill: var(--q2); }
@@ -64,17 +74,29 @@ svg text.on5, svg text.on6, svg text.on7, svg text.on8 { fill: var(--high); }
 .c3 { fill: var(--c3); } .c4 { fill: var(--c4); } .c5 { fill: var(--c5); }
 .plot path { stroke: var(--page); stroke-width: .8; }
 .grid { stroke: var(--rule); } .dashed { stroke: var(--soft); stroke-dasharray: 4 4; }
-.curve { fill: none; stroke: var(--c1); stroke-width: 2; stroke-linejoin: round; }
+.curve { fill: none; stroke: var(--c5); stroke-width: 2; stroke-linejoin: round; }
 .range { stroke: var(--c1); stroke-width: 2; }
+.sideways { display: none; font-size: .8rem; color: var(--soft); }
+.scroll { background: linear-gradient(to right, var(--page) 40%, transparent) left / 40px 100%
+    no-repeat local, linear-gradient(to left, var(--page) 40%, transparent) right / 40px 100%
+    no-repeat local, linear-gradient(to right, var(--rule), transparent) left / 14px 100%
+    no-repeat scroll, linear-gradient(to left, var(--rule), transparent) right / 14px 100%
+    no-repeat scroll; }
+@media screen and (max-width: 676px) { .sideways { display: block; } }
 @media (max-width: 480px) {
   main { padding: 16px 14px 40px; }
+  .cards { grid-template-columns: 1fr 1fr; }
+  th, td { white-space: normal; padding: 4px 5px; }
+  th:first-child, td:first-child { overflow-wrap: anywhere; min-width: 6em; }
+  svg.plot { min-width: 0; } td svg.interval { width: 90px; }
   dl { grid-template-columns: 1fr; } dd { margin-bottom: 6px; }
 }
 @media print {
   @page { margin: 15mm; }
   body { font-size: 10pt; } main { max-width: none; padding: 0; }
+  .sections { columns: auto; } .sections > section { break-inside: auto; overflow: visible; }
   h2, h3, h2 + p { break-after: avoid; } table, .card, .pair, svg { break-inside: avoid; }
-  .scroll { overflow: visible; } svg.heat, svg.plot { min-width: 0; }
+  .scroll { overflow: visible; } svg.wide, svg.plot { min-width: 0; }
   .card, pre, .chosen, svg { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
 }
-"""
+""".replace("LIGHT_KINDS", " ".join(f"--c{i}: {color};" for i, color in enumerate(COLORS)))

@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from . import ops
 from .arrange import arrangement_of
@@ -28,6 +27,7 @@ from .linear import check_finite, check_packed, pack_recipe, packed_values
 from .model import LinearInfo, output_head, weight_of
 from .pack import Packed, Rounded, pack
 from .probing import probed
+from .progress import steps
 from .rounding import METHODS, Curvature, gptq, retarget, search
 from .streaming import StreamedModel, patched
 
@@ -141,7 +141,7 @@ def _compensate(
 ) -> dict[str, list[Packed]]:
     work = _Compensation(linears, recipes, share, own)
     quantized: list[Any] = []
-    bar = tqdm(total=len(model.blocks), desc="round (gptq)", unit="block", leave=False)
+    advance = steps(len(model.blocks), 2 * len(ids))
 
     def block(index: int, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         work.recording = True
@@ -149,14 +149,14 @@ def _compensate(
         work.recording = False
         before = quantized.pop() if quantized else hidden
         after = model.run_block(index, before, *args, **kwargs)
-        bar.update()
+        advance()
         if index == len(model.blocks) - 1:
             return after
         quantized.append(after[0] if isinstance(after, tuple) else after)
         return out
 
     head_name, head = output_head(model.model)
-    with bar, probed(model.model, linears, work.probe), ExitStack() as stack:
+    with probed(model.model, linears, work.probe), ExitStack() as stack:
         if head_name not in recipes:  # nobody asks for logits
             stack.enter_context(patched(head, lambda x: x[..., :1]))
         model.run(ids, block)
@@ -195,11 +195,13 @@ def round_model(
         packed = {i.name: recipes[i.name] for i in chosen}
         rounded = _compensate(model, chosen, packed, ids, share, own)
     rounded |= {name: list(parts) for name, parts in own.items() if name in recipes}
-    for info in chosen:  # without compensation, and experts that no token reached
-        if info.name not in rounded:
-            weight = weight_of(model.model, info).detach()
-            pack_one = pack_recipe if method == "rtn" else _searched
-            rounded[info.name] = pack_one(info.name, weight, recipes[info.name])
+    left = [info for info in chosen if info.name not in rounded]
+    advance = steps(len(left), len(model.blocks) / max(1, len(chosen)))
+    for info in left:  # without compensation, and experts that no token reached
+        weight = weight_of(model.model, info).detach()
+        pack_one = pack_recipe if method == "rtn" else _searched
+        rounded[info.name] = pack_one(info.name, weight, recipes[info.name])
+        advance()
     return rounded
 
 

@@ -41,13 +41,13 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from . import ops
 from .arrange import Arrangement
 from .formats import MX_GROUP, Format, Scheme, UsageError
 from .model import LinearInfo, weight_of
 from .probing import probed
+from .progress import BACKWARD, steps
 from .streaming import Progress, StreamedModel
 
 # So many sequences err in their sampling as much as taking tokens for independent does: by half.
@@ -327,8 +327,8 @@ def sorted_columns(
     The linears of a group read one input and get one order. ids [sequences, length].
     """
     batches = list(ids.split(batch_size))
-    with _progress("order of columns", 2 * len(batches) * len(model.blocks)) as bar:
-        moments = _collect(model, linears, [scheme], batches, seed, bar.update, {})
+    progress = _progress(model, len(ids), 2 * len(batches) * len(model.blocks))
+    moments = _collect(model, linears, [scheme], batches, seed, progress, {})
     scores = {
         info.name: _column_scores(weight_of(model.model, info).detach(), moments[info.name], scheme)
         for info in model.visit([info for group in readers for info in group])
@@ -452,8 +452,9 @@ _MEASURES = {"fisher": _measure_fisher, "deltaloss": _measure_deltaloss}
 METHODS = tuple(_MEASURES)
 
 
-def _progress(what: str, steps: int) -> Any:
-    return tqdm(total=steps, desc=what, unit="block", leave=False)
+def _progress(model: StreamedModel, sequences: int, calls: int) -> Progress:
+    """For `calls` calls while every sequence is differentiated through all blocks."""
+    return steps(calls, BACKWARD * sequences * len(model.blocks) / max(1, calls))
 
 
 def measure(
@@ -479,10 +480,9 @@ def measure(
         batch_size = min(batch_size, model.tokens_at_once() // ids.shape[1] or batch_size)
     batches = list(ids.split(batch_size))
     passes = sum(s.weight is not None for s in schemes) if method == "deltaloss" else 1
-    steps = 2 * passes * len(batches) * len(model.blocks)
-    with _progress(f"sensitivity ({method})", steps) as bar:
-        run = _MEASURES[method]
-        scores = run(model, linears, schemes, batches, seed, bar.update, arrangements)
+    calls = 2 * passes * len(batches) * len(model.blocks)
+    progress = _progress(model, passes * len(ids), calls)
+    scores = _MEASURES[method](model, linears, schemes, batches, seed, progress, arrangements)
     for name, by_scheme in scores.items():
         for scheme_name, slabs in by_scheme.items():
             if not all(s == s and abs(s) != float("inf") for s in slabs):

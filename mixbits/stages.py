@@ -31,6 +31,7 @@ from .checkpoint import predicted_bytes
 from .coverage import Coverage
 from .curve import check_plotting, frontier
 from .distill import distill, enough_text
+from .files import last_part
 from .formats import Assignment, Scheme, UsageError, parse_scheme
 from .gate import Candidate, Choice, candidates, choose, judge
 from .kept import NO_CODES, OwnCodes
@@ -46,6 +47,7 @@ from .model import (
     survey,
 )
 from .plan import Budget, Plan, Problem, average_bits, parse_keep, slab_width, unit_options
+from .progress import part, say
 from .quality import smallest
 from .refine import Options, halves, refine
 from .rounded import round_model
@@ -345,7 +347,7 @@ def score(
     for linear, scores in slabs.items():
         free = [s.name for s in run.all_schemes if run.own.is_free(linear, s)]
         scores |= {name: [0.0] * len(scores[name]) for name in free}
-    name = {"name": run.source.name, "sha256": sha256}
+    name = {"name": last_part(run.source.name), "sha256": sha256}
     return Scores.build(slabs, run.linears, method, run.scale_modes, name, described, arranged)
 
 
@@ -363,7 +365,8 @@ class Planned:
     """The plan that was asked for, first, and others of the same size to compare it with.
 
     Without scores there is the plan that was given, and nothing else. `curve` has the rows of
-    `curve.rows`, `found` what report.json says of the search and of `findings.diagnose`.
+    `curve.rows`, `found` what report.json says of the search and of `findings.diagnose`, and
+    `rounded` the candidate that the search has ended with, its weights rounded.
     """
 
     plans: dict[str, Plan]
@@ -371,6 +374,7 @@ class Planned:
     solved: dict[str, Solved] = field(default_factory=dict)
     curve: list[dict[str, Any]] = field(default_factory=list)
     found: dict[str, Any] = field(default_factory=dict)
+    rounded: Candidate | None = None
 
 
 def make_problem(run: Run, scores: Scores, slabs: bool, strategy: str = "optimal") -> Problem:
@@ -405,15 +409,15 @@ def _budget(args: argparse.Namespace) -> Budget:
 
 def make_plans(run: Run, model: CausalLM, scores: Scores, text: Text) -> Planned:
     """Solve within the budget, or within the smallest one that meets --max-kl."""
-    args, found = run.args, {}
+    args, found, rounded = run.args, {}, None
     problem = make_problem(run, scores, args.granularity == "slab", args.strategy)
     if args.max_kl is None:
         budget = _budget(args)
     else:
-        budget, found["search"] = _smallest_budget(run, model, problem, text)
+        budget, found["search"], rounded = _smallest_budget(run, model, problem, text)
     solved = _of_one_size(run, scores, problem, budget)
     plans = {name: entry.plan for name, entry in solved.items()}
-    return Planned(plans, scores, solved, found=found)
+    return Planned(plans, scores, solved, found=found, rounded=rounded)
 
 
 def _of_one_size(run: Run, scores: Scores, problem: Problem, budget: Budget) -> dict[str, Solved]:
@@ -432,29 +436,38 @@ def _of_one_size(run: Run, scores: Scores, problem: Problem, budget: Budget) -> 
 
 def _smallest_budget(
     run: Run, model: CausalLM, problem: Problem, text: Text
-) -> tuple[Budget, dict[str, Any]]:
-    """For --max-kl: the budget of the smallest plan found, and `search` of report.json."""
+) -> tuple[Budget, dict[str, Any], Candidate | None]:
+    """For --max-kl: the budget of the smallest plan found, `search` of report.json, and that plan
+    with its rounded weights.
+    """
     args, streamed = run.args, StreamedModel(model, device=run.args.device)
     known: dict[tuple[int, ...], float] = {}  # budgets close to each other may buy the same plan
+    best: tuple[int, Candidate] | None = None  # the smallest budget that met the limit
 
     def measured(bits: int) -> float:
+        nonlocal best
         solved = _solve(run, problem, Budget(total_bits=bits), "optimal")
         choice = solved.allocation.choice
         if choice not in known:
+            tried = f"proposal {len(known) + 1}, {bits / problem.elements:.3f} bits"
             candidate = Candidate("optimal", solved.plan, args.correction)
             ids, how = text.calibration.ids, (args.batch_size, text.gate.judged_from, run.own)
             texts = args.rounding, ids, text.gate.ids
-            kls = judge(streamed, run.linears, candidate, *texts, *how)[1]
+            with part(tried):
+                rounded, kls = judge(streamed, run.linears, candidate, *texts, *how)
             known[choice] = float(kls.mean())
+            if known[choice] <= args.max_kl and (best is None or bits < best[0]):
+                best = bits, replace(candidate, learned=rounded)
         kl = known[choice]
-        print(f"      {bits / problem.elements:.4f} bits per weight: KL {kl:.4f}", flush=True)
+        say(f"      {bits / problem.elements:.4f} bits per weight: KL {kl:.4f}")
         return kl
 
     tolerance = max(1, round(SEARCH_TOLERANCE * problem.elements))
     found = smallest(frontier(problem.items), measured, args.max_kl, tolerance)
     rows = [{"avg_bits": b / problem.elements, "kl": kl} for b, kl in found.measured.items()]
     search = {"max_kl": args.max_kl, "kl": found.kl, "tolerance": SEARCH_TOLERANCE}
-    return Budget(total_bits=found.budget, max_kl=args.max_kl), {**search, "measured": rows}
+    budget = Budget(total_bits=found.budget, max_kl=args.max_kl)
+    return budget, {**search, "measured": rows}, best[1] if best else None
 
 
 def refine_plan(run: Run, model: CausalLM, planned: Planned, text: Text) -> None:
@@ -511,8 +524,14 @@ def _distilled(run: Run, model: CausalLM, name: str, plan: Plan, text: Text) -> 
     return Candidate(f"{name}, distilled", plan, args.correction, learned, how)
 
 
-def round_plans(run: Run, model: CausalLM, plans: dict[str, Plan], text: Text) -> Choice:
-    """The plan that ships, with its packed weights."""
+def round_plans(
+    run: Run,
+    model: CausalLM,
+    plans: dict[str, Plan],
+    text: Text,
+    known: Candidate | None = None,
+) -> Choice:
+    """The plan that ships, with its packed weights; what is `known` is not rounded again."""
     args, streamed = run.args, StreamedModel(model, device=run.args.device)
     (name, plan), *_ = plans.items()
     learned = [_tuned(run, name, plan, text)] if args.tune else []
@@ -520,6 +539,13 @@ def round_plans(run: Run, model: CausalLM, plans: dict[str, Plan], text: Text) -
     if len(plans) > 1:
         texts = args.rounding, text.calibration.ids, text.gate.ids
         found = learned + candidates(plans, args.rounding, args.correction)
+        if known is not None:
+            same = known.plan.assignment, known.share
+            plain = [(c.plan.assignment, c.share) == same and not c.how for c in found]
+            found = [
+                replace(c, learned=known.learned) if is_known else c
+                for c, is_known in zip(found, plain, strict=True)
+            ]
         how = args.batch_size, text.gate.judged_from, run.own
         return choose(streamed, run.linears, found, *texts, *how)
     for candidate in learned[-1:]:

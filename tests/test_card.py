@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import re
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +13,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
-from mixbits import card
+from mixbits import card, files
 from mixbits.source import Source
 
 
@@ -36,6 +39,8 @@ def test_a_card_says_what_the_report_says(
     assert parsed.data.license is None and parsed.data.base_model is None
     rows = table_after(text, "Where the bits went")
     assert rows[0] == ["module", "MXFP4", "MXFP8", "bits"]
+    assert "print(tokenizer.decode(ids[0]))" in text
+    assert f"**{report['evaluation']['verdict']['sentence'].partition(':')[0]}**:" in text
     assert rows[-1][0] == "all" and rows[-1][3] == f"{report['reached']['avg_bits']:.3f}"
     assert sum(int(cell.replace("-", "0")) for cell in rows[-1][1:3]) == 14
     scores = {row[0]: row[1:] for row in table_after(text, "Scores")}
@@ -94,3 +99,80 @@ def test_licence_and_origin_are_those_of_the_original(shared: Path, tmp_path: Pa
         (tmp_path / "snapshot" / "README.md").write_text(theirs)
         text = card.metadata(Source(str(tmp_path), tmp_path / "snapshot", None), ["MXFP4"])
         assert "license" not in text and "base_model" not in text
+
+
+BAD = 'a\n# b <script>alert(1)</script> `x` [l](http://h) |_i_|\x1b[2J\u202e"; import os #$(id)'
+
+
+def report_of(name: str) -> dict:
+    text = {"source": name, "nsamples": 1, "seqlen": 2}
+    held_out = {"kl": 0.1, "kl_stderr": 0.1, "perplexity": 2.0, "perplexity_stderr": 0.1}
+    held_out |= {"perplexity_reference": 2.0, "perplexity_reference_stderr": 0.1}
+    held_out |= {"top1_agreement": 0.5, "top1_agreement_stderr": 0.1, **text}
+    scores = {"tasks": {name: {name: 0.5}}, "average": None, "limit": None}
+    return {
+        "evaluation": {"held_out": held_out, "tasks": scores},
+        "bytes_before": 2,
+        "bytes_after": 1,
+        "calibration": text,
+        "rounding": {"method": "rtn"},
+        "gate": None,
+        "environment": {"mixbits": "0", "torch": "0"},
+        "reached": {"avg_bits": 4.0},
+    }
+
+
+def test_names_of_others_are_text_and_nothing_else(shared: Path) -> None:
+    """Of folder, model, datasets, tasks and metrics: no markup, HTML, lines or terminal codes."""
+    source = Source(BAD, shared / "llama", None)
+    text = card.render(BAD, source, [["module", "MXFP4", "bits"], [BAD, "1", "4"]], report_of(BAD))
+    body = text.split("---\n", 2)[2]
+    assert body.count("alert(1)") >= 8  # it is all there
+    assert "\n# b" not in body and "\x1b" not in body and "\u202e" not in body
+    parts = body.split("```")
+    assert len(parts) % 2 == 1 and "<" not in "".join(parts[::2])
+    outside = "".join(parts[::2]).replace("`rtn`", "").replace("`", "\\`")
+    assert not re.search(r"(?<!\\)(\\\\)*\[l\]", outside)
+    for line in body.splitlines():
+        if line.startswith("| "):
+            assert len(re.findall(r"(?<!\\)\|", line)) in (4, 5)
+    data = ModelCard(text).data
+    assert data.library_name == "transformers" and data.base_model == BAD
+    for code in parts[1::2]:
+        if code.startswith("python"):
+            tree = ast.parse(code.removeprefix("python\n"))
+            assert [n.names[0].name for n in ast.walk(tree) if isinstance(n, ast.Import)] == [
+                "mixbits"
+            ]
+        for line in code.splitlines():
+            if line.startswith("python -m mixbits.serve"):
+                assert len(shlex.split(line)) == 4
+
+
+@pytest.mark.parametrize(
+    ("config", "front", "expected"),
+    [
+        ({"_name_or_path": "org/model-1.5"}, "", ("org/model-1.5", "quantized")),
+        ({"_name_or_path": "/home/me/model"}, "", (None, None)),
+        ({"_name_or_path": "./model"}, "base_model: a/b", ("a/b", None)),
+        ({"_name_or_path": 7}, "base_model: [a/b, c/d]", (["a/b", "c/d"], None)),
+        ({}, "base_model: '<script>'", (None, None)),
+        ({}, "", (None, None)),
+    ],
+)
+def test_a_local_folder_may_say_what_it_is_on_the_hub(
+    config: dict, front: str, expected: tuple, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "README.md").write_text(f"---\n{front or 'license: mit'}\n---\n")
+    source = Source(str(tmp_path), tmp_path, None)
+    data = ModelCard(f"---\n{card.metadata(source, [])}\n---\n").data
+    assert (data.base_model, data.get("base_model_relation")) == expected
+
+
+def test_a_snapshot_of_the_hubs_cache_has_its_name(tmp_path: Path) -> None:
+    folder = tmp_path / "models--org--my-model" / "snapshots" / "0123abcd"
+    folder.mkdir(parents=True)
+    assert files.last_part(str(folder)) == "org/my-model"
+    (folder / "config.json").write_text("{}")
+    assert "base_model: org/my-model" in card.metadata(Source(str(folder), folder, None), [])

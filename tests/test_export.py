@@ -158,6 +158,7 @@ def test_shards_hold_what_one_file_would(tmp_path: Path, monkeypatch: pytest.Mon
     assert index == {name: file for file, part in parts.items() for name in part}
     # A linear whose tensors lie in two files is read twice, and its loss told once.
     assert read(out / "mixbits-export.json") == read(whole / "mixbits-export.json")
+    assert not Path(read(out / "mixbits-export.json")["source"]).is_absolute()
 
 
 def test_what_does_not_fit_is_converted_and_the_loss_told(
@@ -187,6 +188,10 @@ def test_what_does_not_fit_is_converted_and_the_loss_told(
     assert 0 < report["relative_errors"]["model.layers.0.self_attn.o_proj"] < 0.05
     printed = capsys.readouterr().out
     assert "15 packed linears, 3 of them converted" in printed
+    card = (tmp_path / "out" / "README.md").read_text()
+    for part in ("vllm serve out\n", 'AutoModelForCausalLM.from_pretrained("out")', "15 linears"):
+        assert part in card
+    assert str(tmp_path) not in card
     stored = load_file(tmp_path / "out" / "model.safetensors")
     scale = reference.e8m0_to_float(stored[f"{mlp}.down_proj.weight_scale"]).repeat_interleave(
         32, 1

@@ -13,8 +13,9 @@ from test_serve import pack_demo
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mixbits
-from mixbits import lm_eval
-from mixbits.evaluate import TASKS_DIR, run_tasks
+from mixbits import lm_eval, progress
+from mixbits.evaluate import TASKS_DIR, _bars_told, _task_summary, run_tasks
+from mixbits.report import task_rows
 
 TASK = "stdlib_next_line"
 LIMIT = 12
@@ -69,3 +70,33 @@ def test_a_damaged_folder_is_one_line(
     monkeypatch.setattr(sys, "argv", ["mixbits.lm_eval"])
     assert lm_eval.main() == 2
     assert capsys.readouterr().err.splitlines()[-1].startswith("error: cannot read")
+
+
+def test_bars_of_lm_eval_are_not_drawn_but_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    import lm_eval.models.huggingface as theirs
+    import tqdm as package
+
+    run = progress.Progress({"evaluate": 1.0})
+    with run.stage("evaluate"), _bars_told(cost=2.0):
+        bar = theirs.tqdm(total=5, desc="requests")
+        bar.update(3)
+        assert run.work["evaluate"] == 10.0 and run.done["evaluate"] == 6.0
+        bar.update()
+        bar.close()
+        assert list(package.tqdm(range(3), desc="contexts")) == [0, 1, 2]
+        assert run.done["evaluate"] == 8.0
+    assert theirs.tqdm is package.tqdm is not type(bar)
+    assert "it/s" not in capsys.readouterr().err
+
+
+def test_the_average_says_what_it_is_of() -> None:
+    results = {"a": {"acc,none": 0.5, "acc_stderr,none": 0.03}, "b": {"ppl,none": 9.0}}
+    results |= {"c": {"acc,none": 0.7, "acc_stderr,none": 0.04}}
+    found = _task_summary({"results": results}, ["a", "b", "c"], None, None)
+    assert found["average"] == pytest.approx(0.6) and found["averaged"] == ["a", "c"]
+    assert found["average_stderr"] == pytest.approx(0.025)
+    rows = task_rows({"tasks": found})
+    assert rows[-1] == ["mean of 2 tasks", "acc", "0.6000 ± 0.0250"]
+    del results["c"]["acc_stderr,none"]
+    found = _task_summary({"results": results}, ["a", "b", "c"], None, None)
+    assert found["average_stderr"] is None and task_rows({"tasks": found})[-1][-1] == "0.6000"

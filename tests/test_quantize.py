@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import html
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -65,11 +67,25 @@ def test_everything_is_written_and_the_report_tells_it(
     assert (held["nsamples"], held["seqlen"]) == (4, 32)
     assert report["command"].startswith("python -m mixbits.quantize ")
     assert report["command"].endswith(f"{' '.join(SMALL)} --avg-bits 5")
-    assert report["source"] == {"name": str(shared / "llama"), "sha256": source.sha256()}
+    for name in ("report.json", "report.html", "README.md", "plan.json", "scores.json"):
+        assert str(tmp_path) not in (out / name).read_text(), name
+        assert str(shared) not in (out / name).read_text(), name
+    assert str(shared) not in (out / "config.json").read_text()
+    verdict = report["evaluation"]["verdict"]
+    ratio = held["perplexity"] / held["perplexity_reference"]
+    assert verdict["perplexity_ratio"] == pytest.approx(ratio, rel=1e-12)
+    assert verdict["top1_agreement"] == held["top1_agreement"]
+    assert report["source"] == {"name": "llama", "sha256": source.sha256()}  # no path
     assert report["calibration"]["nsamples"] == 4 and report["calibration"]["seed"] == 0
     assert report["environment"]["mixbits"] == mixbits.__version__
     assert report["predicted_loss"] == read(out / "plan.json")["predicted_loss"] > 0
     printed = capsys.readouterr().out
+    page = html.unescape((out / "report.html").read_text()).replace("\u00a0", " ")
+    card, figures = (out / "README.md").read_text(), verdict["sentence"].partition(":")[2]
+    assert all(figures in shown for shown in (printed, page, card))
+    assert verdict["advice"] in printed and verdict["advice"] in page
+    assert "4 bits" in verdict["advice"]  # that of MXFP4's activations
+    assert not re.search(r"[\x00-\x08\x0b-\x1f]|%\|", printed)  # no bar without a terminal
     for number, stage in enumerate(quantize.STAGES, 1):
         assert f"[{number}/{len(quantize.STAGES)}] {stage}" in printed
     assert f"{reached['avg_bits']:.4f} bits per weight with everything counted" in printed
@@ -224,10 +240,12 @@ def test_an_edited_plan_is_applied(run: Callable[..., int], tmp_path: Path) -> N
     assert not (tmp_path / "b" / "scores.json").exists()
 
 
-def test_a_size_is_never_exceeded_and_well_used(run: Callable[..., int], tmp_path: Path) -> None:
+def test_a_size_is_never_exceeded_and_well_used(
+    run: Callable[..., int], shared: Path, tmp_path: Path
+) -> None:
     assert run("--avg-bits", 5, "--solve-only", out="scores") == 0
     scores = ("--scores", tmp_path / "scores" / "scores.json", "--solve-only", "--overwrite")
-    source = open_source(str(read(tmp_path / "scores" / "report.json")["source"]["name"]))
+    source = open_source(str(shared / "llama"))
     model = source.load()
     linears = find_linears(model)
 

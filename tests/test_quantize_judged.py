@@ -5,12 +5,15 @@ from __future__ import annotations
 import csv
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny import entries, read
 
+from mixbits import gate
 from mixbits.model import find_linears
 from mixbits.report_html import render
+from mixbits.rounded import round_model
 from mixbits.source import open_source
 
 
@@ -40,7 +43,7 @@ def test_the_gate_ships_the_best_candidate(
 
 @pytest.mark.parametrize("options", [[], ["--solve-only"], ["--plan"]], ids=["", "solve", "plan"])
 def test_the_page_can_be_made_again_from_the_files(
-    options: list[str], run: Callable[..., int], tmp_path: Path
+    options: list[str], run: Callable[..., int], shared: Path, tmp_path: Path
 ) -> None:
     assert run("--avg-bits", 5, *(options if options == ["--solve-only"] else [])) == 0
     out = tmp_path / "out"
@@ -55,7 +58,7 @@ def test_the_page_can_be_made_again_from_the_files(
     assert ("What every budget buys" in page) == (options != ["--plan"])
     assert ("perplexity" in page) == (options != ["--solve-only"])
     report = data[0]
-    linears = find_linears(open_source(report["source"]["name"]).load())
+    linears = find_linears(open_source(str(shared / report["source"]["name"])).load())
     assert list(report["linear_bits"]) == [info.name for info in linears]
     weights = {info.name: info.numel for info in linears}
     bits = sum(report["linear_bits"][name] * n for name, n in weights.items())
@@ -93,13 +96,24 @@ def test_the_curve_is_written_with_and_without_weights(
 
 
 def test_the_smallest_model_of_a_quality(
-    run: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run: Callable[..., int],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     rest = ("--gate", 6, "--rounding", "rtn")
     assert run("--avg-bits", 6, *rest, out="six") == 0
     rows = read(tmp_path / "six" / "report.json")["gate"]["candidates"]
     limit = 1.001 * next(row["kl"] for row in rows if row["name"] == "optimal")
+    plans: list[dict[str, str]] = []
+
+    def noted(model: Any, linears: Any, recipes: Any, *args: Any) -> Any:
+        plans.append({name: recipe.name for name, recipe in recipes.items()})
+        return round_model(model, linears, recipes, *args)
+
+    monkeypatch.setattr(gate, "round_model", noted)
     assert run("--max-kl", limit, *rest) == 0
+    assert len(plans) > 3 and all(plan not in plans[:i] for i, plan in enumerate(plans))
     report = read(tmp_path / "out" / "report.json")
     search, budget = report["search"], report["budget"]
     assert budget["max_kl"] == search["max_kl"] == pytest.approx(limit)
@@ -110,13 +124,17 @@ def test_the_smallest_model_of_a_quality(
     # The bracket is as narrow as promised, or the search ran out of measurements.
     below = [m["avg_bits"] for m in bad if m["avg_bits"] < least["avg_bits"]]
     assert least["avg_bits"] - max(below) <= search["tolerance"] or len(search["measured"]) >= 12
-    # That plan is among the gate's candidates, rounded and measured again, and the best ships.
+    # That plan is among the gate's candidates, measured again, and the best ships.
     again = {row["name"]: row["kl"] for row in report["gate"]["candidates"]}
     assert again["optimal"] == search["kl"]
     assert report["gate"]["candidates"][0]["kl"] <= limit
     assert report["reached"]["avg_bits"] <= least["avg_bits"]
     assert report["bytes_after"] == report["reached"]["predicted_bytes"]
-    assert capsys.readouterr().out.count("bits per weight: KL") == len(search["measured"])
+    printed = capsys.readouterr().out
+    assert printed.count("bits per weight: KL") == len(search["measured"])
+    held, shipped = report["evaluation"]["held_out"], report["gate"]["candidates"][0]["kl"]
+    assert f"KL is {shipped:.4f} on the gate's text" in printed
+    assert f"and {held['kl']:.4f} ± {held['kl_stderr']:.4f} on other text." in printed
 
 
 def test_a_quality_out_of_reach(

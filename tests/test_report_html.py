@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from mixbits import curve, diagnostics
+from mixbits import charts, curve, diagnostics
 from mixbits.allocate import Item, allocate
 from mixbits.report_html import render
 
@@ -97,6 +97,9 @@ def made_up(blocks: int = 4, experts: int = 0) -> tuple[dict[str, Any], ...]:
         "bytes_after": 5_120_000,
         "evaluation": {
             "held_out": held_out,
+            "verdict": {"word": "good", "border": "fair", "advice": "Take <more> text.",
+                        "sentence": "Good, at the border of fair: perplexity is 1.029 times 5 %."},
+            "prompt": "def f(", "sample": "def f(x):\n    return <x>",
             "tasks": {"tasks": {"lambada": {"acc": 0.7412, "acc_stderr": 0.0061}}, "average": 0.7},
             "original_tasks": {"tasks": {"lambada": {"acc": 0.7655}}, "average": 0.7655},
         },
@@ -121,7 +124,7 @@ def made_up(blocks: int = 4, experts: int = 0) -> tuple[dict[str, Any], ...]:
         **swaps,
     }  # fmt: skip
     plan_data = {"strategy": "optimal", "method": "fisher", "predicted_loss": 0.02,
-                 "lower_bound": 0.01998}  # fmt: skip
+                 "lower_bound": 0.9 * plan.loss}  # fmt: skip
     scores = {
         "method": "fisher",
         "linears": {
@@ -152,6 +155,10 @@ def test_every_figure_is_in_the_page() -> None:
         *("312.4", "11.20 GB", "320.5"),
         *("python -m mixbits.quantize ./tiny --avg-bits 5", "0123456789abcdef", "nsamples 64"),
         *("strategy", "torch", "2.13.0"),
+        *("Good, at the border of fair : perplexity is 1.029 times 5 %.", "Take <more> text."),
+        *("Of 2 candidates of this size", "def f( x): return <x>", "± is a standard error"),
+        *("predicted loss", f"can have less than {plan['lower_bound']:.4g}"),
+        *("With more or fewer bits", "measured on the gate's text 0.0432"),
     ):
         assert figure in page.text, figure
 
@@ -198,7 +205,7 @@ def test_nothing_is_loaded_and_nothing_runs() -> None:
 def test_it_suits_a_phone_the_dark_and_paper() -> None:
     source = render(*made_up())
     assert '<meta name="viewport" content="width=device-width, initial-scale=1">' in source
-    for rule in ("@media print", "prefers-color-scheme: dark", "overflow-x: auto", "max-width: 8"):
+    for rule in ("@media print", "prefers-color-scheme: dark", "overflow-x: auto", "columns: 2 "):
         assert rule in source
     page = Page(source)
     assert page.tags.count("table") <= source.count('<div class="scroll"><table')
@@ -254,7 +261,7 @@ def test_a_cell_of_experts_holds_their_mean() -> None:
 def test_what_is_missing_is_left_out() -> None:
     full = render(*made_up())
     headings = re.findall(r"<h2>(.*?)</h2>", full)
-    assert len(headings) == len(set(headings)) == 11
+    assert len(headings) == len(set(headings)) == 13
     assert re.findall(r"<h2>(.*?)</h2>", render({})) == ["How it was made"]
     report, plan, scores = made_up()
     for absent in ("evaluation", "stages", "linear_bits", "curve", "measured", "gate", "search",
@@ -278,3 +285,50 @@ def test_numbers_that_are_none_do_not_break_it() -> None:
     assert not re.search(r"\bnan\b|\binf\b", Page(source).text)
     assert "1 of 28 are not above 0" in Page(source).text
     assert "<b>7.213</b>" not in source
+
+
+def test_other_budgets_lie_on_the_curve() -> None:
+    """At a point of the curve its own loss, and the KL in the proportion that is found here."""
+    report, plan, scores = made_up()
+    rows = [{"avg_bits": b, "predicted_loss": x, "gap": 0.0, "proven": True}
+            for b, x in ((4.25, 0.4), (5.0, 0.2), (6.0, 0.05), (8.25, 0.01))]  # fmt: skip
+    report |= {"curve": rows, "predicted_loss": 0.2}
+    report["reached"]["avg_bits"] = 5.0
+    report["evaluation"]["held_out"]["kl"] = 0.3
+    text = Page(render(report, plan, scores)).text
+    for row in ("5 0.200 0.3 1.00 x", "6 0.0500 0.075 0.25 x", "5.5 0.100 0.15 0.50 x"):
+        assert row in text
+    del report["evaluation"]
+    assert "5.5 0.100 - 0.50 x" in Page(render(report, plan, scores)).text
+
+
+def test_a_report_without_a_verdict_has_no_judgement() -> None:
+    report, plan, scores = made_up()
+    del report["evaluation"]["verdict"]
+    source = render(report, plan, scores)
+    assert 'class="verdict"' not in source and "No other plan" not in source
+
+
+def test_numbers_and_their_units_stay_together() -> None:
+    source = render(*made_up())
+    assert "<b>5.12\u00a0MB</b>" in source and "32% of 16.00\u00a0MB" in source
+
+
+def test_a_chart_that_is_wider_than_a_phone_says_so() -> None:
+    hint = "scroll sideways"
+    assert hint not in render({"linear_bits": {"model.layers.0.mlp.up_proj": 4.25}})
+    wide = {f"model.layers.{i}.mlp.up_proj": 4.25 + i for i in range(12)}
+    assert hint in render({"linear_bits": wide})
+
+
+def test_plans_have_one_look_on_page_and_picture() -> None:
+    source = render(*made_up())
+    kind = charts.plan_kind("tail")
+    assert f'class="c{kind}"' in source and f"--c{kind}: {charts.COLORS[kind]};" in source
+    kinds = [charts.plan_kind(n) for n in ("this plan", "uniform", "head", "tail", "optimal", "x")]
+    assert kinds == list(range(charts.KINDS)) == list(range(len(charts.MARKERS)))
+
+
+def test_half_an_emoji_does_not_break_it() -> None:
+    source = render({"evaluation": {"sample": "so good \ud83d", "prompt": "\udcff"}})
+    assert "so good ?" in source and source.encode("utf-8")

@@ -19,6 +19,7 @@ LAYERS = [
     {"findings"},
     {"stages"},
     {"report_html", "card", "coverage"},
+    {"report_plan"},
     {"report", "gate", "refine"},
     {"evaluate"},
     {"loading"},
@@ -47,11 +48,12 @@ LAYERS = [
     {"twin"},
     {"options", "arrange", "recipes", "atomic"},
     {"quality"},
-    {"curve", "diagnostics", "charts", "report_style"},
+    {"curve", "diagnostics", "report_style", "report_pieces"},
+    {"charts"},
     {"allocate"},
     {"knapsack"},
     {"demo"},
-    {"targets", "command", "files", "companions"},
+    {"targets", "command", "files", "companions", "progress", "verdict"},
     {"formats"},
 ]
 LEVEL = {name: len(LAYERS) - i for i, names in enumerate(LAYERS) for name in names}

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from ..command import Parser, exit_code
+from ..files import last_part
 from ..formats import UsageError
+from ..progress import say
 
 FORMATS = ("compressed-tensors", "auto-round", "gguf")
 REPORT = "mixbits-export.json"
@@ -66,7 +68,7 @@ def _report(args: argparse.Namespace, fits: Mapping[str, Any], losses: dict[str,
     }
     return {
         "mixbits_version": __version__,
-        "source": str(args.model),
+        "source": last_part(str(args.model)),
         "format": args.format,
         "lossy": args.lossy,
         "linears": layers,
@@ -76,15 +78,15 @@ def _report(args: argparse.Namespace, fits: Mapping[str, Any], losses: dict[str,
 
 def _print_losses(fits: Mapping[str, Any], losses: dict[str, float]) -> None:
     converted = [name for name, fit in fits.items() if fit.why]
-    print(f"{len(fits)} packed linears, {len(converted)} of them converted")
+    say(f"{len(fits)} packed linears, {len(converted)} of them converted")
     worst = sorted(losses, key=lambda name: -losses[name])
     if not worst or losses[worst[0]] == 0:
-        print("every weight stands for the same number as before")
+        say("every weight stands for the same number as before")
         return
-    print("relative error of a weight, worst first")
+    say("relative error of a weight, worst first")
     for name in worst[:_WORST]:
         became = f" ({fits[name].why}: now {fits[name].scheme.name})" if name in converted else ""
-        print(f"  {losses[name]:.2e}  {name}{became}")
+        say(f"  {losses[name]:.2e}  {name}{became}")
 
 
 def export(args: argparse.Namespace) -> None:
@@ -94,6 +96,7 @@ def export(args: argparse.Namespace) -> None:
     from ..atomic import atomic_folder
     from ..model import check_layout
     from ..targets import TARGETS, fit
+    from . import readme
     from .packed import Carrier, PackedModel
 
     model = PackedModel.open(args.model)
@@ -112,19 +115,22 @@ def export(args: argparse.Namespace) -> None:
         writer.write(folder, carrier)
         text = json.dumps(_report(args, fits, carrier.losses), indent=2) + "\n"
         (folder / REPORT).write_text(text, encoding="utf-8")
+        schemes = {linear: found.scheme for linear, found in fits.items()}
+        text = readme.render(args.format, args.out, model, schemes)
+        (folder / "README.md").write_text(text, encoding="utf-8")
     _print_losses(fits, carrier.losses)
     rounded = [name for name, found in fits.items() if found.scheme.activation]
     if args.format == "gguf" and rounded:
-        print("llama.cpp rounds activations to 8 bits in a way of its own, not as the schemes say")
+        say("llama.cpp rounds activations to 8 bits in a way of its own, not as the schemes say")
     if args.format == "gguf" and carried:
         megabytes = sum(spec.nbytes for spec in carried) / 1e6
-        print(
+        say(
             f"a GGUF holds the text model only: left out {len(carried)} tensors, "
             f"{megabytes:.1f} MB ({carried[0].name}{', ...' if len(carried) > 1 else ''})"
         )
     if args.format == "compressed-tensors" and any(model.linears[n].is_expert for n in rounded):
-        print("transformers dequantizes experts, and does not round their activations")
-    print(f"written to {args.out}")
+        say("transformers dequantizes experts, and does not round their activations")
+    say(f"written to {args.out}; how to load it is in {args.out}/README.md")
 
 
 def _command(argv: list[str] | None) -> None:

@@ -1,0 +1,211 @@
+"""One bar for a whole run, with the time that is left; plain lines where there is no terminal.
+
+Work is counted in forwards of one decoder block with one sequence: what a stage will take follows
+from the arguments (`planned_work`), and what is done is told by whoever does it (`steps`). Seconds
+per unit of work are those of the stage that runs, or of the run where it has only begun: so the
+first batch is enough for an estimate, and no duration is built in.
+
+Functions that are called from Python show nothing: `steps` and `part` tell a `Progress` that has
+been opened (`Progress.stage`), and nobody else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, TextIO, TypeVar
+
+from tqdm import tqdm
+
+from .formats import printable
+
+BACKWARD = 4  # a forward, and the forward and backward of it, of twice the cost
+PROPOSALS = 5  # of --max-kl: half of the searches need no more
+CANDIDATES = 5  # of the gate: optimal with and without correction, uniform, head, tail
+CHOICES, DOCUMENTS = 4, 1000  # of an lm-eval task, before it is known
+EVERY = 30.0  # seconds between two lines without a terminal; then twice as long
+REDRAWN = 0.2  # seconds between two drawings
+
+T = TypeVar("T")
+Advance = Callable[..., None]  # (steps = 1)
+_current: Progress | None = None
+
+
+def planned_work(args: argparse.Namespace, blocks: int, units: int = 0) -> dict[str, float]:
+    """Work of each stage that has any, as far as arguments and the number of blocks tell it.
+
+    `units` are those that --diagnose measures alone. How many requests lm-eval's tasks have is
+    known when they are read, and is guessed until then; plans of --refine are added as they come.
+    """
+    rounding = 2 * args.nsamples if args.rounding == "gptq" else 1
+    judged = rounding + 2 * args.gate
+    measured = BACKWARD * args.nsamples
+    passes = len(args.schemes.split(",")) if args.method == "deltaloss" else 1
+    gated = args.gate and not args.plan and args.strategy == "optimal"
+    learned = args.distill * args.batch_size * (BACKWARD + 1) if args.distill else 0
+    tasks = len(args.tasks.split(",")) * (2 if args.eval_original else 1) if args.tasks else 0
+    requests = tasks * CHOICES * (args.limit or DOCUMENTS)
+    work = {
+        "measure": 0 if args.scores or args.plan else measured * passes,
+        "allocate": PROPOSALS * judged if args.max_kl else 0,
+        "diagnose": (units * args.gate + measured * passes) if args.diagnose else 0,
+        "round": learned + (CANDIDATES * judged if gated else rounding),
+        "evaluate": 2 * args.eval_nsamples + requests,
+    }
+    if args.granularity == "slab":
+        work["measure"] *= 2  # once more for the order of columns
+    return {stage: float(count * blocks) for stage, count in work.items()}
+
+
+def duration(seconds: float, digits: int = 1) -> str:
+    """For people: `8.3 s`, `2 min 5 s`, `1 h 10 min`."""
+    if seconds < 59.5:
+        return f"{seconds:.{digits}f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
+
+
+class Progress:
+    """What is done of a run, and what that says of the rest.
+
+    `work` has the stages in their order. `stream` gets the bar if it is a terminal; else lines go
+    to stdout, beside those of the stages. `clock` gives seconds.
+    """
+
+    def __init__(
+        self,
+        work: Mapping[str, float],
+        stream: TextIO | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.work, self.done = dict(work), dict.fromkeys(work, 0.0)
+        self.seconds = dict.fromkeys(work, 0.0)  # of stages that are over, and have worked
+        self.stream, self.clock = sys.stderr if stream is None else stream, clock
+        self.begun = self.entered = clock()
+        self.name, self.part = "", ""
+        self.bar: Any = None
+        self.drawn, self.said, self.patience = 0.0, self.begun, EVERY
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """While a stage runs: `steps` and `part` are of it."""
+        global _current
+        before, _current = _current, self
+        self.name, self.entered = name, self.clock()
+        self.work.setdefault(name, 0.0)
+        self.done.setdefault(name, 0.0)
+        try:
+            yield
+        finally:
+            _current = before
+            self._close()
+            self.work[name] = self.done[name]  # over, whatever was expected
+            if self.done[name]:
+                self.seconds[name] = self.clock() - self.entered
+            self.name = self.part = ""
+
+    def expect(self, work: float) -> None:
+        """The stage that runs has at least so much ahead of it."""
+        self.work[self.name] = max(self.work[self.name], self.done[self.name] + work)
+
+    def advance(self, work: float) -> None:
+        """So much more is done."""
+        self.done[self.name] += work
+        self.work[self.name] = max(self.work[self.name], self.done[self.name])
+        self.show()
+
+    def share(self) -> float:
+        """Of the run's work, what is done."""
+        return sum(self.done.values()) / (sum(self.work.values()) or 1.0)
+
+    def left(self) -> float | None:
+        """Seconds until the end; None before anything is known."""
+        here = self.clock() - self.entered if self.done.get(self.name) else 0.0
+        done, seconds = sum(self.done.values()), sum(self.seconds.values()) + here
+        if not done or not seconds:
+            return None
+        pace = seconds / done
+        own = here / self.done[self.name] if here else pace
+        of_stage = self.work.get(self.name, 0.0) - self.done.get(self.name, 0.0)
+        return of_stage * own + (sum(self.work.values()) - done - of_stage) * pace
+
+    def text(self) -> str:
+        """`43 %, about 1 min 20 s left, 1 min 2 s so far: round, candidate 2 of 5`."""
+        left = self.left()
+        what = ", ".join(filter(None, (self.name, self.part)))
+        rest = f"about {duration(left, 0)} left, " if left is not None else ""
+        so_far = duration(self.clock() - self.begun, 0)
+        return f"{100 * self.share():.0f} %, {rest}{so_far} so far: {what}"
+
+    def show(self, at_once: bool = False) -> None:
+        """Draw the bar anew, or say a line, if it is time to."""
+        now = self.clock()
+        if not self.stream.isatty():
+            if now - self.said >= self.patience:
+                self.said, self.patience = now, 2 * self.patience
+                say(f"      {self.text()}")
+            return
+        if not at_once and now - self.drawn < REDRAWN:
+            return
+        self.drawn = now
+        if self.bar is None:
+            form = "      {bar:16} {desc}"
+            self.bar = tqdm(total=1.0, file=self.stream, leave=False, bar_format=form)
+        self.bar.n = min(1.0, self.share())
+        self.bar.set_description_str(self.text())
+
+    def _close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+
+def say(text: str) -> None:
+    """Print lines beside the bar, whatever is in them: see `formats.printable`."""
+    if _current is not None and _current.bar is not None:
+        _current.bar.clear()
+    print("\n".join(map(printable, text.split("\n"))), flush=True)
+
+
+def steps(total: float, cost: float = 1.0) -> Advance:
+    """Work in `total` steps, each of `cost` forwards of a block; call what it gives after a step.
+
+    Without an open `Progress` nothing is shown.
+    """
+    progress = _current
+    if progress is None:
+        return lambda count=1.0: None
+    progress.expect(total * cost)
+    progress.show()
+    return lambda count=1.0: progress.advance(count * cost)
+
+
+@contextmanager
+def part(name: str) -> Iterator[None]:
+    """What runs in here is called `name`, such as candidate 2 of 5."""
+    progress = _current
+    if progress is None:
+        yield
+        return
+    before, progress.part = progress.part, name
+    progress.show(at_once=True)
+    try:
+        yield
+    finally:
+        progress.part = before
+
+
+def numbered(things: Sequence[T], what: str) -> Iterator[T]:
+    """Each of `things` in turn, called `what` 1 of n; the work ahead is as of those before."""
+    for index, thing in enumerate(things):
+        before = _current.done[_current.name] if _current else 0.0
+        with part(f"{what} {index + 1} of {len(things)}"):
+            yield thing
+        if _current is not None:  # now it is known what one takes
+            took = _current.done[_current.name] - before
+            ahead = took * (len(things) - index - 1)
+            _current.work[_current.name] = _current.done[_current.name] + ahead
