@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,20 @@ from .formats import UsageError, first_line
 
 def write_text(path: Path, text: str) -> None:
     """Write a file so that a reader sees the old or the new one, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name[:50]}.{secrets.token_hex(4)}")
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with temporary.open("xb") as file:
+            file.write(encoded(text))
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def encoded(text: str) -> bytes:
+    """UTF-8; of what that cannot hold, as names of files may have, an escape (which JSON reads)."""
+    return text.encode("utf-8", "backslashreplace")
 
 
 def read_object(path: Path) -> dict[str, Any]:

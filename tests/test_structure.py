@@ -50,8 +50,8 @@ LAYERS = [
     {"curve", "diagnostics", "charts", "report_style"},
     {"allocate"},
     {"knapsack"},
-    {"demo"},
-    {"targets", "command", "files", "companions"},
+    {"demo", "manifest"},
+    {"targets", "command", "files", "companions", "system"},
     {"formats"},
 ]
 LEVEL = {name: len(LAYERS) - i for i, names in enumerate(LAYERS) for name in names}

@@ -8,10 +8,14 @@ import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..command import Parser, exit_code
+from ..files import write_text
 from ..formats import UsageError
+
+if TYPE_CHECKING:
+    from ..atomic import Destination
 
 FORMATS = ("compressed-tensors", "auto-round", "gguf")
 REPORT = "mixbits-export.json"
@@ -89,9 +93,15 @@ def _print_losses(fits: Mapping[str, Any], losses: dict[str, float]) -> None:
 
 def export(args: argparse.Namespace) -> None:
     """Raises UsageError; leaves a complete output folder or none."""
+    from ..atomic import reserved
+
+    with reserved(args.out, args.overwrite, [args.model]) as place:
+        _export(args, place)
+
+
+def _export(args: argparse.Namespace, place: Destination) -> None:
     import torch
 
-    from ..atomic import atomic_folder
     from ..model import check_layout
     from ..targets import TARGETS, fit
     from .packed import Carrier, PackedModel
@@ -108,10 +118,10 @@ def export(args: argparse.Namespace) -> None:
     writer = _writer(args.format)
     carried = model.carried_specs
     needs = sum(s.nbytes for s in ({s.name: s for s in carried} | dict(model.specs)).values())
-    with atomic_folder(args.out, args.overwrite, needs) as folder:
+    with place.folder(needs) as folder:
         writer.write(folder, carrier)
         text = json.dumps(_report(args, fits, carrier.losses), indent=2) + "\n"
-        (folder / REPORT).write_text(text, encoding="utf-8")
+        write_text(folder / REPORT, text)
     _print_losses(fits, carrier.losses)
     rounded = [name for name, found in fits.items() if found.scheme.activation]
     if args.format == "gguf" and rounded:
