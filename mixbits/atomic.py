@@ -88,7 +88,7 @@ def _placed(out: Path) -> Path:
     try:
         path = out.resolve() if out.name in ("", "..") else out.parent.resolve() / out.name
         path.lstat()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         pass
     except (OSError, RuntimeError, ValueError) as error:
         raise _unusable(out, error) from None

@@ -67,7 +67,7 @@ class Manifest(BaseModel):
         from . import __version__
 
         names = (path.relative_to(folder).as_posix() for path, _ in _walk(folder))
-        files = {n: None if n in later else Entry.of(folder / n) for n in names}
+        files = {n: None if n in later else Entry.of(folder / n) for n in names if n != MANIFEST}
         return cls(mixbits_manifest=1, mixbits_version=__version__, files=files)
 
     @classmethod
@@ -115,12 +115,11 @@ def _sorted_out(folder: Path) -> Iterator[tuple[Path, str | None]]:
     is_older = manifest is None and _has_mark(folder)
     for path, is_file in _walk(folder):
         name = path.relative_to(folder).as_posix()
+        is_folder = path.is_dir() and not path.is_symlink()
         if manifest is None:
             ours = is_file and is_older and _WRITTEN.fullmatch(name)
             yield path, None if ours else f"mixbits did not write {name}"
-        elif (
-            not is_file and any(n.startswith(f"{name}/") for n in manifest.files) and path.is_dir()
-        ):
+        elif is_folder and any(other.startswith(f"{name}/") for other in manifest.files):
             continue  # our files in it are gone
         elif not is_file or name not in {*manifest.files, MANIFEST, TEMPORARY}:
             yield path, f"mixbits did not write {name}"

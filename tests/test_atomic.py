@@ -213,6 +213,11 @@ def foreign_file(name: str) -> Callable[[Path], None]:
     return add
 
 
+def make_pipe(path: Path) -> None:
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+
+
 def without_manifest(out: Path, **files: str) -> None:
     shutil.rmtree(out)
     out.mkdir()
@@ -228,7 +233,11 @@ CHANGED = {
     "deep": (foreign_file("a/b/c"), "mixbits did not write a/b/c"),
     "an empty folder": (lambda out: (out / "mine").mkdir(), "mixbits did not write mine"),
     "a link": (lambda out: (out / "l").symlink_to("plan.json"), "mixbits did not write l"),
-    "a pipe": (lambda out: os.mkfifo(out / "pipe"), "mixbits did not write pipe"),
+    "a pipe": (lambda out: make_pipe(out / "pipe"), "mixbits did not write pipe"),
+    "a link for our folder": (
+        lambda out: (out / "sub").symlink_to((out / "sub").rename(out.parent / "s")),
+        "mixbits did not write sub",
+    ),
     "edited": (lambda out: (out / "plan.json").write_text("my"), "plan.json was changed"),
     "edited, of the same size": (
         lambda out: (out / "plan.json").write_text("mine"[:3]),
@@ -245,7 +254,7 @@ CHANGED = {
     "another's manifest": (lambda out: (out / MANIFEST).write_text("{}"), "did not write"),
     "a manifest of lists": (lambda out: (out / MANIFEST).write_text("[" * 10**5), "did not write"),
     "a pipe for a manifest": (
-        lambda out: ((out / MANIFEST).unlink(), os.mkfifo(out / MANIFEST)),
+        lambda out: make_pipe(out / MANIFEST),
         "mixbits did not write mixbits-manifest.json",
     ),
     "an empty plan.json": (lambda out: without_manifest(out, plan_json=""), "plan.json"),
