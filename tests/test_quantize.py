@@ -42,9 +42,8 @@ def test_everything_is_written_and_the_report_tells_it(
         "tokenizer.json",
         "tokenizer_config.json",
     ]
-    assert (
-        foreign(out) is None and None not in read(out / "mixbits-manifest.json")["files"].values()
-    )
+    assert foreign(out) is None
+    assert None not in read(out / "mixbits-manifest.json")["files"].values()
     assert len({path.stat().st_mode for path in out.iterdir()}) == 1
     report = read(out / "report.json")
     assert report["budget"] == {"avg_bits": 5.0, "counted": "elements, scales and zero points"}
