@@ -7,6 +7,7 @@
     plan.json, scores.json            how it came about
     report.json, report.html          what it is worth (mixbits.report, report_html)
     README.md                         the model's card (mixbits.card)
+    mixbits-manifest.json             which files are ours (mixbits.manifest)
     tokenizer, processor and others   copied
 
 `quantization_config` names what is neither packed nor of the model's own 16-bit type:

@@ -45,14 +45,23 @@ def exit_code(run: Callable[[], object], argv: Sequence[str] | None = None) -> i
     try:
         run()
         return 0
-    except KeyboardInterrupt:
-        print("stopped; no output is half written", file=sys.stderr)
+    except SystemExit as error:  # of a signal
+        if notes := _notes(error):
+            print(f"stopped{notes}", file=sys.stderr)
+        raise
+    except KeyboardInterrupt as error:
+        print(f"stopped; no output is half written{_notes(error)}", file=sys.stderr)
         return 1
     except Exception as error:
         if "--traceback" in (sys.argv if argv is None else argv):
             traceback.print_exc()
-        print(f"error: {printable(_sentence(error))}", file=sys.stderr)
+        print(f"error: {printable(_sentence(error) + _notes(error))}", file=sys.stderr)
         return 2
+
+
+def _notes(error: BaseException) -> str:
+    """What to do about it, where whoever saw the error pass has said so."""
+    return "".join(f"; {first_line(note, 5000)}" for note in getattr(error, "__notes__", ()))
 
 
 def _sentence(error: Exception) -> str:

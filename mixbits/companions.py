@@ -11,6 +11,7 @@ _WEIGHT_FILES: tuple[str, ...] = (".safetensors", ".bin", ".pt", ".pth", ".ckpt"
 _WEIGHT_FILES += (".gguf", ".onnx", ".onnx_data", ".npz", ".pkl", ".pickle", ".ot", ".index.json")
 _OF_THE_SOURCE = {"config.json", "quantize_config.json", "quant_config.json", "recipe.yaml"}
 _OF_THE_SOURCE |= {"hf_quant_config.json", "mixbits-export.json", "README.md", "plan.json"}
+_OF_THE_SOURCE |= {"mixbits-manifest.json"}
 _OF_THE_SOURCE |= {"scores.json", "report.json", "report.html", "curve.csv", "curve.png"}
 
 

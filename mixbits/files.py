@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import secrets
 import shlex
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,10 @@ _SNAPSHOT = re.compile(r"/models--([\w.-]+?)--([\w.-]+)/snapshots/[^/]+$")
 
 def write_text(path: Path, text: str) -> None:
     """Write a file so that a reader sees the old or the new one, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name[:50]}.{secrets.token_hex(4)}")
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with temporary.open("xb") as file:
+            file.write(encoded(text))
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -56,6 +57,11 @@ def without_folders(command: str) -> str:
             word = option + equals + (Path(value).name or value)
         shown.append(word)
     return shlex.join(shown)
+
+
+def encoded(text: str) -> bytes:
+    """UTF-8; of what that cannot hold, as names of files may have, an escape (which JSON reads)."""
+    return text.encode("utf-8", "backslashreplace")
 
 
 def read_object(path: Path) -> dict[str, Any]:

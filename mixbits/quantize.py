@@ -15,6 +15,8 @@ import argparse
 import json
 import shlex
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +25,7 @@ from .formats import UsageError, first_line, parse_scheme
 from .options import parse_arguments
 
 if TYPE_CHECKING:  # torch is imported by functions only: a wrong option should be told at once
+    from .atomic import Destination
     from .gate import Choice
     from .model import CausalLM, LeftAlone
     from .report import Stages
@@ -238,29 +241,39 @@ def _print_plan(run: Run, choice: Choice, reached: dict[str, Any]) -> None:
     )
 
 
-def _write_report(folder: Path, report: dict[str, Any]) -> None:
-    """report.json; and report.html from the files alone, so that it can be made from them again."""
-    from .files import write_text
-    from .report_html import render
-    from .scores import dump
+class _Reports:
+    """The files of an output that are written again when it has been scored: name -> text.
 
-    write_text(folder / "report.json", dump(report))
-    told, plan, scores = (
-        json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        for path in (folder / f"{name}.json" for name in ("report", "plan", "scores"))
-    )
-    write_text(folder / "report.html", render(told, plan, scores))
+    report.json; report.html, from the contents of the files alone, so that it can be made from
+    them again; and README.md, which the hub shows and whoever finds the folder reads.
+    """
 
+    NAMES = ("report.json", "report.html", "README.md")
 
-def _write_card(run: Run, folder: Path, choice: Choice, report: dict[str, Any]) -> None:
-    """README.md: what the hub shows of the model, and whoever finds its folder reads."""
-    from . import card
-    from .files import write_text
-    from .report import scheme_rows
+    def __init__(self, run: Run, choice: Choice, report: dict[str, Any], folder: Path) -> None:
+        self.run, self.choice, self.report = run, choice, report
+        self.plan, self.scores = (
+            json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+            for path in (folder / f"{name}.json" for name in ("plan", "scores"))
+        )
 
-    rows = scheme_rows(run.linears, choice.winner.plan.assignment)
-    text = card.render(run.args.out.name, run.source, rows, report, run.args.fake)
-    write_text(folder / "README.md", text)
+    def texts(
+        self, evaluation: dict[str, Any] | None, stages: list[dict[str, Any]]
+    ) -> dict[str, str]:
+        from . import card
+        from .report import scheme_rows
+        from .report_html import render
+        from .scores import dump
+
+        run = self.run
+        self.report.update(evaluation=evaluation, stages=stages)
+        told = dump(self.report)
+        texts = [told, render(json.loads(told), self.plan, self.scores)]
+        if not run.args.solve_only:
+            rows = scheme_rows(run.linears, self.choice.winner.plan.assignment)
+            how = self.report, run.args.fake
+            texts.append(card.render(run.args.out.name, run.source, rows, *how))
+        return dict(zip(self.NAMES, texts, strict=False))
 
 
 def _print_results(report: dict[str, Any], evaluation: dict[str, Any]) -> None:
@@ -299,11 +312,14 @@ def _stage_names(args: argparse.Namespace) -> list[str]:
     return names
 
 
-def _planned(run: Run, clock: Stages, model: CausalLM, sha256: str, text: Text) -> Planned:
+def _planned(
+    run: Run, clock: Stages, place: Destination, model: CausalLM, sha256: str, text: Text
+) -> Planned:
     """The plan that is given, or those that are measured for and solved."""
     from . import findings, stages
     from .progress import say
     from .report import diagnosis, refinement
+    from .scores import dump
 
     args = run.args
     if args.plan is not None:
@@ -312,6 +328,8 @@ def _planned(run: Run, clock: Stages, model: CausalLM, sha256: str, text: Text) 
     what = f"reuse {args.scores}" if args.scores else f"{args.method}, {args.schemes}"
     with clock.run("measure", what):
         scores = stages.measure(run, model, text.calibration, sha256)
+        if not args.scores:
+            place.set_aside(".scores.json", dump(scores.data))
     with clock.run("allocate", args.strategy):
         planned = stages.make_plans(run, model, scores, text)
         planned.curve = findings.curve_rows(run, planned)
@@ -343,9 +361,33 @@ def _rounded(run: Run, clock: Stages, model: CausalLM, planned: Planned, text: T
 
 
 def quantize(run: Run) -> None:
-    """All stages, in order. Raises UsageError; leaves a complete output folder or none."""
+    """All stages, in order. Raises UsageError; leaves a complete output folder or none.
+
+    What was measured for an output that did not come about lies beside it.
+    """
+    from .atomic import reserved
+    from .stages import inputs
+
+    args = run.args
+    with reserved(args.out, args.overwrite, inputs(args)) as place, _told_of_scores(place):
+        _quantize(run, place)
+
+
+@contextmanager
+def _told_of_scores(place: Destination) -> Iterator[None]:
+    """Whatever ends the run says where the scores are that it had measured by then."""
+    try:
+        yield
+    except BaseException as error:
+        if place.aside is not None:
+            path = shlex.quote(str(place.aside))
+            error.add_note(f"to go on from what was measured: --scores {path}")
+        raise
+
+
+def _quantize(run: Run, place: Destination) -> None:
     from . import findings, stages
-    from .atomic import atomic_folder
+    from .files import write_text
     from .model import decoder_blocks
     from .progress import Progress, duration, planned_work, say
     from .report import Stages
@@ -361,22 +403,19 @@ def quantize(run: Run) -> None:
         text = stages.calibrate(run, tokenizer)
         if prefix := text.calibration.prefix:
             say(f"      every sequence begins with {tokenizer.decode(prefix)}")
-    planned = _planned(run, clock, model, sha256, text)
+    planned = _planned(run, clock, place, model, sha256, text)
     choice = _rounded(run, clock, model, planned, text)
     report = findings.report(run, sha256, planned, choice, text)
     _print_plan(run, choice, report["reached"])
-
-    def write_report(folder: Path, evaluation: dict[str, Any] | None) -> None:
-        report.update(evaluation=evaluation, stages=clock.rows)
-        _write_report(folder, report)
-        if not args.solve_only:
-            _write_card(run, folder, choice, report)
-
     needs = 0 if args.solve_only else report["reached"]["predicted_bytes"]
-    with atomic_folder(args.out, args.overwrite, needs) as folder:
+    later = () if args.solve_only else _Reports.NAMES
+    with place.folder(needs, later) as folder:
         with clock.run("write", str(args.out)):
             report["bytes_after"] = _write(run, folder, model, choice, planned, report)
-        write_report(folder, None)
+        reports = _Reports(run, choice, report, folder)
+        for name, content in reports.texts(None, clock.rows).items():
+            write_text(folder / name, content)
+    place.drop_aside()  # it is in the folder now
     if args.solve_only:
         say(f"  plan and scores are in {args.out}")
         _print_curve(args)
@@ -388,11 +427,13 @@ def quantize(run: Run) -> None:
         with clock.run("evaluate", ", ".join(judges) or "nothing asked for"):
             if args.fake:  # its weights were rounded in place
                 model = run.source.load()
+            place.check_in_place()
             quantized = _load_result(run, choice, evaluation)
+            place.check_in_place()  # and so is what was loaded by its name
             texts = tokenizer, text.held_out
             _evaluate(run, model, quantized, *texts, circumstances, evaluation)
     finally:  # a task that fails takes nothing else with it
-        write_report(args.out, evaluation)
+        place.rewrite(reports.texts(evaluation, clock.rows))
     _print_results(report, evaluation)
     took = duration(sum(row["seconds"] for row in clock.rows))
     say(f"\n  everything is in {args.out} after {took}; what it came to in {args.out}/report.html")
@@ -409,10 +450,13 @@ def quantize(run: Run) -> None:
 def _command(argv: list[str] | None) -> None:
     args = parse_arguments(argv)
     from . import stages
+    from .atomic import recover
     from .progress import Progress
     from .report import quiet
 
     quiet()
+    if not args.dry_run:
+        recover(args.out)
     _check_device(args)
     with Progress({}).stage("look at the source"):
         run = stages.prepare(args)

@@ -12,6 +12,7 @@ import random
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from . import demo
@@ -113,6 +114,12 @@ class Run:
         }
 
 
+def inputs(args: argparse.Namespace) -> list[Path]:
+    """What the run reads, as far as it is files: the output does not replace it."""
+    names = (args.model, args.dataset, args.eval_dataset, args.plan, args.scores, args.include_path)
+    return [Path(name) for name in names if name]
+
+
 def prepare(args: argparse.Namespace) -> Run:
     """Check everything that can be checked from the arguments and config.json."""
     modes = args.weight_scale_mode, args.act_scale_mode
@@ -120,7 +127,7 @@ def prepare(args: argparse.Namespace) -> Run:
     schemes = list({s.name: s for s in parsed}.values())
     keep = [parse_keep(text, modes) for text in args.keep]
     if not args.dry_run:
-        check_destination(args.out, args.overwrite)
+        check_destination(args.out, args.overwrite, inputs(args))
     if args.curve:
         check_plotting()
     source = open_source(args.model, args.trust_remote_code, config_only=args.dry_run)

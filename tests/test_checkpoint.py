@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +16,6 @@ from transformers import AutoModelForCausalLM
 
 import mixbits
 from mixbits import checkpoint
-from mixbits.atomic import atomic_folder, check_destination
 from mixbits.checkpoint import make_shards, predicted_bytes, save, tensor_specs
 from mixbits.fake import FakeLinear
 from mixbits.formats import Mixed, UsageError, parse_scheme
@@ -365,115 +360,3 @@ def test_an_unknown_backend_is_refused(intact: Path) -> None:
         mixbits.load(intact, backend="cuda")
     with pytest.raises(UsageError, match="8-bit floats: the cuda backend is needed: got cpu"):
         mixbits.load(intact, backend="cpu", fp8_activations=True)
-
-
-# -------------------------------------------------------------------------------- atomic writing
-
-
-def entries(folder: Path) -> list[str]:
-    return sorted(p.name for p in folder.iterdir())
-
-
-def test_a_folder_appears_when_complete(tmp_path: Path) -> None:
-    with atomic_folder(tmp_path / "deep" / "out") as folder:
-        (folder / "a").write_text("a")
-        assert not (tmp_path / "deep" / "out").exists()
-    assert entries(tmp_path / "deep") == ["out"] and entries(tmp_path / "deep" / "out") == ["a"]
-
-
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
-def test_an_exception_leaves_nothing(error: type[BaseException], tmp_path: Path) -> None:
-    with pytest.raises(error), atomic_folder(tmp_path / "out") as folder:
-        (folder / "a").write_text("a")
-        raise error
-    assert entries(tmp_path) == []
-
-
-def ours(folder: Path, text: str) -> Path:
-    folder.mkdir(parents=True)
-    (folder / "plan.json").write_text(text)
-    return folder
-
-
-def test_an_existing_folder_is_replaced_only_if_ours_and_asked(tmp_path: Path) -> None:
-    out = ours(tmp_path / "out", "old")
-    with pytest.raises(UsageError, match="exists: pass --overwrite"), atomic_folder(out):
-        pytest.fail("never reached")
-    with atomic_folder(out, overwrite=True) as folder:
-        (folder / "plan.json").write_text("new")
-        assert (out / "plan.json").read_text() == "old"
-    assert (out / "plan.json").read_text() == "new" and entries(tmp_path) == ["out"]
-    (out / "plan.json").rename(out / "thesis.tex")
-    with pytest.raises(UsageError, match="is no mixbits output"):
-        check_destination(out, overwrite=True)
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UsageError, match="is no mixbits output"):
-        check_destination(tmp_path / "file", overwrite=True)
-    (tmp_path / "empty").mkdir()
-    check_destination(tmp_path / "empty", overwrite=True)
-    with pytest.raises(UsageError, match="must lie in a writable folder"):
-        check_destination(tmp_path / "file" / "out", overwrite=False)
-
-
-def test_a_link_stays_a_link(tmp_path: Path) -> None:
-    ours(tmp_path / "disk" / "real", "old")
-    (tmp_path / "out").symlink_to(tmp_path / "disk" / "real")
-    with atomic_folder(tmp_path / "out", overwrite=True) as folder:
-        (folder / "plan.json").write_text("new")
-    assert (tmp_path / "out").is_symlink()
-    assert (tmp_path / "out" / "plan.json").read_text() == "new"
-    assert entries(tmp_path / "disk") == ["real"]
-
-
-def test_an_error_keeps_the_folder_that_was_to_be_replaced(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    out = ours(tmp_path / "out", "old")
-    rename = Path.rename
-
-    def fail(self: Path, target: Path) -> Path:
-        if ".partial-" in self.name:
-            raise OSError("no")
-        return rename(self, target)
-
-    monkeypatch.setattr(Path, "rename", fail)
-    with pytest.raises(OSError, match="no"), atomic_folder(out, overwrite=True):
-        pass
-    assert (out / "plan.json").read_text() == "old" and entries(tmp_path) == ["out"]
-
-
-def dead_pid() -> int:
-    done = subprocess.Popen([sys.executable, "-c", ""])
-    done.wait()
-    return done.pid
-
-
-def test_what_dead_processes_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
-    dead, alive = dead_pid(), os.getppid()
-    gone = [f".out.partial-{dead}", f".out.replaced-{dead}", f".out.partial-{os.getpid()}"]
-    stay = [f".out.partial-{alive}", f".other.partial-{dead}", ".out.partial-mine", "out2"]
-    for name in gone + stay:
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "file").write_text("")
-    with atomic_folder(tmp_path / "out") as folder:
-        assert entries(folder) == []
-    assert entries(tmp_path) == sorted([*stay, "out"])
-
-
-def test_sigterm_leaves_nothing(tmp_path: Path) -> None:
-    before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(SystemExit) as caught, atomic_folder(tmp_path / "out"):
-        os.kill(os.getpid(), signal.SIGTERM)
-        pytest.fail("never reached")
-    assert caught.value.code == 128 + signal.SIGTERM
-    assert entries(tmp_path) == [] and signal.getsignal(signal.SIGTERM) is before
-
-
-def test_room_is_asked_for_first(tmp_path: Path) -> None:
-    needs = shutil.disk_usage(tmp_path).free * 2
-    with (
-        pytest.raises(UsageError, match=rf"bytes free: {needs:,} are needed"),
-        atomic_folder(tmp_path / "out", needs=needs),
-    ):
-        pytest.fail("never reached")
-    assert entries(tmp_path) == []

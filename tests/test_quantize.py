@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 import mixbits
 from mixbits import checkpoint, quantize
 from mixbits.formats import parse_scheme
+from mixbits.manifest import foreign
 from mixbits.model import find_linears, make_units
 from mixbits.plan import average_bits
 from mixbits.source import open_source
@@ -34,6 +35,7 @@ def test_everything_is_written_and_the_report_tells_it(
         "README.md",
         "config.json",
         "generation_config.json",
+        "mixbits-manifest.json",
         "model.safetensors",
         "plan.json",
         "report.html",
@@ -42,6 +44,9 @@ def test_everything_is_written_and_the_report_tells_it(
         "tokenizer.json",
         "tokenizer_config.json",
     ]
+    assert foreign(out) is None
+    assert None not in read(out / "mixbits-manifest.json")["files"].values()
+    assert len({path.stat().st_mode for path in out.iterdir()}) == 1
     report = read(out / "report.json")
     assert report["budget"] == {"avg_bits": 5.0, "counted": "elements, scales and zero points"}
     source = open_source(str(shared / "llama"))
@@ -182,7 +187,8 @@ def test_solve_only_and_another_budget_from_the_same_scores(
 ) -> None:
     assert run("--avg-bits", 5, "--solve-only", "--method", method) == 0
     first = tmp_path / "out"
-    assert entries(first) == ["plan.json", "report.html", "report.json", "scores.json"]
+    names = ["mixbits-manifest.json", "plan.json", "report.html", "report.json", "scores.json"]
+    assert entries(first) == names
     assert read(first / "report.json")["evaluation"] is None
     assert read(first / "report.json")["budget"]["avg_bits"] == 5.0
     assert run("--avg-bits", 7, "--solve-only", "--scores", first / "scores.json", out="b") == 0

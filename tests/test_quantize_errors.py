@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from tiny import SMALL, VOCAB, entries, make_model, read, write_ids
 import mixbits
 from mixbits import checkpoint, curve, quantize
 from mixbits.atomic import atomic_folder
+from mixbits.manifest import foreign
 
 KILLS = int(os.environ.get("MIXBITS_TEST_KILLS", "4"))
 
@@ -194,6 +196,9 @@ BAD_OPTIONS: dict[str, tuple[list[str], str]] = {
 }
 
 
+KNOWN_WHEN_MEASURED = {"too few bits", "too many bits", "too small"}
+
+
 @pytest.mark.parametrize("case", BAD_OPTIONS)
 def test_bad_options(
     case: str, run: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -205,7 +210,8 @@ def test_bad_options(
     options, expected = BAD_OPTIONS[case]
     code = run(*(word.format(tmp_path) for word in options))
     assert expected in refused(code, capsys)
-    assert entries(tmp_path) == before
+    kept = {"out.scores.json"} if case in KNOWN_WHEN_MEASURED else set()
+    assert set(entries(tmp_path)) == set(before) | kept
 
 
 def test_a_missing_matplotlib_is_said_before_any_work(
@@ -247,8 +253,9 @@ def test_an_existing_folder(
 ) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("mine")
-    assert "exists: pass --overwrite" in refused(run(), capsys)
-    assert "is no mixbits output" in refused(run("--overwrite"), capsys)
+    for options in ([], ["--overwrite"]):
+        message = refused(run(*options), capsys)
+        assert "is no mixbits output (mixbits did not write thesis.tex)" in message
     assert (tmp_path / "out" / "thesis.tex").read_text() == "mine"
 
 
@@ -323,7 +330,7 @@ def test_a_full_disk_is_seen_before_anything_is_written(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert "bytes free" in refused(run("--avg-bits", 5, *options, out="disk/out"), capsys)
-    assert entries(small_disk) == []
+    assert entries(small_disk) == ["out.scores.json"]
 
 
 @pytest.mark.parametrize("options", [[], ["--fake"], ["--solve-only"]])
@@ -340,7 +347,7 @@ def test_a_disk_that_fills_up_midway(
         (small_disk / "filler").write_bytes(bytes(60 << 10))
     code = run("--avg-bits", 5, *options, out="disk/out")
     assert "the disk is full" in refused(code, capsys)
-    assert entries(small_disk) in ([], ["filler"])
+    assert entries(small_disk) in (["out.scores.json"], ["filler"])
 
 
 @pytest.mark.parametrize("stage", ["weights", "text"])
@@ -369,7 +376,58 @@ def test_a_simulated_full_disk(
     else:
         monkeypatch.setattr(shutil, "copyfile", full_text)
     assert "the disk is full" in refused(run("--avg-bits", 5, *options), capsys)
-    assert entries(tmp_path) == []
+    assert entries(tmp_path) == ["out.scores.json"]
+
+
+def test_a_disk_that_is_full_when_the_scores_are_to_be_reported(
+    run: Callable[..., int],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def full(number: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    score = quantize._evaluate
+
+    def scored(*args: Any) -> None:
+        score(*args)
+        monkeypatch.setattr(os, "fsync", full)
+
+    monkeypatch.setattr(quantize, "_evaluate", scored)
+    message = refused(run("--avg-bits", 5), capsys)
+    assert "the disk is full" in message and "is complete, but its report" in message
+    assert entries(tmp_path) == ["out"] and foreign(tmp_path / "out") is None
+    assert read(tmp_path / "out" / "report.json")["evaluation"] is None
+    mixbits.load(tmp_path / "out")
+
+
+@pytest.mark.parametrize("end", [RuntimeError("odd"), KeyboardInterrupt(), SystemExit(143)])
+def test_what_was_measured_outlives_whatever_ends_the_run(
+    end: BaseException,
+    run: Callable[..., int],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def stop(*_: Any) -> None:
+        raise end
+
+    kept = tmp_path / "out.scores.json"
+    with monkeypatch.context() as patch, suppress(SystemExit):
+        patch.setattr(checkpoint, "copy_companions", stop)
+        assert run("--avg-bits", 5) == (2 if isinstance(end, RuntimeError) else 1)
+    lines = capsys.readouterr().err.replace("\r", "\n").splitlines()
+    (told,) = (line for line in lines if line.startswith(("error: ", "stopped")))
+    assert told.endswith(f"; to go on from what was measured: --scores {kept}")
+    assert entries(tmp_path) == ["out.scores.json"]
+    text = kept.read_text()
+    words = ["--avg-bits", 5, "--eval-nsamples", 0]
+    assert run(*words, "--scores", kept, "--solve-only", out="again") == 0
+    assert (tmp_path / "again" / "scores.json").read_text() == text
+    assert run(*words, "--solve-only") == 0  # which measures the same, and has it in its output
+    assert entries(tmp_path) == ["again", "out"]
+    assert (tmp_path / "out" / "scores.json").read_text() == text
 
 
 # ------------------------------------------------------------------------------------- killed
@@ -461,7 +519,7 @@ def test_killed_at_every_step_of_the_exchange(
     assert entries(tmp_path) == ["out", "pattern"]
 
 
-def test_sigterm_leaves_neither_output_nor_partial_folder(shared: Path, tmp_path: Path) -> None:
+def test_sigterm_leaves_the_scores_alone(shared: Path, tmp_path: Path) -> None:
     process = start(shared, tmp_path)
     assert process.stdout is not None
     for line in process.stdout:
@@ -470,10 +528,10 @@ def test_sigterm_leaves_neither_output_nor_partial_folder(shared: Path, tmp_path
     process.send_signal(signal.SIGTERM)
     process.communicate()
     assert process.returncode in (143, -15)
-    assert entries(tmp_path) == []
+    assert entries(tmp_path) == ["out.scores.json"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_a_signal_while_files_are_written_leaves_nothing(
     number: signal.Signals,
     run: Callable[..., int],
@@ -493,4 +551,4 @@ def test_a_signal_while_files_are_written_leaves_nothing(
     else:
         with pytest.raises(SystemExit):
             run("--avg-bits", 5)
-    assert entries(tmp_path) == []
+    assert entries(tmp_path) == ["out.scores.json"]

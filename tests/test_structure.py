@@ -52,8 +52,8 @@ LAYERS = [
     {"charts"},
     {"allocate"},
     {"knapsack"},
-    {"demo"},
-    {"targets", "command", "files", "companions", "progress", "verdict"},
+    {"demo", "manifest"},
+    {"targets", "command", "files", "companions", "progress", "verdict", "system"},
     {"formats"},
 ]
 LEVEL = {name: len(LAYERS) - i for i, names in enumerate(LAYERS) for name in names}

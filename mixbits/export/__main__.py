@@ -8,12 +8,15 @@ import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..command import Parser, exit_code
-from ..files import last_part
+from ..files import last_part, write_text
 from ..formats import UsageError
 from ..progress import say
+
+if TYPE_CHECKING:
+    from ..atomic import Destination
 
 FORMATS = ("compressed-tensors", "auto-round", "gguf")
 REPORT = "mixbits-export.json"
@@ -91,9 +94,15 @@ def _print_losses(fits: Mapping[str, Any], losses: dict[str, float]) -> None:
 
 def export(args: argparse.Namespace) -> None:
     """Raises UsageError; leaves a complete output folder or none."""
+    from ..atomic import reserved
+
+    with reserved(args.out, args.overwrite, [args.model]) as place:
+        _export(args, place)
+
+
+def _export(args: argparse.Namespace, place: Destination) -> None:
     import torch
 
-    from ..atomic import atomic_folder
     from ..model import check_layout
     from ..targets import TARGETS, fit
     from . import readme
@@ -111,13 +120,12 @@ def export(args: argparse.Namespace) -> None:
     writer = _writer(args.format)
     carried = model.carried_specs
     needs = sum(s.nbytes for s in ({s.name: s for s in carried} | dict(model.specs)).values())
-    with atomic_folder(args.out, args.overwrite, needs) as folder:
+    with place.folder(needs) as folder:
         writer.write(folder, carrier)
         text = json.dumps(_report(args, fits, carrier.losses), indent=2) + "\n"
-        (folder / REPORT).write_text(text, encoding="utf-8")
+        write_text(folder / REPORT, text)
         schemes = {linear: found.scheme for linear, found in fits.items()}
-        text = readme.render(args.format, args.out, model, schemes)
-        (folder / "README.md").write_text(text, encoding="utf-8")
+        write_text(folder / "README.md", readme.render(args.format, args.out, model, schemes))
     _print_losses(fits, carrier.losses)
     rounded = [name for name, found in fits.items() if found.scheme.activation]
     if args.format == "gguf" and rounded:
