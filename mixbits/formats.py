@@ -189,7 +189,8 @@ class Mixed:
     """Several schemes in one linear, each for a run of its input columns.
 
     segments  schemes with numbers of columns, in the order in which they are stored
-    order     place i of that order holds input column order[i]; None: as they come
+    order     place i of that order holds input column order[i]; None: as they come. A range
+              stands for an order that is known to be there, and is not known yet
     rotated   the ordered columns, 32 by 32, are stored in the basis of a Hadamard matrix
     folded    the linears that make the input make it in this order: their stored rows are
               ordered instead, and the order is not stored
@@ -198,7 +199,7 @@ class Mixed:
     """
 
     segments: tuple[tuple[Scheme, int], ...]
-    order: tuple[int, ...] | None = None
+    order: tuple[int, ...] | range | None = None
     rotated: bool = False
     folded: bool = False
 
@@ -210,7 +211,8 @@ class Mixed:
             raise UsageError(
                 f"one linear is divided among at most {MAX_SEGMENTS} schemes: got {self.name}"
             )
-        if self.order is not None and sorted(self.order) != list(range(self.in_features)):
+        natural = range(self.in_features)
+        if self.order not in (None, natural) and sorted(self.order or ()) != list(natural):
             raise UsageError(f"an order must hold each of {self.in_features} columns once")
 
     packed = True
@@ -281,4 +283,4 @@ def parse_scheme(
         if group in INT_GROUPS:
             weight = Format(f"int{match['bits']}", group, symmetric=not match["asym"])
             return Scheme(key.replace("G128", ""), weight)
-    raise UsageError(f"unknown scheme {name!r}: known are {SCHEME_NAMES}")
+    raise UsageError(f"unknown scheme {name!r:.60}: known are {SCHEME_NAMES}")

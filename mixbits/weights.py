@@ -23,6 +23,7 @@ from torch import Tensor
 
 from .command import plain_errors
 from .experts import Layout, layout_of
+from .files import check_file
 from .formats import Format, UsageError
 from .layouts import stored_tensors
 from .model import CausalLM, split_expert_name
@@ -70,6 +71,7 @@ class Files:
     def _read_headers(self, path: Path) -> None:
         from safetensors import SafetensorError, safe_open
 
+        check_file(path)
         try:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118 (a safetensors file is no dict)

@@ -51,7 +51,8 @@ LAYERS = [
     {"allocate"},
     {"knapsack"},
     {"demo"},
-    {"targets", "command", "files", "companions"},
+    {"companions", "model_files"},
+    {"targets", "command", "files", "schemas"},
     {"formats"},
 ]
 LEVEL = {name: len(LAYERS) - i for i, names in enumerate(LAYERS) for name in names}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from ..arrange import arrangement_of
 from ..checkpoint import TensorSpec
 from ..experts import STANDARD, expert_slice, layout_of
+from ..files import read_object
 from ..formats import Assignment, Format, Mixed, Recipe, Scheme, UsageError
 from ..linear import pack_weight, packed_values
 from ..model import (
@@ -73,8 +73,7 @@ class PackedModel:
 
     @property
     def config_json(self) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads((self.path / "config.json").read_text("utf-8"))
-        return found
+        return read_object(self.path / "config.json")
 
     @property
     def dtype(self) -> torch.dtype:
