@@ -12,7 +12,6 @@ import os
 import re
 import stat
 from collections import Counter
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -84,14 +83,16 @@ def read_json(path: Path, most: int = CONFIG_BYTES) -> Any:
     data = read_bytes(path, most)
     try:
         text = data.decode("utf-8-sig")
+        _check_depth(text)
         value = json.loads(text, object_pairs_hook=_unique)
-        _check_depth(value)
         if re.search(r"\\u[dD][89abAB]", text):  # a whole pair is a character, a half is none
             json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:
-        raise UsageError(f"{path} holds half of a surrogate pair, which is no character") from None
+        raise UsageError(
+            f"cannot read {path}, which holds half of a surrogate pair: that is no character"
+        ) from None
     except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, too long a number, too deep
-        raise UsageError(f"{path} is not JSON: {first_line(error)}") from None
+        raise UsageError(f"cannot read {path}, which is not JSON: {first_line(error)}") from None
     return value
 
 
@@ -111,14 +112,20 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _check_depth(value: Any) -> None:
-    level = [value] if isinstance(value, dict | list) else []
+def _check_depth(text: str) -> None:
+    """Raise ValueError for JSON that is nested deeper than whoever walks it can take.
+
+    Of the text, brackets alone are looked at, and pairs taken away from the inside: all of it in
+    native code, for files have gigabytes.
+    """
+    left = re.sub(r'"[^"\\]*(?:\\.[^"\\]*)*"|[^][{}"]+', "", text, flags=re.DOTALL)
     for _ in range(_DEPTH):
-        if not level:
+        before = len(left)
+        left = left.replace("[]", "").replace("{}", "")
+        if len(left) == before:  # nothing is left, or what is no JSON
             return
-        parts: Iterable[Iterable[Any]] = (v.values() if isinstance(v, dict) else v for v in level)
-        level = [v for part in parts for v in part if isinstance(v, dict | list)]
-    raise ValueError(f"it is nested in more than {_DEPTH} levels")
+    if left:
+        raise ValueError(f"it is nested in more than {_DEPTH} levels")
 
 
 def is_text(name: str) -> bool:
@@ -128,6 +135,11 @@ def is_text(name: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether the name of a tensor, or of a module, can stand in a sentence."""
+    return name.isprintable() and len(name) <= 1000
 
 
 def lies_within(path: Path, folder: Path) -> bool:

@@ -45,12 +45,13 @@ def check_folder(folder: Path, code: bool = False) -> None:
         is_tokenizer = _TOKENIZERS.fullmatch(path.name)
         check_inside(path, folder, TOKENIZER_BYTES if is_tokenizer else None)
         if _OBJECTS.fullmatch(path.name):
-            _check_object(path, read_object(path))
+            data = read_object(path)
+            _check_object(path, data)
+            if path.name == "config.json":
+                check_counts(folder, data)
     index = folder / f"{WHOLE}.index.json"
     if index.exists() and not (folder / WHOLE).exists():
         indexed(index)
-    if (folder / "config.json").exists():
-        check_counts(folder)
 
 
 def check_inside(path: Path, folder: Path, most: int | None = None) -> None:
@@ -97,13 +98,12 @@ def indexed(index: Path) -> list[Path]:
     return [index.parent / name for name in names]
 
 
-def check_counts(folder: Path) -> None:
+def check_counts(folder: Path, config: dict[str, Any]) -> None:
     """Raise UsageError for more layers, or experts, than config.json can mean.
 
     transformers makes a module for each, and lists of them, before anything else is known.
     """
-    path = folder / "config.json"
-    found = list(_counts(read_object(path)))
+    found = list(_counts(config))
     layers = max([(n, key) for n, key in found if _LAYERS.fullmatch(key)], default=(0, ""))
     experts = max([(n, key) for n, key in found if _EXPERTS.fullmatch(key)], default=(0, ""))
     if layers[0] <= _MOST_LAYERS and experts[0] * max(layers[0], 1) <= _MOST_EXPERTS:

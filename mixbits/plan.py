@@ -232,16 +232,16 @@ class Plan:
         for unit in data["units"]:
             for name in unit["linears"]:
                 if name not in known:
-                    raise UsageError(f"the model has no linear {name!r:.160} ({path})")
+                    raise UsageError(f"the model has no linear {name} ({path})")
                 if name in seen:
-                    raise UsageError(f"two units of a plan share linear {name!r:.160} ({path})")
+                    raise UsageError(f"two units of a plan share linear {name} ({path})")
                 seen.add(name)
         plan = cls(data, {name: known[name] for name in seen})
         for unit in data["units"]:
             try:
                 plan._recipes(unit)
             except UsageError as error:
-                raise UsageError(f"{error} ({path}, unit {unit['unit']!r:.80})") from None
+                raise UsageError(f"{error} ({path}, unit {unit['unit']})") from None
         return plan
 
     def write(self, path: Path) -> None:

@@ -16,6 +16,7 @@ import reprlib
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Discriminator,
@@ -26,7 +27,15 @@ from pydantic import (
     model_validator,
 )
 
+from .files import is_plain_name
 from .formats import MAX_SEGMENTS, MX_GROUP, ScaleMode, UsageError
+
+
+def _name(text: str) -> str:
+    if not is_plain_name(text):
+        raise ValueError("must be a name, printable and of at most 1,000 characters")
+    return text
+
 
 # No linear has more columns: 2^20 is ten times as many as those of models of 10^12 weights.
 _MOST_COLUMNS = 1 << 20
@@ -34,6 +43,7 @@ _MOST_ROWS = 1 << 26  # of a head: the vocabulary
 _MOST_TOKENS = 1 << 40
 _MOST_ERRORS = 100_000  # whose descriptions are made: each takes a kilobyte
 
+Name = Annotated[str, AfterValidator(_name)]
 Columns = Annotated[int, Field(ge=1, le=_MOST_COLUMNS)]
 Loss = Annotated[float, Field(ge=0)]
 Order = Annotated[
@@ -62,12 +72,12 @@ class _Modes(_Strict):
 class PlanUnit(_Closed):
     """Linears that take one scheme, or whose slabs are divided among several."""
 
-    unit: str
+    unit: Name
     scheme: str = ""
     slabs: dict[str, str] = {}
     order: Order | None = None
-    rotated: list[str] = []
-    linears: Annotated[dict[str, Literal["all"]], Field(min_length=1)]
+    rotated: list[Name] = []
+    linears: Annotated[dict[Name, Literal["all"]], Field(min_length=1)]
 
     @model_validator(mode="after")
     def _fits(self) -> PlanUnit:
@@ -141,7 +151,7 @@ class ScoresFile(_Modes):
     unit: str
     model: _Measured
     calibration: _Calibration
-    linears: dict[str, ScoresRow]
+    linears: dict[Name, ScoresRow]
     sha256: Sha256
 
 
@@ -168,7 +178,7 @@ RecipeJson = Annotated[
 
 
 class _StoredPart(_Strict):
-    tensors: list[str]
+    tensors: list[Name]
     quantization_config: dict[str, Any]
 
 
@@ -176,10 +186,10 @@ class PackedConfig(_Modes):
     """`quantization_config` of a packed folder; `mixbits.checkpoint` says what it means."""
 
     layout: int
-    modules: dict[str, RecipeJson]
+    modules: dict[Name, RecipeJson]
     checksum: Annotated[str, Field(pattern="^[0-9a-f]{8}$")]
-    dtypes: dict[str, str] = {}
-    carried: list[str] = []
+    dtypes: dict[Name, str] = {}
+    carried: list[Name] = []
     stored: _StoredPart | None = None
 
 
@@ -210,6 +220,7 @@ def _sentence(error: ValidationError) -> str:
         return f"{place} must be a key that is known: got one that is not"
     must = re.sub(r"^Value error, |^\w+ should ", "", first["msg"])
     must = must if must.startswith("must ") else f"must {must}"
+    must = must.replace(" or instance of Segments", "")
     must = must.replace("a valid dictionary", "an object").replace("a valid tuple", "a list")
     return f"{place} {must}: got {_shown.repr(first['input'])}".strip()
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .command import plain_errors
 from .experts import Layout, layout_of
-from .files import check_file
+from .files import check_file, is_plain_name
 from .formats import Format, UsageError
 from .layouts import stored_tensors
 from .model import CausalLM, split_expert_name
@@ -75,6 +75,8 @@ class Files:
         try:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118 (a safetensors file is no dict)
+                    if not is_plain_name(name):
+                        raise UsageError(f"a tensor has no printable name: {name!r:.80} ({path})")
                     if name in self.places:
                         raise UsageError(f"{name} is in two weight files ({path} is the second)")
                     part = file.get_slice(name)

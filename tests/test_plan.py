@@ -284,12 +284,12 @@ def _set(key: str, value: Any) -> Any:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (_set("linears", {"model.layers.9.mlp.up_proj": "all"}), "no linear 'model.layers.9"),
-        (_set("linears", {"lm_head": "all"}), "share linear 'lm_head'"),
+        (_set("linears", {"model.layers.9.mlp.up_proj": "all"}), "no linear model.layers.9"),
+        (_set("linears", {"lm_head": "all"}), "share linear lm_head"),
         (_set("linears", {"x": [0, 1]}), r"units\[0\]\.linears\.x must be 'all': got \[0, 1\]"),
         (_set("linears", ["lm_head"]), r"linears must be an object: got \['lm_head'\]"),
         (_set("linears", {}), "linears must have at least 1 item"),
-        (_set("scheme", "MXFP5"), "unknown scheme 'MXFP5'.*plan.json, unit 'model.layers.0"),
+        (_set("scheme", "MXFP5"), "unknown scheme 'MXFP5'.*plan.json, unit model.layers.0"),
         (_set("scheme", 4), r"units\[0\]\.scheme must be a valid string: got 4"),
         (_set("unit", None), r"units\[0\]\.unit must be a valid string: got None"),
         (_set("rotate", ["lm_head"]), "rotate must be a key that is known"),

@@ -52,7 +52,8 @@ LAYERS = [
     {"knapsack"},
     {"demo"},
     {"companions", "model_files"},
-    {"targets", "command", "files", "schemas"},
+    {"targets", "command", "schemas"},
+    {"files"},
     {"formats"},
 ]
 LEVEL = {name: len(LAYERS) - i for i, names in enumerate(LAYERS) for name in names}
