@@ -85,7 +85,7 @@ def read_json(path: Path, most: int = CONFIG_BYTES) -> Any:
         text = data.decode("utf-8-sig")
         _check_depth(text)
         value = json.loads(text, object_pairs_hook=_unique)
-        if re.search(r"\\u[dD][89abAB]", text):  # a whole pair is a character, a half is none
+        if re.search(r"\\u[dD][89a-fA-F]", text):  # a whole pair is a character, a half is none
             json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:
         raise UsageError(

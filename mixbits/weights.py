@@ -24,7 +24,7 @@ from torch import Tensor
 from .command import plain_errors
 from .experts import Layout, layout_of
 from .files import check_file, is_plain_name
-from .formats import Format, UsageError
+from .formats import Format, UsageError, first_line
 from .layouts import stored_tensors
 from .model import CausalLM, split_expert_name
 from .pack import Packed
@@ -85,7 +85,9 @@ class Files:
                     self.places[name] = path
                     self.headers[name] = Header(DTYPES[kind], tuple(part.get_shape()))
         except (SafetensorError, OSError) as error:
-            raise UsageError(f"cannot read {path}: {error}; is the file complete?") from None
+            raise UsageError(
+                f"cannot read {path}: {first_line(error)}; is the file complete?"
+            ) from None
 
     def nbytes(self, names: Iterable[str]) -> int:
         """Of these tensors, without headers."""
@@ -102,7 +104,9 @@ class Files:
                 self._opened[path] = safe_open(path, framework="pt").__enter__()
             value: Tensor = self._opened[path].get_tensor(name)
         except (SafetensorError, OSError, RuntimeError) as error:
-            raise UsageError(f"cannot read {path}: {error}; is the file complete?") from None
+            raise UsageError(
+                f"cannot read {path}: {first_line(error)}; is the file complete?"
+            ) from None
         return value
 
     def __getstate__(self) -> dict[str, Any]:
