@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import reprlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -208,7 +209,7 @@ def _listed_ids(path: Path) -> Tensor:
 
 def _texts(source: str) -> Iterator[str]:
     path = Path(source)
-    if not path.is_file():
+    if not os.path.isfile(source):
         yield from _hub_texts(source)
         return
     try:
@@ -231,10 +232,13 @@ def _check_name(source: str) -> None:
     path = Path(source)
     suffix = path.suffix.lower()
     looks_like_file = suffix in {".txt", ".json", ".npy", *_JSONL, *_OTHERS}
-    if path.is_dir() or (looks_like_file and not path.exists()):
+    exists = os.path.exists(source)  # False for a name that is too long, where Path raises
+    if os.path.isdir(source) or (looks_like_file and not exists):
         raise UsageError(f"--dataset must be a file or a dataset name: {source} is no file")
-    if path.exists():
+    if exists:
         check_file(path)
+        if path.stat().st_size == 0 and suffix not in {".npy", ".json"}:
+            raise UsageError(f"--dataset must hold text: {source} is empty")
         if suffix in _OTHERS:
             raise UsageError(
                 f"--dataset must be a text, jsonl, .npy or .json file: {source} is {suffix}, which "
@@ -258,7 +262,7 @@ def read_tokens(source: str, tokenizer: Any, count: int) -> Tensor:
         return _listed_ids(path)
     if tokenizer is None:
         raise UsageError("the model has no tokenizer: --dataset must be a .npy or .json of ids")
-    separator = "" if path.is_file() and suffix not in _JSONL else "\n\n"
+    separator = "" if os.path.isfile(source) and suffix not in _JSONL else "\n\n"
     limit, text, texts = count * CHARS_PER_TOKEN, "", _texts(source)
     for piece in texts:
         text += separator + piece if text else piece

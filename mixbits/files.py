@@ -69,11 +69,13 @@ def read_bytes(path: Path, most: int) -> bytes:
     """The content of a regular file of at most `most` bytes. Raises UsageError."""
     check_file(path, most)
     try:
+        if path.stat().st_size == 0:  # nothing, or what the kernel makes up while it is read
+            return b""
         with path.open("rb") as file:
             data = file.read(most + 1)
     except OSError as error:
         raise UsageError(f"cannot read {path}: {_why(error)}") from None
-    if len(data) > most:  # it grows, or its file system says no sizes
+    if len(data) > most:  # it grows
         raise UsageError(f"{path} must have at most {most:,} bytes for what it is: got more")
     return data
 

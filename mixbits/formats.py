@@ -32,10 +32,22 @@ MX_GROUP = 32  # block size of OCP MX, and the width of a slab
 MAX_SEGMENTS = 8  # of one linear: csrc/cpu/kernels.h
 SCALE_MODES: tuple[ScaleMode, ...] = ("floor", "rceil", "even")
 INT_GROUPS = (32, 64, 128)
+_LONGEST = 1000  # characters of an error
 
 
 class UsageError(ValueError):
-    """Bad input from the user: the command line prints it as one sentence and exits with 2."""
+    """Bad input from the user: the command line prints it as one sentence and exits with 2.
+
+    It names files, tensors and values, which may be another's: on one line, without what a terminal
+    would obey, and not for pages.
+    """
+
+    def __init__(self, sentence: str) -> None:
+        if not sentence.isprintable():
+            sentence = "".join(c if c.isprintable() else repr(c)[1:-1] for c in sentence)
+        long = len(sentence) > _LONGEST
+        half = _LONGEST // 2
+        super().__init__(f"{sentence[:half]} ... {sentence[-half:]}" if long else sentence)
 
 
 def first_line(error: BaseException, limit: int = 160) -> str:
