@@ -220,7 +220,7 @@ def _sentence(error: ValidationError) -> str:
         return f"{place} must be a key that is known: got one that is not"
     must = re.sub(r"^Value error, |^\w+ should ", "", first["msg"])
     must = must if must.startswith("must ") else f"must {must}"
-    must = must.replace(" or instance of Segments", "")
+    must = re.sub(r" or instance of \w+", "", must)
     must = must.replace("a valid dictionary", "an object").replace("a valid tuple", "a list")
     return f"{place} {must}: got {_shown.repr(first['input'])}".strip()
 

@@ -84,7 +84,7 @@ class Source:
     def quantization(self) -> dict[str, Any] | None:
         """How the weights are stored, as config.json says; None for plain ones."""
         for config in (self.config, self.config.get_text_config()):
-            found = getattr(config, "quantization_config", None)
+            found: Any = getattr(config, "quantization_config", None)
             found = found.to_dict() if hasattr(found, "to_dict") else found
             if isinstance(found, dict):
                 return dict(found)
