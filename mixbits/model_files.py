@@ -33,7 +33,7 @@ _TOKENIZERS = re.compile(r"tokenizer\.json|vocab\..*|tekken\.json|merges\.txt|.*
 # Keys of JSON files that make transformers open other files than the usual.
 _REDIRECTS = ("configuration_files", "fast_tokenizer_files", "transformers_weights")
 _LAYERS = re.compile(r"(.*_)?(n|num)_(.*_)?(layers?|blocks|stages)|(.*_)?(layers|depth)")
-_EXPERTS = re.compile(r"(.*_)?(n|num)_(.*_)?experts")
+_EXPERTS = re.compile(r"(.*_)?(n|num)_(.*_)?experts|num_labels")  # a name is made for each label
 
 
 def check_folder(folder: Path, code: bool = False) -> None:

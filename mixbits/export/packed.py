@@ -21,7 +21,6 @@ from ..model import (
     CausalLM,
     LinearInfo,
     find_linears,
-    meta_model,
     split_expert_name,
 )
 from ..pack import Packed
@@ -60,7 +59,7 @@ class PackedModel:
         """Raises UsageError if the folder is no checkpoint of ours, or not whole."""
         config = read_config(folder)
         recipes, source = config.recipes(), open_source(str(folder), quantized=True)
-        shapes = meta_model(source.config)
+        shapes = source.shapes
         stock = check_files(shapes, recipes, source.weight_files(), config.to_dict())
         linears = find_linears(shapes, include_head=True, by_use=False)
         infos = {info.name: info for info in linears}
