@@ -16,20 +16,30 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import reprlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .files import last_part
+from .files import check_file, is_text, last_part, read_json
 from .formats import UsageError, first_line
 
 CHARS_PER_TOKEN = 16  # more text than this per wanted token is not read at first
+_LINE = 1 << 26  # characters of a line of jsonl: a text has fewer
+_MOST_ID = (1 << 31) - 1
+_IDS_BYTES = 256 << 20  # of ids in JSON, which take 20 times as much in memory
+_JSONL = (".jsonl", ".ndjson")
+# Data, but none that is read here: as text they would be noise.
+_OTHERS = {".csv", ".tsv", ".parquet", ".arrow", ".feather", ".orc", ".npz", ".pt", ".pth", ".bin"}
+_OTHERS |= {".pkl", ".pickle", ".safetensors", ".gguf", ".h5", ".hdf5", ".tfrecord", ".msgpack"}
+_OTHERS |= {".gz", ".bz2", ".xz", ".zst", ".zip", ".7z", ".tar", ".tgz", ".rar", ".lz4", ".sqlite"}
+_OTHERS |= {".db", ".xls", ".xlsx", ".pdf", ".doc", ".docx", ".odt", ".epub"}
 
 
 @dataclass(frozen=True)
@@ -102,11 +112,15 @@ def begin(ids: Tensor, prefix: tuple[int, ...]) -> Tensor:
 
 
 def _jsonl_texts(path: Path) -> Iterator[str]:
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
+    with path.open(encoding="utf-8-sig") as lines:
+        number = 0
+        while line := lines.readline(_LINE):
+            number += 1
             if not line.strip():
                 continue
             try:
+                if len(line) == _LINE:
+                    raise ValueError
                 text = json.loads(line)["text"]
                 if not isinstance(text, str):
                     raise TypeError
@@ -153,39 +167,83 @@ def _hub_texts(name: str) -> Iterator[str]:
         ) from None
 
 
-def _token_ids(path: Path) -> Tensor:
+def _token_ids(path: Path, count: int) -> Tensor:
+    """The first `count` ids of an .npy file; nothing else of it is read."""
     try:
-        if path.suffix == ".npy":
-            array = np.load(path, allow_pickle=False)
-        else:
-            rows = json.loads(path.read_text(encoding="utf-8"))
-            if not isinstance(rows, list):
-                raise TypeError(f"must be a list, or a list of lists: got {type(rows).__name__}")
-            nested = bool(rows) and isinstance(rows[0], list)
-            array = np.array([i for row in rows for i in row] if nested else rows)
+        # Mapped: numpy then compares what the header claims with what is there, before it is made.
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
         if not isinstance(array, np.ndarray):
             raise TypeError("must be one array")
-    except (ValueError, OSError, TypeError, EOFError, MemoryError, RecursionError, BadZipFile) as e:
+    except Exception as e:  # of the file, its header (which is Python), or a zip in its place
         raise UsageError(f"cannot read token ids ({path}): {first_line(e)}") from None
-    if array.size and not np.issubdtype(array.dtype, np.integer):
-        raise UsageError(f"token ids must be integers: got {array.dtype} ({path})")
-    return torch.from_numpy(array.reshape(-1).astype(np.int64))
+    if array.size and array.dtype.kind not in "iu":
+        raise UsageError(f"token ids must be integers: got {array.dtype!s:.60} ({path})")
+    ids = np.array(array.reshape(-1)[:count])
+    if len(ids) and (ids.min() < 0 or ids.max() > _MOST_ID):
+        raise UsageError(
+            f"token ids must be in 0..{_MOST_ID}: got {ids.min()}..{ids.max()} ({path})"
+        )
+    return torch.from_numpy(ids.astype(np.int64))
+
+
+def _listed_ids(path: Path) -> Tensor:
+    """Of a JSON file with a list of ids, or a list of lists."""
+    try:
+        rows = read_json(path, _IDS_BYTES)
+    except UsageError as error:
+        raise UsageError(f"cannot read token ids: {error}") from None
+    nested = isinstance(rows, list) and bool(rows) and isinstance(rows[0], list)
+    lists = rows if nested else [rows]
+    if not all(isinstance(row, list) for row in lists):
+        got = next(type(row).__name__ for row in lists if not isinstance(row, list))
+        raise UsageError(
+            f"cannot read token ids, which must be a list, or a list of lists: got {got} ({path})"
+        )
+    wrong = (i for row in lists for i in row if type(i) is not int or not 0 <= i <= _MOST_ID)
+    if (first := next(wrong, 0)) != 0:
+        raise UsageError(
+            f"token ids must be integers in 0..{_MOST_ID}: got {reprlib.repr(first)} ({path})"
+        )
+    return torch.tensor([i for row in lists for i in row], dtype=torch.int64)
 
 
 def _texts(source: str) -> Iterator[str]:
     path = Path(source)
-    if not path.is_file():
+    if not os.path.isfile(source):
         yield from _hub_texts(source)
         return
     try:
-        if path.suffix == ".jsonl":
+        if path.suffix.lower() in _JSONL:
             yield from _jsonl_texts(path)
         else:
-            with path.open(encoding="utf-8") as file:
+            with path.open(encoding="utf-8-sig") as file:
                 while chunk := file.read(1 << 20):
+                    if "\0" in chunk:
+                        raise UsageError(f"a text dataset must be text: got NUL bytes ({path})")
                     yield chunk
     except UnicodeDecodeError as error:
         raise UsageError(f"a text dataset must be UTF-8: {error} ({path})") from None
+
+
+def _check_name(source: str) -> None:
+    """Raises UsageError for what is there and no file of a kind that is read, and for odd names."""
+    if not is_text(source):
+        raise UsageError(f"--dataset must have a name in UTF-8: got {source!r:.160}")
+    path = Path(source)
+    suffix = path.suffix.lower()
+    looks_like_file = suffix in {".txt", ".json", ".npy", *_JSONL, *_OTHERS}
+    exists = os.path.exists(source)  # False for a name that is too long, where Path raises
+    if os.path.isdir(source) or (looks_like_file and not exists):
+        raise UsageError(f"--dataset must be a file or a dataset name: {source} is no file")
+    if exists:
+        check_file(path)
+        if path.stat().st_size == 0 and suffix not in {".npy", ".json"}:
+            raise UsageError(f"--dataset must hold text: {source} is empty")
+        if suffix in _OTHERS:
+            raise UsageError(
+                f"--dataset must be a text, jsonl, .npy or .json file: {source} is {suffix}, which "
+                "is not read"
+            )
 
 
 def tokenize(tokenizer: Any, text: str) -> Tensor:
@@ -195,17 +253,16 @@ def tokenize(tokenizer: Any, text: str) -> Tensor:
 
 def read_tokens(source: str, tokenizer: Any, count: int) -> Tensor:
     """About the first `count` token ids (or more) of a dataset; fewer if it has no more."""
+    _check_name(source)
     path = Path(source)
-    looks_like_file = path.suffix in {".txt", ".jsonl", ".json", ".npy"} or path.is_dir()
-    if looks_like_file and not path.is_file():
-        raise UsageError(f"--dataset must be a file or a dataset name: {source} is no file")
-    if path.suffix in {".npy", ".json"}:
-        return _token_ids(path)
+    suffix = path.suffix.lower()
+    if suffix == ".npy":
+        return _token_ids(path, count)
+    if suffix == ".json":
+        return _listed_ids(path)
     if tokenizer is None:
         raise UsageError("the model has no tokenizer: --dataset must be a .npy or .json of ids")
-    separator = "\n\n" if path.suffix != ".txt" and not path.is_file() else ""
-    if path.suffix == ".jsonl":
-        separator = "\n\n"
+    separator = "" if os.path.isfile(source) and suffix not in _JSONL else "\n\n"
     limit, text, texts = count * CHARS_PER_TOKEN, "", _texts(source)
     for piece in texts:
         text += separator + piece if text else piece

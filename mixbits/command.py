@@ -32,7 +32,9 @@ def plain_errors(what: str) -> Iterator[None]:
         yield
     except UsageError:
         raise
-    except Exception as error:  # dozens of kinds
+    except BaseException as error:  # dozens of kinds; a panic of tokenizers is no Exception
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise UsageError(f"{what}: {first_line(error)}") from error
 
 

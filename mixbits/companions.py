@@ -6,6 +6,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from .files import lies_within
+
 # Not copied: weights in whatever form, and what speaks of them alone.
 _WEIGHT_FILES: tuple[str, ...] = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")
 _WEIGHT_FILES += (".gguf", ".onnx", ".onnx_data", ".npz", ".pkl", ".pickle", ".ot", ".index.json")
@@ -31,7 +33,7 @@ def companions(folder: Path, top: Path | None = None) -> Iterator[Path]:
     """The files that `copy_companions` copies, sorted."""
     top = folder if top is None else top
     for path in sorted(folder.iterdir()):
-        if path.name.startswith(".") or not _lies_within(path, top):
+        if path.name.startswith(".") or not lies_within(path, top):
             continue
         if path.is_dir():
             if not (path.is_symlink() or path.name == "__pycache__" or _is_a_model(path)):
@@ -46,11 +48,3 @@ def _is_a_model(folder: Path) -> bool:
 
 def _speaks_of_weights(name: str) -> bool:
     return name in _OF_THE_SOURCE or name.lower().endswith(_WEIGHT_FILES)
-
-
-def _lies_within(path: Path, top: Path) -> bool:
-    """Whether a path, links followed, is in the folder, or in the blobs of its hub snapshot."""
-    target, inside = path.resolve(), top.resolve()
-    blobs = inside.parent.parent / "blobs"
-    is_snapshot = inside.parent.name == "snapshots"
-    return target.is_relative_to(inside) or (is_snapshot and target.is_relative_to(blobs))

@@ -32,13 +32,25 @@ MX_GROUP = 32  # block size of OCP MX, and the width of a slab
 MAX_SEGMENTS = 8  # of one linear: csrc/cpu/kernels.h
 SCALE_MODES: tuple[ScaleMode, ...] = ("floor", "rceil", "even")
 INT_GROUPS = (32, 64, 128)
+_LONGEST = 1000  # characters of an error
 
 
 _JOINERS = "\u200c\u200d"  # of Persian letters, and of emoji
 
 
 class UsageError(ValueError):
-    """Bad input from the user: the command line prints it as one sentence and exits with 2."""
+    """Bad input from the user: the command line prints it as one sentence and exits with 2.
+
+    It names files, tensors and values, which may be another's: on one line, without what a terminal
+    would obey, and not for pages.
+    """
+
+    def __init__(self, sentence: str) -> None:
+        if not sentence.isprintable():
+            sentence = "".join(c if c.isprintable() else repr(c)[1:-1] for c in sentence)
+        long = len(sentence) > _LONGEST
+        half = _LONGEST // 2
+        super().__init__(f"{sentence[:half]} ... {sentence[-half:]}" if long else sentence)
 
 
 def first_line(error: BaseException, limit: int = 160) -> str:
@@ -208,7 +220,8 @@ class Mixed:
     """Several schemes in one linear, each for a run of its input columns.
 
     segments  schemes with numbers of columns, in the order in which they are stored
-    order     place i of that order holds input column order[i]; None: as they come
+    order     place i of that order holds input column order[i]; None: as they come. A range
+              stands for an order that is known to be there, and is not known yet
     rotated   the ordered columns, 32 by 32, are stored in the basis of a Hadamard matrix
     folded    the linears that make the input make it in this order: their stored rows are
               ordered instead, and the order is not stored
@@ -217,7 +230,7 @@ class Mixed:
     """
 
     segments: tuple[tuple[Scheme, int], ...]
-    order: tuple[int, ...] | None = None
+    order: tuple[int, ...] | range | None = None
     rotated: bool = False
     folded: bool = False
 
@@ -229,7 +242,8 @@ class Mixed:
             raise UsageError(
                 f"one linear is divided among at most {MAX_SEGMENTS} schemes: got {self.name}"
             )
-        if self.order is not None and sorted(self.order) != list(range(self.in_features)):
+        natural = range(self.in_features)
+        if self.order not in (None, natural) and sorted(self.order or ()) != list(natural):
             raise UsageError(f"an order must hold each of {self.in_features} columns once")
 
     packed = True
@@ -300,4 +314,4 @@ def parse_scheme(
         if group in INT_GROUPS:
             weight = Format(f"int{match['bits']}", group, symmetric=not match["asym"])
             return Scheme(key.replace("G128", ""), weight)
-    raise UsageError(f"unknown scheme {name!r}: known are {SCHEME_NAMES}")
+    raise UsageError(f"unknown scheme {name!r:.60}: known are {SCHEME_NAMES}")

@@ -25,6 +25,7 @@ weight files.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +46,7 @@ from .formats import (
     parse_scheme,
 )
 from .model import LinearInfo, Unit, match_units
+from .schemas import PlanFile, check
 from .scores import VERSION, Scores, dump, read_json
 
 
@@ -121,12 +123,20 @@ def format_ranges(numbers: Sequence[int]) -> str:
     return ",".join("-".join(map(str, run)) for run in runs)
 
 
-def parse_ranges(ranges: str) -> list[int]:
-    """The inverse of `format_ranges`, in ascending order."""
+def parse_ranges(ranges: str, count: int) -> list[int]:
+    """The inverse of `format_ranges`, in ascending order, of numbers below `count`.
+
+    Raises UsageError for anything else, and for more than `count` numbers in all.
+    """
     found: list[int] = []
     for run in ranges.split(",") if ranges else []:
-        first, _, last = run.partition("-")
-        found += range(int(first), int(last or first) + 1)
+        match = re.fullmatch(r"([0-9]{1,9})(?:-([0-9]{1,9}))?", run.strip())
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, -1)
+        if not first <= last < count or len(found) + last - first >= count:
+            raise UsageError(
+                f"slabs must hold each of 0-{count - 1} once, in ranges as '0-2,5': got {run!r:.60}"
+            )
+        found += range(first, last + 1)
     return sorted(found)
 
 
@@ -144,7 +154,10 @@ def mixed_recipe(
     """
     count = -(-columns // width)
     if sorted(n for _, mine in slabs for n in mine) != list(range(count)):
-        raise UsageError(f"slabs must hold each of 0-{count - 1} once: got {dict(slabs)}")
+        told = {scheme.name: format_ranges(mine) for scheme, mine in slabs}
+        raise UsageError(f"slabs must hold each of 0-{count - 1} once: got {told!r:.160}")
+    if order is not None and len(order) != columns:
+        raise UsageError(f"an order must hold each of {columns} columns once: got {len(order)}")
     taken = [(scheme, sorted(mine)) for scheme, mine in slabs if mine]
     # A short slab ends its row, or the blocks after it would begin amid a group.
     taken.sort(key=lambda part: part[1][-1] == count - 1)
@@ -190,8 +203,11 @@ class Plan:
             columns, rotated = self.linears[name].in_features, name in unit.get("rotated", [])
             if "slabs" in unit:
                 width = self.data["slab_columns"]
+                count = -(-columns // width)
                 entries = unit["slabs"].items()
-                slabs = [(parse_scheme(s, *modes), parse_ranges(text)) for s, text in entries]
+                slabs = [
+                    (parse_scheme(s, *modes), parse_ranges(text, count)) for s, text in entries
+                ]
                 order = unit.get("order")
                 folded = is_foldable(self.linears[name], self.linears)
                 recipes[name] = mixed_recipe(slabs, width, columns, order, rotated, folded)
@@ -206,29 +222,26 @@ class Plan:
 
     @classmethod
     def read(cls, path: Path, linears: Sequence[LinearInfo]) -> Plan:
-        """Raises UsageError for a linear that the model lacks, a part of one, or one twice."""
+        """Raises UsageError for a linear that the model lacks, or one twice.
+
+        And for what `schemas.PlanFile` says a plan cannot be.
+        """
         data = read_json(path, "mixbits_plan")
+        check(PlanFile, data, path)
         known, seen = {info.name: info for info in linears}, set()
-        try:
-            for unit in data["units"]:
-                for name, slabs in unit["linears"].items():
-                    if name not in known:
-                        raise UsageError(f"the model has no linear {name} ({path})")
-                    if name in seen:
-                        raise UsageError(f"two units of a plan share linear {name} ({path})")
-                    seen.add(name)
-                    if slabs != "all":
-                        raise UsageError(
-                            f"a scheme must cover 'all' slabs of {name}: got {slabs!r} ({path})"
-                        )
-            plan = cls(data, {name: known[name] for name in seen})
-            _ = plan.assignment
-        except UsageError:
-            raise
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise UsageError(
-                f"{path} must have scale modes and units with scheme and linears: {error!r}"
-            ) from None
+        for unit in data["units"]:
+            for name in unit["linears"]:
+                if name not in known:
+                    raise UsageError(f"the model has no linear {name} ({path})")
+                if name in seen:
+                    raise UsageError(f"two units of a plan share linear {name} ({path})")
+                seen.add(name)
+        plan = cls(data, {name: known[name] for name in seen})
+        for unit in data["units"]:
+            try:
+                plan._recipes(unit)
+            except UsageError as error:
+                raise UsageError(f"{error} ({path}, unit {unit['unit']})") from None
         return plan
 
     def write(self, path: Path) -> None:

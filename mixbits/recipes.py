@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .formats import Mixed, Recipe, ScaleMode, UsageError, parse_scheme
+from .formats import Mixed, Recipe, ScaleMode, parse_scheme
 
 
 def describe(recipe: Recipe) -> Any:
@@ -25,21 +25,13 @@ def describe(recipe: Recipe) -> Any:
 
 
 def parse_recipe(value: Any, weight_scale_mode: ScaleMode, act_scale_mode: ScaleMode) -> Recipe:
-    """The recipe that a JSON value describes; an order is a placeholder, the natural one.
+    """The recipe that a `schemas.RecipeJson` describes; an order is a placeholder, the natural one.
 
-    Raises UsageError for anything else.
+    Raises UsageError for schemes that are not known.
     """
     modes = weight_scale_mode, act_scale_mode
     if isinstance(value, str):
         return parse_scheme(value, *modes)
-    try:
-        segments = tuple((parse_scheme(name, *modes), int(n)) for name, n in value["segments"])
-        order = tuple(range(sum(n for _, n in segments))) if value["ordered"] else None
-        return Mixed(segments, order, bool(value["rotated"]))
-    except (TypeError, KeyError, AttributeError, ValueError) as error:
-        if isinstance(error, UsageError):
-            raise
-        raise UsageError(
-            "a recipe must be a scheme's name, or hold segments, ordered and rotated: "
-            f"got {value!r}"
-        ) from None
+    segments = tuple((parse_scheme(name, *modes), n) for name, n in value["segments"])
+    order = range(sum(n for _, n in segments)) if value["ordered"] else None
+    return Mixed(segments, order, value["rotated"])

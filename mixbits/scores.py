@@ -24,9 +24,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from .files import read_object, write_text
+from .files import DATA_BYTES, read_object, write_text
 from .formats import MX_GROUP, Scheme, UsageError
 from .model import LinearInfo
+from .schemas import ScoresFile, check
 from .sensitivity import Arrangements, SlabScores
 
 VERSION = 1
@@ -35,9 +36,9 @@ UNITS = {"fisher": "nats per token", "deltaloss": "nats, summed over batches"}
 
 def read_json(path: Path, kind: str) -> dict[str, Any]:
     """A JSON object with the key `kind` (its version). Raises UsageError otherwise."""
-    data = read_object(path)
-    if data.get(kind) != VERSION:
-        raise UsageError(f"{path} must hold {kind!r}: {VERSION}: got {data.get(kind)!r}")
+    data = read_object(path, DATA_BYTES)
+    if type(data.get(kind)) is not int or data[kind] != VERSION:
+        raise UsageError(f"{path} must hold {kind!r}: {VERSION}: got {data.get(kind)!r:.60}")
     return data
 
 
@@ -118,12 +119,13 @@ class Scores:
 
     @classmethod
     def read(cls, path: Path) -> Scores:
-        """Raises UsageError if the file is damaged or was edited."""
+        """Raises UsageError if the file is damaged or was edited, or is not what `schemas` says."""
         data = read_json(path, "mixbits_scores")
         if data.get("sha256") != _digest(data):
             raise UsageError(
                 f"the hash in {path} does not match its content: it was edited or damaged"
             )
+        check(ScoresFile, data, path)
         return cls(data)
 
     def write(self, path: Path) -> None:

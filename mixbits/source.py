@@ -24,10 +24,11 @@ from torch import Tensor, nn
 
 from .atomic import scratch_folder
 from .command import plain_errors
-from .files import read_object
+from .files import is_text, read_object
 from .formats import UsageError, first_line
 from .linear import check_finite
 from .model import CausalLM, meta_model, model_class
+from .model_files import WHOLE, check_folder, check_inside, indexed
 from .weights import Files, Weights
 
 # Of a repository on the hub: weights once (not consolidated ones, nor other formats), and all text.
@@ -54,16 +55,17 @@ class Source:
 
     def weight_files(self) -> list[Path]:
         """The files that transformers reads, sorted by name. Raises UsageError for none."""
-        whole = self.path / str(getattr(self.config, "transformers_weights", None) or _WHOLE)
-        index = self.path / f"{_WHOLE}.index.json"
+        whole = self.path / str(getattr(self.config, "transformers_weights", None) or WHOLE)
+        index = self.path / f"{WHOLE}.index.json"
         if whole.is_file():
+            check_inside(whole, self.path)
             return [whole]
         if index.is_file():
-            return _indexed(index)
+            return indexed(index)
         others = sorted(p.name for p in self.path.glob("*.bin"))
         hint = f"; {others[0]} is a pickle and is not loaded" if others else ""
         raise UsageError(
-            f"no *.safetensors file in {self.path} that transformers reads ({_WHOLE}, or shards "
+            f"no *.safetensors file in {self.path} that transformers reads ({WHOLE}, or shards "
             f"with an index){hint}"
         )
 
@@ -82,12 +84,20 @@ class Source:
     def quantization(self) -> dict[str, Any] | None:
         """How the weights are stored, as config.json says; None for plain ones."""
         for config in (self.config, self.config.get_text_config()):
-            found = getattr(config, "quantization_config", None)
+            found: Any = getattr(config, "quantization_config", None)
+            found = found.to_dict() if hasattr(found, "to_dict") else found
+            if isinstance(found, dict):
+                return dict(found)
             if found is not None:
-                return dict(found if isinstance(found, dict) else found.to_dict())
+                raise UsageError(
+                    f"quantization_config must be an object: got {found!r:.60} ({self.path})"
+                )
         beside = self.path / "hf_quant_config.json"  # ModelOpt's own
         if beside.is_file():
-            return {**read_object(beside).get("quantization", {}), "quant_method": "modelopt"}
+            told = read_object(beside).get("quantization", {})
+            if not isinstance(told, dict):
+                raise UsageError(f"quantization must be an object: got {told!r:.60} ({beside})")
+            return {**told, "quant_method": "modelopt"}
         return None
 
     @cached_property
@@ -186,7 +196,7 @@ class Source:
             save_file(tensors, folder / file, metadata={"format": "pt"})
             places |= dict.fromkeys(tensors, file)
         index = {"metadata": {}, "weight_map": places}
-        (folder / f"{_WHOLE}.index.json").write_text(json.dumps(index), encoding="utf-8")
+        (folder / f"{WHOLE}.index.json").write_text(json.dumps(index), encoding="utf-8")
         for path in [*self.path.glob("*.py"), *self.path.glob("*config.json")]:
             if path.is_file():
                 shutil.copyfile(path, folder / path.name)
@@ -209,23 +219,6 @@ class Source:
             yield waiting
 
 
-_WHOLE = "model.safetensors"
-
-
-def _indexed(index: Path) -> list[Path]:
-    """The files that a weight index names. Raises UsageError for one outside of its folder."""
-    places = read_object(index).get("weight_map")
-    if not isinstance(places, dict) or not all(isinstance(v, str) for v in places.values()):
-        raise UsageError(f"weight_map must map tensors to files ({index})")
-    names = sorted(set(places.values()))
-    for name in names:
-        if Path(name).name != name or not (index.parent / name).is_file():
-            raise UsageError(
-                f"a weight file must lie beside the index that names it: {name!r} of {index}"
-            )
-    return [index.parent / name for name in names]
-
-
 def open_source(
     model: str,
     trust_remote_code: bool = False,
@@ -239,11 +232,13 @@ def open_source(
     Raises UsageError in one sentence: no such folder or name, no configuration, quantized by us.
     """
     path = find_folder(model, config_only)
+    check_folder(path, trust_remote_code)
     from transformers import AutoConfig
 
     with plain_errors(f"cannot read {path / 'config.json'}"):
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    if not hasattr(config.get_text_config(), "num_hidden_layers"):
+        inner = config.get_text_config()
+    if not hasattr(inner, "num_hidden_layers"):
         raise UsageError(f"{path / 'config.json'} does not describe a decoder-only language model")
     source = Source(model, path, config, trust_remote_code)
     method = (source.quantization or {}).get("quant_method")
@@ -258,6 +253,8 @@ def find_folder(model: str, config_only: bool = False) -> Path:
     With `config_only`, no weights are fetched. Raises UsageError for what is no folder and no
     name, and for a folder without config.json.
     """
+    if not is_text(model):
+        raise UsageError(f"MODEL must have a name in UTF-8: got {model!r:.160}")
     path = Path(model)
     if not path.is_dir():
         path = _download(model, _FILES[1:] if config_only else _FILES)

@@ -27,8 +27,10 @@ from .checkpoint import checksum, crc, kinds_of
 from .files import read_object
 from .formats import Recipe, UsageError
 from .linear import MixedLinear, packed_linear, share_inputs, swap_linears
+from .model_files import check_folder
 from .pack import LAYOUT
 from .recipes import parse_recipe
+from .schemas import PackedConfig, check
 from .stock import Stock, check_files
 
 
@@ -37,6 +39,7 @@ class MixbitsConfig(QuantizationConfigMixin):
 
     def __init__(
         self,
+        /,
         modules: dict[str, Any] | None = None,
         layout: int | None = None,
         weight_scale_mode: str = "floor",
@@ -47,6 +50,8 @@ class MixbitsConfig(QuantizationConfigMixin):
         self.quant_method = "mixbits"  # type: ignore[assignment]
         provenance.pop("quant_method", None)
         for key, value in provenance.items():
+            if hasattr(type(self), key):  # a file must not replace a method
+                raise UsageError(f"quantization_config must not have the key {key!r:.80}")
             setattr(self, key, value)
         self.layout = layout
         self.weight_scale_mode, self.act_scale_mode = weight_scale_mode, act_scale_mode
@@ -60,15 +65,16 @@ class MixbitsConfig(QuantizationConfigMixin):
         """
         if self.layout != LAYOUT:
             raise UsageError(
-                f"this mixbits reads checkpoints of layout {LAYOUT}: got {self.layout!r}"
+                f"this mixbits reads checkpoints of layout {LAYOUT}: got {self.layout!r:.60}"
             )
-        if not isinstance(self.modules, dict):
-            raise UsageError("modules of quantization_config must map linears to schemes")
+        check(PackedConfig, vars(self), "quantization_config of config.json")
         modes: Any = (self.weight_scale_mode, self.act_scale_mode)
-        recipes = {name: parse_recipe(text, *modes) for name, text in self.modules.items()}
+        recipes = {name: parse_recipe(value, *modes) for name, value in self.modules.items()}
         plain = [name for name, recipe in recipes.items() if not recipe.packed]
         if plain:
-            raise UsageError(f"modules of quantization_config must be packed: {plain[0]} is not")
+            raise UsageError(
+                f"modules of quantization_config must be packed: {plain[0]!r:.160} is not"
+            )
         return recipes
 
 
@@ -211,14 +217,18 @@ def use_fast_steps(model: Any) -> None:
 
 
 def read_config(folder: Path) -> MixbitsConfig:
-    """The quantization_config of a checkpoint folder. Raises UsageError if it is none of ours."""
+    """The quantization_config of a checkpoint folder. Raises UsageError if it is none of ours.
+
+    And if a file is not to be read (`model_files`), or says what none of ours does (`schemas`).
+    """
+    check_folder(folder)
     found = read_object(folder / "config.json").get("quantization_config")
     if not isinstance(found, dict) or found.get("quant_method") != "mixbits":
         raise UsageError(
             f"{folder} is no mixbits checkpoint: config.json has no quant_method mixbits"
         )
-    config = MixbitsConfig(**found)
     try:
+        config = MixbitsConfig(**found)
         config.recipes()
     except UsageError as error:
         raise UsageError(f"{error} ({folder})") from None

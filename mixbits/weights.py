@@ -23,7 +23,8 @@ from torch import Tensor
 
 from .command import plain_errors
 from .experts import Layout, layout_of
-from .formats import Format, UsageError
+from .files import check_file, is_plain_name
+from .formats import Format, UsageError, first_line
 from .layouts import stored_tensors
 from .model import CausalLM, split_expert_name
 from .pack import Packed
@@ -70,9 +71,12 @@ class Files:
     def _read_headers(self, path: Path) -> None:
         from safetensors import SafetensorError, safe_open
 
+        check_file(path)
         try:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118 (a safetensors file is no dict)
+                    if not is_plain_name(name):
+                        raise UsageError(f"a tensor has no printable name: {name!r:.80} ({path})")
                     if name in self.places:
                         raise UsageError(f"{name} is in two weight files ({path} is the second)")
                     part = file.get_slice(name)
@@ -81,7 +85,9 @@ class Files:
                     self.places[name] = path
                     self.headers[name] = Header(DTYPES[kind], tuple(part.get_shape()))
         except (SafetensorError, OSError) as error:
-            raise UsageError(f"cannot read {path}: {error}; is the file complete?") from None
+            raise UsageError(
+                f"cannot read {path}: {first_line(error)}; is the file complete?"
+            ) from None
 
     def nbytes(self, names: Iterable[str]) -> int:
         """Of these tensors, without headers."""
@@ -98,7 +104,9 @@ class Files:
                 self._opened[path] = safe_open(path, framework="pt").__enter__()
             value: Tensor = self._opened[path].get_tensor(name)
         except (SafetensorError, OSError, RuntimeError) as error:
-            raise UsageError(f"cannot read {path}: {error}; is the file complete?") from None
+            raise UsageError(
+                f"cannot read {path}: {first_line(error)}; is the file complete?"
+            ) from None
         return value
 
     def __getstate__(self) -> dict[str, Any]:

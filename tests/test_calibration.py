@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -143,6 +144,25 @@ BROKEN: dict[str, tuple[str, Any, str]] = {
     "null text": ("a.jsonl", b'{"text": null}\n', "with a field 'text'.*line 1"),
     "list": ("a.jsonl", b'{"text": "x"}\n["x"]\n', "with a field 'text'.*line 2"),
     "no jsonl": ("a.jsonl", b"plain\n", "with a field 'text'.*line 1"),
+    "upper case npy": ("a.NPY", b"text", "cannot read token ids"),
+    "upper case jsonl": ("a.JSONL", b"plain\n", "with a field 'text'.*line 1"),
+    "npy of time": ("a.npy", lambda p: np.save(p, np.ones(3, "m8[s]")), "must be integers"),
+    "npy of bools": ("a.npy", lambda p: np.save(p, np.ones(3, bool)), "must be integers: got bool"),
+    "npy beyond": ("a.npy", lambda p: np.save(p, np.full(3, 2**64 - 1, "u8")), "must be in 0"),
+    "npy below": ("a.npy", lambda p: np.save(p, np.full(3, -1, "i1")), "must be in 0"),
+    "npy code": ("a.npy", HUGE.replace(b"'<i8'", b"exit()"), "cannot read token ids"),
+    "true": ("a.json", b"[1, true]", "must be integers in .*: got True"),
+    "nested": ("a.json", b"[[[1]]]", r"must be integers in .*: got \[1\]"),
+    "long in json": ("a.json", b"[" + b"9" * 30 + b"]", "must be integers in .*: got 999"),
+    "text in rows": ("a.json", b'[[1], "23"]', "cannot read token ids.*got str"),
+    "utf-16 text": ("a.txt", "text".encode("utf-16"), "must be UTF-8"),
+    "utf-16 without a mark": ("a.txt", "text".encode("utf-16-le"), "must be text: got NUL"),
+    "nothing": ("a.txt", b"", "is empty"),
+    "binary": ("a.md", bytes(100), "must be text: got NUL"),
+    **{
+        end: (f"a.{end}", b"a,b\n1,2\n", rf"is \.{end.lower()}, which is not read")
+        for end in ("csv", "CSV", "tsv", "parquet", "arrow", "npz", "gz", "zst", "pt", "pkl", "pdf")
+    },
     "jsonl not utf-8": ("a.jsonl", b'{"text": "\xff"}\n', "must be UTF-8"),
     "text not utf-8": ("a.txt", b"abc\xff\xfe", "must be UTF-8"),
 }
@@ -159,6 +179,38 @@ def test_broken_files(case: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=message) as caught:
         read(path)
     assert str(path) in str(caught.value)
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    for name, content in {
+        "a.jsonl": '{"text": "abc"}',
+        "a.ndjson": '{"text": "abc"}',
+        "a": "abc",
+    }.items():
+        (tmp_path / name).write_text(content, encoding="utf-8-sig")
+        assert as_text(read(tmp_path / name)) == "abc"
+    (tmp_path / "a.JSON").write_text("[97, 98]", encoding="utf-8-sig")
+    assert as_text(read(tmp_path / "a.JSON")) == "ab"
+
+
+def test_a_dataset_is_a_regular_file_with_a_name(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "zero").symlink_to("/dev/zero")
+    for name, message in {
+        "pipe": "must be a regular file: got a named pipe",
+        "zero": "must be a regular file: got a device",
+        "a\udc80.txt": "name in UTF-8",
+        "a\nb.txt": "is no file",
+    }.items():
+        with pytest.raises(UsageError, match=message) as caught:
+            read(tmp_path / name)
+        assert "\n" not in str(caught.value)
+
+
+def test_of_ids_no_more_is_read_than_is_asked_for(tmp_path: Path) -> None:
+    path = tmp_path / "a.npy"
+    np.lib.format.open_memmap(path, "w+", np.int64, (1 << 40,))[:4] = 1, 2, 3, 4
+    assert read_tokens(str(path), None, 3).tolist() == [1, 2, 3]  # of 8 TiB, most of them a hole
 
 
 @pytest.mark.parametrize("name", ["no.txt", "no.jsonl", "no.json", "no.npy", "."])

@@ -246,9 +246,9 @@ DAMAGE: dict[str, tuple[Any, str]] = {
     "forgotten linear": (_edit_config(lambda q: q["modules"].pop(PACKED)), f"{PACKED}.weight"),
     "modules a list": (
         _edit_config(lambda q: q.update(modules=[PACKED])),
-        "must map linears to schemes",
+        "modules must be an object",
     ),
-    "bad scale mode": (_edit_config(lambda q: q.update(weight_scale_mode="up")), "scale mode"),
+    "bad scale mode": (_edit_config(lambda q: q.update(weight_scale_mode="up")), "_scale_mode"),
     "future layout": (_edit_config(lambda q: q.update(layout=2)), "layout 1: got 2"),
     "other method": (
         _edit_config(lambda q: q.update(quant_method="gptq")),

@@ -286,14 +286,23 @@ def _set(key: str, value: Any) -> Any:
     [
         (_set("linears", {"model.layers.9.mlp.up_proj": "all"}), "no linear model.layers.9"),
         (_set("linears", {"lm_head": "all"}), "share linear lm_head"),
-        (_set("linears", {"model.layers.0.self_attn.q_proj": [0, 1]}), "must cover 'all' slabs"),
-        (_set("linears", ["lm_head"]), "must have scale modes and units"),
-        (_set("scheme", "MXFP5"), "unknown scheme 'MXFP5'"),
-        (_set("scheme", 4), "must have scale modes and units"),
-        (lambda d: d["units"][0].pop("scheme"), "must have scale modes and units"),
-        (lambda d: d.pop("units"), "must have scale modes and units"),
-        (lambda d: d.update(units=None), "must have scale modes and units"),
-        (lambda d: d.update(weight_scale_mode="up"), "scale mode must be one of"),
+        (_set("linears", {"x": [0, 1]}), r"units\[0\]\.linears\.x must be 'all': got \[0, 1\]"),
+        (_set("linears", ["lm_head"]), r"linears must be an object: got \['lm_head'\]"),
+        (_set("linears", {}), "linears must have at least 1 item"),
+        (_set("scheme", "MXFP5"), "unknown scheme 'MXFP5'.*plan.json, unit model.layers.0"),
+        (_set("scheme", 4), r"units\[0\]\.scheme must be a valid string: got 4"),
+        (_set("unit", None), r"units\[0\]\.unit must be a valid string: got None"),
+        (_set("rotate", ["lm_head"]), "rotate must be a key that is known"),
+        (_set("rotated", ["lm_head"]), "must rotate linears of its own"),
+        (_set("slabs", {"MXFP4": "0-1"}), "must have either a scheme or slabs"),
+        (_set("order", [1, 0]), "must have slabs where it has an order"),
+        (lambda d: d["units"][0].pop("scheme"), "must have either a scheme or slabs"),
+        (lambda d: d.pop("units"), "units must be there: got nothing"),
+        (lambda d: d.update(units=None), "units must be a valid list: got None"),
+        (lambda d: d.update(weight_scale_mode="up"), "weight_scale_mode must be 'floor', .*'up'"),
+        (lambda d: d.update(predicted_loss=-1.0), "predicted_loss must be greater than or equal"),
+        (lambda d: d.update(predicted_loss=math.nan), "predicted_loss must be .*: got nan"),
+        (lambda d: d.update(mixbits_plan=True), "must hold 'mixbits_plan': 1: got True"),
         (lambda d: d.update(mixbits_plan=2), "must hold 'mixbits_plan': 1: got 2"),
     ],
 )
@@ -384,8 +393,8 @@ def test_the_dearer_scheme_goes_where_the_loss_is(llama: list[LinearInfo]) -> No
         losses = [
             sum(x) for x in zip(*(scores.slab_scores(n, MX[0], 32) for n in names), strict=True)
         ]
-        high = parse_ranges(unit["slabs"]["MXFP8"])
-        low = parse_ranges(unit["slabs"]["MXFP4"])
+        high = parse_ranges(unit["slabs"]["MXFP8"], 99)
+        low = parse_ranges(unit["slabs"]["MXFP4"], 99)
         assert sorted(high + low) == list(range(len(scores.slab_scores(names[0], MX[0], 32))))
         recipe = plan.assignment[names[0]]
         assert isinstance(recipe, Mixed) and recipe.order is not None
@@ -399,15 +408,15 @@ def test_the_dearer_scheme_goes_where_the_loss_is(llama: list[LinearInfo]) -> No
     taken, left = [], []
     for unit in o_proj:
         losses = scores.slab_scores(unit["unit"], MX[0], 32)
-        taken += [losses[n] for n in parse_ranges(unit["slabs"].get("MXFP8", ""))]
-        left += [losses[n] for n in parse_ranges(unit["slabs"].get("MXFP4", ""))]
+        taken += [losses[n] for n in parse_ranges(unit["slabs"].get("MXFP8", ""), 99)]
+        left += [losses[n] for n in parse_ranges(unit["slabs"].get("MXFP4", ""), 99)]
     assert not taken or not left or min(taken) > max(left)
 
 
 def test_ranges_of_slabs() -> None:
     assert format_ranges([0, 1, 2, 5, 7, 8]) == "0-2,5,7-8"
-    assert parse_ranges("0-2,5,7-8") == [0, 1, 2, 5, 7, 8]
-    assert format_ranges([]) == "" and parse_ranges("") == []
+    assert parse_ranges("0-2,5,7-8", 9) == [0, 1, 2, 5, 7, 8]
+    assert format_ranges([]) == "" and parse_ranges("", 4) == []
 
 
 def test_a_short_slab_ends_its_linear() -> None:
@@ -456,10 +465,47 @@ def test_a_plan_of_slabs_is_read_back_and_can_be_edited(
         (tmp_path / "plan.json").write_text(json.dumps(data))
         with pytest.raises(UsageError, match="each of 0-1 once"):
             Plan.read(tmp_path / "plan.json", llama)
-    data["units"][0]["slabs"] = {"MXFP4": "all of them"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"slabs": {"MXFP4": "all of them"}}, "in ranges as '0-2,5': got 'all of them'"),
+        ({"slabs": {"MXFP4": "0-99999999999"}}, "in ranges as '0-2,5': got '0-99999999999'"),
+        ({"slabs": {"MXFP4": "9" * 20}}, "in ranges as '0-2,5': got '9{20}'"),
+        ({"slabs": {"MXFP4": "-1"}}, "in ranges as '0-2,5': got '-1'"),
+        ({"slabs": {"MXFP4": "0-"}}, "in ranges as '0-2,5': got '0-'"),
+        ({"slabs": {"MXFP4": "1-0"}}, "in ranges as '0-2,5': got '1-0'"),
+        ({"slabs": {"MXFP4": "0-1," * 9 + "0"}}, "in ranges as '0-2,5': got '0-1'"),
+        ({"slabs": {"MXFP4": "\u0660-\u0661"}}, "in ranges as '0-2,5'"),
+        ({"slabs": {}, "order": None}, "each of 0-1 once: got {}"),
+        ({"slabs": None}, "slabs must be an object: got None"),
+        ({"slabs": {"MXFP4": 1}}, r"units\[0\]\.slabs\.MXFP4 must be a valid string: got 1"),
+        ({"slabs": {"BF16": "0-1"}}, "must be packed schemes"),
+        ({"order": [0, 1]}, "an order must hold each of 64 columns once: got 2"),
+        ({"order": [0] * 64}, "an order must hold each of 64 columns once"),
+        ({"order": [*range(1, 65)]}, "an order must hold each of 64 columns once"),
+        ({"order": [*range(63), 1 << 40]}, r"order\[63\] must be less than"),
+        ({"order": [*range(63), "x"]}, r"order\[63\] must be a valid integer: got 'x'"),
+        ({"order": [*range(63), True]}, r"order\[63\] must be a valid integer: got True"),
+        ({"slab_columns": 0}, "slab_columns must be greater than or equal to 1: got 0"),
+        ({"slab_columns": -32}, "slab_columns must be greater than or equal to 1: got -32"),
+        ({"slab_columns": 33}, "slab_columns must be a multiple of 32: got 33"),
+        ({"slab_columns": 1 << 62}, "slab_columns must be less than or equal to"),
+        ({"slab_columns": "32"}, "slab_columns must be a valid integer: got '32'"),
+        ({"slab_columns": None}, "slab_columns must be there"),
+    ],
+)
+def test_numbers_of_slabs_are_bounded_before_they_are_sizes(
+    change: dict[str, Any], message: str, llama: list[LinearInfo], tmp_path: Path
+) -> None:
+    data = json.loads(json.dumps(solved_slabs(llama, Budget(6.0)).data))
+    of_plan = "slab_columns" in change
+    (data if of_plan else data["units"][0]).update(change)
     (tmp_path / "plan.json").write_text(json.dumps(data))
-    with pytest.raises(UsageError, match="must have scale modes and units"):
+    with pytest.raises(UsageError, match=message) as caught:
         Plan.read(tmp_path / "plan.json", llama)
+    assert "\n" not in str(caught.value) and "plan.json" in str(caught.value)
 
 
 @pytest.mark.parametrize("slabs", [False, True])

@@ -22,7 +22,10 @@ SHA = "1" * 64
 
 def scores() -> Scores:
     slabs = {
-        info.name: {s.name: [0.1 + i / 3, 2e-12 / 7, 0.0] for i, s in enumerate(SCHEMES)}
+        info.name: {
+            s.name: [0.1 + i / 3, 2e-12 / 7] + [0.0] * (-(-info.in_features // 32) - 2)
+            for i, s in enumerate(SCHEMES)
+        }
         for info in LINEARS
     }
     calibration = {"source": "text", "nsamples": 2, "seqlen": 8, "sha256": "2" * 64, "seed": 0}

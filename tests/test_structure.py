@@ -53,7 +53,9 @@ LAYERS = [
     {"allocate"},
     {"knapsack"},
     {"demo", "manifest"},
-    {"targets", "command", "files", "companions", "progress", "verdict", "system"},
+    {"companions", "model_files"},
+    {"targets", "command", "schemas", "progress", "verdict", "system"},
+    {"files"},
     {"formats"},
 ]
 LEVEL = {name: len(LAYERS) - i for i, names in enumerate(LAYERS) for name in names}

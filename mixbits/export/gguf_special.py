@@ -20,7 +20,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from ..files import read_object
 from ..formats import UsageError
+from ..model_files import TOKENIZER_BYTES
 
 Put: TypeAlias = tuple[list[str], list[str]]  # the tokens before, and after, every text
 
@@ -30,15 +32,7 @@ _KINDS = ("bos", *_ENDS, "unk", "sep", "pad", "mask")  # of which GGUF has keys
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; empty where there is no file. Raises UsageError."""
-    if not path.is_file():
-        return {}
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"cannot read {path}: {error or type(error).__name__}") from None
-    if not isinstance(data, dict):
-        raise UsageError(f"{path} must hold a JSON object: got {type(data).__name__}")
-    return data
+    return read_object(path, TOKENIZER_BYTES) if path.exists() else {}
 
 
 def _text(value: Any) -> str | None:

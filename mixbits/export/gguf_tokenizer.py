@@ -177,7 +177,6 @@ def _read(folder: Path, rows: int, lossy: bool) -> Vocabulary:
         raise UsageError(f"llama.cpp needs a BPE or SentencePiece tokenizer: got {_shown(kind)}")
     ids = _checked_ids(folder / "tokenizer.json", data, rows)
     found = _convert(data, ids, rows, lossy)
-    "".join(found.tokens).encode()  # half a surrogate pair, which JSON allows, is no UTF-8
     found.special = special_vocab(folder, data, ids, rows, lossy)
     if found.model == "llama":  # the only one whose merges are told by scores
         ranks: dict[str, int] = {}

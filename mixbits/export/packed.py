@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,13 +14,13 @@ from torch import Tensor, nn
 from ..arrange import arrangement_of
 from ..checkpoint import TensorSpec
 from ..experts import STANDARD, expert_slice, layout_of
+from ..files import read_object
 from ..formats import Assignment, Format, Mixed, Recipe, Scheme, UsageError
 from ..linear import pack_weight, packed_values
 from ..model import (
     CausalLM,
     LinearInfo,
     find_linears,
-    meta_model,
     split_expert_name,
 )
 from ..pack import Packed
@@ -60,7 +59,7 @@ class PackedModel:
         """Raises UsageError if the folder is no checkpoint of ours, or not whole."""
         config = read_config(folder)
         recipes, source = config.recipes(), open_source(str(folder), quantized=True)
-        shapes = meta_model(source.config)
+        shapes = source.shapes
         stock = check_files(shapes, recipes, source.weight_files(), config.to_dict())
         linears = find_linears(shapes, include_head=True, by_use=False)
         infos = {info.name: info for info in linears}
@@ -73,8 +72,7 @@ class PackedModel:
 
     @property
     def config_json(self) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads((self.path / "config.json").read_text("utf-8"))
-        return found
+        return read_object(self.path / "config.json")
 
     @property
     def dtype(self) -> torch.dtype:
