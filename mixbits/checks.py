@@ -73,12 +73,10 @@ def in_memory(name: str, x: Tensor) -> Tensor:
     if is_in_memory(x):
         return x
     with torch._C.DisableTorchFunctionSubclass():
-        if type(x) not in _PLAIN:
-            x = x.as_subclass(Tensor)
         if x._is_zerotensor():
             x = x.clone()
         _check_memory(name, x)
-        return x.resolve_neg().contiguous()
+        return x.detach().as_subclass(Tensor).resolve_neg().contiguous()
 
 
 def rows_in_memory(name: str, x: Tensor) -> Tensor:
@@ -94,8 +92,11 @@ def is_in_memory(x: Tensor) -> bool:
     """Whether `in_memory` has nothing to do, and nothing to say."""
     if type(x) not in _PLAIN or not x.is_contiguous() or x.is_neg():
         return False
-    end = x.storage_offset() * x.element_size() + x.nbytes
-    return x.data_ptr() != 0 and end <= x.untyped_storage().nbytes()
+    try:
+        end = x.storage_offset() * x.element_size() + x.nbytes
+        return x.data_ptr() != 0 and end <= x.untyped_storage().nbytes()
+    except RuntimeError:  # of tensors that stand for others
+        return False
 
 
 def keep_size(tensors: Iterable[Tensor | None]) -> None:

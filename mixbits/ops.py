@@ -113,23 +113,22 @@ def explain_matmul(
 
 
 def _backend(x: Tensor, requested: str | None) -> Any:
+    if requested is not None and not isinstance(requested, str):
+        raise TypeError(f"backend must be the name of one, or None: got {str(requested):.80}")
     name = requested or os.environ.get("MIXBITS_BACKEND") or None
-    if name is not None and type(name) is not str:
-        raise TypeError(f"backend must be the name of one, or None: got {name!r:.80}")
     return _module(choose_backend(x.device.type, name))
 
 
 def _ready(name: str, x: Tensor, module: Any) -> Tensor:
     """x as a backend wants it: `in_memory`, and without what only autograd looks at."""
-    x = x.detach()
     if not is_wrapped(x):
-        return in_memory(name, x)
+        return in_memory(name, x).detach()
     if module is not _module("reference"):
         raise TypeError(
             f"{name} must be a tensor with memory of its own: got one that stands for others, as "
             f"in torch.vmap, which backend='reference' can take"
         )
-    return x.contiguous()
+    return x.detach().contiguous()
 
 
 # --- operations ------------------------------------------------------------------------------
