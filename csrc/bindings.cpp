@@ -5,6 +5,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <string.h>
+
 #include <new>
 #include <string>
 #include <vector>
@@ -79,6 +81,31 @@ void compensate_group(uintptr_t group, uintptr_t factor, uintptr_t importance, u
        pointer<float>(errors), rows, stride, factor_stride, columns, format}));
 }
 
+template <class Index>
+bool lies_within(const char* order, int64_t columns) {
+  Index most = 0;
+  for (int64_t i = 0; i < columns; ++i) {
+    Index column;
+    memcpy(&column, order + i * sizeof(Index), sizeof(Index));
+    most = column > most ? column : most;
+  }
+  return int64_t(most) < columns;
+}
+
+// An order is a tensor that anybody may write to, and what it holds are addresses.
+void check_order(const Linear& l) {
+  int64_t columns = 0;
+  for (int i = 0; i < l.segment_count; ++i) columns += l.segments[i].columns;
+  const char* order = static_cast<const char*>(l.order);
+  const bool ok = l.order_bytes == 1   ? lies_within<uint8_t>(order, columns)
+                  : l.order_bytes == 2 ? lies_within<uint16_t>(order, columns)
+                  : l.order_bytes == 4 ? lies_within<uint32_t>(order, columns)
+                                       : false;
+  if (!ok)
+    throw py::value_error("an order must hold each of " + std::to_string(columns) +
+                          " columns once: one is beyond them");
+}
+
 // Reads linears from numbers: order (0 without), bytes of its entries, whether rotated, rows and
 // segments, then the members of every PackedSegment in order.
 class LinearReader {
@@ -106,6 +133,7 @@ class LinearReader {
       segments_.back().push_back(s);
     }
     l.segments = segments_.back().data();
+    if (l.order) check_order(l);
     return l;
   }
 
@@ -159,6 +187,7 @@ class Decoder {
     std::vector<DecodeCache> list;
     for (size_t i = 0; i < caches.size(); i += members)
       list.push_back({pointer(caches[i]), pointer(caches[i + 1]), int64_t(caches[i + 2])});
+    for (const Linear& linear : ordered_) check_order(linear);
     double multiplying = 0;
     check_memory(kernels().decode_step({&model_, list.data(), pointer(x), pointer(cos),
                                         pointer(sin), pointer(logits), length, &multiplying}));
@@ -174,10 +203,12 @@ class Decoder {
     const bool int8_activations = reader.next() != 0;
     const DecodeLinear linear = {reader.linear(), bias, int8_activations};
     for (auto& segments : reader.take_segments()) segments_.push_back(std::move(segments));
+    if (linear.linear.order) ordered_.push_back(linear.linear);
     return linear;
   }
 
   Segments segments_;  // to which the linears of layers_ and model_ point
+  std::vector<Linear> ordered_;
   std::vector<DecodeLayer> layers_;
   DecodeModel model_;
 };

@@ -19,13 +19,21 @@ from torch import Tensor
 
 from .formats import MX_GROUP, Recipe, Scheme, UsageError
 
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
 
 def check_order(order: Tensor, in_features: int, name: str = "an order", where: str = "") -> None:
-    """Raise UsageError unless `order` is one of `in_features` columns.
+    """Raise UsageError unless `order` is one of `in_features` columns; its storage must hold it.
 
-    Kernels trust it: a wrong one would address memory beyond the input.
+    Kernels trust it: a wrong one would give a column twice, or address memory beyond the input.
     """
-    if order.sort().values.tolist() != list(range(in_features)):
+    if order.dtype not in _INTEGERS:
+        raise UsageError(f"{name} must hold integers: got {order.dtype}{where}")
+    if order.shape != (in_features,):
+        raise UsageError(
+            f"{name} must have shape ({in_features},): got {tuple(order.shape)}{where}"
+        )
+    if not order.is_meta and order.sort().values.tolist() != list(range(in_features)):
         raise UsageError(f"{name} must hold each of {in_features} columns once{where}")
 
 

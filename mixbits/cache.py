@@ -23,12 +23,15 @@ _LEAST_ROOM = 64  # tokens
 class Room:
     """Memory for keys and values [B, heads, capacity, D], of which `used` tokens are written.
 
-    kind     (shape [B, heads], D of keys, D of values, dtype, device type)
+    kind     of keys, and of values: shape [B, heads], D, dtype, device type
     address  of keys and of values, and the capacity: `mixbits.backends.cpu.decode_step` reads them
     """
 
     def __init__(self, keys: Tensor, values: Tensor, tokens: int) -> None:
         """Copies of keys and values [B, heads, L, D], with space for at least `tokens` more."""
+        if keys.shape[-2] != values.shape[-2]:
+            got = f"{keys.shape[-2]} keys and {values.shape[-2]} values"
+            raise ValueError(f"a cache must have as many values as keys: got {got}")
         self.used = keys.shape[-2]
         self.capacity = self.used + max(tokens, self.used // 2, _LEAST_ROOM)
         self.keys, self.values = (
@@ -37,7 +40,9 @@ class Room:
         )
         self.keys[:, :, : self.used] = keys
         self.values[:, :, : self.used] = values
-        self.kind = (keys.shape[:2], keys.shape[-1], values.shape[-1], keys.dtype, keys.device.type)
+        self.kind = tuple(
+            (x.shape[:2], x.shape[-1], x.dtype, x.device.type) for x in (self.keys, self.values)
+        )
         self.address = (self.keys.data_ptr(), self.values.data_ptr(), self.capacity)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Room:

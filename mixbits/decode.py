@@ -28,7 +28,7 @@ from torch.nn.modules import module as torch_module
 from transformers.activations import ACT2FN
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from . import attention, ops
+from . import attention, checks, ops
 from .backends import cpu
 from .cache import growing_layers
 from .linear import MixedLinear, PackedLinear, content_of
@@ -150,7 +150,7 @@ class Plan:
         attentions = [layer.self_attn for layer in inner.layers]
         heads, keys = config.num_attention_heads, config.num_key_value_heads
         self.width = attentions[0].head_dim
-        self.shape = ((1, keys), self.width, self.width, self.dtype, "cpu")
+        self.shape = 2 * (((1, keys), self.width, self.dtype, "cpu"),)
         _require(self.width % 2 == 0, "heads of odd width")
         _require(heads % keys == 0, "groups of unequal size")
         _require(
@@ -218,8 +218,13 @@ class Plan:
             return [bias, 0, *cpu.plain_numbers(linear.weight)]
         if type(linear) is MixedLinear:
             self._order(linear)
-        for part in linear.parts if type(linear) is MixedLinear else [linear]:
-            _require(type(part) is PackedLinear, "a linear's class")
+        parts = linear.parts if type(linear) is MixedLinear else [linear]
+        _require(all(type(part) is PackedLinear for part in parts), "a linear's class")
+        try:  # what is wrong is said where a linear is called
+            linear.checked(torch.device("cpu"))
+        except (TypeError, ValueError):
+            raise UnknownPart("a linear's tensors") from None
+        for part in parts:
             _require(part.backend in (None, "cpu"), "a linear's backend")
             for name in packed_spec(part.operand.format, *shape):
                 self._keep(part._buffers, name)
@@ -244,7 +249,9 @@ class Plan:
         return self._buffer(tensor)
 
     def _buffer(self, tensor: Tensor) -> int:
-        _require(tensor.device.type == "cpu" and tensor.is_contiguous(), "a tensor's memory")
+        is_there = tensor.device.type == "cpu" and checks.is_in_memory(tensor)
+        _require(is_there, "a tensor's memory")
+        checks.keep_size([tensor])
         self.storages.append(tensor.untyped_storage())
         return int(tensor.data_ptr())
 

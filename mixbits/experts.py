@@ -178,6 +178,8 @@ class ExpertsLoop:
     ) -> Tensor:
         out = torch.zeros_like(hidden)
         for expert in index.unique().tolist():
+            if expert < 0:
+                raise ValueError(f"indices of experts must be from 0 on: got {expert}")
             if expert >= self.num_experts:
                 continue
             token, slot = torch.where(index == expert)

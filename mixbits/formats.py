@@ -119,8 +119,13 @@ class Format:
             raise UsageError(
                 f"scale mode must be one of {', '.join(SCALE_MODES)}: got {self.scale_mode!r}"
             )
+        if not isinstance(self.symmetric, bool) or not (self.symmetric or self.element in INTEGERS):
+            raise UsageError(
+                f"symmetric must be True, or False for integers: got {self.symmetric!r} of "
+                f"{self.element}"
+            )
         allowed = (MX_GROUP,) if self.is_mx else INT_GROUPS
-        if self.group_size not in allowed:
+        if type(self.group_size) is not int or self.group_size not in allowed:
             raise UsageError(
                 f"group_size of {self.element} must be one of {allowed}: got {self.group_size}"
             )
@@ -156,13 +161,12 @@ class Format:
 
     @classmethod
     def from_code(cls, code: int) -> Format:
-        """The format whose `code` this is."""
-        return cls(
-            ELEMENTS[code & 0xFF],
-            code >> 16,
-            symmetric=bool(code >> 12 & 1),
-            scale_mode=SCALE_MODES[code >> 8 & 0xF],
-        )
+        """The format whose `code` this is. Raises UsageError for a number that is none's."""
+        element, mode, rest = code & 0xFF, code >> 8 & 0xF, code >> 13 & 0x7
+        if element >= len(ELEMENTS) or mode >= len(SCALE_MODES) or rest:
+            raise UsageError(f"a format's code must be one that Format.code gives: got {code}")
+        symmetric = bool(code >> 12 & 1)
+        return cls(ELEMENTS[element], code >> 16, symmetric, SCALE_MODES[mode])
 
     def groups(self, in_features: int) -> int:
         """Number of groups in a row of `in_features` columns."""

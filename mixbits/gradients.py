@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .arrange import Arrangement
 from .backends.scratch import SCRATCH_BYTES
+from .checks import check_packed, check_shape, check_values, in_memory, packed_in_memory
 from .formats import Format
 from .pack import Mix, Operand, Packed
 
@@ -163,6 +164,8 @@ def register(library: torch.library.Library, dequantize: Callable[..., Tensor]) 
         backend: str | None = None,
     ) -> Tensor:
         packed, fmt = Packed(weight_packed, weight_scale, weight_zero_point), Format.from_code(code)
+        _check_backward(gradient, packed, fmt, in_features)
+        gradient, packed = in_memory("gradient", gradient), packed_in_memory(packed)
         dtype, rows = _dtype(gradient), gradient.shape[1]
         block = max(1, SCRATCH_BYTES // max(1, in_features * dtype.itemsize))
         out = gradient.new_zeros((gradient.shape[0], in_features), dtype=dtype)
@@ -190,6 +193,13 @@ def register(library: torch.library.Library, dequantize: Callable[..., Tensor]) 
         )
 
 
+def _check_backward(gradient: Tensor, packed: Packed, fmt: Format, in_features: int) -> None:
+    check_values("gradient", gradient, 2)
+    check_packed(packed, fmt, in_features, gradient.device)
+    shape = (gradient.shape[0], packed.weight_packed.shape[0])
+    check_shape("gradient", gradient, shape)
+
+
 def _backward_meta(
     gradient: Tensor,
     weight_packed: Tensor,
@@ -199,6 +209,8 @@ def _backward_meta(
     in_features: int,
     backend: str | None = None,
 ) -> Tensor:
+    packed = Packed(weight_packed, weight_scale, weight_zero_point)
+    _check_backward(gradient, packed, Format.from_code(code), in_features)
     return gradient.new_empty((gradient.shape[0], in_features), dtype=_dtype(gradient))
 
 

@@ -8,16 +8,18 @@ What they must equal, up to the order of summation, is in `mixbits.fake`.
 from __future__ import annotations
 
 import ctypes
+import itertools
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from operator import is_
 from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
 
-from . import gradients, ops
-from .arrange import Arrangement, arrangement_of
+from . import checks, gradients, ops
+from .arrange import Arrangement, arrangement_of, check_order
 from .experts import ExpertsLoop, expert_bias, expert_slice, is_experts, layout_of, loop_of
 from .formats import Mixed, Recipe, Scheme, UsageError
 from .model import FUSED_GROUPS, expert_parent, linear_weight
@@ -82,6 +84,25 @@ def packed_values(packed: Sequence[Packed], recipe: Recipe, in_features: int) ->
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
 
 
+def check_loaded(linear: nn.Module, state: Mapping[str, Any], prefix: str) -> None:
+    """Raise UsageError unless a state dict's tensors are of the shapes and dtypes of the buffers.
+
+    torch looks at shapes only, and casts: a code or a scale would become another.
+    """
+    for name, buffer in linear._buffers.items():
+        value = state.get(prefix + name)
+        if buffer is None or value is None or name in linear._non_persistent_buffers_set:
+            continue
+        wanted, got = ((tuple(t.shape), t.dtype) for t in (buffer, value))
+        if wanted != got:
+            raise UsageError(
+                f"{prefix}{name} must have shape {wanted[0]} and be {wanted[1]}: got {got[0]} and "
+                f"{got[1]}"
+            )
+        if name == "order" and not value.is_meta:
+            check_order(checks.in_memory(name, value), len(value), prefix + name)
+
+
 class PackedLinear(nn.Module):
     """y = x Q(W)^T + bias from packed weights; x [..., K] -> y [..., N] in x's dtype.
 
@@ -135,12 +156,33 @@ class PackedLinear(nn.Module):
     @property
     def operand(self) -> Operand:
         assert self.scheme.weight is not None
-        packed = Packed(self.weight_packed, self.weight_scale, self.weight_zero_point)
-        return Operand(packed, self.scheme.weight, self.scheme.activation)
+        found = self._buffers.get  # at once, where torch would look in three places
+        codes, scale, zero_point = map(found, Packed._fields)
+        if codes is None or scale is None:
+            codes, scale = self.weight_packed, self.weight_scale
+        if zero_point is None:
+            zero_point = self.weight_zero_point
+        return Operand(Packed(codes, scale, zero_point), self.scheme.weight, self.scheme.activation)
 
     @property
     def tensors(self) -> list[Tensor]:
         return [tensor for tensor in self._buffers.values() if tensor is not None]
+
+    def checked(self, device: torch.device) -> Operand:
+        """`operand`, as kernels on `device` can have it.
+
+        Buffers are anybody's to replace, to resize and to move: every call looks whether they are
+        what they were. Raises ValueError or TypeError that says which is not as it must be.
+        """
+        operand = self.operand
+        place = _place(device, operand.packed)
+        if place is not None and place == self.__dict__.get("_place"):
+            return operand
+        found = checks.checked_operand(operand, self.in_features, device)
+        if all(map(is_, found.packed, operand.packed)):
+            checks.keep_size(found.packed)
+            self.__dict__["_place"] = place  # by this way it is no change
+        return found
 
     @property
     def weight(self) -> Tensor:
@@ -160,9 +202,14 @@ class PackedLinear(nn.Module):
         super().__setattr__(name, value)
         PackedLinear.changes += 1
 
+    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *args: Any) -> None:
+        check_loaded(self, state, prefix)
+        super()._load_from_state_dict(state, prefix, *args)
+        PackedLinear.changes += 1
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
         # `.to(bfloat16)` must not round float16 scales: they travel as integers.
-        is_float = self.weight_scale.is_floating_point()
+        is_float = self.weight_scale is not None and self.weight_scale.is_floating_point()
         if is_float:
             self.weight_scale = self.weight_scale.view(torch.int16)
         super()._apply(fn, recurse)
@@ -218,6 +265,30 @@ class MixedLinear(nn.Module):
         operands = tuple(part.operand for part in self.parts)
         return Mix(operands, self.columns, self.order, self.recipe.rotated)
 
+    def checked(self, device: torch.device) -> Mix:
+        """As of `PackedLinear`. An order is gone through again when somebody has written to it."""
+        mix, order = self.operand, self.order
+        tensors = [order, *itertools.chain.from_iterable(one.packed for one in mix.operands)]
+        version = None if order is None or order.is_inference() else order._version
+        place = _place(device, tensors), version
+        if place[0] is not None and place == self.__dict__.get("_place"):
+            return mix
+        found = checks.checked_mix(mix, self.in_features, device)
+        kept = [found.order, *itertools.chain.from_iterable(one.packed for one in found.operands)]
+        if all(map(is_, kept, tensors)):
+            checks.keep_size(kept)
+            self.__dict__["_place"] = place
+        return found
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        PackedLinear.changes += 1
+
+    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *args: Any) -> None:
+        check_loaded(self, state, prefix)
+        super()._load_from_state_dict(state, prefix, *args)
+        PackedLinear.changes += 1
+
     @property
     def tensors(self) -> list[Tensor]:
         parts = [tensor for part in self.parts for tensor in part.tensors]
@@ -263,6 +334,21 @@ class MixedLinear(nn.Module):
 AnyPacked: TypeAlias = PackedLinear | MixedLinear
 
 
+def _place(device: torch.device, tensors: Iterable[Tensor | None]) -> object:
+    """Where tensors lie in memory, and how much they take there; None if that has no answer.
+
+    What has been checked, and `checks.keep_size`d, and lies where it lay, can be read as it was.
+    """
+    try:
+        places = [
+            None if x is None else (x.data_ptr(), x.nbytes, x.is_contiguous(), x.is_neg())
+            for x in tensors
+        ]
+    except (AttributeError, NotImplementedError, RuntimeError):  # no tensor, or a strange one
+        return None
+    return PackedLinear.changes, device, places
+
+
 def _forward(linear: AnyPacked, x: Tensor) -> Tensor:
     y = None if linear.siblings is None else linear.siblings.product(linear, x)
     if y is None:
@@ -276,10 +362,16 @@ def _add_bias(linear: AnyPacked, y: Tensor) -> Tensor:
 
 def _products(linears: Sequence[AnyPacked], x: Tensor) -> list[Tensor]:
     """x [..., K] times the weights of linears that see it, in the way the first is told to."""
-    first, rows = linears[0], x.reshape(-1, linears[0].in_features)
-    operands = [linear.operand for linear in linears]
+    first, columns = linears[0], linears[0].in_features
+    if not x.dim() or x.shape[-1] != columns:
+        raise ValueError(f"x must have shape [..., {columns}]: got {tuple(x.shape)}")
+    rows = x.reshape(-1, columns)
+    if torch.compiler.is_compiling():
+        operands = [linear.operand for linear in linears]
+    else:
+        operands = [linear.checked(x.device) for linear in linears]
     outs = ops.packed_matmuls_unchecked(rows, operands, first.backend, first.int8_activations)
-    return [out.reshape(*x.shape[:-1], out.shape[1]) for out in outs]
+    return outs if x.dim() == 2 else [out.view(*x.shape[:-1], out.shape[1]) for out in outs]
 
 
 def allow_fp8_activations(model: nn.Module) -> None:
@@ -335,6 +427,7 @@ class _Waiting:
 
 def content_of(x: Tensor) -> object:
     """What a contiguous tensor on the CPU holds, to be compared with what it holds later."""
+    x = checks.in_memory("x", x)
     return x.shape, x.dtype, ctypes.string_at(x.data_ptr(), x.nbytes)
 
 

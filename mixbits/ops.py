@@ -35,14 +35,30 @@ import torch
 from torch import Tensor
 
 from . import folding, gradients, reference, rounding
-from .arrange import Arrangement, check_order
-from .formats import MAX_SEGMENTS, Format, UsageError
-from .pack import Mix, Operand, Packed, order_dtype, packed_spec
+from .arrange import Arrangement
+from .checks import (
+    DTYPES,
+    check_device,
+    check_format,
+    check_formats,
+    check_packed,
+    check_shape,
+    check_tensor,
+    check_values,
+    checked,
+    device_of,
+    in_memory,
+    is_in_memory,
+    is_wrapped,
+    packed_in_memory,
+    rows_in_memory,
+)
+from .formats import Format, UsageError
+from .pack import Mix, Operand, Packed, packed_spec
 from .rounding import Group
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 _PREFERENCE = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "reference")}
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 # --- backends --------------------------------------------------------------------------------
@@ -97,52 +113,22 @@ def explain_matmul(
 
 
 def _backend(x: Tensor, requested: str | None) -> Any:
+    if requested is not None and not isinstance(requested, str):
+        raise TypeError(f"backend must be the name of one, or None: got {str(requested):.80}")
     name = requested or os.environ.get("MIXBITS_BACKEND") or None
     return _module(choose_backend(x.device.type, name))
 
 
-# --- checks ----------------------------------------------------------------------------------
-
-
-def _check_values(name: str, x: Tensor, dims: int | None = None) -> None:
-    if x.dtype not in DTYPES:
-        raise TypeError(f"{name} must be bfloat16, float16 or float32: got {x.dtype}")
-    if dims is not None and x.dim() != dims:
-        raise ValueError(f"{name} must have {dims} dimensions: got shape {tuple(x.shape)}")
-
-
-def _check_shape(name: str, x: Tensor, shape: tuple[int, ...]) -> None:
-    if x.shape != shape:
-        raise ValueError(f"{name} must have shape {shape}: got {tuple(x.shape)}")
-
-
-def _check_device(name: str, x: Tensor, device: torch.device) -> None:
-    if x.device != device:
-        raise ValueError(f"{name} must be on {device} as the other tensors: got {x.device}")
-
-
-def _check_packed(packed: Packed, fmt: Format, in_features: int, device: torch.device) -> None:
-    if packed.weight_packed.dim() != 2:
-        shape = tuple(packed.weight_packed.shape)
-        raise ValueError(f"weight_packed must have 2 dimensions: got shape {shape}")
-    spec = packed_spec(fmt, packed.weight_packed.shape[0], in_features)
-    for name, value in zip(Packed._fields, packed, strict=True):
-        if (value is None) != (name not in spec):
-            state = "missing" if value is None else "not part of the format"
-            raise ValueError(f"{name} is {state}: {fmt}")
-        if value is None:
-            continue
-        dtype, shape = spec[name]
-        _check_device(name, value, device)
-        _check_shape(f"{name} of in_features={in_features}, {fmt.element}", value, shape)
-        if value.dtype != dtype:
-            raise TypeError(f"{name} must be {dtype}: got {value.dtype}")
-
-
-def _contiguous(packed: Packed) -> Packed:
-    codes, scale, zero_point = packed
-    zero_point = None if zero_point is None else zero_point.contiguous()
-    return Packed(codes.contiguous(), scale.contiguous(), zero_point)
+def _ready(name: str, x: Tensor, module: Any) -> Tensor:
+    """x as a backend wants it: `in_memory`, and without what only autograd looks at."""
+    if not is_wrapped(x):
+        return in_memory(name, x).detach()
+    if module is not _module("reference"):
+        raise TypeError(
+            f"{name} must be a tensor with memory of its own: got one that stands for others, as "
+            f"in torch.vmap, which backend='reference' can take"
+        )
+    return x.detach().contiguous()
 
 
 # --- operations ------------------------------------------------------------------------------
@@ -155,14 +141,16 @@ def fake_quantize(x: Tensor, fmt: Format, backend: str | None = None) -> Tensor:
     UsageError for a backend.
     """
     if torch.compiler.is_compiling():
+        check_format("format", fmt)
         return torch.ops.mixbits.fake_quantize(x, fmt.code, backend)
-    _check_values("x", x)
+    check_values("x", x)
+    check_format("format", fmt)
     if x.dim() == 0:
         raise ValueError("x must have a dimension to group along: got a scalar")
     module = _backend(x, backend)
     if x.numel() == 0:
         return torch.empty_like(x)
-    rounded: Tensor = module.fake_quantize(x.detach().contiguous(), fmt)
+    rounded: Tensor = module.fake_quantize(_ready("x", x, module), fmt)
     return gradients.straight_through(x, rounded) if gradients.is_wanted(x) else rounded
 
 
@@ -171,12 +159,13 @@ def quantize_pack(weight: Tensor, fmt: Format, backend: str | None = None) -> Pa
 
     Groups that hold a NaN or an infinity get a NaN scale: refuse them before.
     """
-    _check_values("weight", weight, 2)
+    check_values("weight", weight, 2)
+    check_format("format", fmt)
     module = _backend(weight, backend)
     if weight.numel() == 0:
         specs = packed_spec(fmt, *weight.shape).values()
         return Packed(*(torch.empty(s, dtype=d, device=weight.device) for d, s in specs))
-    return module.quantize_pack(weight.detach().contiguous(), fmt)
+    return module.quantize_pack(_ready("weight", weight, module), fmt)
 
 
 def dequantize(
@@ -187,15 +176,15 @@ def dequantize(
     backend: str | None = None,
 ) -> Tensor:
     """The [N, K] values of a packed weight in `dtype`; `in_features` is K."""
-    device = packed.weight_packed.device
-    _check_packed(packed, fmt, in_features, device)
+    device = device_of(packed)
+    check_packed(packed, fmt, in_features, device)
     out_shape = (packed.weight_packed.shape[0], in_features)
     if dtype not in DTYPES:
         raise TypeError(f"dtype must be bfloat16, float16 or float32: got {dtype}")
     module = _backend(packed.weight_packed, backend)
     if 0 in out_shape:
         return torch.empty(out_shape, dtype=dtype, device=device)
-    return module.dequantize(_contiguous(packed), fmt, in_features, dtype)
+    return module.dequantize(packed_in_memory(packed), fmt, in_features, dtype)
 
 
 def _no_statistics(weight: Tensor, formats: Sequence[Format]) -> Tensor:
@@ -215,20 +204,21 @@ def fisher_statistics(
     weight [N, K], row_weight [N] and column_weight [K] of any float dtype; a slab is 32 columns;
     Q is fake-quantization in float32. The result does not depend on the number of threads.
     """
-    _check_values("weight", weight, 2)
+    check_values("weight", weight, 2)
     for name, vector, length in (
         ("row_weight", row_weight, weight.shape[0]),
         ("column_weight", column_weight, weight.shape[1]),
     ):
-        _check_shape(name, vector, (length,))
-        _check_device(name, vector, weight.device)
+        check_tensor(name, vector)
+        check_shape(name, vector, (length,))
+        check_device(name, vector, weight.device)
         if not vector.is_floating_point():
             raise TypeError(f"{name} must be of a float dtype: got {vector.dtype}")
-    module = _backend(weight, backend)
+    formats, module = check_formats(formats), _backend(weight, backend)
     if weight.numel() == 0 or not formats:
         return _no_statistics(weight, formats)
-    vectors = (row_weight.detach().contiguous(), column_weight.detach().contiguous())
-    return module.fisher_statistics(weight.detach().contiguous(), *vectors, list(formats))
+    named = (("weight", weight), ("row_weight", row_weight), ("column_weight", column_weight))
+    return module.fisher_statistics(*(_ready(*pair, module) for pair in named), formats)
 
 
 def gradient_statistics(
@@ -239,15 +229,15 @@ def gradient_statistics(
     weight and gradient are [N, K], each of its own dtype; Q is fake-quantization in float32. The
     result does not depend on the number of threads.
     """
-    _check_values("weight", weight, 2)
-    _check_values("gradient", gradient, 2)
-    _check_shape("gradient", gradient, tuple(weight.shape))
-    _check_device("gradient", gradient, weight.device)
-    module = _backend(weight, backend)
+    check_values("weight", weight, 2)
+    check_values("gradient", gradient, 2)
+    check_shape("gradient", gradient, tuple(weight.shape))
+    check_device("gradient", gradient, weight.device)
+    formats, module = check_formats(formats), _backend(weight, backend)
     if weight.numel() == 0 or not formats:
         return _no_statistics(weight, formats)
-    tensors = (weight.detach().contiguous(), gradient.detach().contiguous())
-    return module.gradient_statistics(*tensors, list(formats))
+    named = (("weight", weight), ("gradient", gradient))
+    return module.gradient_statistics(*(_ready(*pair, module) for pair in named), formats)
 
 
 def require_fp8(device: torch.device | str, backend: str | None = None) -> None:
@@ -266,10 +256,12 @@ def fold_rows(packed: Packed, fmt: Format, in_features: int) -> Tensor | None:
 
     See `mixbits.folding.fold_rows`. Raises UsageError for other formats.
     """
+    check_packed(packed, fmt, in_features, device_of(packed))
     if fmt.element != "e2m1":
         raise UsageError(f"activations in 8-bit floats need weights in e2m1: got {fmt.element}")
-    _check_packed(packed, fmt, in_features, packed.weight_packed.device)
-    return folding.fold_rows(packed)
+    if in_features == 0:
+        raise UsageError("activations in 8-bit floats need weights with columns: got none")
+    return folding.fold_rows(packed_in_memory(packed))
 
 
 def packed_matmul_fp8(
@@ -277,13 +269,20 @@ def packed_matmul_fp8(
 ) -> Tensor:
     """`packed_matmul` of a weight in e2m1, where x may be rounded to e4m3, for speed.
 
-    `row_scale` is what `fold_rows` gave for this very weight, whose tensors must be contiguous:
-    nothing looks again. Where nothing is gained (few tokens), x is left as it is; else the result
-    is that of `mixbits.folding.matmul`, but for the order of sums, and for the 14 binary digits
-    that sums over 128 columns have. Raises UsageError where `require_fp8` does.
+    `row_scale` uint8 [N] is what `fold_rows` gave for this very weight. Where nothing is gained
+    (few tokens), x is left as it is; else the result is that of `mixbits.folding.matmul`, but for
+    the order of sums, and for the 14 binary digits that sums over 128 columns have. Raises
+    UsageError where `require_fp8` does.
     """
-    _check_values("x", x, 2)
+    check_values("x", x, 2)
     require_fp8(x.device, backend)
+    packed = checked(Operand(packed, fmt), x.shape[1], x.device).packed
+    check_tensor("row_scale", row_scale)
+    check_shape("row_scale", row_scale, (packed.weight_packed.shape[0],))
+    check_device("row_scale", row_scale, x.device)
+    if fmt.element != "e2m1" or row_scale.dtype != torch.uint8:
+        got = f"{row_scale.dtype} for {fmt.element}"
+        raise TypeError(f"row_scale must be torch.uint8, for weights in e2m1: got {got}")
     if gradients.is_wanted(x):
 
         def multiply(x: Tensor, operands: Sequence[Operand | Mix]) -> list[Tensor]:
@@ -292,7 +291,8 @@ def packed_matmul_fp8(
         return gradients.products(x, [Operand(packed, fmt)], multiply, backend)[0]
     if x.numel() == 0:
         return x.new_zeros((x.shape[0], row_scale.shape[0]))
-    out: Tensor = _module("cuda_fp8").packed_matmul(x.contiguous(), packed, fmt, row_scale)
+    x, row_scale = in_memory("x", x), in_memory("row_scale", row_scale)
+    out: Tensor = _module("cuda_fp8").packed_matmul(x, packed, fmt, row_scale)
     return out
 
 
@@ -301,32 +301,45 @@ def square_sums(x: Tensor, formats: Sequence[Format], backend: str | None = None
 
     Squares are float32; Q is fake-quantization in float32.
     """
-    _check_values("x", x, 2)
-    module = _backend(x, backend)
+    check_values("x", x, 2)
+    formats, module = check_formats(formats), _backend(x, backend)
     if x.numel() == 0:
         shape = (1 + len(formats), x.shape[1])
         return torch.zeros(shape, dtype=torch.float64, device=x.device)
-    x = x.detach().contiguous()
+    x = _ready("x", x, module)
     if x.is_cuda and backend is None and _module("triton").why_unavailable() is None:
         module = module if hasattr(module, "square_sums") else _module("triton")
     fused = getattr(module, "square_sums", None)
     if fused is None:
         return reference.square_sums(x, formats, module.fake_quantize)
-    return fused(x, list(formats))
+    return fused(x, formats)
 
 
 def compensate_group(group: Tensor, factor: Tensor, importance: Tensor, fmt: Format) -> Group:
     """`mixbits.rounding.compensate_group`, by native code where there is some.
 
-    For `mixbits.rounding.gptq`, whose arguments it trusts.
+    group float32 [N, columns], of which there are at most as many as the format has in a group;
+    factor float32 [columns, columns], importance float32 [columns].
     """
+    check_values("group", group, 2)
+    check_format("format", fmt)
+    columns = group.shape[1]
+    if not 0 < columns <= fmt.group_size:
+        raise ValueError(f"a group of {fmt} has 1 to {fmt.group_size} columns: got {columns}")
+    named = {"group": group, "factor": factor, "importance": importance}
+    shapes = (tuple(group.shape), (columns, columns), (columns,))
+    for (name, x), shape in zip(named.items(), shapes, strict=True):
+        check_tensor(name, x)
+        check_shape(name, x, shape)
+        check_device(name, x, group.device)
+        if x.dtype != torch.float32:
+            raise TypeError(f"{name} must be float32: got {x.dtype}")
     module = _backend(group, None)
     native = getattr(module, "compensate_group", None)
     if native is None or group.numel() == 0:
         return rounding.compensate_group(group, factor, importance, fmt)
-    if group.stride(1) != 1:
-        group = group.contiguous()
-    found: Group = native(group, factor.contiguous(), importance.contiguous(), fmt)
+    rest = (_ready(name, named[name], module) for name in ("factor", "importance"))
+    found: Group = native(rows_in_memory("group", group), *rest, fmt)
     return found
 
 
@@ -360,34 +373,9 @@ def packed_matmuls(
     The products of a `Mix` are added in float32 and rounded once. What x must go through is done
     once for all operands that agree on it.
     """
-    _check_values("x", x, 2)
-    checked = [
-        _checked_mix(one, x.shape[1], x.device)
-        if isinstance(one, Mix)
-        else _checked(one, x.shape[1], x.device)
-        for one in operands
-    ]
-    return packed_matmuls_unchecked(x, checked, backend, int8_activations)
-
-
-def _checked(operand: Operand, in_features: int, device: torch.device) -> Operand:
-    _check_packed(operand.packed, operand.format, in_features, device)
-    return operand._replace(packed=_contiguous(operand.packed))
-
-
-def _checked_mix(mix: Mix, in_features: int, device: torch.device) -> Mix:
-    if not 0 < len(mix.operands) <= MAX_SEGMENTS or sum(mix.columns) != in_features:
-        raise ValueError(
-            f"1 to {MAX_SEGMENTS} operands must share {in_features} columns: got {mix.columns}"
-        )
-    parts = zip(mix.operands, mix.columns, strict=True)
-    operands = tuple(_checked(one, columns, device) for one, columns in parts)
-    if mix.order is None:
-        return mix._replace(operands=operands)
-    _check_device("order", mix.order, device)
-    check_order(mix.order, in_features)
-    order = mix.order.to(order_dtype(in_features)).contiguous()
-    return mix._replace(operands=operands, order=order)
+    check_values("x", x, 2)
+    found = [checked(one, x.shape[1], x.device) for one in operands]
+    return packed_matmuls_unchecked(x, found, backend, int8_activations)
 
 
 def packed_matmuls_unchecked(
@@ -396,12 +384,13 @@ def packed_matmuls_unchecked(
     backend: str | None = None,
     int8_activations: bool = False,
 ) -> list[Tensor]:
-    """`packed_matmuls` for a caller that has checked the weights before, once for many calls.
+    """`packed_matmuls` for a caller that has checked the weights (`mixbits.checks.checked`).
 
-    The packed tensors must be contiguous and fit K = x.shape[1], and an order must be of
-    `mixbits.pack.order_dtype`: nothing looks again, and memory beyond theirs would be read.
+    Nothing looks again, and memory beyond theirs would be read; but the CPU refuses an order that
+    would reach beyond x. x [M, K] itself is checked here.
     """
-    _check_values("x", x)
+    if x.dtype not in DTYPES:
+        check_values("x", x, 2)
     if torch.compiler.is_compiling():
         return [_compiled_matmul(x, operand, backend, int8_activations) for operand in operands]
     if gradients.is_wanted(x):
@@ -413,9 +402,9 @@ def packed_matmuls_unchecked(
     module = _backend(x, backend)
     if x.numel() == 0:
         return [x.new_zeros((x.shape[0], operand.out_features)) for operand in operands]
-    x = x.contiguous()
+    x = x if is_in_memory(x) else _ready("x", x, module)
     if hasattr(module, "packed_matmuls"):
-        outs: list[Tensor] = module.packed_matmuls(x, operands, int8_activations)
+        outs: list[Tensor] = module.packed_matmuls(x, operands, bool(int8_activations))
         return outs
     mixed = getattr(module, "mixed_matmul", None)
     return [
@@ -500,6 +489,8 @@ def _packed_matmul_impl(
 
 
 def _fake_quantize_meta(x: Tensor, code: int, backend: str | None = None) -> Tensor:
+    check_values("x", x)
+    _format(code)
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
@@ -513,6 +504,9 @@ def _packed_matmul_meta(
     backend: str | None = None,
     int8_activations: bool = False,
 ) -> Tensor:
+    check_values("x", x, 2)
+    packed = Packed(weight_packed, weight_scale, weight_zero_point)
+    check_packed(packed, _format(code), x.shape[1], x.device)
     return x.new_empty((x.shape[0], weight_packed.shape[0]))
 
 

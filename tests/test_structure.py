@@ -39,7 +39,7 @@ LAYERS = [
     {"ops"},
     {"gradients"},
     {"backends"},
-    {"folding", "scale_range"},
+    {"checks", "folding", "scale_range"},
     {"pack", "rounding"},
     {"reference"},
     {"model", "attention", "cache", "staging"},

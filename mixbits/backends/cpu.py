@@ -66,6 +66,11 @@ if _native is not None and os.environ.get("MIXBITS_ISA"):
     set_isa(os.environ["MIXBITS_ISA"])
 
 
+def _aligned(x: Tensor) -> Tensor:
+    """x, or a copy, at a multiple of its elements' size: what is read number by number must be."""
+    return x if x.data_ptr() % x.element_size() == 0 else x.clone()
+
+
 def _pointers(packed: Packed) -> tuple[int, int, int]:
     codes, scale, zero_point = packed
     pointer = 0 if zero_point is None else zero_point.data_ptr()
@@ -117,7 +122,7 @@ def fisher_statistics(
 ) -> Tensor:
     """float64 [formats, ceil(K / 32)], as `mixbits.reference.fisher_statistics`."""
     out = _slab_sums(weight, formats)
-    rows, columns = row_weight.double().contiguous(), column_weight.double().contiguous()
+    rows, columns = (_aligned(x.double().contiguous()) for x in (row_weight, column_weight))
     pointers = (weight.data_ptr(), rows.data_ptr(), columns.data_ptr(), out.data_ptr())
     dtype, codes = DTYPE_NUMBERS[weight.dtype], [fmt.code for fmt in formats]
     _native.fisher_statistics(*pointers, *weight.shape, dtype, codes)
@@ -144,6 +149,7 @@ def square_sums(x: Tensor, formats: Sequence[Format]) -> Tensor:
 
 def compensate_group(group: Tensor, factor: Tensor, importance: Tensor, fmt: Format) -> Group:
     """As `mixbits.rounding.compensate_group`, to the bit."""
+    group, factor, importance = map(_aligned, (group, factor, importance))
     rows, columns = group.shape
     codes = torch.empty((rows, columns), dtype=torch.uint8)
     scale = torch.empty((rows, 1), dtype=torch.uint8 if fmt.is_mx else torch.float16)
@@ -189,7 +195,7 @@ def packed_matmuls(
     outs: list[Tensor] = []
     targets: list[int] = []
     for operand in operands:
-        out = torch.empty((tokens, operand.out_features), dtype=x.dtype)
+        out = x.new_empty((tokens, operand.out_features))
         outs.append(out)
         targets.append(out.data_ptr())
         targets += linear_numbers(operand, columns)

@@ -1,0 +1,606 @@
+"""Arguments of operations that somebody has tampered with, and what then happens.
+
+    python hostile.py            every case once: its name, a tab and its outcome per line
+    python hostile.py fuzz S N   random ones for S seconds, from seed N
+
+An outcome is "right" (what the operation gives for an ordinary tensor of the same numbers),
+"refused" (a ValueError or TypeError of one sentence), or it begins with "WRONG". A case that kills
+the process is the last line without an outcome.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mixbits import ops
+from mixbits.backends import cpu
+from mixbits.formats import INT_GROUPS, INTEGERS, MINIFLOATS, SCALE_MODES, Format
+from mixbits.pack import Mix, Operand, Packed, order_dtype
+
+MXFP4, INT4 = Format("e2m1", 32), Format("int4", 32, symmetric=False)
+FORMATS = [Format(e, 32, scale_mode=m) for e in MINIFLOATS for m in SCALE_MODES] + [
+    Format(e, g, symmetric=s) for e in INTEGERS for g in INT_GROUPS for s in (True, False)
+]
+ROWS, COLUMNS = 6, 64
+
+
+# --- what can be done to a tensor: its numbers stay -----------------------------------------------
+
+
+class Subclass(Tensor):
+    """A class of somebody's own, whose operations give its own again."""
+
+
+class Wrapper(Tensor):
+    """A tensor that has no memory."""
+
+    @staticmethod
+    def __new__(cls, x: Tensor) -> Wrapper:
+        out: Any = Tensor._make_wrapper_subclass(
+            cls, x.shape, dtype=x.dtype, device=x.device, strides=x.stride()
+        )
+        return out
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return NotImplemented
+
+
+def at_an_offset(x: Tensor) -> Tensor:
+    memory = torch.zeros(x.numel() + 7, dtype=x.dtype)
+    memory[5 : 5 + x.numel()] = x.flatten()
+    return memory[5 : 5 + x.numel()].view(x.shape)
+
+
+def misaligned(x: Tensor) -> Tensor:
+    data = bytearray(b"\0" + x.contiguous().view(torch.uint8).numpy().tobytes())
+    return torch.frombuffer(data, dtype=x.dtype, offset=1, count=x.numel()).view(x.shape)
+
+
+def every_second(x: Tensor) -> Tensor:
+    wide = torch.zeros((*x.shape[:-1], 2 * x.shape[-1]), dtype=x.dtype)
+    wide[..., 1::2] = x
+    return wide[..., 1::2]
+
+
+def negative(x: Tensor) -> Tensor:
+    return torch._neg_view(-x)
+
+
+def inference(x: Tensor) -> Tensor:
+    with torch.inference_mode():
+        return x.clone()
+
+
+def freed(x: Tensor) -> Tensor:
+    x = x.clone()
+    x.untyped_storage().resize_(0)
+    return x
+
+
+def freed_beyond_an_offset(x: Tensor) -> Tensor:
+    x = at_an_offset(x)
+    x.untyped_storage().resize_(0)
+    return x
+
+
+def shrunk(x: Tensor) -> Tensor:
+    x = x.clone()
+    x.untyped_storage().resize_(x.nbytes - x.element_size())
+    return x
+
+
+def shrunk_and_strided(x: Tensor) -> Tensor:
+    x = every_second(x)
+    x.untyped_storage().resize_(x.nbytes)
+    return x
+
+
+def fake(x: Tensor) -> Tensor:
+    from torch._subclasses import FakeTensorMode
+
+    return FakeTensorMode().from_tensor(x)
+
+
+SAME = {
+    "strided": lambda x: x.T.contiguous().T,
+    "every second": every_second,
+    "at an offset": at_an_offset,
+    "misaligned": misaligned,
+    "negative bit": negative,
+    "negative bit, strided": lambda x: negative(x.T.contiguous()).T,
+    "of inference mode": inference,
+    "a subclass": lambda x: x.clone().as_subclass(Subclass),
+    "a parameter": lambda x: nn.Parameter(x.clone(), requires_grad=False),
+}
+TAMPERED = {
+    "freed": freed,
+    "freed, at an offset": freed_beyond_an_offset,
+    "shrunk": shrunk,
+    "shrunk, strided": shrunk_and_strided,
+    "meta": lambda x: x.to("meta"),
+    "sparse": lambda x: x.to_sparse(),
+    "nested": lambda x: torch.nested.nested_tensor([x, x]),
+    "jagged": lambda x: torch.nested.nested_tensor([x, x], layout=torch.jagged),
+    "fake": fake,
+    "a wrapper": Wrapper,
+    "float64": lambda x: x.double(),
+    "int32": lambda x: x.int(),
+    "bool": lambda x: x.bool(),
+    "complex": lambda x: x.to(torch.complex64),
+    "conjugate": lambda x: x.to(torch.complex64).conj(),
+    "float8": lambda x: x.to(torch.float8_e4m3fn),
+    "quantized": lambda x: torch.quantize_per_tensor(x.float(), 1.0, 0, torch.quint8),
+    "one number less": lambda x: x[..., :-1],
+    "one row less": lambda x: x[:-1],
+    "a row more": lambda x: torch.cat([x, x[:1]]),
+    "a scalar": lambda x: x.flatten()[0],
+    "flat": lambda x: x[None].flatten() if x.dim() > 1 else x[None],
+    "five dimensions": lambda x: x[None, None, None, None],
+    "no rows": lambda x: x[:0],
+    "no columns": lambda x: x[..., :0],
+    "a list": lambda x: x.tolist(),
+    "nothing": lambda x: None,
+}
+# Ordinary arguments of some operations, and no reason to refuse them.
+ALLOWED = {
+    ("fake_quantize", "x"): {"one number less", "flat", "five dimensions", "no rows", "no columns"},
+    ("quantize_pack", "weight"): {"one number less", "no rows", "no columns"},
+    ("square_sums", "x"): {"one number less", "no rows", "no columns"},
+    ("fisher_statistics", "row"): {"float64", "float8"},
+    ("fisher_statistics", "column"): {"float64", "float8"},
+}
+ALLOWED["torch.fake_quantize", "x"] = ALLOWED["fake_quantize", "x"]
+for one in ("fake_quantize", "torch.fake_quantize", "quantize_pack", "square_sums"):
+    key = one, "weight" if one == "quantize_pack" else "x"
+    ALLOWED[key] = ALLOWED[key] | {"one row less", "a row more"}
+for one, key in (("packed_matmul", "x"), ("torch.packed_matmul", "x"), ("mix", "x")):
+    ALLOWED[one, key] = {"one row less", "a row more", "no rows"}
+    if one != "mix":  # a column less takes as many bytes
+        ALLOWED[one, key].add("one number less")
+ALLOWED["mix", "order"] = {"int32", "nothing"}
+ALLOWED["packed_matmul_backward", "gradient"] = {"one row less", "a row more", "no rows"}
+# On the meta device results are as those without numbers, where all arguments are.
+for one in ("fake_quantize", "torch.fake_quantize", "square_sums"):
+    ALLOWED[one, "x"] = ALLOWED[one, "x"] | {"meta"}
+ALLOWED["torch.fake_quantize", "x"] |= {"fake"}
+ALLOWED["quantize_pack", "weight"] |= {"meta"}
+ALLOWED["compensate_group", "group"] = {"one row less", "a row more", "no rows"}
+
+
+# --- operations and their tensors -----------------------------------------------------------------
+
+
+def packed(rows: int = ROWS, columns: int = COLUMNS, fmt: Format = INT4) -> Packed:
+    return ops.quantize_pack(torch.randn(rows, columns), fmt, "reference")
+
+
+def operand(rows: int = ROWS, columns: int = COLUMNS, fmt: Format = MXFP4) -> Operand:
+    return Operand(packed(rows, columns, fmt), fmt)
+
+
+def weights() -> dict[str, Tensor]:
+    codes, scale, zero = packed()
+    assert zero is not None
+    return {"codes": codes, "scale": scale, "zero": zero}
+
+
+def mix(x: Tensor, codes: Tensor, scale: Tensor, order: Tensor, second: Packed) -> Tensor:
+    operands = Operand(Packed(codes, scale), MXFP4), Operand(second, MXFP4)
+    return ops.packed_matmuls(x, [Mix(operands, (COLUMNS, COLUMNS), order)])[0]
+
+
+def tensors_of(name: str) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """An operation, and arguments that it takes."""
+    x, (n, k) = torch.randn(ROWS, COLUMNS), (ROWS, COLUMNS)
+    if name == "mix":
+        codes, scale, _ = packed(fmt=MXFP4)
+        x, order = torch.randn(3, 2 * k), torch.randperm(2 * k).to(order_dtype(2 * k))
+        arguments = {"x": x, "codes": codes, "scale": scale, "order": order}
+        return lambda **a: mix(second=SECOND, **a), arguments
+    native = torch.ops.mixbits
+    found: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
+        "fake_quantize": (lambda x: ops.fake_quantize(x, MXFP4), {"x": x}),
+        "torch.fake_quantize": (lambda x: native.fake_quantize(x, MXFP4.code), {"x": x}),
+        "quantize_pack": (lambda weight: ops.quantize_pack(weight, INT4), {"weight": x}),
+        "dequantize": (
+            lambda codes, scale, zero: ops.dequantize(Packed(codes, scale, zero), INT4, k),
+            weights(),
+        ),
+        "fold_rows": (
+            lambda codes, scale: ops.fold_rows(Packed(codes, scale), MXFP4, k),
+            dict(zip(("codes", "scale"), packed(fmt=MXFP4), strict=False)),
+        ),
+        "fisher_statistics": (
+            lambda weight, row, column: ops.fisher_statistics(weight, row, column, FORMATS),
+            {"weight": x, "row": torch.rand(n), "column": torch.rand(k)},
+        ),
+        "gradient_statistics": (
+            lambda weight, gradient: ops.gradient_statistics(weight, gradient, FORMATS),
+            {"weight": x, "gradient": torch.randn(n, k)},
+        ),
+        "square_sums": (lambda x: ops.square_sums(x, [MXFP4, INT4]), {"x": x}),
+        "compensate_group": (
+            lambda group, factor, importance: ops.compensate_group(group, factor, importance, INT4),
+            {"group": x[:, :32].clone(), "factor": torch.rand(32, 32), "importance": torch.rand(32)},
+        ),
+        "packed_matmul": (
+            lambda x, codes, scale, zero: ops.packed_matmul(x, Packed(codes, scale, zero), INT4),
+            {"x": torch.randn(3, k), **weights()},
+        ),
+        "torch.packed_matmul": (
+            lambda x, codes, scale, zero: native.packed_matmul(x, codes, scale, zero, INT4.code, 0),
+            {"x": torch.randn(3, k), **weights()},
+        ),
+        "packed_matmul_backward": (
+            lambda gradient, codes, scale, zero: native.packed_matmul_backward(
+                gradient, codes, scale, zero, INT4.code, k
+            ),
+            {"gradient": torch.randn(3, n), **weights()},
+        ),
+    }
+    return found[name]
+
+
+NAMES = (
+    "fake_quantize torch.fake_quantize quantize_pack dequantize fold_rows fisher_statistics "
+    "gradient_statistics square_sums compensate_group packed_matmul torch.packed_matmul "
+    "packed_matmul_backward mix"
+).split()
+# torch itself refuses what its operators cannot be given, in words and errors of its own.
+REFUSALS = (ValueError, TypeError)
+TORCHS = (*REFUSALS, RuntimeError, AssertionError)
+
+
+def flat(result: Any) -> list[Any]:
+    parts = list(result) if isinstance(result, list | tuple) else [result]
+    return [None if p is None else p.detach().as_subclass(Tensor) for p in parts]
+
+
+def agree(got: Any, wanted: Any) -> bool:
+    pairs = list(zip(flat(got), flat(wanted), strict=True))
+    return all(a is b or torch.equal(a, b) for a, b in pairs)
+
+
+def outcome(run: Callable[[], Any], wanted: Any, refusals: tuple[type[Exception], ...]) -> str:
+    try:
+        got = run()
+    except refusals as error:
+        lines = str(error).strip().splitlines()
+        said = lines[0] if lines else ""
+        if not said or (len(lines) > 1 and refusals is REFUSALS):
+            return f"WRONG: not one sentence: {error!r}"
+        return f"refused: {said}"
+    except Exception as error:
+        return f"WRONG: {type(error).__name__}: {error}"
+    if wanted is None:
+        return "accepted"
+    return "right" if agree(got, wanted) else "WRONG: other numbers"
+
+
+def tampered_tensors() -> dict[str, tuple[str, Callable[[], str]]]:
+    """Every argument of every operation in every way: name -> what is asked, and the trial."""
+    cases: dict[str, tuple[str, Callable[[], str]]] = {}
+    for name in NAMES:
+        for argument in tensors_of(name)[1]:
+            allowed = ALLOWED.get((name, argument), set())
+            for way, change in {**SAME, **TAMPERED}.items():
+                expected = "right" if way in SAME else "any" if way in allowed else "refused"
+                cases[f"{name}, {argument} {way}"] = expected, trial(name, argument, way, change)
+    return cases
+
+
+def trial(name: str, argument: str, way: str, change: Callable[[Tensor], Any]) -> Callable[[], str]:
+    def run() -> str:
+        torch.manual_seed(0)
+        call, arguments = tensors_of(name)
+        is_torchs = name not in ("fold_rows", "mix") and not hasattr(ops, name)
+        wanted = call(**arguments)
+        try:
+            changed = change(arguments[argument])
+        except (RuntimeError, IndexError) as error:
+            return f"not made: {error}"
+        if not isinstance(changed, Tensor) and is_torchs:
+            return "not made: torch takes tensors"
+        refusals = TORCHS if is_torchs or name.startswith("torch.") else REFUSALS
+        ordinary = None if way in TAMPERED else wanted
+        return outcome(lambda: call(**{**arguments, argument: changed}), ordinary, refusals)
+
+    return run
+
+
+# --- composites, formats, names -------------------------------------------------------------------
+
+SECOND = packed(fmt=MXFP4)
+
+
+def mixes() -> dict[str, Any]:
+    """Mixes for x [2, 64] that cannot be."""
+    half, order = (operand(8, 32), operand(8, 32)), torch.randperm(64)
+    ordered: dict[str, Any] = {
+        "too short": order[:-1],
+        "too long": torch.cat([order, order[:1]]),
+        "a number twice": torch.where(order == 3, 4, order),
+        "below 0": torch.where(order == 3, -1, order),
+        "beyond": torch.where(order == 3, 64, order),
+        "65535": torch.where(order == 3, 65535, order),
+        "2^40": torch.where(order == 3, 2**40, order),
+        "of floats": order.float(),
+        "of bools": order.bool(),
+        "of two dimensions": order[None],
+        "of none": order[:0],
+        "a scalar": order[0],
+        "a list": order.tolist(),
+        "on the meta device": order.to("meta"),
+        "sparse": order.to_sparse(),
+        "freed": freed(order),
+        "shrunk": shrunk(order),
+        "fake": fake(order),
+    }
+    found = {f"an order {name}": Mix(half, (32, 32), one) for name, one in ordered.items()}
+    return found | {
+        "second has fewer rows": Mix((operand(4000, 32), operand(1, 32)), (32, 32)),
+        "second has no rows": Mix((operand(8, 32), operand(0, 32)), (32, 32)),
+        "second has more rows": Mix((operand(1, 32), operand(64, 32)), (32, 32)),
+        "first has no rows": Mix((operand(0, 32), operand(8, 32)), (32, 32)),
+        "no columns, first": Mix((operand(8, 0), operand(8, 64)), (0, 64)),
+        "no columns, last": Mix((operand(8, 64), operand(8, 0)), (64, 0)),
+        "no columns at all": Mix((operand(8, 0),), (0,)),
+        "negative columns": Mix((operand(8, 96), operand(8, 32)), (96, -32)),
+        "columns of floats": Mix(half, (32.0, 32.0)),  # type: ignore[arg-type]
+        "columns beyond int64": Mix(half, (2**64 + 32, 32)),
+        "columns that are too few": Mix(half, (32, 31)),
+        "columns that are too many": Mix(half, (32, 64)),
+        "more columns than operands": Mix(half, (32, 16, 16)),
+        "fewer columns than operands": Mix(half, (64,)),
+        "no operands": Mix((), ()),
+        "nine operands": Mix((operand(8, 8),) * 9, (8,) * 8 + (0,)),
+        "operands of no type": Mix((1, 2), (32, 32)),  # type: ignore[arg-type]
+        "a mix in a mix": Mix((half[0], Mix((half[1],), (32,))), (32, 32)),  # type: ignore[arg-type]
+        "packed of another format": Mix((half[0], half[1]._replace(format=INT4)), (32, 32)),
+        "a format of no type": Mix((half[0], half[1]._replace(format=5)), (32, 32)),  # type: ignore[arg-type]
+        "an activation of no type": Mix(
+            (half[0], half[1]._replace(activation="MXFP4")),  # type: ignore[arg-type]
+            (32, 32),
+        ),
+        "rotated by a number": Mix(half, (32, 32), None, 7),  # type: ignore[arg-type]
+        "a tuple": (half, (32, 32)),
+        "an operand's parts": tuple(half[0]),
+        "nothing": None,
+        "packed as a tuple": Operand(tuple(half[0].packed), MXFP4),  # type: ignore[arg-type]
+        "one segment on the meta device": Mix(
+            (half[0], half[1]._replace(packed=half[1].packed.to("meta"))), (32, 32)
+        ),
+        "no zero points": Operand(packed()._replace(weight_zero_point=None), INT4),
+        "zero points without a use": Operand(packed(), Format("int4", 32)),
+    }
+
+
+CODES = [-1, 1, 3, 6, 0xFF, 1 << 13, 7 << 16, MXFP4.code | 0x300, MXFP4.code | 0xF00]
+CODES += [MXFP4.code | 1 << 13, MXFP4.code & ~(1 << 12), INT4.code | 31 << 16, -MXFP4.code]
+CODES += [2**31, 2**31 - 1, -(2**31), 2**40 | MXFP4.code, 2**63 - 1, -(2**63), 64 << 16 | 1 << 12]
+BACKENDS: list[Any] = [5, b"cpu", ["cpu"], {}, torch.zeros(1), "no such", "CPU", True, "cuda\0"]
+SIZES: list[Any] = [-1, -64, 65, 63.0, 64.0, 2**40, 2**64, None, "64", True, 0]
+
+
+def calls() -> dict[str, Callable[[], Any]]:
+    """Arguments that are no tensors."""
+    x, one = torch.randn(2, COLUMNS), packed()
+    native, found = torch.ops.mixbits, dict[str, Callable[[], Any]]()
+    for code in CODES:
+        found[f"fake_quantize, code {code}"] = lambda c=code: native.fake_quantize(x, c)
+        found[f"packed_matmul, code {code}"] = lambda c=code: native.packed_matmul(x, *one, c, 0)
+        found[f"packed_matmul, activation {code}"] = lambda c=code: native.packed_matmul(
+            x, *one, INT4.code, c
+        )
+        found[f"backward, code {code}"] = lambda c=code: native.packed_matmul_backward(
+            torch.randn(2, ROWS), *one, c, COLUMNS
+        )
+    for name in BACKENDS:
+        found[f"fake_quantize, backend {name!r}"] = lambda b=name: ops.fake_quantize(x, MXFP4, b)
+        found[f"packed_matmul, backend {name!r}"] = lambda b=name: ops.packed_matmul(
+            x, one, INT4, backend=b
+        )
+    for size in SIZES:
+        found[f"dequantize, in_features {size!r}"] = lambda s=size: ops.dequantize(one, INT4, s)
+        found[f"fold_rows, in_features {size!r}"] = lambda s=size: ops.fold_rows(SECOND, MXFP4, s)
+        if type(size) is int and -(2**63) <= size < 2**63:
+            found[f"backward, in_features {size!r}"] = lambda s=size: native.packed_matmul_backward(
+                torch.randn(2, ROWS), *one, INT4.code, s
+            )
+    for fmt in (None, "e2m1", 5, MXFP4.code, Format):
+        found[f"fake_quantize, format {fmt!r}"] = lambda f=fmt: ops.fake_quantize(x, f)
+        found[f"quantize_pack, format {fmt!r}"] = lambda f=fmt: ops.quantize_pack(x, f)
+        found[f"dequantize, format {fmt!r}"] = lambda f=fmt: ops.dequantize(one, f, COLUMNS)
+        found[f"square_sums, format {fmt!r}"] = lambda f=fmt: ops.square_sums(x, [MXFP4, f])
+        found[f"square_sums, formats {fmt!r}"] = lambda f=fmt: ops.square_sums(x, f)
+        found[f"compensate_group, format {fmt!r}"] = lambda f=fmt: ops.compensate_group(
+            x[:, :32], torch.rand(32, 32), torch.rand(32), f
+        )
+    for columns in (0, 33, 129, 4096):
+        found[f"compensate_group of {columns} columns"] = lambda n=columns: ops.compensate_group(
+            torch.randn(3, n), torch.rand(n, n), torch.rand(n), MXFP4
+        )
+    for dtype in (torch.float64, torch.int8, None, "float32"):
+        found[f"dequantize, dtype {dtype}"] = lambda d=dtype: ops.dequantize(one, INT4, 64, d)
+    for element, group, symmetric in (
+        ("e2m1", 32, False),
+        ("int4", 32, 2),
+        ("int4", 32.0, True),
+        ("int4", 33, True),
+        ("int4", 0, True),
+        ("int3", 32, True),
+    ):
+        found[f"Format({element!r}, {group}, {symmetric})"] = lambda a=(element, group, symmetric): (
+            Format(*a)  # type: ignore[arg-type]
+        )
+    found["vmap"] = lambda: torch.func.vmap(lambda y: ops.fake_quantize(y, MXFP4))(x)
+    found["vmap of a product"] = lambda: torch.func.vmap(
+        lambda y: ops.packed_matmul(y[None], one, INT4)
+    )(x)
+    return found
+
+
+def tampered_arguments() -> dict[str, tuple[str, Callable[[], str]]]:
+    x = torch.randn(2, 64)
+    cases: dict[str, tuple[str, Callable[[], str]]] = {}
+    for name, one in mixes().items():
+        for tokens in (x[:1], x, x.expand(9, 2, 64).flatten(0, 1)):
+            cases[f"mix, {len(tokens)} tokens: {name}"] = (
+                "refused",
+                lambda one=one, t=tokens: outcome(
+                    lambda: ops.packed_matmuls(t, [one]), None, REFUSALS
+                ),
+            )
+    for name, call in calls().items():
+        cases[name] = "refused", lambda call=call: outcome(call, None, REFUSALS)
+    return cases
+
+
+def cases() -> dict[str, tuple[str, Callable[[], str]]]:
+    return tampered_tensors() | tampered_arguments()
+
+
+# --- random ones -----------------------------------------------------------------------------------
+
+
+def random_tensor(rng: random.Random, shape: tuple[int, ...]) -> Tensor:
+    dtype = rng.choice([torch.float32, torch.bfloat16, torch.float16])
+    x = torch.randn(shape) * 2.0 ** rng.randint(-20, 12)
+    if rng.random() < 0.3:
+        x[torch.rand(shape) < 0.1] *= 1000.0
+    if rng.random() < 0.1 and x.numel():
+        x.view(-1)[rng.randrange(x.numel())] = rng.choice([torch.nan, torch.inf, -torch.inf, -0.0])
+    return x.to(dtype)
+
+
+def random_product(rng: random.Random) -> tuple[Callable[..., Any], dict[str, Any], str]:
+    """A product, of one weight or in segments: by name its tensors, and how it may differ."""
+    rows, tokens = rng.choice([0, 1, 2, 7, 33, 100]), rng.choice([0, 1, 2, 4, 5, 9, 40])
+    count = rng.choice([1, 1, 2, 3, 8])
+    widths = tuple(rng.choice([1, 7, 31, 32, 64, 96, 130]) for _ in range(count))
+    columns, operands, tensors = sum(widths), [], {}
+    for number, width in enumerate(widths):
+        fmt = rng.choice(FORMATS)
+        activation = rng.choice([None, None, *FORMATS])
+        for name, value in packed(rows, width, fmt)._asdict().items():
+            tensors[f"{name}.{number}"] = value
+        operands.append((fmt, activation))
+    tensors["x"] = random_tensor(rng, (tokens, columns))
+    tensors["order"] = torch.randperm(columns) if rng.random() < 0.4 else None
+    rotated, is_mix = rng.random() < 0.3, count > 1 or rng.random() < 0.3
+
+    def call(backend: str | None = None, **t: Any) -> Any:
+        parts = tuple(
+            Operand(Packed(*(t[f"{name}.{i}"] for name in Packed._fields)), fmt, activation)
+            for i, (fmt, activation) in enumerate(operands)
+        )
+        whole: Any = Mix(parts, widths, t["order"], rotated) if is_mix else parts[0]
+        return ops.packed_matmuls(t["x"], [whole], backend)[0]
+
+    if not is_mix:
+        tensors["order"] = None
+    return call, {name: x for name, x in tensors.items()}, "close"
+
+
+def random_rounding(rng: random.Random) -> tuple[Callable[..., Any], dict[str, Any], str]:
+    shape = (rng.choice([0, 1, 5, 33]), rng.choice([0, 1, 31, 32, 33, 130, 600]))
+    fmt, formats = rng.choice(FORMATS), rng.sample(FORMATS, rng.randint(0, 5))
+    x = random_tensor(rng, shape)
+    kind = rng.choice(["fake", "pack", "dequantize", "squares", "fisher", "gradient"])
+    if kind == "fake":
+        return lambda x, backend=None: ops.fake_quantize(x, fmt, backend), {"x": x}, "equal"
+    if kind == "pack":
+        return lambda x, backend=None: ops.quantize_pack(x, fmt, backend), {"x": x}, "equal"
+    if kind == "squares":
+        return lambda x, backend=None: ops.square_sums(x, formats, backend), {"x": x}, "close"
+    if kind == "dequantize":
+        arguments = packed(*shape, fmt)._asdict()
+
+        def decode(backend: str | None = None, **t: Any) -> Any:
+            return ops.dequantize(Packed(**t), fmt, shape[1], torch.float32, backend)
+
+        return decode, dict(arguments), "equal"
+    if kind == "fisher":
+        vectors = {"row": torch.rand(shape[0]), "column": torch.rand(shape[1]).double()}
+
+        def fisher(x: Tensor, row: Tensor, column: Tensor, backend: str | None = None) -> Tensor:
+            return ops.fisher_statistics(x, row, column, formats, backend)
+
+        return fisher, {"x": x, **vectors}, "close"
+    gradient = random_tensor(rng, shape)
+    return (
+        lambda x, gradient, backend=None: ops.gradient_statistics(x, gradient, formats, backend),
+        {"x": x, "gradient": gradient},
+        "close",
+    )
+
+
+def is_close(got: Tensor, wanted: Tensor, x: Tensor) -> bool:
+    """Sums in another order, of activations in integers; and steps of the dtype."""
+    if not torch.equal(got.isnan(), wanted.isnan()):
+        return False
+    got, wanted = got.double().nan_to_num(), wanted.double().nan_to_num()
+    step = 2.0**-6 if x.dtype == torch.bfloat16 else 2.0**-9
+    scale = wanted[wanted.abs() < 1e30].abs().max() if wanted.numel() else torch.zeros(())
+    return bool(((got - wanted).abs() <= step * (wanted.abs() + scale) + 1e-30).all())
+
+
+def fuzz(seconds: float, seed: int) -> int:
+    """Valid and hostile arguments in turn; every line says what is tried before it is."""
+    rng, end, count = random.Random(seed), time.monotonic() + seconds, 0
+    torch.manual_seed(seed)
+    isas = cpu.available_isas()
+    while time.monotonic() < end:
+        make = rng.choice([random_product, random_product, random_rounding])
+        call, tensors, kind = make(rng)
+        if isas:
+            cpu.set_isa(rng.choice(isas))
+        changed = dict(tensors)
+        ways = {**SAME, **TAMPERED} if rng.random() < 0.5 else SAME
+        told = []
+        for name, x in tensors.items():
+            if x is not None and x.dim() and rng.random() < 0.4:
+                way = rng.choice(list(ways))
+                try:
+                    changed[name] = ways[way](x)
+                except (RuntimeError, IndexError, ValueError):
+                    continue  # torch has no such tensor
+                told.append((name, way))
+        print(f"{seed}/{count} {kind} {told}", flush=True)
+        count += 1
+        try:
+            got = call(**changed)
+        except (ValueError, TypeError) as error:
+            if any(way in TAMPERED for _, way in told):
+                continue
+            print(f"WRONG: refused what is right: {error}")
+            return 1
+        if any(way in TAMPERED for _, way in told):
+            continue  # perhaps it has another shape, and is another right argument
+        wanted = call(backend="reference", **tensors)
+        for a, b in zip(flat(got), flat(wanted), strict=True):
+            same = a is b or torch.equal(a.nan_to_num(), b.nan_to_num())
+            if not (same or (kind == "close" and is_close(a, b, tensors["x"]))):
+                print(f"WRONG: other numbers, by {(a.double() - b.double()).abs().max()}")
+                return 1
+    print(f"{count} calls")
+    return 0
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    if sys.argv[1:2] == ["fuzz"]:
+        sys.exit(fuzz(float(sys.argv[2]), int(sys.argv[3])))
+    for name, (_, run) in cases().items():
+        print(f"{name}\t", end="", flush=True)
+        print(run(), flush=True)
