@@ -16,15 +16,17 @@ from .source import Source
 Rows = Sequence[Sequence[str]]
 
 _PACKED = """\
-```
-pip install mixbits
-```
+This needs mixbits, which is in no package index: `pip install .` in a clone of its repository, or a
+wheel made there.
 
 ```python
 import mixbits, transformers
 
-model = mixbits.load("{folder}")
-tokenizer = transformers.AutoTokenizer.from_pretrained("{folder}")
+name = "{folder}"  # the folder; or its name on the hub, with the owner: "OWNER/{folder}"
+model = mixbits.load(name)
+tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+ids = model.generate(**tokenizer("Once upon a time", return_tensors="pt"), max_new_tokens=50)
+print(tokenizer.decode(ids[0]))
 ```
 
 With mixbits imported, `transformers.AutoModelForCausalLM.from_pretrained` loads it as well.

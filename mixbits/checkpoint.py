@@ -14,7 +14,8 @@
     dtypes    {tensor: dtype} of plain tensors in another type, such as a router's float32 bias
     carried   tensors that the model's class does not take, such as the layers of MTP
     stored    tensors that the source has quantized and the plan leaves alone, with the source's own
-              `quantization_config`: they are made plain when the folder is loaded
+              `quantization_config`: they are made plain when the folder is loaded. None may be
+              named, where what is carried is quantized
 
 Sizes are known before anything is written. `quantization_config` has a checksum of all values and
 recipes, in whatever files they lie, so that what reads a checkpoint notices any damage.
@@ -56,7 +57,10 @@ from .weights import DTYPE_NAMES, Files, Weights
 
 SHARD_BYTES = 2 << 30
 # transformers without mixbits only warns, and leaves weights random: config.json says what to do.
-TO_LOAD = "pip install mixbits; then `import mixbits` before transformers' from_pretrained"
+TO_LOAD = (
+    "install mixbits (`pip install .` in a clone of its repository), then `import mixbits` before "
+    "transformers' from_pretrained"
+)
 _MODES = ("weight_scale_mode", "act_scale_mode")
 
 
@@ -430,7 +434,7 @@ def _exceptions(
     carried = weights.carried_parts
     found = {"dtypes": _kinds(specs, dtype), "carried": carried}
     stored = [s.name for s in specs if s.as_stored and s.name not in set(carried)]
-    if stored:
+    if stored or not all(one.is_plain for one in weights.carried):
         found["stored"] = {"quantization_config": weights.quantization, "tensors": stored}
     return {key: value for key, value in found.items() if value}
 

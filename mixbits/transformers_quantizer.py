@@ -10,6 +10,7 @@ nothing above that can be imported here but in functions.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -26,7 +27,7 @@ from .arrange import check_order
 from .checkpoint import checksum, crc, kinds_of
 from .files import read_object
 from .formats import Recipe, UsageError
-from .linear import MixedLinear, packed_linear, share_inputs, swap_linears
+from .linear import MixedLinear, PackedLinear, packed_linear, share_inputs, swap_linears
 from .pack import LAYOUT
 from .recipes import parse_recipe
 from .stock import Stock, check_files
@@ -122,6 +123,7 @@ class MixbitsQuantizer(HfQuantizer):
         # nothing is renamed back when it is saved (None would mean transformers' own rules).
         model._weight_conversions = []
         share_inputs(model)
+        count_packed(model)
         use_fast_steps(model)
 
     def _fill(self, model: Any) -> None:
@@ -191,6 +193,23 @@ class MixbitsQuantizer(HfQuantizer):
 # Not by their decorators, which refuse a second time: this module may be reloaded.
 AUTO_QUANTIZATION_CONFIG_MAPPING["mixbits"] = MixbitsConfig
 AUTO_QUANTIZER_MAPPING["mixbits"] = MixbitsQuantizer
+
+
+def count_packed(model: nn.Module) -> None:
+    """Let `num_parameters` count packed weights, which are buffers, as what they stand for."""
+    for part in model.modules():
+        if hasattr(part, "num_parameters"):
+            # A partial, which copies and pickles take along with the model; no bound method is.
+            part.num_parameters = functools.partial(_num_parameters, part)  # type: ignore[assignment]
+
+
+def _num_parameters(
+    model: Any, only_trainable: bool = False, exclude_embeddings: bool = False
+) -> int:
+    """As of transformers; packed weights are never trainable, and no embeddings."""
+    plain: int = type(model).num_parameters(model, only_trainable, exclude_embeddings)
+    packed = (m for m in model.modules() if isinstance(m, PackedLinear))
+    return plain + (0 if only_trainable else sum(m.in_features * m.out_features for m in packed))
 
 
 def use_fast_steps(model: Any) -> None:

@@ -247,4 +247,4 @@ def test_modules_may_be_reloaded(llama: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def test_config_says_what_to_install(llama: Path) -> None:
     config = json.loads((llama / "config.json").read_text())["quantization_config"]
-    assert "pip install mixbits" in config["to_load"] and "import mixbits" in config["to_load"]
+    assert "pip install ." in config["to_load"] and "import mixbits" in config["to_load"]
