@@ -43,9 +43,9 @@ def load(
                       (mixbits.graphs), where the model allows it.
     revision          branch, tag or commit of a name on the hub.
 
-    Raises UsageError if it is neither a folder nor such a name, is no mixbits checkpoint, any tensor is missing, unexpected or
-    of another shape or dtype, or values or schemes are not those that were written; or if
-    fp8_activations could have no effect.
+    Raises UsageError if it is neither a folder nor such a name, or is no mixbits checkpoint; if any
+    tensor is missing, unexpected or of another shape or dtype, or values or schemes are not those
+    that were written; or if fp8_activations could have no effect.
     """
     folder = find_folder(str(folder), revision=revision)
     read_config(folder)

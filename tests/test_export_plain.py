@@ -3,28 +3,20 @@
 from __future__ import annotations
 
 import random
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from exported import IDS, export, fake_model, logits, packed
-from safetensors import safe_open
+from exported import export, logits, packed
 from tiny import read
-from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import mixbits
-from mixbits import checkpoint, quantize
-from mixbits.export.__main__ import main
-from mixbits.export.packed import Carrier, PackedModel
-from mixbits.formats import Mixed, Recipe, UsageError, parse_scheme
-from mixbits.model import find_linears, meta_model
+from mixbits.formats import Mixed, Recipe, parse_scheme
+from mixbits.model import find_linears
 from mixbits.source import open_source
-from mixbits.weights import Files, Renaming
 
 A16 = "MXFP4A16,W4A16G32,BF16,W8A16G32ASYM,MXFP8A16,W2A16G32"
 
@@ -78,8 +70,11 @@ def test_transformers_computes_the_same_without_mixbits(case: str, tmp_path: Pat
     torch.testing.assert_close(got, expected, rtol=0, atol=2e-5 * float(expected.abs().max()))
     # In the model's own dtype each weight is the nearest to what the packed one stands for.
     plain, model = loaded(rounded).state_dict(), loaded(exact).state_dict()
-    assert plain.keys() == model.keys() == loaded(source.path).state_dict().keys() | (
-        {"lm_head.weight"} if case == "llama untied by us" else set()
+    assert (
+        plain.keys()
+        == model.keys()
+        == loaded(source.path).state_dict().keys()
+        | ({"lm_head.weight"} if case == "llama untied by us" else set())
     )
     for name, value in plain.items():
         assert value.dtype == torch.bfloat16

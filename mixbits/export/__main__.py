@@ -21,8 +21,8 @@ _WORST = 5  # linears whose loss is printed; the report has them all
 def make_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="python -m mixbits.export",
-        description="Write a packed model as another engine reads it, codes carried over; or back in "
-        "16 bits (plain), for anything that loads the original.",
+        description="Write a packed model as another engine reads it, codes carried over; or in 16 "
+        "bits again (plain), for anything that loads the original.",
         epilog="exit codes: 0 done, 2 wrong usage or input, 1 failure",
     )
     parser.add_argument(

@@ -118,7 +118,7 @@ def _write_shard(folder: Path, shard: Shard, pieces: Sequence[Piece]) -> None:
 def write_folder(
     folder: Path, carrier: Carrier, pieces: Sequence[Piece], quantization: dict[str, Any] | None
 ) -> None:
-    """Weights shard by shard, tokenizer and other files, config.json with `quantization`, if any."""
+    """Weights shard by shard, tokenizer and others, config.json with `quantization`, if any."""
     shards = make_shards([spec for piece in pieces for spec in piece.specs])
     for shard in shards:
         _write_shard(folder, shard, pieces)

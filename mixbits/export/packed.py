@@ -58,7 +58,7 @@ class PackedModel:
 
     @classmethod
     def open(cls, model: str | Path, revision: str | None = None) -> PackedModel:
-        """A folder, or a name on the hub; UsageError if it is no checkpoint of ours, or not whole."""
+        """A folder, or a name on the hub. Raises UsageError if it is none of ours, or not whole."""
         folder = find_folder(str(model), revision=revision)
         config = read_config(folder)
         recipes, source = config.recipes(), open_source(str(folder), quantized=True)

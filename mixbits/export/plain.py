@@ -143,9 +143,7 @@ def _units(model: PackedModel, found: Mapping[str, _Plain]) -> list[list[str]]:
     return [units[-1], *units[:-1]]
 
 
-def _pieces(
-    model: PackedModel, found: Mapping[str, _Plain], names: Iterable[str]
-) -> list[Piece]:
+def _pieces(model: PackedModel, found: Mapping[str, _Plain], names: Iterable[str]) -> list[Piece]:
     """Tensors of a unit under published names, one by one where that gives the same."""
     shapes = {name: found[name].without_storage for name in names}
     together = _published(model, shapes)
@@ -157,8 +155,7 @@ def _pieces(
         _same(value, together[n]) for made in alone for n, value in made.items()
     ):
         return [
-            _piece(model, found, [name], made)
-            for name, made in zip(shapes, alone, strict=True)
+            _piece(model, found, [name], made) for name, made in zip(shapes, alone, strict=True)
         ]
     return [_piece(model, found, list(shapes), together)]
 
