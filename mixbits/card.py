@@ -29,9 +29,8 @@ ids = model.generate(**tokenizer("Once upon a time", return_tensors="pt"), max_n
 print(tokenizer.decode(ids[0]))
 ```
 
-With mixbits imported, `transformers.AutoModelForCausalLM.from_pretrained` loads it as well.
-**Without, transformers only warns, and leaves the weights random.** To serve it to clients of
-OpenAI's API, and to score it with lm-eval:
+With mixbits imported, `transformers.AutoModelForCausalLM.from_pretrained` loads it as well; without
+it, transformers refuses. To serve it to clients of OpenAI's API, and to score it with lm-eval:
 
 ```
 python -m mixbits.serve {folder}

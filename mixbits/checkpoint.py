@@ -52,11 +52,10 @@ from .model import (
 from .pack import LAYOUT, Rounded, recipe_spec
 from .recipes import describe
 from .recognise import MAKERS
-from .source import Source
+from .source import NOT_A_FILE, Source
 from .weights import DTYPE_NAMES, Files, Weights
 
 SHARD_BYTES = 2 << 30
-# transformers without mixbits only warns, and leaves weights random: config.json says what to do.
 TO_LOAD = (
     "install mixbits (`pip install .` in a clone of its repository), then `import mixbits` before "
     "transformers' from_pretrained"
@@ -387,6 +386,7 @@ def _write_config(
             if part is config or "tie_word_embeddings" in part:
                 part["tie_word_embeddings"] = False
     config["quantization_config"] = quantization
+    require_mixbits(config)
     text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
     (folder / "config.json").write_text(text, encoding="utf-8")
 
@@ -396,11 +396,19 @@ def _with_parts(config: dict[str, Any]) -> list[dict[str, Any]]:
     return [config, *(v for k, v in config.items() if isinstance(v, dict) and k.endswith("config"))]
 
 
+def require_mixbits(config: dict[str, Any]) -> None:
+    """Let transformers refuse the model that a config.json describes where mixbits is missing."""
+    for part in (config, config.get("text_config")):  # AutoModelForCausalLM may look there alone
+        if isinstance(part, dict):
+            part["transformers_weights"] = NOT_A_FILE
+
+
 def plain_config(folder: Path, dtype: torch.dtype) -> dict[str, Any]:
     """config.json of a folder as if nothing were quantized, plain weights of `dtype`."""
     config = read_object(folder / "config.json")
     for part in _with_parts(config):
         part.pop("quantization_config", None)
+        part.pop("transformers_weights", None)  # the names of files are ours
     config.pop("torch_dtype", None)
     config["dtype"] = str(dtype).removeprefix("torch.")
     return config

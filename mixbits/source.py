@@ -35,6 +35,10 @@ _WEIGHTS = "model*.safetensors"
 _FILES = [_WEIGHTS, "*.json", "*.jinja", "*.txt", "*.md", "*.py", "*.model", "*.tiktoken", "*.bpe"]
 _FILES += ["tokenizer*", "LICENSE*", "NOTICE*"]
 _TOKENIZERS = ("tokenizer*", "*.model", "vocab.json", "vocab.txt")
+# transformers without mixbits only warns of a quantization that it does not know, and leaves
+# weights random. But what config.json names as the weights' file must be such a file: anything else
+# is an error that quotes it. With mixbits imported, `transformers_quantizer` takes it away again.
+NOT_A_FILE = "this model is packed, and needs `import mixbits` before it is loaded, or mixbits.load"
 SCRATCH_SHARD = 2 << 30  # bytes of weights that are made plain before they are written
 
 
@@ -54,7 +58,8 @@ class Source:
 
     def weight_files(self) -> list[Path]:
         """The files that transformers reads, sorted by name. Raises UsageError for none."""
-        whole = self.path / str(getattr(self.config, "transformers_weights", None) or _WHOLE)
+        named = str(getattr(self.config, "transformers_weights", None) or _WHOLE)
+        whole = self.path / (_WHOLE if named == NOT_A_FILE else named)
         index = self.path / f"{_WHOLE}.index.json"
         if whole.is_file():
             return [whole]
