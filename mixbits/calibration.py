@@ -1,9 +1,10 @@
 """Token sequences to measure with, and others to judge by.
 
 A dataset is a text file, a jsonl file (field `text`), a file of token ids (.npy, or .json with a
-list or a list of lists), or the name of a Hugging Face dataset. Its text is tokenized without
-special tokens, as one stream, and cut into sequences of `seqlen` tokens. The first `nsamples`
-sequences calibrate; the next ones are held out, so the two never share a token.
+list or a list of lists), or the name of a Hugging Face dataset (`mixbits.hub_data`). Rows may hold
+conversations in the place of texts (`mixbits.chats`). Its text is tokenized without special tokens,
+as one stream, and cut into sequences of `seqlen` tokens. The first `nsamples` sequences calibrate;
+the next ones are held out, so the two never share a token.
 
 Every sequence begins with the *prefix*: what the tokenizer puts before a text, such as a BOS, for
 a model that has never seen text without it may be useless there. The prefix counts in `seqlen`,
@@ -18,7 +19,7 @@ import hashlib
 import json
 import os
 import reprlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .chats import Rendered, row_text
 from .files import check_file, is_text, last_part, read_json
 from .formats import UsageError, first_line
+from .hub_data import HubData
 
 CHARS_PER_TOKEN = 16  # more text than this per wanted token is not read at first
 _LINE = 1 << 26  # characters of a line of jsonl: a text has fewer
@@ -111,7 +114,7 @@ def begin(ids: Tensor, prefix: tuple[int, ...]) -> Tensor:
     return torch.cat([torch.tensor(prefix, dtype=torch.int64), ids[count:]])
 
 
-def _jsonl_texts(path: Path) -> Iterator[str]:
+def _jsonl_texts(path: Path, tokenizer: Any) -> Iterator[str]:
     with path.open(encoding="utf-8-sig") as lines:
         number = 0
         while line := lines.readline(_LINE):
@@ -121,50 +124,24 @@ def _jsonl_texts(path: Path) -> Iterator[str]:
             try:
                 if len(line) == _LINE:
                     raise ValueError
-                text = json.loads(line)["text"]
-                if not isinstance(text, str):
+                text = row_text(json.loads(line), tokenizer, f"{path}, line {number}")
+                if text is None:
                     raise TypeError
+            except UsageError:
+                raise
             # A number of too many digits is a ValueError, too many brackets are a RecursionError.
             except (ValueError, KeyError, TypeError, RecursionError):
                 raise UsageError(
-                    f"every line of a jsonl dataset must be an object with a field 'text': "
-                    f"got {line[:60]!r} ({path}, line {number})"
+                    f"every line of a jsonl dataset must be an object with a field 'text', or "
+                    f"'messages' or 'conversations' that hold one: got {line[:60]!r} "
+                    f"({path}, line {number})"
                 ) from None
-            yield _whole_characters(text)
+            yield text
 
 
 def _whole_characters(text: str) -> str:
     """JSON may hold half of a surrogate pair, which is no character: U+FFFD takes its place."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
-
-def _hub_texts(name: str) -> Iterator[str]:
-    advice = "pass a text, jsonl, .npy or .json file as --dataset instead"
-    try:
-        from datasets import load_dataset
-
-        rows: Iterable[dict[str, Any]] = load_dataset(name, split="train", streaming=True)
-        for row in rows:
-            if "text" not in row:
-                raise UsageError(
-                    f"dataset {name!r} has no column 'text' but {sorted(row)}: {advice}"
-                )
-            text = row["text"]
-            if text is None:  # as a text that was removed
-                continue
-            if not isinstance(text, str):
-                raise UsageError(
-                    f"column 'text' of dataset {name!r} must hold text: "
-                    f"got {type(text).__name__}; {advice}"
-                )
-            yield _whole_characters(text)
-    except UsageError:
-        raise
-    except Exception as error:  # the hub client raises dozens of kinds
-        raise UsageError(
-            f"{name!r} is no file, and no dataset of that name could be fetched "
-            f"({first_line(error)}): {advice}"
-        ) from None
 
 
 def _token_ids(path: Path, count: int) -> Tensor:
@@ -207,14 +184,14 @@ def _listed_ids(path: Path) -> Tensor:
     return torch.tensor([i for row in lists for i in row], dtype=torch.int64)
 
 
-def _texts(source: str) -> Iterator[str]:
+def _texts(source: str, tokenizer: Any) -> Iterator[str]:
     path = Path(source)
     if not os.path.isfile(source):
-        yield from _hub_texts(source)
+        yield from HubData.parse(source).texts(tokenizer)
         return
     try:
         if path.suffix.lower() in _JSONL:
-            yield from _jsonl_texts(path)
+            yield from _jsonl_texts(path, tokenizer)
         else:
             with path.open(encoding="utf-8-sig") as file:
                 while chunk := file.read(1 << 20):
@@ -263,9 +240,10 @@ def read_tokens(source: str, tokenizer: Any, count: int) -> Tensor:
     if tokenizer is None:
         raise UsageError("the model has no tokenizer: --dataset must be a .npy or .json of ids")
     separator = "" if os.path.isfile(source) and suffix not in _JSONL else "\n\n"
-    limit, text, texts = count * CHARS_PER_TOKEN, "", _texts(source)
+    limit, text, texts = count * CHARS_PER_TOKEN, "", _texts(source, tokenizer)
     for piece in texts:
-        text += separator + piece if text else piece
+        apart = separator if text and not isinstance(piece, Rendered) else ""
+        text += apart + _whole_characters(piece)
         if len(text) >= limit:
             ids = tokenize(tokenizer, text)
             if len(ids) >= count:

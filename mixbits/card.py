@@ -25,22 +25,21 @@ _MARKUP = re.compile(r"[\\`*\[\]|#~$]|(?<!\w)_|_(?!\w)")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 _PACKED = """\
-```
-pip install mixbits
-```
+This needs mixbits, which is in no package index: `pip install .` in a clone of its repository, or a
+wheel made there.
 
 ```python
 import mixbits, transformers
 
-model = mixbits.load("{folder}")
-tokenizer = transformers.AutoTokenizer.from_pretrained("{folder}")
+name = "{folder}"  # the folder; or its name on the hub, with the owner: "OWNER/{folder}"
+model = mixbits.load(name)
+tokenizer = transformers.AutoTokenizer.from_pretrained(name)
 ids = model.generate(**tokenizer("Once upon a time", return_tensors="pt"), max_new_tokens=50)
 print(tokenizer.decode(ids[0]))
 ```
 
-With mixbits imported, `transformers.AutoModelForCausalLM.from_pretrained` loads it as well.
-**Without, transformers only warns, and leaves the weights random.** To serve it to clients of
-OpenAI's API, and to score it with lm-eval:
+With mixbits imported, `transformers.AutoModelForCausalLM.from_pretrained` loads it as well; without
+it, transformers refuses. To serve it to clients of OpenAI's API, and to score it with lm-eval:
 
 ```
 python -m mixbits.serve {folder}

@@ -15,7 +15,8 @@
     dtypes    {tensor: dtype} of plain tensors in another type, such as a router's float32 bias
     carried   tensors that the model's class does not take, such as the layers of MTP
     stored    tensors that the source has quantized and the plan leaves alone, with the source's own
-              `quantization_config`: they are made plain when the folder is loaded
+              `quantization_config`: they are made plain when the folder is loaded. None may be
+              named, where what is carried is quantized
 
 Sizes are known before anything is written. `quantization_config` has a checksum of all values and
 recipes, in whatever files they lie, so that what reads a checkpoint notices any damage.
@@ -52,12 +53,14 @@ from .model import (
 from .pack import LAYOUT, Rounded, recipe_spec
 from .recipes import describe
 from .recognise import MAKERS
-from .source import Source
+from .source import NOT_A_FILE, Source
 from .weights import DTYPE_NAMES, Files, Weights
 
 SHARD_BYTES = 2 << 30
-# transformers without mixbits only warns, and leaves weights random: config.json says what to do.
-TO_LOAD = "pip install mixbits; then `import mixbits` before transformers' from_pretrained"
+TO_LOAD = (
+    "install mixbits (`pip install .` in a clone of its repository), then `import mixbits` before "
+    "transformers' from_pretrained"
+)
 _MODES = ("weight_scale_mode", "act_scale_mode")
 
 
@@ -384,6 +387,7 @@ def _write_config(
             if part is config or "tie_word_embeddings" in part:
                 part["tie_word_embeddings"] = False
     config["quantization_config"] = quantization
+    require_mixbits(config)
     text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
     (folder / "config.json").write_text(text, encoding="utf-8")
 
@@ -393,11 +397,19 @@ def _with_parts(config: dict[str, Any]) -> list[dict[str, Any]]:
     return [config, *(v for k, v in config.items() if isinstance(v, dict) and k.endswith("config"))]
 
 
+def require_mixbits(config: dict[str, Any]) -> None:
+    """Let transformers refuse the model that a config.json describes where mixbits is missing."""
+    for part in (config, config.get("text_config")):  # AutoModelForCausalLM may look there alone
+        if isinstance(part, dict):
+            part["transformers_weights"] = NOT_A_FILE
+
+
 def plain_config(folder: Path, dtype: torch.dtype) -> dict[str, Any]:
     """config.json of a folder as if nothing were quantized, plain weights of `dtype`."""
     config = read_object(folder / "config.json")
     for part in _with_parts(config):
         part.pop("quantization_config", None)
+        part.pop("transformers_weights", None)  # the names of files are ours
     config.pop("torch_dtype", None)
     config["dtype"] = str(dtype).removeprefix("torch.")
     return config
@@ -431,7 +443,7 @@ def _exceptions(
     carried = weights.carried_parts
     found = {"dtypes": _kinds(specs, dtype), "carried": carried}
     stored = [s.name for s in specs if s.as_stored and s.name not in set(carried)]
-    if stored:
+    if stored or not all(one.is_plain for one in weights.carried):
         found["stored"] = {"quantization_config": weights.quantization, "tensors": stored}
     return {key: value for key, value in found.items() if value}
 

@@ -14,6 +14,7 @@ from . import ops
 from .command import plain_errors
 from .linear import PackedLinear, allow_fp8_activations
 from .model import model_class
+from .source import find_folder
 from .transformers_quantizer import read_config
 
 
@@ -26,9 +27,12 @@ def load(
     int8_activations: bool = False,
     fp8_activations: bool = False,
     cuda_graphs: bool = True,
+    revision: str | None = None,
 ) -> Any:
     """A transformers model of the source's own class with packed linears, ready for `generate`.
 
+    folder            what `mixbits.quantize` has written, or the name of such a model on the
+                      Hugging Face hub, which is fetched unless the hub's cache has it.
     backend           forces one of `mixbits.ops.backends()`; otherwise the best for the device.
     dtype             of activations and unquantized weights; the checkpoint's own by default.
     int8_activations  lets ...A16 schemes round activations to 8 bits on a CPU: faster prefill,
@@ -37,12 +41,13 @@ def load(
                       become 8-bit floats where many tokens are multiplied (mixbits.folding).
     cuda_graphs       on a GPU, `generate` uses a static cache and replays its one-token steps
                       (mixbits.graphs), where the model allows it.
+    revision          branch, tag or commit of a name on the hub.
 
-    Raises UsageError if the folder is no mixbits checkpoint, any tensor is missing, unexpected or
-    of another shape or dtype, or values or schemes are not those that were written; or if
-    fp8_activations could have no effect.
+    Raises UsageError if it is neither a folder nor such a name, or is no mixbits checkpoint; if any
+    tensor is missing, unexpected or of another shape or dtype, or values or schemes are not those
+    that were written; or if fp8_activations could have no effect.
     """
-    folder = Path(folder)
+    folder = find_folder(str(folder), revision=revision)
     read_config(folder)
     if backend is not None:
         ops.choose_backend(torch.device(device).type, backend)

@@ -255,7 +255,8 @@ def _measure_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--dataset",
         default=DEFAULT_DATASET,
-        help="text, .jsonl, .npy or .json of token ids, or a dataset name (%(default)s)",
+        help="text, .jsonl (text, messages or conversations), .npy or .json of token ids, or a "
+        "dataset NAME[:config=C][:split=S][:column=K] of the hub (%(default)s)",
     )
     group.add_argument("--nsamples", type=_positive, default=64, help="sequences (%(default)s)")
     group.add_argument("--seqlen", type=_positive, default=256, help="tokens each (%(default)s)")

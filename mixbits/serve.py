@@ -45,7 +45,7 @@ def _check(args: argparse.Namespace) -> None:
 
     read_config(args.folder)
     if not is_serve_available():
-        raise UsageError("serving needs more packages: pip install 'mixbits[serving]'")
+        raise UsageError("serving needs more packages: pip install 'transformers[serving]'")
     if not open_source(str(args.folder), quantized=True).has_tokenizer:
         raise UsageError(f"serving needs a tokenizer, and {args.folder} has none")
     if "@" in str(args.folder):

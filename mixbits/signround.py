@@ -117,7 +117,7 @@ def tune(
     try:
         from auto_round import AutoRound
     except ImportError:
-        raise UsageError("--tune needs auto-round: pip install 'mixbits[auto-round]'") from None
+        raise UsageError("--tune needs auto-round: pip install auto-round") from None
     if tokenizer is None:
         raise UsageError("--tune needs a tokenizer: auto-round wants one, and the model has none")
     logging.getLogger("autoround").setLevel(logging.ERROR)

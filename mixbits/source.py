@@ -36,6 +36,10 @@ _WEIGHTS = "model*.safetensors"
 _FILES = [_WEIGHTS, "*.json", "*.jinja", "*.txt", "*.md", "*.py", "*.model", "*.tiktoken", "*.bpe"]
 _FILES += ["tokenizer*", "LICENSE*", "NOTICE*"]
 _TOKENIZERS = ("tokenizer*", "*.model", "vocab.json", "vocab.txt")
+# transformers without mixbits only warns of a quantization that it does not know, and leaves
+# weights random. But what config.json names as the weights' file must be such a file: anything else
+# is an error that quotes it. With mixbits imported, `transformers_quantizer` takes it away again.
+NOT_A_FILE = "this model is packed, and needs `import mixbits` before it is loaded, or mixbits.load"
 SCRATCH_SHARD = 2 << 30  # bytes of weights that are made plain before they are written
 
 
@@ -55,7 +59,8 @@ class Source:
 
     def weight_files(self) -> list[Path]:
         """The files that transformers reads, sorted by name. Raises UsageError for none."""
-        whole = self.path / str(getattr(self.config, "transformers_weights", None) or WHOLE)
+        named = str(getattr(self.config, "transformers_weights", None) or WHOLE)
+        whole = self.path / (WHOLE if named == NOT_A_FILE else named)
         index = self.path / f"{WHOLE}.index.json"
         if whole.is_file():
             check_inside(whole, self.path)
@@ -247,29 +252,31 @@ def open_source(
     return source
 
 
-def find_folder(model: str, config_only: bool = False) -> Path:
+def find_folder(model: str, config_only: bool = False, revision: str | None = None) -> Path:
     """The folder of a model: `model` itself, or what the hub holds by that name, downloaded.
 
-    With `config_only`, no weights are fetched. Raises UsageError for what is no folder and no
-    name, and for a folder without config.json.
+    With `config_only`, no weights are fetched; `revision` is a branch, tag or commit of the hub's.
+    Raises UsageError for what is no folder and no name, and for a folder without config.json.
     """
     if not is_text(model):
         raise UsageError(f"MODEL must have a name in UTF-8: got {model!r:.160}")
     path = Path(model)
     if not path.is_dir():
-        path = _download(model, _FILES[1:] if config_only else _FILES)
+        path = _download(model, _FILES[1:] if config_only else _FILES, revision)
+    elif revision is not None:
+        raise UsageError(f"a revision is one of the hub's: {model} is a folder")
     if not (path / "config.json").is_file():
         raise UsageError(f"a model folder must hold config.json: {path} does not")
     return path
 
 
-def _download(model: str, patterns: list[str]) -> Path:
+def _download(model: str, patterns: list[str], revision: str | None = None) -> Path:
     if model.startswith((".", "/", "~")) or model.count("/") > 1 or Path(model).exists():
         raise UsageError(f"MODEL must be a folder or a Hugging Face name: {model} is no folder")
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(model, allow_patterns=patterns))
+        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
     except Exception as error:  # the hub client raises dozens of kinds
         raise UsageError(
             f"{model!r} is no folder, and no model of that name could be fetched "

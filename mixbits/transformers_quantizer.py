@@ -10,6 +10,8 @@ nothing above that can be imported here but in functions.
 
 from __future__ import annotations
 
+import functools
+import json
 import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -23,14 +25,15 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from . import ops
 from .arrange import check_order
-from .checkpoint import checksum, crc, kinds_of
-from .files import read_object
+from .checkpoint import checksum, crc, kinds_of, require_mixbits
+from .files import read_object, write_text
 from .formats import Recipe, UsageError
-from .linear import MixedLinear, packed_linear, share_inputs, swap_linears
+from .linear import MixedLinear, PackedLinear, packed_linear, share_inputs, swap_linears
 from .model_files import check_folder
 from .pack import LAYOUT
 from .recipes import parse_recipe
 from .schemas import PackedConfig, check
+from .source import NOT_A_FILE
 from .stock import Stock, check_files
 
 
@@ -90,6 +93,14 @@ class MixbitsQuantizer(HfQuantizer):
             raise UsageError(f"dtype must be bfloat16, float16 or float32: got {dtype}")
         return dtype
 
+    def update_attn_implementation(self, config: Any) -> Any:
+        """The first that sees the configuration: what refuses it without mixbits is taken away."""
+        if getattr(config, "transformers_weights", None) == NOT_A_FILE:
+            del config.transformers_weights
+        return config
+
+    update_tp_plan = update_attn_implementation  # transformers 5.17 asks by this name
+
     def _process_model_before_weight_loading(
         self, model: nn.Module, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
     ) -> None:
@@ -128,6 +139,9 @@ class MixbitsQuantizer(HfQuantizer):
         # nothing is renamed back when it is saved (None would mean transformers' own rules).
         model._weight_conversions = []
         share_inputs(model)
+        count_packed(model)
+        # As for `num_parameters`, a partial.
+        model.save_pretrained = functools.partial(_save_pretrained, model)
         use_fast_steps(model)
 
     def _fill(self, model: Any) -> None:
@@ -197,6 +211,32 @@ class MixbitsQuantizer(HfQuantizer):
 # Not by their decorators, which refuse a second time: this module may be reloaded.
 AUTO_QUANTIZATION_CONFIG_MAPPING["mixbits"] = MixbitsConfig
 AUTO_QUANTIZER_MAPPING["mixbits"] = MixbitsQuantizer
+
+
+def _save_pretrained(model: Any, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+    """As of transformers, whose config.json would lack what refuses it without mixbits."""
+    type(model).save_pretrained(model, save_directory, *args, **kwargs)
+    path = Path(save_directory) / "config.json"
+    if path.is_file() and (config := read_object(path)).get("quantization_config"):
+        require_mixbits(config)
+        write_text(path, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+
+
+def count_packed(model: nn.Module) -> None:
+    """Let `num_parameters` count packed weights, which are buffers, as what they stand for."""
+    for part in model.modules():
+        if hasattr(part, "num_parameters"):
+            # A partial, which copies and pickles take along with the model; no bound method is.
+            part.num_parameters = functools.partial(_num_parameters, part)  # type: ignore[assignment]
+
+
+def _num_parameters(
+    model: Any, only_trainable: bool = False, exclude_embeddings: bool = False
+) -> int:
+    """As of transformers; packed weights are never trainable, and no embeddings."""
+    plain: int = type(model).num_parameters(model, only_trainable, exclude_embeddings)
+    packed = (m for m in model.modules() if isinstance(m, PackedLinear))
+    return plain + (0 if only_trainable else sum(m.in_features * m.out_features for m in packed))
 
 
 def use_fast_steps(model: Any) -> None:

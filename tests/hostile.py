@@ -230,7 +230,11 @@ def tensors_of(name: str) -> tuple[Callable[..., Any], dict[str, Any]]:
         "square_sums": (lambda x: ops.square_sums(x, [MXFP4, INT4]), {"x": x}),
         "compensate_group": (
             lambda group, factor, importance: ops.compensate_group(group, factor, importance, INT4),
-            {"group": x[:, :32].clone(), "factor": torch.rand(32, 32), "importance": torch.rand(32)},
+            {
+                "group": x[:, :32].clone(),
+                "factor": torch.rand(32, 32),
+                "importance": torch.rand(32),
+            },
         ),
         "packed_matmul": (
             lambda x, codes, scale, zero: ops.packed_matmul(x, Packed(codes, scale, zero), INT4),

@@ -257,7 +257,7 @@ DAMAGE: dict[str, tuple[Any, str]] = {
     "no method": (_edit_config(lambda q: q.clear()), "no mixbits checkpoint"),
     "not json": (lambda f: (f / "config.json").write_text("{"), "is not JSON"),
     "json list": (lambda f: (f / "config.json").write_text("[]"), "must hold a JSON object"),
-    "no config": (lambda f: (f / "config.json").unlink(), "cannot read"),
+    "no config": (lambda f: (f / "config.json").unlink(), "must hold config.json"),
 }
 
 

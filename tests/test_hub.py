@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import json
+import pickle
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,13 +17,14 @@ import pytest
 import torch
 from conftest import assert_same_bits
 from safetensors.torch import load_file
-from tiny import VOCAB, make_model
+from tiny import VOCAB, make_model, read
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.quantizers import auto
 
 import mixbits
 from mixbits import checkpoint, transformers_quantizer
 from mixbits.checkpoint import save
+from mixbits.export.__main__ import main as export
 from mixbits.formats import Mixed, Recipe, UsageError, parse_scheme
 from mixbits.linear import Experts, MixedLinear, PackedLinear
 from mixbits.model import LinearInfo, find_linears
@@ -247,4 +251,101 @@ def test_modules_may_be_reloaded(llama: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def test_config_says_what_to_install(llama: Path) -> None:
     config = json.loads((llama / "config.json").read_text())["quantization_config"]
-    assert "pip install mixbits" in config["to_load"] and "import mixbits" in config["to_load"]
+    assert "pip install ." in config["to_load"] and "import mixbits" in config["to_load"]
+
+
+# ------------------------------------------------------------------------------- without mixbits
+
+PLAINLY = """
+import sys, transformers
+try:
+    transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_transformers_alone_refuses_it_and_says_what_to_do(llama: Path, tmp_path: Path) -> None:
+    """Not random weights; what is saved again is refused as well."""
+    again = AutoModelForCausalLM.from_pretrained(llama)
+    again.save_pretrained(tmp_path / "again")
+    assert torch.equal(logits(mixbits.load(tmp_path / "again")), logits(again))
+    for folder in (llama, tmp_path / "again"):
+        assert "`import mixbits`" in read(folder / "config.json")["transformers_weights"]
+    words = [sys.executable, "-c", PLAINLY, str(tmp_path / "again")]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert "packed, and needs `import mixbits`" in done.stdout, done.stderr[-2000:]
+
+
+def test_a_folder_that_is_not_so_marked_is_loaded_too(llama: Path, tmp_path: Path) -> None:
+    """As older ones, and those of other tools that write config.json anew."""
+    shutil.copytree(llama, tmp_path / "old")
+    config = read(tmp_path / "old" / "config.json")
+    del config["transformers_weights"]
+    (tmp_path / "old" / "config.json").write_text(json.dumps(config))
+    assert torch.equal(logits(mixbits.load(tmp_path / "old")), logits(mixbits.load(llama)))
+
+
+# ------------------------------------------------------------------------------- names of the hub
+
+
+@pytest.fixture
+def cached(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """`me/smol`, with a branch `old`, as it lies in the hub's cache."""
+    repository = tmp_path / "cache" / "models--me--smol"
+    for branch, commit in (("main", "a" * 40), ("old", "b" * 40)):
+        shutil.copytree(llama, repository / "snapshots" / commit)
+        (repository / "refs").mkdir(exist_ok=True)
+        (repository / "refs" / branch).write_text(commit)
+    (repository / "snapshots" / ("b" * 40) / "config.json").write_text("{}")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    return "me/smol"
+
+
+def test_a_name_of_the_hub_is_loaded(cached: str, llama: Path) -> None:
+    for model in (mixbits.load(cached), mixbits.load(Path(cached), revision="main")):
+        assert torch.equal(logits(model), logits(mixbits.load(llama)))
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(cached)), logits(model))
+    with pytest.raises(UsageError, match="no mixbits checkpoint"):
+        mixbits.load(cached, revision="old")
+    with pytest.raises(UsageError, match="no folder, and no model of that name could be fetched"):
+        mixbits.load("me/none")
+    with pytest.raises(UsageError, match="no folder, and no model of that name could be fetched"):
+        mixbits.load(cached, revision="new")
+    with pytest.raises(UsageError, match="a revision is one of the hub's"):
+        mixbits.load(llama, revision="main")
+    with pytest.raises(UsageError, match="is no folder"):
+        mixbits.load(llama / "none")
+
+
+def test_a_name_of_the_hub_is_exported(cached: str, tmp_path: Path) -> None:
+    words = [cached, "--format", "plain", "--out", str(tmp_path / "out")]
+    assert export([*words, "--revision", "old"]) == 2
+    assert export(words) == 0
+    assert read(tmp_path / "out" / "mixbits-export.json")["source"] == cached
+
+
+# ------------------------------------------------------------------------------- parameters
+
+
+def test_parameters_are_counted_as_in_the_original(packed: Path) -> None:
+    original = AutoModelForCausalLM.from_pretrained(packed.parent / "model")
+    model = AutoModelForCausalLM.from_pretrained(packed)
+    untied = model.config.tie_word_embeddings != original.config.tie_word_embeddings
+    more = original.get_input_embeddings().weight.numel() * untied  # a head of its own now
+    assert model.num_parameters() == original.num_parameters() + more
+    inner = model.num_parameters(exclude_embeddings=True)
+    assert inner == original.num_parameters(exclude_embeddings=True) + more
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert model.num_parameters(only_trainable=True) == trainable
+    assert model.model.num_parameters() == original.model.num_parameters()
+    tensors = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers())}
+    assert model.get_memory_footprint() == sum(tensors.values())
+
+
+def test_copies_count_their_own_parameters(llama: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(llama)
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert copied.num_parameters() == model.num_parameters()
+        assert copied.num_parameters.args[0] is copied

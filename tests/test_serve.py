@@ -224,7 +224,7 @@ def test_the_missing_extra_is_named(
 ) -> None:
     monkeypatch.setattr("transformers.utils.import_utils.is_serve_available", lambda: False)
     assert serve.main([str(folder)]) == 2
-    assert "pip install 'mixbits[serving]'" in capsys.readouterr().err
+    assert "pip install 'transformers[serving]'" in capsys.readouterr().err
 
 
 def test_it_listens_to_this_machine_only_unless_told(monkeypatch: pytest.MonkeyPatch) -> None:

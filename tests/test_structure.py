@@ -53,8 +53,8 @@ LAYERS = [
     {"allocate"},
     {"knapsack"},
     {"demo", "manifest"},
-    {"companions", "model_files"},
-    {"targets", "command", "schemas", "progress", "verdict", "system"},
+    {"companions", "model_files", "hub_data"},
+    {"targets", "command", "schemas", "progress", "verdict", "system", "chats"},
     {"files"},
     {"formats"},
 ]

@@ -1,4 +1,4 @@
-"""`python -m mixbits.export DIR --format compressed-tensors|auto-round|gguf --out DIR2`."""
+"""`python -m mixbits.export DIR --format compressed-tensors|auto-round|gguf|plain --out DIR2`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ from ..progress import say
 if TYPE_CHECKING:
     from ..atomic import Destination
 
-FORMATS = ("compressed-tensors", "auto-round", "gguf")
+FORMATS = ("compressed-tensors", "auto-round", "gguf", "plain")
 REPORT = "mixbits-export.json"
 _WORST = 5  # linears whose loss is printed; the report has them all
 
@@ -26,10 +26,14 @@ _WORST = 5  # linears whose loss is printed; the report has them all
 def make_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="python -m mixbits.export",
-        description="Write a packed model as another engine reads it, codes carried over.",
+        description="Write a packed model as another engine reads it, codes carried over; or in 16 "
+        "bits again (plain), for anything that loads the original.",
         epilog="exit codes: 0 done, 2 wrong usage or input, 1 failure",
     )
-    parser.add_argument("model", type=Path, metavar="DIR", help="a folder from mixbits.quantize")
+    parser.add_argument(
+        "model", metavar="DIR", help="a folder from mixbits.quantize, or its name on the hub"
+    )
+    parser.add_argument("--revision", help="branch, tag or commit of a name on the hub")
     parser.add_argument("--format", choices=FORMATS, required=True, help="who reads it")
     parser.add_argument("--out", type=Path, required=True, help="output folder")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier output")
@@ -40,14 +44,18 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--dtype",
-        choices=("bfloat16", "float16"),
+        choices=("bfloat16", "float16", "float32"),
         help="instead of the model's own dtype, for what is not packed in that dtype, and for "
-        "compressed-tensors' scales",
+        "compressed-tensors' scales; float32 for plain only, where nothing is rounded",
     )
     return parser
 
 
 def _writer(name: str) -> Any:
+    if name == "plain":
+        from . import plain
+
+        return plain
     if name == "gguf":
         from . import gguf
 
@@ -71,7 +79,7 @@ def _report(args: argparse.Namespace, fits: Mapping[str, Any], losses: dict[str,
     }
     return {
         "mixbits_version": __version__,
-        "source": last_part(str(args.model)),
+        "source": last_part(args.model),
         "format": args.format,
         "lossy": args.lossy,
         "linears": layers,
@@ -82,6 +90,12 @@ def _report(args: argparse.Namespace, fits: Mapping[str, Any], losses: dict[str,
 def _print_losses(fits: Mapping[str, Any], losses: dict[str, float]) -> None:
     converted = [name for name, fit in fits.items() if fit.why]
     say(f"{len(fits)} packed linears, {len(converted)} of them converted")
+    _print_worst(fits, losses, converted)
+
+
+def _print_worst(
+    fits: Mapping[str, Any], losses: dict[str, float], converted: Sequence[str] = ()
+) -> None:
     worst = sorted(losses, key=lambda name: -losses[name])
     if not worst or losses[worst[0]] == 0:
         say("every weight stands for the same number as before")
@@ -90,6 +104,29 @@ def _print_losses(fits: Mapping[str, Any], losses: dict[str, float]) -> None:
     for name in worst[:_WORST]:
         became = f" ({fits[name].why}: now {fits[name].scheme.name})" if name in converted else ""
         say(f"  {losses[name]:.2e}  {name}{became}")
+
+
+def _print_plain(model: Any, losses: dict[str, float], dtype: Any) -> None:
+    kind = str(dtype).removeprefix("torch.")
+    say(f"{len(model.recipes)} packed linears, now plain {kind}")
+    _print_worst({}, losses)
+    recipes = ((recipe, model.linears[name].in_features) for name, recipe in model.recipes.items())
+    if any(part.activation for recipe, columns in recipes for part, _ in recipe.parts(columns)):
+        say("activations are not rounded any more, as some schemes did")
+
+
+def _fits(args: argparse.Namespace, model: Any) -> dict[str, Any]:
+    """What becomes of each packed linear. Raises UsageError for what the format cannot hold."""
+    from ..formats import BF16
+    from ..model import check_layout
+    from ..targets import TARGETS, Fit, fit
+
+    if args.format == "plain":
+        return {name: Fit(BF16) for name in model.recipes}
+    linears = list(model.linears.values())
+    packed = [info for info in linears if info.name in model.recipes]
+    check_layout(model.shapes, packed, args.format)
+    return fit(TARGETS[args.format], linears, model.recipes, args.lossy)
 
 
 def export(args: argparse.Namespace) -> None:
@@ -103,30 +140,30 @@ def export(args: argparse.Namespace) -> None:
 def _export(args: argparse.Namespace, place: Destination) -> None:
     import torch
 
-    from ..model import check_layout
-    from ..targets import TARGETS, fit
     from . import readme
     from .packed import Carrier, PackedModel
 
-    model = PackedModel.open(args.model)
-    linears = list(model.linears.values())
+    if args.dtype == "float32" and args.format != "plain":
+        raise UsageError(f"--dtype float32 is for --format plain only: got {args.format}")
+    model = PackedModel.open(args.model, args.revision)
     if not model.recipes:
         raise UsageError(f"no linear is packed in {args.model}")
-    packed = [info for info in linears if info.name in model.recipes]
-    check_layout(model.shapes, packed, args.format)
-    fits = fit(TARGETS[args.format], linears, model.recipes, args.lossy)
     dtype = getattr(torch, args.dtype) if args.dtype else model.dtype
-    carrier = Carrier(model, fits, dtype, args.lossy)
-    writer = _writer(args.format)
-    carried = model.carried_specs
+    carrier = Carrier(model, _fits(args, model), dtype, args.lossy)
+    writer, carried, fits = _writer(args.format), model.carried_specs, carrier.fits
     needs = sum(s.nbytes for s in ({s.name: s for s in carried} | dict(model.specs)).values())
+    if args.format == "plain":
+        needs = writer.nbytes(carrier)
     with place.folder(needs) as folder:
         writer.write(folder, carrier)
         text = json.dumps(_report(args, fits, carrier.losses), indent=2) + "\n"
         write_text(folder / REPORT, text)
         schemes = {linear: found.scheme for linear, found in fits.items()}
         write_text(folder / "README.md", readme.render(args.format, args.out, model, schemes))
-    _print_losses(fits, carrier.losses)
+    if args.format == "plain":
+        _print_plain(model, carrier.losses, dtype)
+    else:
+        _print_losses(fits, carrier.losses)
     rounded = [name for name, found in fits.items() if found.scheme.activation]
     if args.format == "gguf" and rounded:
         say("llama.cpp rounds activations to 8 bits in a way of its own, not as the schemes say")

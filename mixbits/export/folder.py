@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from ..checkpoint import Shard, TensorSpec, make_shards, write_index
+from ..checkpoint import Shard, TensorSpec, make_shards, plain_config, write_index
 from ..companions import copy_companions
 from ..experts import STANDARD, layout_of
 from ..formats import UsageError
@@ -116,16 +116,16 @@ def _write_shard(folder: Path, shard: Shard, pieces: Sequence[Piece]) -> None:
 
 
 def write_folder(
-    folder: Path, carrier: Carrier, pieces: Sequence[Piece], quantization: dict[str, Any]
+    folder: Path, carrier: Carrier, pieces: Sequence[Piece], quantization: dict[str, Any] | None
 ) -> None:
-    """Weights shard by shard, tokenizer and other files, config.json with `quantization`."""
+    """Weights shard by shard, tokenizer and others, config.json with `quantization`, if any."""
     shards = make_shards([spec for piece in pieces for spec in piece.specs])
     for shard in shards:
         _write_shard(folder, shard, pieces)
     write_index(folder, shards)
     copy_companions(carrier.model.path, folder)
-    config = carrier.model.config_json
-    config["dtype"] = str(carrier.dtype).removeprefix("torch.")
-    config["quantization_config"] = quantization
+    config = plain_config(carrier.model.path, carrier.dtype)
+    if quantization is not None:
+        config["quantization_config"] = quantization
     text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
     (folder / "config.json").write_text(text, encoding="utf-8")

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from ..arrange import arrangement_of
 from ..checkpoint import TensorSpec
 from ..experts import STANDARD, expert_slice, layout_of
-from ..files import read_object
 from ..formats import Assignment, Format, Mixed, Recipe, Scheme, UsageError
+from ..layouts import stored_tensors
 from ..linear import pack_weight, packed_values
 from ..model import (
     CausalLM,
@@ -25,8 +25,9 @@ from ..model import (
 )
 from ..pack import Packed
 from ..recognise import is_router_name
-from ..source import open_source
+from ..source import find_folder, open_source
 from ..stock import Stock, check_files, plain_dtype
+from ..stored import Stored
 from ..targets import Fit
 from ..transformers_quantizer import read_config
 
@@ -55,8 +56,9 @@ class PackedModel:
     carried: Sequence[str] = ()  # tensors that the model's class does not take, as they came
 
     @classmethod
-    def open(cls, folder: Path) -> PackedModel:
-        """Raises UsageError if the folder is no checkpoint of ours, or not whole."""
+    def open(cls, model: str | Path, revision: str | None = None) -> PackedModel:
+        """A folder, or a name on the hub. Raises UsageError if it is none of ours, or not whole."""
+        folder = find_folder(str(model), revision=revision)
         config = read_config(folder)
         recipes, source = config.recipes(), open_source(str(folder), quantized=True)
         shapes = source.shapes
@@ -71,10 +73,6 @@ class PackedModel:
         return cls(folder, shapes, infos, recipes, specs, stock, carried)
 
     @property
-    def config_json(self) -> dict[str, Any]:
-        return read_object(self.path / "config.json")
-
-    @property
     def dtype(self) -> torch.dtype:
         """The model's own; single tensors may be stored in another."""
         return plain_dtype(self.path)
@@ -87,6 +85,15 @@ class PackedModel:
         others = {f"{m}.{n}" for m in self.experts for n in STANDARD.stacks} | set(self.carried)
         specs = (s for s in self.specs.values() if s.linear is None and s.name not in others)
         return {spec.name: spec for spec in specs}
+
+    def carried_plain(self) -> list[Stored]:
+        """What is carried, as plain tensors. Raises UsageError where nothing says how to get them.
+
+        Only from config.json is known how the source has quantized some of it.
+        """
+        said: Any = getattr(read_config(self.path), "stored", None) or {}
+        headers = {name: self.stock.files.headers[name] for name in self.carried}
+        return stored_tensors(headers, said.get("quantization_config") if headers else None)
 
     @property
     def carried_specs(self) -> list[TensorSpec]:
@@ -231,6 +238,10 @@ class Carrier:
         weight = self.model.weight(name)
         self.losses[name] = relative_error(weight, weight.to(self.dtype))
         return weight.to(self.dtype)
+
+    def dequantized(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """A packed linear's [N, K], columns as they come, in `dtype` or the carrier's own."""
+        return self._cast(name, self.model.weight(name), dtype or self.dtype)
 
     def round_scales(self, name: str, packed: Packed, fmt: Format) -> Packed:
         """Float16 scales as `dtype`; MX scales are left alone."""

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from ..card import escaped, snippet
-from ..files import last_part
+from ..files import last_part, read_object
 from ..formats import Assignment
 from ..plan import average_bits
 from .packed import PackedModel
@@ -50,7 +49,7 @@ def _how(name: str, folder: str) -> list[str]:
 
 def render(name: str, out: Path, model: PackedModel, schemes: Assignment) -> str:
     """The text for a folder `out` of the format `name`; `schemes` are those that it holds."""
-    told: dict[str, Any] = model.config_json.get("quantization_config") or {}
+    told = read_object(model.path / "config.json").get("quantization_config") or {}
     original = (told.get("source") or {}).get("name")
     made_from = f" made from {escaped(last_part(str(original)))}" if original else ""
     packed = {linear: scheme for linear, scheme in schemes.items() if scheme.packed}
@@ -58,12 +57,14 @@ def render(name: str, out: Path, model: PackedModel, schemes: Assignment) -> str
     used = ", ".join(dict.fromkeys(scheme.name for scheme in packed.values()))
     bits = f", {average_bits(linears, packed):.2f} bits per weight of these" if linears else ""
     engine = _ENGINES.get(name, "transformers")
+    what = f"{len(packed)} linears are in {used}{bits}, scales counted"
+    if not packed:
+        what = f"Its {len(schemes)} packed linears are plain again"
     parts = [
         f"# {escaped(out.resolve().name)}",
         f"A model for {engine}, in the format `{name}`: exported by mixbits from its packed folder "
-        f"{escaped(model.path.resolve().name)}{made_from}. {len(packed)} linears are in "
-        f"{used or 'no packed scheme'}{bits}, scales counted; `mixbits-export.json` has each of "
-        "them, and the error where a weight was rounded again.",
+        f"{escaped(model.path.resolve().name)}{made_from}. {what}; `mixbits-export.json` has each "
+        "of them, and the error where a weight was rounded again.",
         *_how(name, out.resolve().name),
     ]
     return "\n\n".join(parts) + "\n"

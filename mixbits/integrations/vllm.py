@@ -433,10 +433,10 @@ class MixbitsVllmConfig(QuantizationConfig):
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> MixbitsVllmConfig:
         """Raises UsageError for a layout that is not ours, or tensors that only we make plain."""
-        if stored := config.get("stored"):
+        if names := (config.get("stored") or {}).get("tensors"):
             raise UsageError(
                 "weights that a plan leaves as the source has quantized them cannot be loaded into "
-                f"vLLM: got {len(stored['tensors'])} such tensors ({stored['tensors'][0]})"
+                f"vLLM: got {len(names)} such tensors ({names[0]})"
             )
         return cls(MixbitsConfig(**config).recipes())
 
