@@ -22,6 +22,14 @@ from .formats import UsageError
 MARKS = ("plan.json", "mixbits-export.json")  # of folders that `overwrite` may remove
 
 
+def check_room(folder: Path, needs: int) -> None:
+    """Raise UsageError where the disk that `folder` is, or will be, on has fewer bytes free."""
+    where = next(path for path in (folder, *folder.parents) if path.is_dir())
+    free = shutil.disk_usage(where).free
+    if free < needs:
+        raise UsageError(f"{where} has {free:,} bytes free: {needs:,} are needed")
+
+
 def scratch_folder(beside: Path, needs: int) -> tempfile.TemporaryDirectory[str]:
     """A hidden folder that goes with the process; what killed processes have left goes first.
 

@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .early import check_dataset
 from .formats import UsageError, first_line
 
 CHARS_PER_TOKEN = 16  # more text than this per wanted token is not read at first
@@ -194,10 +195,8 @@ def tokenize(tokenizer: Any, text: str) -> Tensor:
 
 def read_tokens(source: str, tokenizer: Any, count: int) -> Tensor:
     """About the first `count` token ids (or more) of a dataset; fewer if it has no more."""
+    check_dataset(source)
     path = Path(source)
-    looks_like_file = path.suffix in {".txt", ".jsonl", ".json", ".npy"} or path.is_dir()
-    if looks_like_file and not path.is_file():
-        raise UsageError(f"--dataset must be a file or a dataset name: {source} is no file")
     if path.suffix in {".npy", ".json"}:
         return _token_ids(path)
     if tokenizer is None:

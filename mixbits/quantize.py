@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from . import early
 from .command import exit_code
 from .formats import UsageError, first_line, parse_scheme
 from .options import parse_arguments
@@ -368,15 +369,19 @@ def quantize(run: Run) -> None:
 
 def _command(argv: list[str] | None) -> None:
     args = parse_arguments(argv)
-    from . import stages
+    early.check(args)
+    from . import checks, stages
     from .report import quiet
 
     quiet()
     _check_device(args)
     run = stages.prepare(args)
+    lines = checks.check(run)
     if args.dry_run:
         _dry_run(run)
-    else:
+    for line in lines:
+        print(f"  {line}")
+    if not args.dry_run:
         if not args.solve_only:
             _check_evaluation(run)
         quantize(run)

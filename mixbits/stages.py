@@ -17,7 +17,6 @@ from typing import Any
 from . import demo
 from .allocate import Allocation, Item, total
 from .arrange import Arrangement
-from .atomic import check_destination
 from .calibration import (
     CHARS_PER_TOKEN,
     Sequences,
@@ -29,8 +28,9 @@ from .calibration import (
 )
 from .checkpoint import predicted_bytes
 from .coverage import Coverage
-from .curve import check_plotting, frontier
+from .curve import frontier
 from .distill import distill, enough_text
+from .early import check_seqlen
 from .formats import Assignment, Scheme, UsageError, parse_scheme
 from .gate import Candidate, Choice, candidates, choose, judge
 from .kept import NO_CODES, OwnCodes
@@ -45,7 +45,8 @@ from .model import (
     match_units,
     survey,
 )
-from .plan import Budget, Plan, Problem, average_bits, parse_keep, slab_width, unit_options
+from .options import CORRECTION, parse_keep
+from .plan import Budget, Plan, Problem, average_bits, slab_width, unit_options
 from .quality import smallest
 from .refine import Options, halves, refine
 from .rounded import round_model
@@ -54,7 +55,7 @@ from .sensitivity import measure as measure_sensitivity
 from .sensitivity import sorted_columns
 from .source import Source, open_source
 from .streaming import StreamedModel, gradient_dtype
-from .targets import TARGETS, check_fused, check_together, fit
+from .targets import TARGETS, advice, check_fused, check_together, default_schemes, fit
 
 SEARCH_TOLERANCE = 0.02  # of --max-kl, in bits per weight
 
@@ -114,22 +115,15 @@ class Run:
 def prepare(args: argparse.Namespace) -> Run:
     """Check everything that can be checked from the arguments and config.json."""
     modes = args.weight_scale_mode, args.act_scale_mode
-    parsed = [parse_scheme(name, *modes) for name in args.schemes.split(",")]
-    schemes = list({s.name: s for s in parsed}.values())
     keep = [parse_keep(text, modes) for text in args.keep]
-    if not args.dry_run:
-        check_destination(args.out, args.overwrite)
-    if args.curve:
-        check_plotting()
     source = open_source(args.model, args.trust_remote_code, config_only=args.dry_run)
     if not args.dry_run:
         source.scratch = args.out.absolute().parent
-    longest = getattr(source.config.get_text_config(), "max_position_embeddings", None)
-    if longest and args.seqlen > longest:
-        raise UsageError(f"--seqlen must be at most {longest} for this model: got {args.seqlen}")
+    check_seqlen(args, getattr(source.config.get_text_config(), "max_position_embeddings", None))
     shapes = source.shapes
     found = survey(shapes, include_head=args.quantize_lm_head)
     linears, coverage = _take_part(args, found)
+    schemes = _schemes(args, linears)
     slabs = args.granularity == "slab"
     fuse = args.fuse or (slabs and not args.free_slabs)
     units = make_units(linears, fuse, args.per_expert, by_input=slabs)
@@ -144,6 +138,18 @@ def prepare(args: argparse.Namespace) -> Run:
     if args.target:
         _check_target(run)
     return run
+
+
+def _schemes(args: argparse.Namespace, linears: Sequence[LinearInfo]) -> list[Scheme]:
+    """What to choose from: as asked for, or measured, or as the target holds it."""
+    if args.schemes is None and args.scores is not None:
+        args.schemes = ",".join(Scores.read(args.scores).schemes)
+    if args.schemes is None:
+        target = TARGETS[args.target] if args.target else None
+        args.schemes = ",".join(default_schemes(target, linears))
+    modes = args.weight_scale_mode, args.act_scale_mode
+    parsed = [parse_scheme(name, *modes) for name in args.schemes.split(",")]
+    return list({s.name: s for s in parsed}.values())
 
 
 def _take_part(args: argparse.Namespace, found: Survey) -> tuple[list[LinearInfo], Coverage]:
@@ -172,11 +178,18 @@ def _check_target(run: Run) -> None:
         given_plan(run)
         return
     target, options = TARGETS[run.args.target], unit_options(run.units, run.schemes, run.keep)
-    check_together(target, run.all_schemes)
-    for scheme in [*run.schemes, *(scheme for _, scheme in run.keep)]:
-        open_to = [u for u, of in zip(run.units, options, strict=True) if scheme in of]
-        linears = [info for unit in open_to for info in unit.linears]
-        fit(target, linears, dict.fromkeys((info.name for info in linears), scheme))
+    asked = [(scheme, "") for scheme in run.schemes]
+    asked += [(scheme, pattern) for pattern, scheme in run.keep]
+    try:
+        check_together(target, run.all_schemes)
+        pattern = ""
+        for scheme, pattern in asked:
+            open_to = [u for u, of in zip(run.units, options, strict=True) if scheme in of]
+            linears = [info for unit in open_to for info in unit.linears]
+            fit(target, linears, dict.fromkeys((info.name for info in linears), scheme))
+    except UsageError as error:
+        how = f"--ignore '{pattern}' instead" if pattern else advice(target, run.linears)
+        raise UsageError(f"{error}; try {how}") from None
 
 
 def given_plan(run: Run) -> Plan:
@@ -381,24 +394,31 @@ def make_problem(run: Run, scores: Scores, slabs: bool, strategy: str = "optimal
     return Problem.build(run.units, options, scores, run.args.ignore_scale_bits, slabs)
 
 
-def _solve(run: Run, problem: Problem, budget: Budget, strategy: str) -> Solved:
+def solve(run: Run, problem: Problem, budget: Budget, strategy: str) -> Solved:
     """A plan within the budget."""
-    args, fixed = run.args, 0
-    if args.size is not None:
-        cheapest = min(run.schemes, key=lambda s: s.element_bits)
-        least: Assignment = dict.fromkeys((i.name for i in run.linears), cheapest)
-        stored = sum(cheapest.storage_bits(i.out_features, i.in_features) for i in run.linears)
-        fixed = run.predicted_bytes(least) - stored // 8
-    while True:
-        allocation = problem.allocate(budget, strategy, args.seed, fixed)
-        plan = problem.plan(allocation, strategy, budget)
-        excess = run.predicted_bytes(plan.assignment) - args.size if args.size is not None else 0
-        if excess <= 0:
-            return Solved(problem, allocation, plan)
+    args = run.args
+
+    def solved(allocation: Allocation) -> Solved:
+        return Solved(problem, allocation, problem.plan(allocation, strategy, budget))
+
+    if args.size is None:
+        return solved(problem.allocate(budget, strategy, args.seed))
+    cheapest = solved(problem.cheapest())
+    least = run.predicted_bytes(cheapest.plan.assignment)
+    fixed = least - cheapest.allocation.cost // 8
+    found = solved(problem.allocate(budget, strategy, args.seed, fixed))
+    while (excess := run.predicted_bytes(found.plan.assignment) - args.size) > 0:
         fixed += excess  # the header's length depends a little on the plan
+        try:
+            found = solved(problem.allocate(budget, strategy, args.seed, fixed))
+        except UsageError:
+            if least > args.size or strategy == "uniform":
+                raise
+            return cheapest
+    return found
 
 
-def _budget(args: argparse.Namespace) -> Budget:
+def budget_of(args: argparse.Namespace) -> Budget:
     """The one that is asked for, where it is not to be searched."""
     return Budget(args.avg_bits, args.size, args.ignore_scale_bits)
 
@@ -408,7 +428,7 @@ def make_plans(run: Run, model: CausalLM, scores: Scores, text: Text) -> Planned
     args, found = run.args, {}
     problem = make_problem(run, scores, args.granularity == "slab", args.strategy)
     if args.max_kl is None:
-        budget = _budget(args)
+        budget = budget_of(args)
     else:
         budget, found["search"] = _smallest_budget(run, model, problem, text)
     solved = _of_one_size(run, scores, problem, budget)
@@ -421,12 +441,12 @@ def _of_one_size(run: Run, scores: Scores, problem: Problem, budget: Budget) -> 
     layers = make_problem(run, scores, False) if slabs or run.own.formats else problem
     alike = make_problem(run, scores, False, "uniform") if run.own.formats else layers
     name = "slabs" if slabs and run.args.strategy == "optimal" else run.args.strategy
-    plans = {name: _solve(run, problem, budget, run.args.strategy)}
+    plans = {name: solve(run, problem, budget, run.args.strategy)}
     for strategy in ("optimal", "uniform", "head", "tail"):
         if strategy not in plans:
             with suppress(UsageError):  # no single scheme may fit
                 of = layers if strategy == "optimal" else alike
-                plans[strategy] = _solve(run, of, budget, strategy)
+                plans[strategy] = solve(run, of, budget, strategy)
     return plans
 
 
@@ -438,7 +458,7 @@ def _smallest_budget(
     known: dict[tuple[int, ...], float] = {}  # budgets close to each other may buy the same plan
 
     def measured(bits: int) -> float:
-        solved = _solve(run, problem, Budget(total_bits=bits), "optimal")
+        solved = solve(run, problem, Budget(total_bits=bits), "optimal")
         choice = solved.allocation.choice
         if choice not in known:
             candidate = Candidate("optimal", solved.plan, args.correction)
@@ -460,16 +480,16 @@ def _smallest_budget(
 def refine_plan(run: Run, model: CausalLM, planned: Planned, text: Text) -> None:
     """Put a better plan first, if measuring finds one; `refine` of report.json says how."""
     args, start = run.args, planned.solved["optimal"]
-    problem, budget = start.problem, _budget(args)
+    problem, budget = start.problem, budget_of(args)
 
-    def solve(items: Sequence[Item]) -> Options:
+    def chosen(items: Sequence[Item]) -> Options:
         measured = replace(problem, items=items)
-        return _solve(run, measured, budget, "optimal").allocation.choice
+        return solve(run, measured, budget, "optimal").allocation.choice
 
     streamed = StreamedModel(model, device=args.device)
     ids, how = text.calibration.ids, (args.batch_size, text.calibration.judged_from)
     meters = halves(streamed, problem, ids, *how)
-    found = refine(problem.items, start.allocation.choice, *meters, solve, args.refine)
+    found = refine(problem.items, start.allocation.choice, *meters, chosen, args.refine)
     planned.found["refine"] = {"nsamples": [len(m.ids) for m in meters], "rounds": found.rounds}
     if found.plan == start.allocation.choice:
         return

@@ -16,7 +16,7 @@ ROOT = PACKAGE.parent
 # From the top down: a module imports only from lines below its own.
 LAYERS = [
     {"quantize", "info", "serve", "lm_eval", "export", "integrations"},
-    {"findings"},
+    {"findings", "checks"},
     {"stages"},
     {"report_html", "card", "coverage"},
     {"report", "gate", "refine"},
@@ -45,6 +45,7 @@ LAYERS = [
     {"recognise", "usage"},
     {"experts"},
     {"twin"},
+    {"early"},
     {"options", "arrange", "recipes", "atomic"},
     {"quality"},
     {"curve", "diagnostics", "charts", "report_style"},
