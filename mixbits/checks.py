@@ -14,7 +14,6 @@ from pathlib import Path
 from .atomic import check_room
 from .formats import BF16, Assignment, UsageError
 from .model import decoder_blocks, head_is_tied, output_head
-from .options import DEFAULT_BITS
 from .plan import unit_options
 from .report import size
 from .scores import Scores
@@ -150,8 +149,8 @@ def needs(run: Run) -> Iterator[tuple[int, str, str]]:
         streams = 4 * tokens * (2 * hidden + widest)
         yield (
             streams,
-            "hidden states of all sequences",
-            "--nsamples or --seqlen, or --rounding search",
+            "hidden states",
+            "--nsamples, --seqlen, or --rounding search",
         )
         yield 4 * 8 * widest**2, "second moments of the widest input", "--rounding search"
     block = max(sum(p.numel() for p in b.parameters()) for b in decoder_blocks(run.shapes)[1])

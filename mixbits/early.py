@@ -1,7 +1,7 @@
-"""What arguments, and config.json read by hand, tell: asked before torch and transformers are there.
+"""What arguments, and config.json read by hand, tell: asked before torch is imported.
 
-Importing these takes seconds, a wrong word is seen at once. Whatever needs a model's shapes is asked
-by `mixbits.checks`.
+That takes seconds, and transformers more; a wrong word is seen at once. What needs a model's shapes
+is asked by `mixbits.checks`.
 """
 
 from __future__ import annotations
@@ -19,9 +19,11 @@ from .curve import check_plotting
 from .files import read_object
 from .formats import UsageError, parse_scheme
 from .options import parse_keep
+from .targets import DEFAULT_SCHEMES
 
 _FILES_OF_TEXT = {".txt", ".jsonl", ".json", ".npy"}
 _TASKS = Path(__file__).parent / "demo" / "tasks"
+_SIZES = {"hidden_size", "intermediate_size", "moe_intermediate_size", "head_dim"}
 _KEYS = re.compile(r"(?:task|group|tag)s?\s*:|-\s")  # of a YAML line that may name a task
 
 
@@ -90,8 +92,37 @@ def _check_config(args: argparse.Namespace) -> None:
     method = config.get("quantization_config")
     if isinstance(method, dict) and method.get("quant_method") == "mixbits":
         raise already_quantized(folder)
-    text = config.get("text_config")
-    check_seqlen(args, (text if isinstance(text, dict) else config).get("max_position_embeddings"))
+    inner = config.get("text_config")
+    text = inner if isinstance(inner, dict) else config
+    check_seqlen(args, text.get("max_position_embeddings"))
+    _check_bits(args, text)
+
+
+def _check_bits(args: argparse.Namespace, config: dict[str, Any]) -> None:
+    """Raises UsageError for fewer bits than any scheme has, where the range is the same for all.
+
+    It is where whole groups fill all rows, as far as sizes in a configuration tell; the others are
+    left to `checks.check_budget`.
+    """
+    is_varied = args.keep or args.quantize_lm_head or args.granularity == "slab"
+    if args.avg_bits is None or not args.asks_budget or is_varied:
+        return
+    if not args.schemes and (args.target or args.scores):
+        return
+    schemes = [
+        parse_scheme(name) for name in (args.schemes or ",".join(DEFAULT_SCHEMES)).split(",")
+    ]
+    groups = [s.weight.group_size for s in schemes if s.weight is not None]
+    sizes = [v for k, v in config.items() if k in _SIZES and isinstance(v, int)]
+    if not sizes or any(value % group for value in sizes for group in groups):
+        return
+    width = 128 * 32  # columns that all groups divide
+    bits = [s.storage_bits(1, width, args.ignore_scale_bits) / width for s in schemes]
+    if args.avg_bits < min(bits):
+        raise UsageError(
+            f"--avg-bits must be between {min(bits):g} and {max(bits):g} for these schemes: "
+            f"got {args.avg_bits:g}"
+        )
 
 
 def _check_tasks(tasks: list[str], include_path: str | None) -> None:

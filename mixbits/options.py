@@ -157,8 +157,8 @@ def _plan_options(parser: argparse.ArgumentParser) -> None:
     budget.add_argument("--plan", type=Path, help="apply this plan.json")
     group.add_argument(
         "--schemes",
-        help=f"what to choose from ({','.join(DEFAULT_SCHEMES)}; with --target, what it holds; with "
-        "--scores, what was measured)",
+        help=f"what to choose from ({','.join(DEFAULT_SCHEMES)}; with --target, what it holds; "
+        "with --scores, what was measured)",
     )
     group.add_argument(
         "--ignore-scale-bits",
@@ -206,8 +206,8 @@ def _plan_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--untie-head",
         action="store_true",
-        help="let --quantize-lm-head store a tied head beside its embedding: larger files, a quicker "
-        "last product",
+        help="let --quantize-lm-head store a tied head beside its embedding: larger files, a "
+        "quicker last product",
     )
     for what, name, mode in (
         ("weights rounded to nearest", "--weight-scale-mode", "floor"),
@@ -317,8 +317,8 @@ def _measure_options(parser: argparse.ArgumentParser) -> None:
         "--method",
         choices=METHODS,
         default="fisher",
-        help="estimated KL; first order of the loss, as AutoScheme; relative error of weights, which "
-        "needs no text (%(default)s)",
+        help="estimated KL; first order of the loss, as AutoScheme; relative error of weights, "
+        "which needs no text (%(default)s)",
     )
     group.add_argument("--scores", type=Path, help="reuse this scores.json")
 
@@ -380,6 +380,12 @@ def _demo_defaults(parser: argparse.ArgumentParser) -> None:
         eval_original=True,
         prompt="class Reader:\n    def __init__(self, stream):",
     )
+
+
+def _uses_text(args: argparse.Namespace) -> bool:
+    """Whether something beside measuring, and judging, goes through text."""
+    others = args.gate, args.tune, args.distill, args.refine, args.diagnose
+    return args.rounding == "gptq" or any(others)
 
 
 def _check_measured(args: argparse.Namespace) -> None:
@@ -451,6 +457,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--refine measures whole linears: not --granularity slab")
     if args.seqlen < 2:
         parser.error(f"--seqlen must be at least 2: got {args.seqlen}")
+    if args.dataset is None and (args.method != "weight" or _uses_text(args)):
+        args.dataset = DEFAULT_DATASET
     args.asks_budget = False
     if all(getattr(args, name) is None for name in ("avg_bits", "size", "plan", "max_kl")):
         args.avg_bits = DEFAULT_BITS

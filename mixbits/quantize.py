@@ -327,8 +327,10 @@ def quantize(run: Run) -> None:
     with clock.run("open", run.source.name):
         model, sha256, tokenizer = _open(run)
     _print_findings(run)
-    with clock.run("calibrate", "its own text" if args.demo else args.dataset):
+    with clock.run("calibrate", stages.text_read(args)):
         text = stages.calibrate(run, tokenizer)
+        for note in text.notes:
+            print(f"      {note}", flush=True)
         if prefix := text.calibration.prefix:
             print(f"      every sequence begins with {tokenizer.decode(prefix)}", flush=True)
     planned = _planned(run, clock, model, sha256, text)

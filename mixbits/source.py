@@ -43,8 +43,8 @@ SCRATCH_SHARD = 2 << 30  # bytes of weights that are made plain before they are 
 class Source:
     """An original model: `path` is its folder, `name` what the user called it.
 
-    `scratch` is where quantized weights are made plain, if there are any. `untied`: config.json ties
-    the head, and the files have another (known once `shapes` are).
+    `scratch` is where quantized weights are made plain, if there are any. `untied`: config.json
+    ties the head, and the files have another (known once `shapes` are).
     """
 
     name: str

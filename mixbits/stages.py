@@ -57,6 +57,8 @@ from .source import Source, open_source
 from .streaming import StreamedModel, gradient_dtype
 from .targets import TARGETS, advice, check_fused, check_together, default_schemes, fit
 
+PYTHON_TEXT = "modules of Python's standard library"
+ENOUGH_TOKENS = 2  # of calibration for each column of the widest input
 SEARCH_TOLERANCE = 0.02  # of --max-kl, in bits per weight
 
 
@@ -178,18 +180,16 @@ def _check_target(run: Run) -> None:
         given_plan(run)
         return
     target, options = TARGETS[run.args.target], unit_options(run.units, run.schemes, run.keep)
-    asked = [(scheme, "") for scheme in run.schemes]
-    asked += [(scheme, pattern) for pattern, scheme in run.keep]
-    try:
-        check_together(target, run.all_schemes)
-        pattern = ""
-        for scheme, pattern in asked:
-            open_to = [u for u, of in zip(run.units, options, strict=True) if scheme in of]
-            linears = [info for unit in open_to for info in unit.linears]
+    kept = {scheme.name: f"--ignore '{pattern}' instead" for pattern, scheme in run.keep}
+    instead = kept | dict.fromkeys((s.name for s in run.schemes), advice(target, run.linears))
+    check_together(target, run.all_schemes)
+    for scheme in [*run.schemes, *(scheme for _, scheme in run.keep)]:
+        open_to = [u for u, of in zip(run.units, options, strict=True) if scheme in of]
+        linears = [info for unit in open_to for info in unit.linears]
+        try:
             fit(target, linears, dict.fromkeys((info.name for info in linears), scheme))
-    except UsageError as error:
-        how = f"--ignore '{pattern}' instead" if pattern else advice(target, run.linears)
-        raise UsageError(f"{error}; try {how}") from None
+        except UsageError as error:
+            raise UsageError(f"{error}; try {instead[scheme.name]}") from None
 
 
 def given_plan(run: Run) -> Plan:
@@ -205,11 +205,15 @@ def given_plan(run: Run) -> Plan:
 
 @dataclass
 class Text:
-    """What to calibrate with, to choose by, and to judge by; any may be empty."""
+    """What to calibrate with, to choose by, and to judge by; any may be empty.
+
+    `notes` are lines to tell of it.
+    """
 
     calibration: Sequences
     gate: Sequences
     held_out: Sequences
+    notes: list[str] = field(default_factory=list)
 
 
 def calibrate(run: Run, tokenizer: Any) -> Text:
@@ -220,12 +224,49 @@ def calibrate(run: Run, tokenizer: Any) -> Text:
     count = args.nsamples if _calibrates(args) or gate else 0
     if args.diagnose and count < 2:
         raise UsageError(f"--diagnose halves the calibration text: got {count} sequence")
-    seen = max(args.nsamples, _seen(args, len(prefix)))
+    is_first = not (count or args.scores or args.plan)  # text that nothing else goes through
+    seen = 0 if is_first else max(args.nsamples, _seen(args, len(prefix)))
     held_count = 0 if args.solve_only else args.eval_nsamples
+    notes: list[str] = []
+    if args.dataset is None and args.eval_dataset is None and held_count:
+        notes.append(f"judged on {PYTHON_TEXT}, for want of other text (--dataset)")
+        if tokenizer is None:
+            notes, held_count = ["not judged: there is no --dataset, and no tokenizer"], 0
     first, held_out = _first_and_held_out(
         run, tokenizer, prefix, seen + gate if gate else count, seen + gate, held_count
     )
-    return Text(first[:count], first[seen : seen + gate], held_out)
+    text = Text(first[:count], first[seen : seen + gate], held_out, notes)
+    settle_correction(run, text)
+    return text
+
+
+def settle_correction(run: Run, text: Text) -> None:
+    """Set --correction where it is not given: with little text, it follows this too closely."""
+    args, tokens = run.args, text.calibration.ids.numel()
+    widest = max(info.in_features for info in run.linears)
+    is_short = tokens < ENOUGH_TOKENS * widest
+    compensates = args.rounding == "gptq" and not args.solve_only
+    if args.correction is None:
+        args.correction = 0.0 if is_short else CORRECTION
+        what = "so that --correction is 0"
+    else:
+        what = "which --correction follows closely" if args.correction else ""
+    if is_short and compensates:
+        text.notes.append(
+            f"the text is short for gptq: {tokens:,} tokens, and inputs of {widest:,} columns want "
+            f"{ENOUGH_TOKENS * widest:,}{', ' * bool(what)}{what}; more --nsamples round better"
+        )
+
+
+def text_read(args: argparse.Namespace) -> str:
+    """The text that `calibrate` reads, for people."""
+    judges = args.eval_nsamples and not args.solve_only
+    reads_first = _calibrates(args) or is_gated(args) or args.diagnose
+    if args.demo:
+        return "its own text"
+    found = [args.dataset or PYTHON_TEXT] * bool(reads_first or (judges and not args.eval_dataset))
+    found += [args.eval_dataset] * bool(judges and args.eval_dataset)
+    return ", ".join(found) or "no text is needed"
 
 
 def is_gated(args: argparse.Namespace) -> bool:
@@ -236,7 +277,8 @@ def is_gated(args: argparse.Namespace) -> bool:
 def _calibrates(args: argparse.Namespace) -> bool:
     """Whether anything is measured, or rounded, with calibration text."""
     rounds = args.rounding == "gptq" or args.tune or args.distill
-    measures = not (args.scores or args.plan) or args.diagnose or args.refine
+    is_blind = args.scores or args.plan or args.method == "weight"
+    measures = not is_blind or args.diagnose or args.refine
     return bool(measures or (rounds and not args.solve_only))
 
 
@@ -261,14 +303,14 @@ def _first_and_held_out(
     The others are of --eval-dataset, or come after the first `before`.
     """
     args, vocab = run.args, run.source.config.get_text_config().vocab_size
-    if args.demo:
+    if args.demo or (args.dataset is None and args.eval_dataset is None):  # nothing calibrates
         return _demo_sequences(args, tokenizer, vocab, prefix, count, held_count)
     sizes = args.seqlen, prefix
     if args.eval_dataset is not None or not held_count:
         before = count
     first = held_out = Sequences.none(*sizes)
-    if before and (count or held_count):
-        after = held_count if args.eval_dataset is None else 0
+    after = held_count if args.eval_dataset is None else 0
+    if count or after:
         total = before + after
         pool = read_sequences(args.dataset, tokenizer, vocab, total, *sizes)
         first, held_out = split(pool, before, after)
