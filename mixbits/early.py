@@ -133,13 +133,14 @@ def _check_tasks(tasks: list[str], include_path: str | None) -> None:
     if include_path and not Path(include_path).is_dir():
         raise UsageError(f"--include-path must be a folder: {include_path} is none")
     folders = [_TASKS, *([Path(include_path)] if include_path else [])]
-    missing = _missing(tasks, _named(folders))
+    own = _named(folders)
+    missing = _missing(tasks, own)
     spec = importlib.util.find_spec("lm_eval") if missing else None
     if spec is None or not spec.submodule_search_locations:
         return  # lm-eval is asked, or said to be missing, later
     known = _named([Path(spec.submodule_search_locations[0]) / "tasks"])
     if missing := _missing(missing, known):
-        near = difflib.get_close_matches(missing[0], known, 1)
+        near = difflib.get_close_matches(missing[0], known | own, 1)
         raise UsageError(
             f"--tasks must name lm-eval tasks: {', '.join(missing)} is none"
             f"{f' ({near[0]}?)' if near else ''}; --include-path adds a folder of your own"

@@ -40,12 +40,14 @@ _EXAMPLES = f"""\
 examples:
   python -m mixbits.quantize --demo
       everything in one go, on the bundled model: nothing is downloaded
+  python -m mixbits.quantize ./Llama-3.1-8B --effort quick
+      a first look in minutes, without any text
   python -m mixbits.quantize ./Llama-3.1-8B --avg-bits 4.5 --dataset text.txt --out llama-4.5
-      mixed MXFP4 and MXFP8 at 4.5 bits per weight, scales counted
+      4 and 8 bits mixed at 4.5 bits per weight, scales counted
   python -m mixbits.quantize ./Llama-3.1-8B --size 4.2GB --schemes W2A16,W4A16,W8A16 \\
       --scores llama-4.5/scores.json --solve-only --out plans
       another budget; works when the scores hold these schemes
-  python -m mixbits.quantize ./Llama-3.1-8B --avg-bits 5.5 --keep '*.down_proj=MXFP8' --fuse \\
+  python -m mixbits.quantize ./Llama-3.1-8B --avg-bits 5.5 --keep '*.down_proj=W8A16G64' --fuse \\
       --dataset text.jsonl --tasks lambada_openai,hellaswag,piqa,winogrande,mmlu --out llama-5.5
   python -m mixbits.quantize ./Llama-3.1-8B --plan llama-5.5/plan.json --eval-nsamples 0 \\
       --rounding search --out llama-edited
@@ -117,7 +119,7 @@ def parse_keep(text: str, modes: tuple[ScaleMode, ScaleMode]) -> tuple[str, Sche
     pattern, equals, name = text.rpartition("=")
     if not equals or not pattern:
         raise UsageError(
-            f"--keep must be PATTERN=SCHEME, such as '*.down_proj=MXFP8': got {text!r}"
+            f"--keep must be PATTERN=SCHEME, such as '*.down_proj=W8A16G64': got {text!r}"
         )
     return pattern, parse_scheme(name, *modes)
 

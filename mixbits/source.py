@@ -90,14 +90,13 @@ class Source:
         self.config = copy.deepcopy(self.config)
         for part in (self.config, self.config.get_text_config()):
             part.tie_word_embeddings = False
-        model = self._meta_model()
-        for name in unlike:
-            if name in model.all_tied_weights_keys:
-                other = model.all_tied_weights_keys[name]
-                raise UsageError(
-                    f"{type(model).__name__} shares {name} with {other}: got other values of each "
-                    f"({self.path})"
-                )
+        tied, model = model.all_tied_weights_keys, self._meta_model()
+        # Only a head has an option for that, which may untie whatever else is shared.
+        if model.all_tied_weights_keys.keys() != tied.keys() - unlike:
+            raise UsageError(
+                f"{type(model).__name__} shares {unlike[0]} with {tied[unlike[0]]}: got other "
+                f"values of each ({self.path})"
+            )
         return model
 
     def _meta_model(self) -> CausalLM:

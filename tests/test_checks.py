@@ -123,7 +123,7 @@ def test_a_head_of_its_own_stays_that(
     kind: str, options: tuple[str, ...], run: Callable[..., int], tmp_path: Path
 ) -> None:
     model = with_head(tmp_path / "model", kind)
-    words = ("--schemes", "W8A16G32", "--avg-bits", 9, "--rounding", "rtn", *options)
+    words = ("--schemes", "W8A16G32", "--size", "1GB", "--rounding", "rtn", *options)
     assert run(*words, model=model) == 0
     out = tmp_path / "out"
     assert read(out / "config.json")["tie_word_embeddings"] is False
@@ -172,15 +172,15 @@ def test_blocks_that_share_linears(same: bool, zamba: Path, tmp_path: Path) -> N
     tensors[second] = tensors[first].clone() if same else tensors[first] * 2
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
     if same:
-        checks.check(prepared(model, "--schemes", "W8A16G32", "--avg-bits", 9))
+        checks.check(prepared(model, "--schemes", "W8A16G32", "--avg-bits", 8.5, "--allow-partial"))
         return
     with pytest.raises(UsageError, match=rf"shares {second} with {first}: got other values"):
-        prepared(model, "--schemes", "W8A16G32", "--avg-bits", 9)
+        prepared(model, "--schemes", "W8A16G32", "--avg-bits", 8.5, "--allow-partial")
 
 
 def test_what_the_loader_would_refuse_is_refused_first(tmp_path: Path) -> None:
     """A plan for a linear that only the model in hand has, and a layout that was changed."""
-    run = prepared(make_model(tmp_path / "model"), "--schemes", "W8A16G32", "--avg-bits", 9)
+    run = prepared(make_model(tmp_path / "model"), "--schemes", "W8A16G32", "--size", "1GB")
     plan = {info.name: parse_scheme("W8A16G32") for info in run.linears}
     rehearse(run.source, run.shapes, run.linears, plan)
     run.shapes.model.layers[0].mlp.register_buffer("extra", torch.empty(3, device="meta"))
@@ -201,9 +201,7 @@ def test_a_tied_head_makes_no_files_larger_unsaid(
     assert "in MXFP4 beside it" in told and "--untie-head" in told
     assert run(*options, "--dry-run", model=model) == 0
     line = next(x for x in capsys.readouterr().out.splitlines() if "beside it" in x)
-    head, plain = (checks.check_budget(prepared(model, *options[:2], *more)) for more in
-                   ((*options[2:], "--schemes", "MXFP4", "--max-kl", 1)[0:0], ()))  # fmt: skip
-    assert head == plain and " kB larger" in line
+    assert " kB larger" in line
     assert checks.check_head(prepared(model, *options, "--untie-head"))
     assert checks.check_head(prepared(model, *options, "--keep", "lm_head=BF16")) == []
     untied = make_model(tmp_path / "untied")
