@@ -514,7 +514,7 @@ METHODS = tuple(_MEASURES)
 
 
 def _progress(what: str, steps: int) -> Any:
-    return tqdm(total=steps, desc=what, unit="block", leave=False)
+    return tqdm(total=steps, desc=what, unit="block", leave=False, disable=not steps)
 
 
 def measure(
