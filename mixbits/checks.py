@@ -82,8 +82,8 @@ def check_head(run: Run) -> list[str]:
     without = {name: recipe for name, recipe in plan.items() if name != head}
     more, scheme = run.predicted_bytes(plan) - run.predicted_bytes(without), plan[head].name
     told = (
-        f"the head is tied to the embedding, which stays in 16 bits: in {scheme} beside it, it makes "
-        f"the files {size(more)} larger"
+        f"the head is tied to the embedding, which stays in 16 bits: in {scheme} beside it, it "
+        f"makes the files {size(more)} larger"
     )
     if args.dry_run or args.untie_head or args.plan:
         return [told]

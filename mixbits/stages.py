@@ -303,7 +303,8 @@ def _first_and_held_out(
     The others are of --eval-dataset, or come after the first `before`.
     """
     args, vocab = run.args, run.source.config.get_text_config().vocab_size
-    if args.demo or (args.dataset is None and args.eval_dataset is None):  # nothing calibrates
+    is_bundled = args.dataset is None and args.eval_dataset is None and held_count
+    if args.demo or is_bundled:  # the latter where nothing calibrates
         return _demo_sequences(args, tokenizer, vocab, prefix, count, held_count)
     sizes = args.seqlen, prefix
     if args.eval_dataset is not None or not held_count:

@@ -146,12 +146,23 @@ def test_a_head_that_is_stored_twice_is_tied(tmp_path: Path) -> None:
     assert "lm_head.weight" in source.shapes.all_tied_weights_keys and not source.untied
 
 
-ZAMBA = dict(
-    vocab_size=130, hidden_size=64, intermediate_size=128, num_hidden_layers=4,
-    layers_block_type=["mamba", "hybrid"] * 2, num_attention_heads=4, num_key_value_heads=4,
-    attention_head_dim=32, mamba_d_state=16, mamba_dt_rank=8, n_mamba_heads=2,
-    bos_token_id=1, eos_token_id=2, pad_token_id=0, max_position_embeddings=64,
-)  # fmt: skip
+ZAMBA: dict[str, Any] = {
+    "vocab_size": 130,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 4,
+    "layers_block_type": ["mamba", "hybrid"] * 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "attention_head_dim": 32,
+    "mamba_d_state": 16,
+    "mamba_dt_rank": 8,
+    "n_mamba_heads": 2,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "max_position_embeddings": 64,
+}
 
 
 @pytest.fixture(scope="module")
@@ -227,10 +238,7 @@ def test_a_small_memory(tmp_path: Path) -> None:
     model = make_model(tmp_path / "model")
     run = prepared(model, "--avg-bits", 5, "--batch-size", 4)
     logits = 2 * 4 * 32 * 130 * 4
-    assert (
-        dict((what, n) for n, what, _ in checks.needs(run))["the logits of a batch, twice"]
-        == logits
-    )
+    assert {what: n for n, what, _ in checks.needs(run)}["the logits of a batch, twice"] == logits
     checks.check_memory(run, max(n for n, _, _ in checks.needs(run)))
     with pytest.raises(UsageError, match=r"takes .* lower it with --batch-size or --seqlen"):
         checks.check_memory(run, logits - 1)

@@ -216,7 +216,9 @@ def test_the_command_line_offers_these_methods():
 
 def test_unknown_method_is_refused(tmp_path):
     source, ids = _tiny(tmp_path)
-    with pytest.raises(UsageError, match="method must be one of fisher, deltaloss, weight: got 'mse'"):
+    with pytest.raises(
+        UsageError, match="method must be one of fisher, deltaloss, weight: got 'mse'"
+    ):
         measure(StreamedModel(source.load()), find_linears(source.load()), SCHEMES, ids, "mse")
 
 
