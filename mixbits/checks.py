@@ -133,7 +133,7 @@ def needs(run: Run) -> Iterator[tuple[int, str, str]]:
     Lower bounds: weights in 16 bits are mapped from files and do not count.
     """
     args, text = run.args, run.source.config.get_text_config()
-    vocabulary, hidden = text.vocab_size, text.hidden_size
+    vocabulary, hidden = (getattr(text, name, 0) for name in ("vocab_size", "hidden_size"))
     measures = args.method != "weight" and not (args.scores or args.plan)
     compares = (args.eval_nsamples and not args.solve_only) or is_gated(args)
     count = max(
