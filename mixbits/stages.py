@@ -247,8 +247,9 @@ def settle_correction(run: Run, text: Text) -> None:
     is_short = tokens < ENOUGH_TOKENS * widest
     compensates = args.rounding == "gptq" and not args.solve_only
     if args.correction is None:
-        args.correction = 0.0 if is_short else CORRECTION
-        what = "so that --correction is 0"
+        is_judged = is_gated(args)  # against no correction
+        args.correction = 0.0 if is_short and not is_judged else CORRECTION
+        what = "" if is_judged else "so that --correction is 0"
     else:
         what = "which --correction follows closely" if args.correction else ""
     if is_short and compensates:
