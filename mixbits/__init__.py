@@ -1,6 +1,6 @@
 """mixbits: measure, allocate, pack and run language models in mixed precision.
 
-    python -m mixbits.quantize MODEL --avg-bits 4.5 --schemes MXFP4,MXFP8 --out DIR
+    python -m mixbits.quantize MODEL --avg-bits 4.5 --out DIR
     model = mixbits.load(DIR)
 
 Importing mixbits is cheap: torch and transformers are imported with the first name used. It is

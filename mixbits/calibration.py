@@ -29,7 +29,8 @@ import torch
 from torch import Tensor
 
 from .chats import Rendered, row_text
-from .files import check_file, is_text, last_part, read_json
+from .early import JSONL, check_dataset
+from .files import last_part, read_json
 from .formats import UsageError, first_line
 from .hub_data import HubData
 
@@ -37,12 +38,6 @@ CHARS_PER_TOKEN = 16  # more text than this per wanted token is not read at firs
 _LINE = 1 << 26  # characters of a line of jsonl: a text has fewer
 _MOST_ID = (1 << 31) - 1
 _IDS_BYTES = 256 << 20  # of ids in JSON, which take 20 times as much in memory
-_JSONL = (".jsonl", ".ndjson")
-# Data, but none that is read here: as text they would be noise.
-_OTHERS = {".csv", ".tsv", ".parquet", ".arrow", ".feather", ".orc", ".npz", ".pt", ".pth", ".bin"}
-_OTHERS |= {".pkl", ".pickle", ".safetensors", ".gguf", ".h5", ".hdf5", ".tfrecord", ".msgpack"}
-_OTHERS |= {".gz", ".bz2", ".xz", ".zst", ".zip", ".7z", ".tar", ".tgz", ".rar", ".lz4", ".sqlite"}
-_OTHERS |= {".db", ".xls", ".xlsx", ".pdf", ".doc", ".docx", ".odt", ".epub"}
 
 
 @dataclass(frozen=True)
@@ -190,7 +185,7 @@ def _texts(source: str, tokenizer: Any) -> Iterator[str]:
         yield from HubData.parse(source).texts(tokenizer)
         return
     try:
-        if path.suffix.lower() in _JSONL:
+        if path.suffix.lower() in JSONL:
             yield from _jsonl_texts(path, tokenizer)
         else:
             with path.open(encoding="utf-8-sig") as file:
@@ -202,27 +197,6 @@ def _texts(source: str, tokenizer: Any) -> Iterator[str]:
         raise UsageError(f"a text dataset must be UTF-8: {error} ({path})") from None
 
 
-def _check_name(source: str) -> None:
-    """Raises UsageError for what is there and no file of a kind that is read, and for odd names."""
-    if not is_text(source):
-        raise UsageError(f"--dataset must have a name in UTF-8: got {source!r:.160}")
-    path = Path(source)
-    suffix = path.suffix.lower()
-    looks_like_file = suffix in {".txt", ".json", ".npy", *_JSONL, *_OTHERS}
-    exists = os.path.exists(source)  # False for a name that is too long, where Path raises
-    if os.path.isdir(source) or (looks_like_file and not exists):
-        raise UsageError(f"--dataset must be a file or a dataset name: {source} is no file")
-    if exists:
-        check_file(path)
-        if path.stat().st_size == 0 and suffix not in {".npy", ".json"}:
-            raise UsageError(f"--dataset must hold text: {source} is empty")
-        if suffix in _OTHERS:
-            raise UsageError(
-                f"--dataset must be a text, jsonl, .npy or .json file: {source} is {suffix}, which "
-                "is not read"
-            )
-
-
 def tokenize(tokenizer: Any, text: str) -> Tensor:
     """Token ids int64 [tokens] of `text`, without special tokens."""
     return torch.tensor(_ids(tokenizer, text, False), dtype=torch.int64)
@@ -230,7 +204,7 @@ def tokenize(tokenizer: Any, text: str) -> Tensor:
 
 def read_tokens(source: str, tokenizer: Any, count: int) -> Tensor:
     """About the first `count` token ids (or more) of a dataset; fewer if it has no more."""
-    _check_name(source)
+    check_dataset(source)
     path = Path(source)
     suffix = path.suffix.lower()
     if suffix == ".npy":
@@ -239,7 +213,7 @@ def read_tokens(source: str, tokenizer: Any, count: int) -> Tensor:
         return _listed_ids(path)
     if tokenizer is None:
         raise UsageError("the model has no tokenizer: --dataset must be a .npy or .json of ids")
-    separator = "" if os.path.isfile(source) and suffix not in _JSONL else "\n\n"
+    separator = "" if os.path.isfile(source) and suffix not in JSONL else "\n\n"
     limit, text, texts = count * CHARS_PER_TOKEN, "", _texts(source, tokenizer)
     for piece in texts:
         apart = separator if text and not isinstance(piece, Rendered) else ""

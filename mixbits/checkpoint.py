@@ -357,16 +357,11 @@ def write_index(folder: Path, shards: Sequence[Shard]) -> None:
         (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
 
 
-def quantization_config(
-    assignment: Assignment, provenance: dict[str, Any], crcs: Iterable[int]
-) -> dict[str, Any]:
-    """The `quantization_config` of config.json; `MixbitsConfig` reads it back.
-
-    `crcs` are those of all tensors.
-    """
+def quantization_config(assignment: Assignment, provenance: dict[str, Any]) -> dict[str, Any]:
+    """The `quantization_config` of config.json but its checksum; `MixbitsConfig` reads it back."""
     from . import __version__
 
-    config = {
+    return {
         "quant_method": "mixbits",
         "to_load": TO_LOAD,
         "mixbits_version": __version__,
@@ -375,21 +370,18 @@ def quantization_config(
         **provenance,
         "modules": {n: describe(r) for n, r in assignment.items() if r.packed},
     }
-    return {**config, "checksum": checksum(crcs, config)}
 
 
-def _write_config(
-    folder: Path, source: Source, quantization: dict[str, Any], untie: bool, dtype: torch.dtype
-) -> None:
-    config = plain_config(source.path, dtype)
-    if untie:  # the head has packed weights of its own now
+def _output_config(source: Source, quantization: dict[str, Any], untie: bool) -> dict[str, Any]:
+    """config.json of the output."""
+    config = plain_config(source.path, source.dtype)
+    if untie:  # the head has weights of its own
         for part in _with_parts(config):
             if part is config or "tie_word_embeddings" in part:
                 part["tie_word_embeddings"] = False
     config["quantization_config"] = quantization
     require_mixbits(config)
-    text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
-    (folder / "config.json").write_text(text, encoding="utf-8")
+    return config
 
 
 def _with_parts(config: dict[str, Any]) -> list[dict[str, Any]]:
@@ -448,6 +440,32 @@ def _exceptions(
     return {key: value for key, value in found.items() if value}
 
 
+@dataclass(frozen=True)
+class Layout:
+    """What a packed checkpoint is made of: all but values, and their checksum."""
+
+    specs: list[TensorSpec]
+    quantization: dict[str, Any]
+    config: dict[str, Any]  # of which `quantization` is a part
+
+
+def layout_of_output(
+    source: Source,
+    model: nn.Module,
+    linears: Sequence[LinearInfo],
+    assignment: Assignment,
+    provenance: Mapping[str, Any] = MappingProxyType({}),
+) -> Layout:
+    """What `save` writes, from shapes alone (a meta model will do)."""
+    weights = source.weights
+    specs = tensor_specs(model, linears, assignment, source.dtype, weights)
+    head = output_head(model)[0]
+    untie = source.untied or (head_is_tied(model) and _is_packed(head, assignment))
+    facts = {**provenance, **_exceptions(specs, weights, source.dtype)}
+    quantization = quantization_config(assignment, facts)
+    return Layout(specs, quantization, _output_config(source, quantization, untie))
+
+
 def save(
     folder: Path,
     source: Source,
@@ -463,14 +481,12 @@ def save(
 
     Raises UsageError that names the tensor for weights that cannot be packed.
     """
-    weights = source.weights
-    specs = tensor_specs(model, linears, assignment, source.dtype, weights)
-    crcs = _write_weights(folder, model, weights, make_shards(specs), assignment, rounded)
-    head = output_head(model)[0]
-    untie = head_is_tied(model) and _is_packed(head, assignment)
-    facts = {**provenance, **_exceptions(specs, weights, source.dtype)}
-    quantization = quantization_config(assignment, facts, crcs)
-    _write_config(folder, source, quantization, untie, source.dtype)
+    layout = layout_of_output(source, model, linears, assignment, provenance)
+    shards = make_shards(layout.specs)
+    crcs = _write_weights(folder, model, source.weights, shards, assignment, rounded)
+    layout.quantization["checksum"] = checksum(crcs, layout.quantization)
+    text = json.dumps(layout.config, indent=2, ensure_ascii=False) + "\n"
+    (folder / "config.json").write_text(text, encoding="utf-8")
     copy_companions(source.path, folder)
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +23,16 @@ class Parser(argparse.ArgumentParser):
         )
 
     def error(self, message: str) -> NoReturn:
-        raise UsageError(message)
+        raise UsageError(message + self._meant(message))
+
+    def _meant(self, message: str) -> str:
+        """The options that unknown ones are like."""
+        if not message.startswith("unrecognized arguments"):
+            return ""
+        words = [word.partition("=")[0] for word in message.split() if word.startswith("--")]
+        near = [difflib.get_close_matches(word, self._option_string_actions, 1) for word in words]
+        found = dict.fromkeys(name for names in near for name in names)
+        return f" ({', '.join(found)}?)" if found else " (--help has them all)"
 
 
 @contextmanager

@@ -112,6 +112,8 @@ def report(run: Run, sha256: str, planned: Planned, choice: Choice, text: Text) 
     rounding: dict[str, Any] = {"method": args.rounding, **choice.winner.how}
     if rounding["method"] == "gptq":
         rounding["correction"] = choice.winner.share
+    if text.notes:
+        rounding["notes"] = text.notes
     if rounding["method"] == "gptq" or choice.winner.how:
         rounding |= text.calibration.describe()
     return {

@@ -377,7 +377,10 @@ def match_units(units: Sequence[Unit], pattern: str, option: str = "--keep") -> 
     except re.error as error:
         raise UsageError(f"{option} {pattern!r} is not a regular expression: {error}") from None
     if not found:
-        raise UsageError(f"{option} {pattern!r} matches no unit, such as {units[0].name}")
+        meant = f"*.{pattern}"
+        inner = any(fnmatchcase(i.name, meant) for unit in units for i in unit.linears)
+        hint = f"; '{meant}' would" if inner else ""
+        raise UsageError(f"{option} {pattern!r} matches no unit, such as {units[0].name}{hint}")
     return found
 
 

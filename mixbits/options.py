@@ -11,13 +11,28 @@ from pathlib import Path
 
 from .allocate import STRATEGIES
 from .command import Parser
-from .formats import SCALE_MODES, SCHEME_NAMES, UsageError
-from .targets import TARGETS
+from .formats import SCALE_MODES, SCHEME_NAMES, ScaleMode, Scheme, UsageError, parse_scheme
+from .targets import DEFAULT_SCHEMES, TARGETS
 
-METHODS = ("fisher", "deltaloss")  # as in mixbits.sensitivity, which would import torch
+METHODS = ("fisher", "deltaloss", "weight")  # as in mixbits.sensitivity, which would import torch
 ROUNDINGS = ("rtn", "search", "gptq")  # as in mixbits.rounding
+CORRECTION = 0.5  # of errors, where there is text enough
 DISTILL_STEPS = 300
 REFINE_ROUNDS = 4  # by the last ones little is gained
+DEFAULT_BITS = 4.5
+LEAST_BYTES = 10_000  # of a model's files; a --size below that has lost its unit
+# What --effort presets, where nothing else is asked for.
+EFFORTS: dict[str, dict[str, object]] = {
+    "quick": {
+        "method": "weight",
+        "rounding": "search",
+        "gate": 0,
+        "eval_nsamples": 8,
+        "seqlen": 128,
+        "dataset": None,
+    },
+    "normal": {},
+}
 DEFAULT_DATASET = "NeelNanda/pile-10k"  # AutoRound's default
 DEMO_OUT = Path("mixbits-demo")
 
@@ -25,12 +40,14 @@ _EXAMPLES = f"""\
 examples:
   python -m mixbits.quantize --demo
       everything in one go, on the bundled model: nothing is downloaded
+  python -m mixbits.quantize ./Llama-3.1-8B --effort quick
+      a first look in minutes, without any text
   python -m mixbits.quantize ./Llama-3.1-8B --avg-bits 4.5 --dataset text.txt --out llama-4.5
-      mixed MXFP4 and MXFP8 at 4.5 bits per weight, scales counted
+      4 and 8 bits mixed at 4.5 bits per weight, scales counted
   python -m mixbits.quantize ./Llama-3.1-8B --size 4.2GB --schemes W2A16,W4A16,W8A16 \\
       --scores llama-4.5/scores.json --solve-only --out plans
       another budget; works when the scores hold these schemes
-  python -m mixbits.quantize ./Llama-3.1-8B --avg-bits 5.5 --keep '*.down_proj=MXFP8' --fuse \\
+  python -m mixbits.quantize ./Llama-3.1-8B --avg-bits 5.5 --keep '*.down_proj=W8A16G64' --fuse \\
       --dataset text.jsonl --tasks lambada_openai,hellaswag,piqa,winogrande,mmlu --out llama-5.5
   python -m mixbits.quantize ./Llama-3.1-8B --plan llama-5.5/plan.json --eval-nsamples 0 \\
       --rounding search --out llama-edited
@@ -45,11 +62,13 @@ exit codes: 0 done, 2 wrong usage or input, 1 failure
 
 
 def _size(text: str) -> int:
-    match = re.fullmatch(r"([\d.]+)\s*(|k|M|G|T)(i?)B?", text.strip())
+    match = re.fullmatch(r"([\d.]+)\s*(|k|M|G|T)(i?)(B?)", text.strip())
     try:
         value = float(match[1]) if match else math.nan
     except ValueError:
         value = math.nan
+    if match and not (match[2] or match[4]) and 0 < value < LEAST_BYTES:
+        raise argparse.ArgumentTypeError(f"must have a unit: got {text!r} ({text.strip()}GB?)")
     if match is None or not value > 0:
         raise argparse.ArgumentTypeError(f"must be a size such as 4.2GB or 800MiB: got {text!r}")
     return int(value * (1024 if match[3] else 1000) ** " kMGT".index(match[2] or " "))
@@ -95,6 +114,16 @@ def _share(text: str) -> float:
     return value
 
 
+def parse_keep(text: str, modes: tuple[ScaleMode, ScaleMode]) -> tuple[str, Scheme]:
+    """`PATTERN=SCHEME` of a `--keep` option."""
+    pattern, equals, name = text.rpartition("=")
+    if not equals or not pattern:
+        raise UsageError(
+            f"--keep must be PATTERN=SCHEME, such as '*.down_proj=W8A16G64': got {text!r}"
+        )
+    return pattern, parse_scheme(name, *modes)
+
+
 def _input_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model and output")
     group.add_argument("model", nargs="?", help="a model folder or a Hugging Face name")
@@ -105,6 +134,13 @@ def _input_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--solve-only", action="store_true", help="stop at scores.json, plan.json")
     group.add_argument(
         "--dry-run", action="store_true", help="print shapes and sizes, write nothing"
+    )
+    group.add_argument(
+        "--effort",
+        choices=tuple(EFFORTS),
+        default="normal",
+        help="quick: a minute for a small model, without calibration text: --method weight, "
+        "--rounding search, --gate 0, a short evaluation; what is given beside it wins",
     )
     group.add_argument("--trust-remote-code", action="store_true", help="run the model's own code")
 
@@ -121,7 +157,11 @@ def _plan_options(parser: argparse.ArgumentParser) -> None:
         help="the smallest model whose KL on the gate's text is at most this, in nats per token",
     )
     budget.add_argument("--plan", type=Path, help="apply this plan.json")
-    group.add_argument("--schemes", default="MXFP4,MXFP8", help="what to choose from (%(default)s)")
+    group.add_argument(
+        "--schemes",
+        help=f"what to choose from ({','.join(DEFAULT_SCHEMES)}; with --target, what it holds; "
+        "with --scores, what was measured)",
+    )
     group.add_argument(
         "--ignore-scale-bits",
         action="store_true",
@@ -165,6 +205,12 @@ def _plan_options(parser: argparse.ArgumentParser) -> None:
         help="go on where more than half of the decoder blocks' weights cannot be quantized",
     )
     group.add_argument("--quantize-lm-head", action="store_true", help="include the output head")
+    group.add_argument(
+        "--untie-head",
+        action="store_true",
+        help="let --quantize-lm-head store a tied head beside its embedding: larger files, a "
+        "quicker last product",
+    )
     for what, name, mode in (
         ("weights rounded to nearest", "--weight-scale-mode", "floor"),
         ("activations", "--act-scale-mode", "even"),
@@ -202,8 +248,8 @@ def _rounding_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--correction",
         type=_share,
-        default=0.5,
-        help="share of the errors before a linear that gptq makes up for, 0 to 1 (%(default)s)",
+        help="share of the errors before a linear that gptq makes up for, 0 to 1 (default: "
+        f"{CORRECTION}, or 0 where the text is short)",
     )
     group.add_argument(
         "--tune",
@@ -270,7 +316,13 @@ def _measure_options(parser: argparse.ArgumentParser) -> None:
         action="store_false",
         help="sequences begin amid a text, without what the tokenizer puts before one",
     )
-    group.add_argument("--method", choices=METHODS, default="fisher")
+    group.add_argument(
+        "--method",
+        choices=METHODS,
+        default="fisher",
+        help="estimated KL; first order of the loss, as AutoScheme; relative error of weights, "
+        "which needs no text (%(default)s)",
+    )
     group.add_argument("--scores", type=Path, help="reuse this scores.json")
 
 
@@ -333,6 +385,12 @@ def _demo_defaults(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _uses_text(args: argparse.Namespace) -> bool:
+    """Whether something beside measuring, and judging, goes through text."""
+    others = args.gate, args.tune, args.distill, args.refine, args.diagnose
+    return args.rounding == "gptq" or any(others)
+
+
 def _check_measured(args: argparse.Namespace) -> None:
     """--max-kl, --refine, --diagnose, --curve: what they need, and what they cannot go with."""
     for name in ("max_kl", "diagnose"):
@@ -378,7 +436,9 @@ def _apply_target(args: argparse.Namespace, default_mode: str) -> None:
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse and check. Raises UsageError; `command` is what was typed."""
     parser = make_parser()
-    if parser.parse_known_args(argv)[0].demo:
+    first = parser.parse_known_args(argv)[0]
+    parser.set_defaults(**EFFORTS[first.effort])
+    if first.demo:
         _demo_defaults(parser)
     args = parser.parse_args(argv)
     if args.model is None:
@@ -400,8 +460,15 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--refine measures whole linears: not --granularity slab")
     if args.seqlen < 2:
         parser.error(f"--seqlen must be at least 2: got {args.seqlen}")
+    if args.dataset is None and (args.method != "weight" or _uses_text(args)):
+        args.dataset = DEFAULT_DATASET
+    args.asks_budget = False
     if all(getattr(args, name) is None for name in ("avg_bits", "size", "plan", "max_kl")):
-        args.avg_bits = 4.5
+        args.avg_bits = DEFAULT_BITS
+    else:
+        args.asks_budget = True
+    if args.untie_head and not args.quantize_lm_head:
+        raise UsageError("--untie-head is for --quantize-lm-head")
     if args.ignore_scale_bits and args.avg_bits is None:
         raise UsageError("--ignore-scale-bits counts for --avg-bits only")
     making = ("strategy", "scores", "keep", "ignore", "fuse", "per_expert", "granularity", "rotate")

@@ -31,7 +31,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .allocate import Allocation, BudgetError, Item, allocate, cost_range
+from .allocate import Allocation, BudgetError, Item, allocate, cost_range, total
 from .files import write_text
 from .formats import (
     BF16,
@@ -39,7 +39,6 @@ from .formats import (
     Assignment,
     Mixed,
     Recipe,
-    ScaleMode,
     Scheme,
     UsageError,
     order_bits,
@@ -81,16 +80,6 @@ def average_bits(
         for i in linears
     )
     return bits / sum(info.numel for info in linears)
-
-
-def parse_keep(text: str, modes: tuple[ScaleMode, ScaleMode]) -> tuple[str, Scheme]:
-    """`PATTERN=SCHEME` of a `--keep` option."""
-    pattern, equals, name = text.rpartition("=")
-    if not equals or not pattern:
-        raise UsageError(
-            f"--keep must be PATTERN=SCHEME, such as '*.down_proj=MXFP8': got {text!r}"
-        )
-    return pattern, parse_scheme(name, *modes)
 
 
 def unit_options(
@@ -399,6 +388,12 @@ class Problem:
             return (budget.size_bytes - fixed_bytes) * 8
         # A hair more, so that 4.25 bits of a size that is no power of two still buy 4.25 bits.
         return math.floor((budget.avg_bits or 0.0) * self.elements + 1e-6)
+
+    def cheapest(self) -> Allocation:
+        """The plan of fewest bits."""
+        choice = tuple(min(range(len(i.costs)), key=i.costs.__getitem__) for i in self.items)
+        cost, loss = total(self.items, choice)
+        return Allocation(choice, cost, loss, loss)
 
     def allocate(
         self, budget: Budget, strategy: str, seed: int = 0, fixed_bytes: int = 0

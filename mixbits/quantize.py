@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from . import early
 from .command import exit_code
 from .formats import UsageError, first_line, parse_scheme
 from .options import parse_arguments
@@ -366,7 +367,7 @@ def quantize(run: Run) -> None:
     What was measured for an output that did not come about lies beside it.
     """
     from .atomic import reserved
-    from .stages import inputs
+    from .early import inputs
 
     args = run.args
     with reserved(args.out, args.overwrite, inputs(args)) as place, _told_of_scores(place):
@@ -399,8 +400,10 @@ def _quantize(run: Run, place: Destination) -> None:
     with clock.run("open", run.source.name):
         model, sha256, tokenizer = _open(run)
     _print_findings(run)
-    with clock.run("calibrate", "its own text" if args.demo else args.dataset):
+    with clock.run("calibrate", stages.text_read(args)):
         text = stages.calibrate(run, tokenizer)
+        for note in text.notes:
+            say(f"      {note}")
         if prefix := text.calibration.prefix:
             say(f"      every sequence begins with {tokenizer.decode(prefix)}")
     planned = _planned(run, clock, place, model, sha256, text)
@@ -449,20 +452,25 @@ def _quantize(run: Run, place: Destination) -> None:
 
 def _command(argv: list[str] | None) -> None:
     args = parse_arguments(argv)
-    from . import stages
     from .atomic import recover
+
+    if not args.dry_run:
+        recover(args.out)
+    early.check(args)
+    from . import feasibility, stages
     from .progress import Progress
     from .report import quiet
 
     quiet()
-    if not args.dry_run:
-        recover(args.out)
     _check_device(args)
     with Progress({}).stage("look at the source"):
         run = stages.prepare(args)
+        lines = feasibility.check(run)
     if args.dry_run:
         _dry_run(run)
-    else:
+    for line in lines:
+        print(f"  {line}")
+    if not args.dry_run:
         if not args.solve_only:
             _check_evaluation(run)
         quantize(run)

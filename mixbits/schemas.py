@@ -147,7 +147,7 @@ class _Calibration(_Strict):
 class ScoresFile(_Modes):
     """scores.json; `mixbits.scores` says what it means."""
 
-    method: Literal["fisher", "deltaloss"]
+    method: Literal["fisher", "deltaloss", "weight"]
     unit: str
     model: _Measured
     calibration: _Calibration

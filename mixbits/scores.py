@@ -24,6 +24,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import torch
+
+from .arrange import Arrangement
 from .files import DATA_BYTES, read_object, write_text
 from .formats import MX_GROUP, Scheme, UsageError
 from .model import LinearInfo
@@ -31,7 +34,11 @@ from .schemas import ScoresFile, check
 from .sensitivity import Arrangements, SlabScores
 
 VERSION = 1
-UNITS = {"fisher": "nats per token", "deltaloss": "nats, summed over batches"}
+UNITS = {
+    "fisher": "nats per token",
+    "deltaloss": "nats, summed over batches",
+    "weight": "relative squared error",
+}
 
 
 def read_json(path: Path, kind: str) -> dict[str, Any]:
@@ -118,6 +125,28 @@ class Scores:
         return cls(data)
 
     @classmethod
+    def unknown(
+        cls,
+        linears: Sequence[LinearInfo],
+        schemes: Sequence[Scheme],
+        scale_modes: tuple[str, str],
+        ordered: bool,
+    ) -> Scores:
+        """Where nothing is measured, and no scheme costs any loss: for what a budget may be.
+
+        `ordered`: with some order of every linear's columns.
+        """
+        slabs = {
+            i.name: {s.name: [0.0] * -(-i.in_features // MX_GROUP) for s in schemes}
+            for i in linears
+        }
+        widths = {i.in_features for i in linears if ordered and i.in_features > 1}
+        orders = {width: Arrangement(torch.arange(width).flip(0)) for width in widths}
+        arranged = {i.name: orders[i.in_features] for i in linears if i.in_features in orders}
+        nothing = {"name": "", "sha256": ""}
+        return cls.build(slabs, linears, "weight", scale_modes, nothing, {}, arranged)
+
+    @classmethod
     def read(cls, path: Path) -> Scores:
         """Raises UsageError if the file is damaged or was edited, or is not what `schemas` says."""
         data = read_json(path, "mixbits_scores")
@@ -147,16 +176,17 @@ class Scores:
         """
         if model_sha256 is not None and self.data["model"]["sha256"] != model_sha256:
             raise UsageError(f"{path} was measured on another model, {self.data['model']['name']}")
-        measured = self.data["weight_scale_mode"], self.data["act_scale_mode"]
-        used = (
-            any(s.weight is not None and s.weight.is_mx for s in schemes),
-            any(s.activation is not None for s in schemes),
-        )
-        if any(u and m != a for u, m, a in zip(used, measured, scale_modes, strict=True)):
-            raise UsageError(
-                f"{path} was measured with scale modes {measured[0]} (weights) "
-                f"and {measured[1]} (activations): asked for {scale_modes}"
-            )
+        for name, mode, used in (
+            ("weight", scale_modes[0], any(s.weight and s.weight.is_mx for s in schemes)),
+            ("act", scale_modes[1], any(s.activation for s in schemes)),
+        ):
+            measured = self.data[f"{name}_scale_mode"]
+            if used and measured != mode:
+                raise UsageError(
+                    f"{path} was measured with scale mode {measured} of "
+                    f"{'weights' if name == 'weight' else 'activations'}: got {mode}; pass "
+                    f"--{name}-scale-mode {measured}, or measure again"
+                )
         self._check_prefix(path, prefix)
         for info in linears:
             row = self.data["linears"].get(info.name)
@@ -172,6 +202,8 @@ class Scores:
 
     def _check_prefix(self, path: Path, prefix: Sequence[int] | None) -> None:
         before: list[int] = self.data["calibration"].get("prefix", [])  # older files: none
+        if self.data["method"] == "weight":  # measured without text
+            return
         if prefix is not None and before != list(prefix):
             told = [
                 f"tokens {tokens}" if tokens else "nothing" for tokens in (before, list(prefix))
@@ -181,6 +213,12 @@ class Scores:
                 f"{path} was measured on sequences that begin with {told[0]}, and texts begin with "
                 f"{told[1]} here{advice}"
             )
+
+    @property
+    def schemes(self) -> list[str]:
+        """Names of the schemes that all linears have scores for."""
+        rows = [row["scores"] for row in self.data["linears"].values()]
+        return [name for name in rows[0] if all(name in row for row in rows)] if rows else []
 
     def score(self, linear: str, scheme: Scheme) -> float:
         """Predicted loss of storing `linear` in `scheme`; BF16 costs nothing."""

@@ -27,7 +27,12 @@ order, at the model in which every linear is quantized to the format: per batch 
 L the cross entropy of the text. Gradients pass straight through rounded activations. It takes a
 forward and a backward per format, since each format has a model of its own.
 
-Both are sums over input columns, so that the score of every 32-column slab comes with that of
+`weight` needs no text. The increase of the loss is about linear in the relative squared errors of
+the linears, each with a factor of its own (HIGGS, arXiv 2411.17525); here all factors are alike:
+
+    loss(format) = |W - Q(W)|^2 / |W|^2 + |x - Q(x)|^2 / |x|^2,   x ~ N(0, 1)
+
+All are sums over input columns, so that the score of every 32-column slab comes with that of
 the linear. Columns that suffer alike can be put beside each other first: `sorted_columns` finds
 their order, and `measure` takes it, since the blocks that share a scale are others then.
 """
@@ -448,7 +453,63 @@ def _deltaloss_pass(
         records |= dict.fromkeys(idle, mean)
 
 
-_MEASURES = {"fisher": _measure_fisher, "deltaloss": _measure_deltaloss}
+# --- Weight ----------------------------------------------------------------------------------
+
+
+def _measure_weight(
+    model: StreamedModel,
+    linears: Sequence[LinearInfo],
+    schemes: Sequence[Scheme],
+    batches: Sequence[Tensor],
+    seed: int,
+    progress: Progress,
+    arrangements: Arrangements,
+) -> SlabScores:
+    if arrangements:
+        raise UsageError("weight scores columns as they come: ordered or rotated ones need fisher")
+    formats = list(dict.fromkeys(s.weight for s in schemes if s.weight is not None))
+    noise = {s.activation: _noise(s.activation, seed) for s in schemes if s.activation is not None}
+    scores: SlabScores = {}
+    for info in model.visit(linears):
+        weight = weight_of(model.model, info).detach()
+        scores[info.name] = _weight_scores(weight, schemes, formats, noise)
+    return scores
+
+
+def _weight_scores(
+    weight: Tensor,
+    schemes: Sequence[Scheme],
+    formats: Sequence[Format],
+    noise: Mapping[Format, float],
+) -> dict[str, list[float]]:
+    """{scheme: [slabs]} of one linear; a weight of zeros loses nothing."""
+    rows, columns = weight.shape
+    ones = torch.ones(max(rows, columns), device=weight.device)
+    found = ops.fisher_statistics(weight, ones[:rows], ones[:columns], formats)
+    errors = dict(
+        zip(formats, found / weight.double().square().sum().clamp_min(1e-300), strict=True)
+    )
+    shares = _slabs(torch.full((columns,), 1 / columns, dtype=torch.float64, device=weight.device))
+    result = {}
+    for scheme in schemes:
+        score = torch.zeros_like(shares) if scheme.weight is None else errors[scheme.weight]
+        if scheme.activation is not None:
+            score = score + noise[scheme.activation] * shares
+        result[scheme.name] = score.tolist()
+    return result
+
+
+def _noise(activation: Format, seed: int) -> float:
+    """The relative squared error of rounding normal numbers."""
+    x = torch.randn(64, 1024, generator=torch.Generator().manual_seed(seed))
+    return float((x - ops.fake_quantize(x, activation)).square().sum() / x.square().sum())
+
+
+_MEASURES = {
+    "fisher": _measure_fisher,
+    "deltaloss": _measure_deltaloss,
+    "weight": _measure_weight,
+}
 METHODS = tuple(_MEASURES)
 
 
@@ -471,14 +532,15 @@ def measure(
 
     `arrangements` has the linears whose columns are ordered or rotated; slabs are of these.
     Returns {linear: {scheme: [score of each 32-column slab]}}; a linear's score is the sum.
-    `fisher` is in nats per token, `deltaloss` in nats of the batches' mean losses, added up.
+    `fisher` is in nats per token, `deltaloss` in nats of the batches' mean losses, added up;
+    `weight` takes no tokens and has no unit.
     Raises UsageError for an unknown method, or where the model's loss is not finite.
     """
     if method not in METHODS:
         raise UsageError(f"method must be one of {', '.join(METHODS)}: got {method!r}")
     if method == "fisher":  # a sum over tokens, so batches are nobody's business
         batch_size = min(batch_size, model.tokens_at_once() // ids.shape[1] or batch_size)
-    batches = list(ids.split(batch_size))
+    batches = list(ids.split(batch_size)) if method != "weight" else []
     passes = sum(s.weight is not None for s in schemes) if method == "deltaloss" else 1
     calls = 2 * passes * len(batches) * len(model.blocks)
     progress = _progress(model, passes * len(ids), calls)

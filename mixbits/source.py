@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from .atomic import scratch_folder
 from .command import plain_errors
+from .early import already_quantized, check_name
 from .files import is_text, read_object
 from .formats import UsageError, first_line
 from .linear import check_finite
@@ -47,7 +48,8 @@ SCRATCH_SHARD = 2 << 30  # bytes of weights that are made plain before they are 
 class Source:
     """An original model: `path` is its folder, `name` what the user called it.
 
-    `scratch` is where quantized weights are made plain, if there are any.
+    `scratch` is where quantized weights are made plain, if there are any. `untied`: config.json
+    ties the head, and the files have another (known once `shapes` are).
     """
 
     name: str
@@ -55,6 +57,7 @@ class Source:
     config: Any
     trust_remote_code: bool = False
     scratch: Path | None = None
+    untied: bool = False
     _plain: Any = field(default=None, repr=False)  # the temporary folder
 
     def weight_files(self) -> list[Path]:
@@ -81,9 +84,38 @@ class Source:
 
     @cached_property
     def shapes(self) -> CausalLM:
-        """The model without storage. Raises UsageError where config.json describes none."""
+        """The model without storage, its head untied where the files have one of its own.
+
+        Raises UsageError where config.json describes none, or other weights differ that are tied.
+        """
+        model = self._meta_model()
+        if not (self.has_weights and model.all_tied_weights_keys):
+            return model
+        if not (unlike := self._unlike(model)):
+            return model
+        self.untied = True  # as transformers does when it loads them
+        self.config = copy.deepcopy(self.config)
+        for part in (self.config, self.config.get_text_config()):
+            part.tie_word_embeddings = False
+        tied, model = model.all_tied_weights_keys, self._meta_model()
+        # Only a head has an option for that, which may untie whatever else is shared.
+        if model.all_tied_weights_keys.keys() != tied.keys() - unlike:
+            raise UsageError(
+                f"{type(model).__name__} shares {unlike[0]} with {tied[unlike[0]]}: got other "
+                f"values of each ({self.path})"
+            )
+        return model
+
+    def _meta_model(self) -> CausalLM:
         with plain_errors(f"no causal language model is described in {self.path}"):
             return meta_model(self.config, trust_remote_code=self.trust_remote_code)
+
+    def _unlike(self, model: CausalLM) -> list[str]:
+        """Tensors that a model ties to others, of which the files have each with its own values."""
+        weights = Weights(model, Files(self.weight_files()), self.quantization, self.dtype)
+        tied = model.all_tied_weights_keys.items()
+        both = [pair for pair in tied if all(name in weights.groups for name in pair)]
+        return [a for a, b in both if not torch.equal(weights.tensor(a), weights.tensor(b))]
 
     @cached_property
     def quantization(self) -> dict[str, Any] | None:
@@ -188,10 +220,13 @@ class Source:
             self._plain = self._make_plain()
         return Path(self._plain.name)
 
-    def _make_plain(self) -> Any:
+    def plain_bytes(self) -> int:
+        """Of the weights, once they are made plain."""
         state = self.shapes.state_dict()
-        needed = sum(state[name].numel() for name in self.weights.groups) * self.dtype.itemsize
-        made = scratch_folder(self.scratch or Path(tempfile.gettempdir()), needed)
+        return sum(state[name].numel() for name in self.weights.groups) * self.dtype.itemsize
+
+    def _make_plain(self) -> Any:
+        made = scratch_folder(self.scratch or Path(tempfile.gettempdir()), self.plain_bytes())
         folder = Path(made.name)
         places: dict[str, str] = {}
         for number, tensors in enumerate(self._in_shards()):
@@ -243,13 +278,21 @@ def open_source(
     with plain_errors(f"cannot read {path / 'config.json'}"):
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         inner = config.get_text_config()
-    if not hasattr(inner, "num_hidden_layers"):
+    if not hasattr(inner, "num_hidden_layers") or _looks_ahead(config):
         raise UsageError(f"{path / 'config.json'} does not describe a decoder-only language model")
     source = Source(model, path, config, trust_remote_code)
     method = (source.quantization or {}).get("quant_method")
     if method == "mixbits" and not quantized:
-        raise UsageError(f"the model in {path} is quantized by mixbits already: pass the original")
+        raise already_quantized(path)
     return source
+
+
+def _looks_ahead(config: Any) -> bool:
+    """Whether it describes an encoder, which transformers would run as if it were a decoder."""
+    text = config.get_text_config()
+    is_bert = hasattr(text, "add_cross_attention") and getattr(text, "is_decoder", None) is False
+    is_xlm = getattr(text, "is_encoder", False) and not getattr(text, "causal", True)
+    return is_bert or is_xlm or getattr(text, "attn_type", None) == "bi"
 
 
 def find_folder(model: str, config_only: bool = False, revision: str | None = None) -> Path:
@@ -271,8 +314,7 @@ def find_folder(model: str, config_only: bool = False, revision: str | None = No
 
 
 def _download(model: str, patterns: list[str], revision: str | None = None) -> Path:
-    if model.startswith((".", "/", "~")) or model.count("/") > 1 or Path(model).exists():
-        raise UsageError(f"MODEL must be a folder or a Hugging Face name: {model} is no folder")
+    check_name(model)
     from huggingface_hub import snapshot_download
 
     try:

@@ -12,13 +12,11 @@ import random
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from . import demo
 from .allocate import Allocation, Item, total
 from .arrange import Arrangement
-from .atomic import check_destination
 from .calibration import (
     CHARS_PER_TOKEN,
     Sequences,
@@ -30,8 +28,9 @@ from .calibration import (
 )
 from .checkpoint import predicted_bytes
 from .coverage import Coverage
-from .curve import check_plotting, frontier
+from .curve import frontier
 from .distill import distill, enough_text
+from .early import check_seqlen
 from .files import last_part
 from .formats import Assignment, Scheme, UsageError, parse_scheme
 from .gate import Candidate, Choice, candidates, choose, judge
@@ -47,7 +46,8 @@ from .model import (
     match_units,
     survey,
 )
-from .plan import Budget, Plan, Problem, average_bits, parse_keep, slab_width, unit_options
+from .options import CORRECTION, parse_keep
+from .plan import Budget, Plan, Problem, average_bits, slab_width, unit_options
 from .progress import part, say
 from .quality import smallest
 from .refine import Options, halves, refine
@@ -57,8 +57,10 @@ from .sensitivity import measure as measure_sensitivity
 from .sensitivity import sorted_columns
 from .source import Source, open_source
 from .streaming import StreamedModel, gradient_dtype
-from .targets import TARGETS, check_fused, check_together, fit
+from .targets import TARGETS, advice, check_fused, check_together, default_schemes, fit
 
+PYTHON_TEXT = "modules of Python's standard library"
+ENOUGH_TOKENS = 2  # of calibration for each column of the widest input
 SEARCH_TOLERANCE = 0.02  # of --max-kl, in bits per weight
 
 
@@ -114,31 +116,18 @@ class Run:
         }
 
 
-def inputs(args: argparse.Namespace) -> list[Path]:
-    """What the run reads, as far as it is files: the output does not replace it."""
-    names = (args.model, args.dataset, args.eval_dataset, args.plan, args.scores, args.include_path)
-    return [Path(name) for name in names if name]
-
-
 def prepare(args: argparse.Namespace) -> Run:
     """Check everything that can be checked from the arguments and config.json."""
     modes = args.weight_scale_mode, args.act_scale_mode
-    parsed = [parse_scheme(name, *modes) for name in args.schemes.split(",")]
-    schemes = list({s.name: s for s in parsed}.values())
     keep = [parse_keep(text, modes) for text in args.keep]
-    if not args.dry_run:
-        check_destination(args.out, args.overwrite, inputs(args))
-    if args.curve:
-        check_plotting()
     source = open_source(args.model, args.trust_remote_code, config_only=args.dry_run)
     if not args.dry_run:
         source.scratch = args.out.absolute().parent
-    longest = getattr(source.config.get_text_config(), "max_position_embeddings", None)
-    if longest and args.seqlen > longest:
-        raise UsageError(f"--seqlen must be at most {longest} for this model: got {args.seqlen}")
+    check_seqlen(args, getattr(source.config.get_text_config(), "max_position_embeddings", None))
     shapes = source.shapes
     found = survey(shapes, include_head=args.quantize_lm_head)
     linears, coverage = _take_part(args, found)
+    schemes = _schemes(args, linears)
     slabs = args.granularity == "slab"
     fuse = args.fuse or (slabs and not args.free_slabs)
     units = make_units(linears, fuse, args.per_expert, by_input=slabs)
@@ -153,6 +142,18 @@ def prepare(args: argparse.Namespace) -> Run:
     if args.target:
         _check_target(run)
     return run
+
+
+def _schemes(args: argparse.Namespace, linears: Sequence[LinearInfo]) -> list[Scheme]:
+    """What to choose from: as asked for, or measured, or as the target holds it."""
+    if args.schemes is None and args.scores is not None:
+        args.schemes = ",".join(Scores.read(args.scores).schemes)
+    if args.schemes is None:
+        target = TARGETS[args.target] if args.target else None
+        args.schemes = ",".join(default_schemes(target, linears))
+    modes = args.weight_scale_mode, args.act_scale_mode
+    parsed = [parse_scheme(name, *modes) for name in args.schemes.split(",")]
+    return list({s.name: s for s in parsed}.values())
 
 
 def _take_part(args: argparse.Namespace, found: Survey) -> tuple[list[LinearInfo], Coverage]:
@@ -181,11 +182,16 @@ def _check_target(run: Run) -> None:
         given_plan(run)
         return
     target, options = TARGETS[run.args.target], unit_options(run.units, run.schemes, run.keep)
+    kept = {scheme.name: f"--ignore '{pattern}' instead" for pattern, scheme in run.keep}
+    instead = kept | dict.fromkeys((s.name for s in run.schemes), advice(target, run.linears))
     check_together(target, run.all_schemes)
     for scheme in [*run.schemes, *(scheme for _, scheme in run.keep)]:
         open_to = [u for u, of in zip(run.units, options, strict=True) if scheme in of]
         linears = [info for unit in open_to for info in unit.linears]
-        fit(target, linears, dict.fromkeys((info.name for info in linears), scheme))
+        try:
+            fit(target, linears, dict.fromkeys((info.name for info in linears), scheme))
+        except UsageError as error:
+            raise UsageError(f"{error}; try {instead[scheme.name]}") from None
 
 
 def given_plan(run: Run) -> Plan:
@@ -201,11 +207,15 @@ def given_plan(run: Run) -> Plan:
 
 @dataclass
 class Text:
-    """What to calibrate with, to choose by, and to judge by; any may be empty."""
+    """What to calibrate with, to choose by, and to judge by; any may be empty.
+
+    `notes` are lines to tell of it.
+    """
 
     calibration: Sequences
     gate: Sequences
     held_out: Sequences
+    notes: list[str] = field(default_factory=list)
 
 
 def calibrate(run: Run, tokenizer: Any) -> Text:
@@ -216,12 +226,50 @@ def calibrate(run: Run, tokenizer: Any) -> Text:
     count = args.nsamples if _calibrates(args) or gate else 0
     if args.diagnose and count < 2:
         raise UsageError(f"--diagnose halves the calibration text: got {count} sequence")
-    seen = max(args.nsamples, _seen(args, len(prefix)))
+    is_first = not (count or args.scores or args.plan)  # text that nothing else goes through
+    seen = 0 if is_first else max(args.nsamples, _seen(args, len(prefix)))
     held_count = 0 if args.solve_only else args.eval_nsamples
+    notes: list[str] = []
+    if args.dataset is None and args.eval_dataset is None and held_count:
+        notes.append(f"judged on {PYTHON_TEXT}, for want of other text (--dataset)")
+        if tokenizer is None:
+            notes, held_count = ["not judged: there is no --dataset, and no tokenizer"], 0
     first, held_out = _first_and_held_out(
         run, tokenizer, prefix, seen + gate if gate else count, seen + gate, held_count
     )
-    return Text(first[:count], first[seen : seen + gate], held_out)
+    text = Text(first[:count], first[seen : seen + gate], held_out, notes)
+    settle_correction(run, text)
+    return text
+
+
+def settle_correction(run: Run, text: Text) -> None:
+    """Set --correction where it is not given: with little text, it follows this too closely."""
+    args, tokens = run.args, text.calibration.ids.numel()
+    widest = max(info.in_features for info in run.linears)
+    is_short = tokens < ENOUGH_TOKENS * widest
+    compensates = args.rounding == "gptq" and not args.solve_only
+    if args.correction is None:
+        is_judged = is_gated(args)  # against no correction
+        args.correction = 0.0 if is_short and not is_judged else CORRECTION
+        what = "" if is_judged else "so that --correction is 0"
+    else:
+        what = "which --correction follows closely" if args.correction else ""
+    if is_short and compensates:
+        text.notes.append(
+            f"the text is short for gptq: {tokens:,} tokens, and inputs of {widest:,} columns want "
+            f"{ENOUGH_TOKENS * widest:,}{', ' * bool(what)}{what}; more --nsamples round better"
+        )
+
+
+def text_read(args: argparse.Namespace) -> str:
+    """The text that `calibrate` reads, for people."""
+    judges = args.eval_nsamples and not args.solve_only
+    reads_first = _calibrates(args) or is_gated(args) or args.diagnose
+    if args.demo:
+        return "its own text"
+    found = [args.dataset or PYTHON_TEXT] * bool(reads_first or (judges and not args.eval_dataset))
+    found += [args.eval_dataset] * bool(judges and args.eval_dataset)
+    return ", ".join(found) or "no text is needed"
 
 
 def is_gated(args: argparse.Namespace) -> bool:
@@ -232,7 +280,8 @@ def is_gated(args: argparse.Namespace) -> bool:
 def _calibrates(args: argparse.Namespace) -> bool:
     """Whether anything is measured, or rounded, with calibration text."""
     rounds = args.rounding == "gptq" or args.tune or args.distill
-    measures = not (args.scores or args.plan) or args.diagnose or args.refine
+    is_blind = args.scores or args.plan or args.method == "weight"
+    measures = not is_blind or args.diagnose or args.refine
     return bool(measures or (rounds and not args.solve_only))
 
 
@@ -257,14 +306,15 @@ def _first_and_held_out(
     The others are of --eval-dataset, or come after the first `before`.
     """
     args, vocab = run.args, run.source.config.get_text_config().vocab_size
-    if args.demo:
+    is_bundled = args.dataset is None and args.eval_dataset is None and held_count
+    if args.demo or is_bundled:  # the latter where nothing calibrates
         return _demo_sequences(args, tokenizer, vocab, prefix, count, held_count)
     sizes = args.seqlen, prefix
     if args.eval_dataset is not None or not held_count:
         before = count
     first = held_out = Sequences.none(*sizes)
-    if before and (count or held_count):
-        after = held_count if args.eval_dataset is None else 0
+    after = held_count if args.eval_dataset is None else 0
+    if count or after:
         total = before + after
         pool = read_sequences(args.dataset, tokenizer, vocab, total, *sizes)
         first, held_out = split(pool, before, after)
@@ -392,24 +442,31 @@ def make_problem(run: Run, scores: Scores, slabs: bool, strategy: str = "optimal
     return Problem.build(run.units, options, scores, run.args.ignore_scale_bits, slabs)
 
 
-def _solve(run: Run, problem: Problem, budget: Budget, strategy: str) -> Solved:
+def solve(run: Run, problem: Problem, budget: Budget, strategy: str) -> Solved:
     """A plan within the budget."""
-    args, fixed = run.args, 0
-    if args.size is not None:
-        cheapest = min(run.schemes, key=lambda s: s.element_bits)
-        least: Assignment = dict.fromkeys((i.name for i in run.linears), cheapest)
-        stored = sum(cheapest.storage_bits(i.out_features, i.in_features) for i in run.linears)
-        fixed = run.predicted_bytes(least) - stored // 8
-    while True:
-        allocation = problem.allocate(budget, strategy, args.seed, fixed)
-        plan = problem.plan(allocation, strategy, budget)
-        excess = run.predicted_bytes(plan.assignment) - args.size if args.size is not None else 0
-        if excess <= 0:
-            return Solved(problem, allocation, plan)
+    args = run.args
+
+    def solved(allocation: Allocation) -> Solved:
+        return Solved(problem, allocation, problem.plan(allocation, strategy, budget))
+
+    if args.size is None:
+        return solved(problem.allocate(budget, strategy, args.seed))
+    cheapest = solved(problem.cheapest())
+    least = run.predicted_bytes(cheapest.plan.assignment)
+    fixed = least - cheapest.allocation.cost // 8
+    found = solved(problem.allocate(budget, strategy, args.seed, fixed))
+    while (excess := run.predicted_bytes(found.plan.assignment) - args.size) > 0:
         fixed += excess  # the header's length depends a little on the plan
+        try:
+            found = solved(problem.allocate(budget, strategy, args.seed, fixed))
+        except UsageError:
+            if least > args.size or strategy == "uniform":
+                raise
+            return cheapest
+    return found
 
 
-def _budget(args: argparse.Namespace) -> Budget:
+def budget_of(args: argparse.Namespace) -> Budget:
     """The one that is asked for, where it is not to be searched."""
     return Budget(args.avg_bits, args.size, args.ignore_scale_bits)
 
@@ -419,7 +476,7 @@ def make_plans(run: Run, model: CausalLM, scores: Scores, text: Text) -> Planned
     args, found, rounded = run.args, {}, None
     problem = make_problem(run, scores, args.granularity == "slab", args.strategy)
     if args.max_kl is None:
-        budget = _budget(args)
+        budget = budget_of(args)
     else:
         budget, found["search"], rounded = _smallest_budget(run, model, problem, text)
     solved = _of_one_size(run, scores, problem, budget)
@@ -432,12 +489,12 @@ def _of_one_size(run: Run, scores: Scores, problem: Problem, budget: Budget) -> 
     layers = make_problem(run, scores, False) if slabs or run.own.formats else problem
     alike = make_problem(run, scores, False, "uniform") if run.own.formats else layers
     name = "slabs" if slabs and run.args.strategy == "optimal" else run.args.strategy
-    plans = {name: _solve(run, problem, budget, run.args.strategy)}
+    plans = {name: solve(run, problem, budget, run.args.strategy)}
     for strategy in ("optimal", "uniform", "head", "tail"):
         if strategy not in plans:
             with suppress(UsageError):  # no single scheme may fit
                 of = layers if strategy == "optimal" else alike
-                plans[strategy] = _solve(run, of, budget, strategy)
+                plans[strategy] = solve(run, of, budget, strategy)
     return plans
 
 
@@ -453,7 +510,7 @@ def _smallest_budget(
 
     def measured(bits: int) -> float:
         nonlocal best
-        solved = _solve(run, problem, Budget(total_bits=bits), "optimal")
+        solved = solve(run, problem, Budget(total_bits=bits), "optimal")
         choice = solved.allocation.choice
         if choice not in known:
             tried = f"proposal {len(known) + 1}, {bits / problem.elements:.3f} bits"
@@ -480,16 +537,16 @@ def _smallest_budget(
 def refine_plan(run: Run, model: CausalLM, planned: Planned, text: Text) -> None:
     """Put a better plan first, if measuring finds one; `refine` of report.json says how."""
     args, start = run.args, planned.solved["optimal"]
-    problem, budget = start.problem, _budget(args)
+    problem, budget = start.problem, budget_of(args)
 
-    def solve(items: Sequence[Item]) -> Options:
+    def chosen(items: Sequence[Item]) -> Options:
         measured = replace(problem, items=items)
-        return _solve(run, measured, budget, "optimal").allocation.choice
+        return solve(run, measured, budget, "optimal").allocation.choice
 
     streamed = StreamedModel(model, device=args.device)
     ids, how = text.calibration.ids, (args.batch_size, text.calibration.judged_from)
     meters = halves(streamed, problem, ids, *how)
-    found = refine(problem.items, start.allocation.choice, *meters, solve, args.refine)
+    found = refine(problem.items, start.allocation.choice, *meters, chosen, args.refine)
     planned.found["refine"] = {"nsamples": [len(m.ids) for m in meters], "rounds": found.rounds}
     if found.plan == start.allocation.choice:
         return

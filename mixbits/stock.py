@@ -6,6 +6,9 @@ what reads a checkpoint notices any damage.
 
 from __future__ import annotations
 
+import json
+import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,10 +16,20 @@ from typing import Any
 
 import torch
 
-from .checkpoint import TensorSpec, checksum, file_crcs, tensor_specs, tied_copies
+from .checkpoint import (
+    TensorSpec,
+    checksum,
+    file_crcs,
+    layout_of_output,
+    tensor_specs,
+    tied_copies,
+)
+from .command import plain_errors
 from .files import read_object
 from .formats import Assignment, UsageError
-from .model import LinearInfo, find_linears
+from .model import LinearInfo, find_linears, meta_model
+from .source import Source
+from .stored import Header
 from .weights import DTYPE_NAMES, DTYPES, Files, Renaming, Weights
 
 
@@ -44,7 +57,34 @@ def check_files(
     folder, opened = files[0].parent, Files(files)
     config = read_object(folder / "config.json")
     is_part = type(model).__name__ not in (config.get("architectures") or [type(model).__name__])
-    rename = Renaming(model) if is_part else None
+    where = Place(str(folder), plain_dtype(folder), Renaming(model) if is_part else None)
+    stock = check_tensors(model, recipes, opened, quantization, where)
+    actual = checksum((crc for path in files for crc in file_crcs(path)), quantization)
+    if actual != quantization.get("checksum"):
+        raise UsageError(
+            "values and schemes of a checkpoint must have the checksum in config.json, "
+            f"{quantization.get('checksum')}: got {actual}; a file was damaged or edited, or is of "
+            f"another checkpoint ({folder})"
+        )
+    return stock
+
+
+@dataclass(frozen=True)
+class Place:
+    """A checkpoint's folder, for messages; its 16-bit type; and the names of a model that is a
+    part of it, None for all of it.
+    """
+
+    folder: str
+    dtype: torch.dtype
+    rename: Renaming | None = None
+
+
+def check_tensors(
+    model: Any, recipes: Assignment, opened: Files, quantization: Mapping[str, Any], place: Place
+) -> Stock:
+    """`check_files` but for values: names, dtypes and shapes of tensors."""
+    rename, folder = place.rename, place.folder
     recipes = {_renamed(rename, name): recipe for name, recipe in recipes.items()}
     linears = find_linears(model, include_head=True, by_use=False)
     unknown = sorted(set(recipes) - {info.name for info in linears})
@@ -55,8 +95,8 @@ def check_files(
     tied = sorted(tied_copies(model) & {f"{name}.weight" for name in recipes})
     if tied:
         raise UsageError(f"config.json ties {tied[0]}, which has packed weights ({folder})")
-    stock = _stock(model, linears, recipes, opened, quantization, plain_dtype(folder))
-    stock = replace(stock, is_part=is_part)
+    stock = _stock(model, linears, recipes, opened, quantization, place.dtype)
+    stock = replace(stock, is_part=rename is not None)
     expected = {
         _renamed(rename, s.name) if s.as_stored else s.name: (DTYPE_NAMES[s.dtype], s.shape)
         for s in stock.specs
@@ -64,7 +104,7 @@ def check_files(
     found = {
         _renamed(rename, n): (DTYPE_NAMES[h.dtype], h.shape) for n, h in opened.headers.items()
     }
-    for name in sorted(expected.keys() if is_part else expected.keys() | found.keys()):
+    for name in sorted(expected.keys() if rename is not None else expected.keys() | found.keys()):
         wanted, got = (
             f"{t[name][0]} {list(t[name][1])}" if name in t else "none" for t in (expected, found)
         )
@@ -73,14 +113,34 @@ def check_files(
                 f"the tensors of a checkpoint must be those that config.json says: {name} must be "
                 f"{wanted}: got {got} ({folder})"
             )
-    actual = checksum((crc for path in files for crc in file_crcs(path)), quantization)
-    if actual != quantization.get("checksum"):
-        raise UsageError(
-            "values and schemes of a checkpoint must have the checksum in config.json, "
-            f"{quantization.get('checksum')}: got {actual}; a file was damaged or edited, or is of "
-            f"another checkpoint ({folder})"
-        )
     return stock
+
+
+def rehearse(
+    source: Source, shapes: Any, linears: Sequence[LinearInfo], assignment: Assignment
+) -> None:
+    """Raises UsageError where a checkpoint that `checkpoint.save` wrote would not be loaded.
+
+    Nothing is written but a config.json, and nothing read but headers: what is compared with what
+    `check_files` will expect are the names, dtypes and shapes that would be written.
+    """
+    from transformers import AutoConfig
+
+    layout = layout_of_output(source, shapes, linears, assignment)
+    opened = Files([])
+    with tempfile.TemporaryDirectory(prefix="mixbits-") as folder:
+        where = Path(folder)
+        opened.headers |= {s.name: Header(s.dtype, s.shape) for s in layout.specs}
+        opened.places |= dict.fromkeys(opened.headers, where / "model.safetensors")
+        (where / "config.json").write_text(json.dumps(layout.config), encoding="utf-8")
+        for code in source.path.glob("*.py"):
+            shutil.copyfile(code, where / code.name)
+        with plain_errors(f"a quantized {source.path} could not be loaded again"):
+            config = AutoConfig.from_pretrained(where, trust_remote_code=source.trust_remote_code)
+            model = meta_model(config, source.trust_remote_code)
+            place = Place(f"as {source.path} would be written", plain_dtype(where))
+            packed = {name: recipe for name, recipe in assignment.items() if recipe.packed}
+            check_tensors(model, packed, opened, layout.quantization, place)
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ from .formats import (
 if TYPE_CHECKING:
     from .model import LinearInfo
 
+DEFAULT_SCHEMES = ("W4A16G64", "W8A16G64")
 _SHOWN = 3  # linears that an error names
 _MX_AND_INT = "MXFP4, MXFP8, each also with A16; W4A16, W8A16"
 
@@ -43,6 +44,7 @@ class Target:
 
     `fuse`: linears that are multiplied in one call take one scheme. `experts`: so do those of a
     layer, all of their linears, or projection by projection. `holds` is for error messages.
+    `defaults` are schemes to choose from where none are asked for, the first that fit.
     """
 
     name: str
@@ -50,6 +52,7 @@ class Target:
     act_scale_mode: ScaleMode | None = None
     fuse: bool = False
     experts: Literal["layer", "projection"] | None = "layer"
+    defaults: tuple[tuple[str, ...], ...] = (DEFAULT_SCHEMES, ("W4A16G32", "W8A16G32"))
 
     def obstacle(self, recipe: Recipe, rows: int, columns: int) -> str | None:
         """Why a [rows, columns] weight cannot be held as it is; None where it can."""
@@ -110,9 +113,45 @@ TARGETS = {
         Target("compressed-tensors", _MX_AND_INT, "even"),
         Target("vllm", _MX_AND_INT, "even", fuse=True),
         Target("auto-round", "MXFP4, MXFP8; or W2A16, W4A16, W8A16", "floor", experts=None),
-        Target("gguf", "MXFP4, MXFP4A16; symmetric W2A16, W4A16, W8A16", experts="projection"),
+        Target(
+            "gguf",
+            "MXFP4, MXFP4A16; symmetric W2A16, W4A16, W8A16",
+            experts="projection",
+            defaults=(("MXFP4A16", "W8A16G32"),),
+        ),
     )
 }
+
+
+def default_schemes(target: Target | None, linears: Sequence[LinearInfo]) -> tuple[str, ...]:
+    """What to choose from where nothing is asked for: the first that the target holds everywhere.
+
+    Or that it holds more of the linears in than in the others.
+    """
+    if target is None:
+        return DEFAULT_SCHEMES
+    return min(target.defaults, key=lambda names: len(_obstructed(target, linears, names)))
+
+
+def _obstructed(
+    target: Target, linears: Sequence[LinearInfo], names: Sequence[str]
+) -> list[LinearInfo]:
+    """The linears that a target cannot hold in each of the schemes called `names`."""
+    schemes = [parse_scheme(name, act_scale_mode=target.act_scale_mode or "even") for name in names]
+    return [
+        info
+        for info in linears
+        if any(target.obstacle(s, info.out_features, info.in_features) for s in schemes)
+    ]
+
+
+def advice(target: Target, linears: Sequence[LinearInfo]) -> str:
+    """Options with which a target holds a model of such linears."""
+    names = default_schemes(target, linears)
+    left = [i.stack if i.is_expert else i.name for i in _obstructed(target, linears, names)]
+    patterns = dict.fromkeys(f"*.{name.rpartition('.')[2]}" for name in left)
+    words = [f"--schemes {','.join(names)}", *(f"--ignore '{pattern}'" for pattern in patterns)]
+    return " ".join(words)
 
 
 @dataclass(frozen=True)

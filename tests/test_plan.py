@@ -16,6 +16,7 @@ from transformers import AutoConfig
 from mixbits.arrange import Arrangement
 from mixbits.formats import BF16, Mixed, UsageError, parse_scheme
 from mixbits.model import LinearInfo, Unit, find_linears, make_units, meta_model
+from mixbits.options import parse_keep
 from mixbits.plan import (
     Budget,
     Plan,
@@ -23,7 +24,6 @@ from mixbits.plan import (
     average_bits,
     format_ranges,
     mixed_recipe,
-    parse_keep,
     parse_ranges,
     slab_width,
     solve,

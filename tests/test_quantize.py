@@ -17,10 +17,11 @@ from tiny import KINDS, SMALL, add_tokenizer, entries, make_model, read
 from transformers import AutoModelForCausalLM
 
 import mixbits
-from mixbits import checkpoint, quantize
+from mixbits import checkpoint, quantize, stages
 from mixbits.formats import parse_scheme
 from mixbits.manifest import foreign
 from mixbits.model import find_linears, make_units
+from mixbits.options import parse_arguments
 from mixbits.plan import average_bits
 from mixbits.source import open_source
 
@@ -153,7 +154,8 @@ def test_models_of_other_dtypes(
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_head_can_be_quantized(tied: bool, run: Callable[..., int], tmp_path: Path) -> None:
     model = make_model(tmp_path / "model", tie_word_embeddings=tied)
-    assert run("--avg-bits", 5, "--quantize-lm-head", "--keep", "lm_head=MXFP8", model=model) == 0
+    options = ("--quantize-lm-head", "--untie-head", "--keep", "lm_head=MXFP8")
+    assert run("--avg-bits", 5, *options, model=model) == 0
     names = set(load_file(tmp_path / "out" / "model.safetensors"))
     assert {"lm_head.weight_packed", "model.embed_tokens.weight"} <= names
     assert "lm_head.weight" not in names
@@ -207,7 +209,7 @@ def test_scores_of_something_else_are_refused(
     for options, message in (
         ({"model": other}, "measured on another model"),
         ({"--schemes": "MXFP4,W8A16"}, "no scores for W8A16"),
-        ({"--act-scale-mode": "rceil"}, "measured with scale modes"),
+        ({"--act-scale-mode": "rceil"}, "measured with scale mode even of activations: got rceil"),
     ):
         model = {k: v for k, v in options.items() if k == "model"}
         words = [w for k, v in options.items() if k != "model" for w in (k, v)]
@@ -446,3 +448,64 @@ def test_every_rounding_is_recorded_and_compensation_pays(
         assert config["rounding"] == report["rounding"]
         kl[rounding] = report["evaluation"]["held_out"]["kl"]
     assert kl["gptq"] < min(kl["search"], kl["rtn"])
+
+
+@pytest.mark.parametrize("text", [True, False])
+def test_quick_needs_no_text(text: bool, shared: Path, tmp_path: Path) -> None:
+    """It is judged on what there is; what is given beside the preset wins."""
+    model = make_model(tmp_path / "model") if text else shared / "llama"
+    given = ["--dataset", shared / "ids.npy"] if text else []
+    words = [model, "--effort", "quick", "--seqlen", 32, *given, "--out", tmp_path / "out"]
+    assert quantize.main(list(map(str, words))) == 0
+    report, scores = (read(tmp_path / "out" / f"{name}.json") for name in ("report", "scores"))
+    assert scores["method"] == "weight" and scores["calibration"]["nsamples"] == 0
+    assert report["rounding"]["method"] == "search" and report["gate"] is None
+    held = report["evaluation"]["held_out"]
+    assert held["nsamples"] == 8 and held["kl"] > 0
+    assert held["source"] == (str(shared / "ids.npy") if text else "its held-out modules")
+    options = ["--scores", tmp_path / "out" / "scores.json", "--dataset", shared / "ids.npy"]
+    assert quantize.main([*map(str, [model, *options, *SMALL[:-2], "--out", tmp_path / "b"])]) == 0
+    assert {u["scheme"] for u in read(tmp_path / "b" / "plan.json")["units"]} <= {
+        "W4A16G64",  # what the scores have
+        "W8A16G64",
+    }
+
+
+def test_a_model_without_tokenizer_and_text_is_not_judged(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = make_model(tmp_path / "model")
+    words = [model, "--effort", "quick", "--seqlen", 32, "--out", tmp_path / "out"]
+    assert quantize.main(list(map(str, words))) == 0
+    assert "not judged: there is no --dataset, and no tokenizer" in capsys.readouterr().out
+    assert read(tmp_path / "out" / "report.json")["evaluation"] == {}
+
+
+def test_little_text_is_not_followed_closely(
+    run: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Twice as many tokens as the widest input has columns, 172, are enough."""
+    for nsamples, given, correction, note in (
+        (10, [], 0.0, "the text is short for gptq: 320 tokens, and inputs of 172 columns want 344"),
+        (10, ["--correction", "0.5"], 0.5, "which --correction follows closely"),
+        (11, [], 0.5, None),
+    ):
+        words = ("--avg-bits", 5, "--nsamples", nsamples, *given, "--eval-nsamples", 1)
+        assert run(*words, "--overwrite") == 0
+        rounding = read(tmp_path / "out" / "report.json")["rounding"]
+        assert rounding["correction"] == correction
+        notes, printed = rounding.get("notes", []), capsys.readouterr().out
+        assert all(one in printed for one in notes) and bool(notes) == (note is not None)
+        assert note is None or note in notes[0]
+
+
+def test_what_is_read_is_what_is_announced() -> None:
+    for words, told in (
+        ([], "NeelNanda/pile-10k"),
+        (["--dataset", "a.txt", "--eval-dataset", "b.txt"], "a.txt, b.txt"),
+        (["--plan", "p", "--rounding", "rtn", "--eval-nsamples", "0"], "no text is needed"),
+        (["--scores", "s", "--solve-only"], "no text is needed"),
+        (["--scores", "s", "--rounding", "rtn", "--gate", "0", "--eval-dataset", "b"], "b"),
+        (["--effort", "quick"], "modules of Python's standard library"),
+    ):
+        assert stages.text_read(parse_arguments(["m", *words])) == told

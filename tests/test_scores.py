@@ -85,8 +85,8 @@ def test_other_layout_of_the_same_content_is_taken(path: Path) -> None:
     ("arguments", "message"),
     [
         ((LINEARS, SCHEMES, MODES, "9" * 64), "measured on another model, m$"),
-        ((LINEARS, SCHEMES, ("rceil", "floor"), SHA), "scale modes floor"),
-        ((LINEARS, SCHEMES, ("floor", "even"), SHA), "scale modes floor"),
+        ((LINEARS, SCHEMES, ("rceil", "floor"), SHA), "pass --weight-scale-mode floor"),
+        ((LINEARS, SCHEMES, ("floor", "even"), SHA), "pass --act-scale-mode floor"),
         (
             (LINEARS, [parse_scheme("MXFP8")], MODES, SHA),
             "no scores for MXFP8, only for MXFP4, W4A16",
@@ -109,7 +109,7 @@ def test_scale_modes_count_for_schemes_that_have_them(path: Path) -> None:
     found.check(path, LINEARS, integers, ("rceil", "even"), SHA)
     with pytest.raises(UsageError, match="no scores for MXFP4A16"):  # and not of activations' mode
         found.check(path, LINEARS, weights_only, ("floor", "even"), SHA)
-    with pytest.raises(UsageError, match="scale modes floor"):
+    with pytest.raises(UsageError, match="scale mode floor of weights: got even"):
         found.check(path, LINEARS, weights_only, ("even", "floor"), SHA)
 
 

@@ -20,6 +20,8 @@ from mixbits.streaming import StreamedModel
 
 SCHEMES = [parse_scheme(n) for n in ("MXFP4", "MXFP8", "W4A16", "MXFP4A16", "BF16")]
 
+CALLING = tuple(method for method in METHODS if method != "weight")  # which run the model
+
 
 def _tiny(folder, kind="llama"):
     make_model(folder, kind)
@@ -171,6 +173,33 @@ def test_experts_may_be_left_alone(tmp_path, method):
         assert part == {name: whole[name] for name in part}
 
 
+@pytest.mark.parametrize("kind", ["llama", "mixtral"])
+def test_weight_equals_its_definition_and_needs_no_text(tmp_path, kind):
+    source, _ = _tiny(tmp_path, kind)
+    model, linears = source.load(), find_linears(source.load())
+    with torch.no_grad():
+        weight_of(model, linears[1]).zero_()
+    none = torch.empty(0, 16, dtype=torch.int64)
+    scores = measure(StreamedModel(model), linears, SCHEMES, none, "weight", seed=5)
+    x = torch.randn(64, 1024, generator=torch.Generator().manual_seed(5))
+    for info in linears:
+        weight = weight_of(model, info).float()
+        for scheme in SCHEMES:
+            columns = torch.zeros(info.in_features, dtype=torch.float64)
+            if scheme.weight is not None and weight.any():
+                error = (weight - reference.fake_quantize(weight, scheme.weight)).double()
+                columns += error.square().sum(0) / weight.double().square().sum()
+            if scheme.activation is not None:
+                moved = (x - reference.fake_quantize(x, scheme.activation)).double()
+                columns += moved.square().sum() / x.double().square().sum() / info.in_features
+            slabs = torch.stack([part.sum() for part in columns.split(32)])
+            found = torch.tensor(scores[info.name][scheme.name], dtype=torch.float64)
+            torch.testing.assert_close(found, slabs, rtol=1e-5, atol=1e-12)
+    with pytest.raises(UsageError, match="weight scores columns as they come"):
+        arranged = {linears[0].name: Arrangement(rotated=True)}
+        measure(StreamedModel(model), linears, SCHEMES, none, "weight", arrangements=arranged)
+
+
 def test_eight_bits_cost_less_than_four_and_bf16_nothing(tmp_path):
     source, ids = _tiny(tmp_path)
     linears = find_linears(source.load())
@@ -187,7 +216,9 @@ def test_the_command_line_offers_these_methods():
 
 def test_unknown_method_is_refused(tmp_path):
     source, ids = _tiny(tmp_path)
-    with pytest.raises(UsageError, match="method must be one of fisher, deltaloss: got 'mse'"):
+    with pytest.raises(
+        UsageError, match="method must be one of fisher, deltaloss, weight: got 'mse'"
+    ):
         measure(StreamedModel(source.load()), find_linears(source.load()), SCHEMES, ids, "mse")
 
 
@@ -313,7 +344,7 @@ def test_labels_are_drawn_as_likely_as_they_are():
     assert ((shares - probabilities[0]).abs() <= bound).all()
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", CALLING)
 def test_a_linear_that_is_never_called_is_named(tmp_path, method):
     """Mamba multiplies with dt_proj's weight itself: no score would be its own."""
     source, ids = _tiny(tmp_path)
@@ -342,7 +373,7 @@ def _never_routed(model, expert):
     return model
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", CALLING)
 def test_experts_that_no_token_reached_cost_what_the_others_do(tmp_path, method):
     source, ids = _tiny(tmp_path, "qwen3_moe")
     model = _never_routed(source.load(), expert=2)
@@ -361,7 +392,7 @@ def test_experts_that_no_token_reached_cost_what_the_others_do(tmp_path, method)
             assert min(map(sum, rest)) * 0.5 < sum(own) < max(map(sum, rest)) * 2
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", CALLING)
 def test_experts_of_which_none_was_reached_are_named(tmp_path, method):
     source, ids = _tiny(tmp_path, "qwen3_moe")
     model = _never_routed(source.load(), expert=2)
@@ -380,7 +411,7 @@ def test_columns_of_an_idle_expert_have_an_order(tmp_path):
     assert sorted(order.tolist()) == list(range(48)) != order.tolist()
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", CALLING)
 def test_a_linear_whose_output_goes_nowhere_is_named(tmp_path, method):
     source, ids = _tiny(tmp_path)
     model = source.load()

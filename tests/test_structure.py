@@ -16,7 +16,7 @@ ROOT = PACKAGE.parent
 # From the top down: a module imports only from lines below its own.
 LAYERS = [
     {"quantize", "info", "serve", "lm_eval", "export", "integrations"},
-    {"findings"},
+    {"findings", "feasibility"},
     {"stages"},
     {"report_html", "card", "coverage"},
     {"report_plan"},
@@ -46,6 +46,7 @@ LAYERS = [
     {"recognise", "usage"},
     {"experts"},
     {"twin"},
+    {"early"},
     {"options", "arrange", "recipes", "atomic"},
     {"quality"},
     {"curve", "diagnostics", "report_style", "report_pieces"},

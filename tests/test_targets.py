@@ -185,7 +185,7 @@ def test_schemes_that_cannot_stand_together() -> None:
     ("options", "message"),
     [
         ("--target vllm", "172 columns"),
-        ("--target gguf --keep *.down_proj=BF16", "MXFP8"),
+        ("--target gguf --schemes MXFP4,MXFP8 --keep *.down_proj=BF16", "MXFP8"),
         (
             "--target auto-round --schemes MXFP4,W8A16G32 --keep *.down_proj=BF16",
             "MXFP4 and W8A16G32",

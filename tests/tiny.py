@@ -45,6 +45,7 @@ _KINDS = {
 }
 KINDS = tuple(_KINDS)
 SMALL = ["--nsamples", "4", "--seqlen", "32", "--eval-nsamples", "4", "--gate", "0"]  # little text
+SMALL += ["--schemes", "MXFP4,MXFP8"]  # which round activations as well
 MOE_KINDS = ("qwen3_moe", "mixtral")
 
 
