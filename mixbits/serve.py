@@ -1,8 +1,7 @@
 """`python -m mixbits.serve DIR`: an OpenAI-compatible server of a packed model.
 
-The server is transformers' own (`transformers serve`), one request after the other. Here are its
-checks at the start, and what its answers lack: what a request did wrong, the model's name, and
-sampling where a temperature is given.
+Here are the command line and what is checked before anything is loaded; the server itself is
+`mixbits.server`.
 """
 
 from __future__ import annotations
@@ -12,128 +11,226 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads starve the server's own
 
 import argparse
+import importlib.util
+import signal
 import socket
 import sys
-from collections.abc import Callable
-from contextlib import suppress
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .command import Parser, exit_code
+from .command import Parser, exit_code, plain_errors
 from .formats import UsageError
+
+if TYPE_CHECKING:
+    from .server.http import Server
+
+MAX_BODY = 4  # MB
+WAITING = 64  # requests
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(
         prog="python -m mixbits.serve",
-        description="Serve a packed model: /v1/completions, /v1/chat/completions, /v1/models. "
-        "There is no authentication: listen to more than this machine in a network you trust.",
+        description="Serve a packed model: /v1/completions, /v1/chat/completions, /v1/models.",
+        epilog="Without --api-key, or MIXBITS_API_KEY in the environment, whoever can reach the "
+        "port may ask: listen to more than this machine in a network you trust.",
     )
-    parser.add_argument("folder", type=Path, metavar="DIR", help="output of mixbits.quantize")
+    parser.add_argument(
+        "folder", metavar="DIR", help="output of mixbits.quantize, or its name on the hub"
+    )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at (%(default)s)")
     parser.add_argument("--port", type=int, default=8000, help="(%(default)s)")
     parser.add_argument("--device", help="cpu, or cuda where there is one (default)")
-    return parser.parse_args(argv)
+    parser.add_argument("--name", help="what requests call the model (the folder's name)")
+    parser.add_argument(
+        "--max-tokens",
+        type=int,
+        metavar="N",
+        help="new tokens that a request may ask for (as many as the model has positions)",
+    )
+    parser.add_argument(
+        "--max-body", type=float, default=MAX_BODY, metavar="MB", help="(%(default)s)"
+    )
+    parser.add_argument(
+        "--int8-activations",
+        action="store_true",
+        help="let ...A16 schemes round activations to 8 bits on a CPU: prompts are read faster, "
+        "with an error of about 0.6 %% in each product",
+    )
+    parser.add_argument("--api-key", metavar="KEY", help="what clients must send (any may ask)")
+    parser.add_argument(
+        "--allow-origin",
+        action="append",
+        default=[],
+        metavar="ORIGIN",
+        help="let pages of http://their.address ask, or of any (*); may be repeated",
+    )
+    parser.add_argument(
+        "--allow-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="another name of this server than its addresses, or any (*); may be repeated",
+    )
+    args = parser.parse_args(argv)
+    if args.api_key is None:
+        args.api_key = os.environ.get("MIXBITS_API_KEY") or None
+    _check_values(args)
+    return args
 
 
-def _check(args: argparse.Namespace) -> None:
-    """What would fail once the model is loaded should fail at once."""
-    from transformers.utils.import_utils import is_serve_available
+def _check_values(args: argparse.Namespace) -> None:
+    if args.max_tokens is not None and args.max_tokens < 1:
+        raise UsageError(f"--max-tokens must be at least 1: got {args.max_tokens}")
+    if not 0.001 <= args.max_body <= 1024:
+        raise UsageError(f"--max-body must be 0.001 to 1024 MB: got {args.max_body:g}")
+    for option, value in (("--api-key", args.api_key), ("--name", args.name)):
+        if value is not None and not (value.strip() and value.isprintable()):
+            raise UsageError(f"{option} must be printable and not empty")
 
-    from .source import open_source
+
+def _check(args: argparse.Namespace) -> tuple[Path, list[socket.socket]]:
+    """What would fail once the model is loaded should fail at once.
+
+    Returns the model's folder, and sockets that are bound.
+    """
+    missing = [name for name in ("starlette", "uvicorn") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UsageError("serving needs more packages: pip install starlette uvicorn h11")
+    from .server.http import bind
+    from .source import find_folder, open_source
     from .transformers_quantizer import read_config
 
-    read_config(args.folder)
-    if not is_serve_available():
-        raise UsageError("serving needs more packages: pip install 'transformers[serving]'")
-    if not open_source(str(args.folder), quantized=True).has_tokenizer:
-        raise UsageError(f"serving needs a tokenizer, and {args.folder} has none")
-    if "@" in str(args.folder):
-        raise UsageError(f"the server takes @ for a revision: {args.folder} needs another name")
-    try:
-        socket.create_server((args.host, args.port)).close()
-    except (OSError, OverflowError) as error:
-        raise UsageError(f"cannot listen at {args.host}, port {args.port}: {error}") from None
+    folder = find_folder(args.folder)
+    read_config(folder)
+    if not open_source(str(folder), quantized=True).has_tokenizer:
+        raise UsageError(f"serving needs a tokenizer, and {folder} has none")
+    return folder, bind(args.host, args.port)
 
 
-def bad_request(request: Any, error: Any) -> Any:
-    """What clients of OpenAI print. transformers' server says 500, to a lack of a template too."""
-    from fastapi.responses import JSONResponse
+class Serving:
+    """A model that is served: `run` until a signal comes, or `start` and `close`."""
 
-    what = f"{error} is missing" if isinstance(error, KeyError) else str(error)
-    body = {"message": getattr(error, "detail", what), "type": "invalid_request_error"}
-    return JSONResponse({"error": body}, status_code=getattr(error, "status_code", 400))
+    def __init__(
+        self, folder: Path, args: argparse.Namespace, sockets: Sequence[socket.socket]
+    ) -> None:
+        """Load the model. Raises UsageError for a folder that cannot be loaded or generate."""
+        from .server.app import Service, make_app
+        from .server.http import Server
+        from .server.prompts import Limits, Prompts, positions_of
+        from .server.worker import Worker
 
-
-def _let_sample(handler: Any) -> None:
-    """A temperature, or top_p, asks for sampling, also where the model's own way is greedy."""
-    build = handler._build_generation_config
-
-    def build_generation_config(body: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        config = build(body, *args, **kwargs)
-        asked = [body[name] for name in ("temperature", "top_p") if body.get(name) is not None]
-        if asked:
-            config.do_sample = float(asked[0]) > 0
-        return config
-
-    handler._build_generation_config = build_generation_config
-
-
-def _completed(build: Callable[..., Any]) -> Callable[..., Any]:
-    """transformers' `build_server`, and what it lacks."""
-    from fastapi import HTTPException
-    from jinja2 import TemplateError
-
-    def build_server(manager: Any, *args: Any, **kwargs: Any) -> Any:
-        model = {"id": manager.force_model, "object": "model", "created": 0, "owned_by": "mixbits"}
-        manager.get_gen_models = lambda: [model]  # else those of the hub's cache
-        print(f'requests must name the model "{manager.force_model}"', flush=True)
-        for handler in (*args, *kwargs.values()):
-            if hasattr(handler, "_build_generation_config"):
-                _let_sample(handler)
-        app = build(manager, *args, **kwargs)
-        for kind in (HTTPException, ValueError, TypeError, KeyError, TemplateError):
-            app.add_exception_handler(kind, bad_request)
-        return app
-
-    return build_server
-
-
-def start(folder: Path, host: str, port: int, device: str, background: bool = False) -> Any:
-    """Load the model and serve it, until stopped or, in the background, `kill_server` is called.
-
-    Raises UsageError for a folder that cannot be loaded.
-    """
-    from unittest.mock import patch
-
-    from transformers.cli.serve import Serve
-    from transformers.cli.serving import server
-
-    from .command import plain_errors
-
-    completed = patch.object(server, "build_server", _completed(server.build_server))
-    with plain_errors(f"cannot serve {folder}"), completed:
-        return Serve(
-            force_model=str(folder),
-            host=host,
-            port=port,
-            device=device,
-            log_level="error",
-            non_blocking=background,
+        self._args, self._sockets = args, list(sockets)
+        self.engine = _engine(folder, args)
+        tokenizer, vocabulary = self.engine.tokenizer, self.engine.vocabulary
+        positions = positions_of(self.engine.model.config, tokenizer)
+        most = min(args.max_tokens or positions, positions)
+        limits = Limits(positions, most, self.engine.vocabulary_size)
+        self._worker = Worker(self.engine)
+        name = args.name or _name(args.folder)
+        self.service = Service(
+            name,
+            self._worker,
+            Prompts(tokenizer, vocabulary, limits),
+            vocabulary,
+            max_body=int(args.max_body * 1e6),
+            waiting=WAITING,
+            aliases=[args.folder],
         )
+        app = make_app(self.service, _access(args))
+        self.server: Server = Server(app, self._say, self.service.end)
+        self._thread: threading.Thread | None = None
+
+    def _say(self) -> None:
+        from .server.http import url
+
+        limits, key = self.service.limits, "an" if self._args.api_key else "no"
+        print(
+            f"serving {self.service.name} at {url(self._args.host, self._sockets)}/v1: "
+            f"{limits.positions} tokens of prompt and answer, {limits.max_tokens} new ones, "
+            f"bodies of {self._args.max_body:g} MB, {WAITING} waiting requests at most; "
+            f"{key} API key is asked for",
+            flush=True,
+        )
+
+    def run(self) -> bool:
+        """Serve until the server is stopped; returns whether no thread is busy any more."""
+        try:
+            self.server.run(self._sockets)
+        except OSError as error:
+            raise UsageError(f"cannot listen at {self._args.host}: {error}") from None
+        finally:
+            for bound in self._sockets:
+                bound.close()
+            is_idle = self.service.close()
+            is_idle = self._worker.close(seconds=2.0) and is_idle
+        return is_idle
+
+    def start(self) -> None:
+        """Serve in a thread."""
+        self._thread = threading.Thread(target=self.run, name="server", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """End what `start` began."""
+        self.server.stop()
+        if self._thread is not None:
+            self._thread.join()
+
+
+def _name(folder: str) -> str:
+    """Of a folder its own name, whatever leads there; of a model on the hub its whole name."""
+    path = Path(folder)
+    return path.resolve().name or "model" if path.is_dir() else folder
+
+
+def _engine(folder: Path, args: argparse.Namespace) -> Any:
+    import torch
+    from transformers import AutoTokenizer
+
+    from .loading import load
+    from .server.generation import Engine
+
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    with plain_errors(f"cannot serve {folder}"):
+        model = load(folder, device=device, int8_activations=args.int8_activations)
+        engine = Engine(model, AutoTokenizer.from_pretrained(folder))
+        engine.check()
+    return engine
+
+
+def _access(args: argparse.Namespace) -> Any:
+    from .server.access import Access
+
+    return Access((args.host, *args.allow_host), tuple(args.allow_origin), args.api_key)
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """SIGTERM while the model is loaded is what SIGINT is, and either is how a server ends."""
+    in_main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler) if in_main else None
+    try:
+        with suppress(KeyboardInterrupt):
+            yield
+    finally:
+        if in_main:
+            signal.signal(signal.SIGTERM, before)
 
 
 def _command(argv: list[str] | None) -> None:
     args = parse_arguments(argv)
-    import torch
+    with _ended_by_signals():
+        from .report import quiet
 
-    from .report import quiet
-
-    quiet()
-    _check(args)
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    with suppress(KeyboardInterrupt):  # that is how a server ends
-        start(args.folder, args.host, args.port, device)
+        quiet()
+        folder, sockets = _check(args)
+        if not Serving(folder, args, sockets).run():
+            sys.stdout.flush()
+            os._exit(0)  # a thread that nobody waits for would keep the process
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -16,7 +16,7 @@ ROOT = PACKAGE.parent
 # From the top down: a module imports only from lines below its own.
 LAYERS = [
     {"quantize", "info", "serve", "lm_eval", "export", "integrations"},
-    {"findings", "feasibility"},
+    {"findings", "feasibility", "server"},
     {"stages"},
     {"report_html", "card", "coverage"},
     {"report_plan"},
