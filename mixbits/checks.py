@@ -114,6 +114,7 @@ def _check_memory(name: str, x: Tensor) -> None:
         return
     last = sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True))
     end = (x.storage_offset() + last + 1) * x.element_size()
+    size: int | torch.SymInt
     try:
         size, is_real = x.untyped_storage().nbytes(), x.is_meta or x.data_ptr() != 0
     except (NotImplementedError, RuntimeError):  # of kinds of tensors without storage
@@ -174,8 +175,10 @@ def check_packed(packed: Packed, fmt: Format, in_features: int, device: torch.de
 
 def packed_in_memory(packed: Packed) -> Packed:
     """`in_memory` of all tensors."""
-    named = packed._asdict().items()
-    return Packed(**{n: None if x is None else in_memory(n, x) for n, x in named})
+    codes, scale, zero_point = packed
+    if zero_point is not None:
+        zero_point = in_memory("weight_zero_point", zero_point)
+    return Packed(in_memory("weight_packed", codes), in_memory("weight_scale", scale), zero_point)
 
 
 def checked_operand(operand: Operand, in_features: int, device: torch.device) -> Operand:
@@ -198,8 +201,8 @@ def checked_mix(mix: Mix, in_features: int, device: torch.device) -> Mix:
     right = 0 < len(operands) <= MAX_SEGMENTS and len(operands) == len(columns)
     if not (whole and right and sum(columns) == in_features):
         raise ValueError(
-            f"1 to {MAX_SEGMENTS} operands must share {in_features} columns, each at least one: "
-            f"got {len(operands)} operands with columns {tuple(columns)}"
+            f"1 to {MAX_SEGMENTS} operands, of at least a column each, must share {in_features} "
+            f"columns: got {tuple(columns)} for {len(operands)} operands"
         )
     if not isinstance(rotated, bool):
         raise TypeError(f"rotated must be True or False: got {rotated!r:.80}")

@@ -46,6 +46,7 @@ from .checks import (
     check_tensor,
     check_values,
     checked,
+    checked_operand,
     device_of,
     in_memory,
     is_in_memory,
@@ -114,7 +115,7 @@ def explain_matmul(
 
 def _backend(x: Tensor, requested: str | None) -> Any:
     if requested is not None and not isinstance(requested, str):
-        raise TypeError(f"backend must be the name of one, or None: got {str(requested):.80}")
+        raise TypeError(f"backend must be the name of one, or None: got {requested!s:.80}")
     name = requested or os.environ.get("MIXBITS_BACKEND") or None
     return _module(choose_backend(x.device.type, name))
 
@@ -276,7 +277,7 @@ def packed_matmul_fp8(
     """
     check_values("x", x, 2)
     require_fp8(x.device, backend)
-    packed = checked(Operand(packed, fmt), x.shape[1], x.device).packed
+    packed = checked_operand(Operand(packed, fmt), x.shape[1], x.device).packed
     check_tensor("row_scale", row_scale)
     check_shape("row_scale", row_scale, (packed.weight_packed.shape[0],))
     check_device("row_scale", row_scale, x.device)

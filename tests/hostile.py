@@ -255,10 +255,20 @@ def tensors_of(name: str) -> tuple[Callable[..., Any], dict[str, Any]]:
 
 
 NAMES = (
-    "fake_quantize torch.fake_quantize quantize_pack dequantize fold_rows fisher_statistics "
-    "gradient_statistics square_sums compensate_group packed_matmul torch.packed_matmul "
-    "packed_matmul_backward mix"
-).split()
+    "fake_quantize",
+    "torch.fake_quantize",
+    "quantize_pack",
+    "dequantize",
+    "fold_rows",
+    "fisher_statistics",
+    "gradient_statistics",
+    "square_sums",
+    "compensate_group",
+    "packed_matmul",
+    "torch.packed_matmul",
+    "packed_matmul_backward",
+    "mix",
+)
 # torch itself refuses what its operators cannot be given, in words and errors of its own.
 REFUSALS = (ValueError, TypeError)
 TORCHS = (*REFUSALS, RuntimeError, AssertionError)
@@ -435,7 +445,7 @@ def calls() -> dict[str, Callable[[], Any]]:
         )
     for dtype in (torch.float64, torch.int8, None, "float32"):
         found[f"dequantize, dtype {dtype}"] = lambda d=dtype: ops.dequantize(one, INT4, 64, d)
-    for element, group, symmetric in (
+    for form in (
         ("e2m1", 32, False),
         ("int4", 32, 2),
         ("int4", 32.0, True),
@@ -443,9 +453,7 @@ def calls() -> dict[str, Callable[[], Any]]:
         ("int4", 0, True),
         ("int3", 32, True),
     ):
-        found[f"Format({element!r}, {group}, {symmetric})"] = lambda a=(element, group, symmetric): (
-            Format(*a)  # type: ignore[arg-type]
-        )
+        found[f"Format{form}"] = lambda form=form: Format(*form)
     found["vmap"] = lambda: torch.func.vmap(lambda y: ops.fake_quantize(y, MXFP4))(x)
     found["vmap of a product"] = lambda: torch.func.vmap(
         lambda y: ops.packed_matmul(y[None], one, INT4)
@@ -473,7 +481,7 @@ def cases() -> dict[str, tuple[str, Callable[[], str]]]:
     return tampered_tensors() | tampered_arguments()
 
 
-# --- random ones -----------------------------------------------------------------------------------
+# --- random ones -----------------------------------------------------------------------------
 
 
 def random_tensor(rng: random.Random, shape: tuple[int, ...]) -> Tensor:
@@ -512,7 +520,7 @@ def random_product(rng: random.Random) -> tuple[Callable[..., Any], dict[str, An
 
     if not is_mix:
         tensors["order"] = None
-    return call, {name: x for name, x in tensors.items()}, "close"
+    return call, tensors, "close"
 
 
 def random_rounding(rng: random.Random) -> tuple[Callable[..., Any], dict[str, Any], str]:
