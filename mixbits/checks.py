@@ -99,14 +99,18 @@ def is_in_memory(x: Tensor) -> bool:
         return False
 
 
-def keep_size(tensors: Iterable[Tensor | None]) -> None:
+def keep_size(tensors: Iterable[Tensor | None]) -> bool:
     """Have torch refuse from now on to resize the memory of tensors on the CPU.
 
     It does so for all that numpy has seen. Kernels are then given addresses without another look.
+    Returns whether that could be done: not inside a transformation of torch.func.
     """
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
     for x in tensors:
         if x is not None and x.is_cpu:
             x.detach().view(torch.uint8).numpy()
+    return True
 
 
 def _check_memory(name: str, x: Tensor) -> None:

@@ -179,8 +179,7 @@ class PackedLinear(nn.Module):
         if place is not None and place == self.__dict__.get("_place"):
             return operand
         found = checks.checked_operand(operand, self.in_features, device)
-        if all(map(is_, found.packed, operand.packed)):
-            checks.keep_size(found.packed)
+        if all(map(is_, found.packed, operand.packed)) and checks.keep_size(found.packed):
             self.__dict__["_place"] = place  # by this way it is no change
         return found
 

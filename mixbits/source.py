@@ -89,7 +89,8 @@ class Source:
         Raises UsageError where config.json describes none, or other weights differ that are tied.
         """
         model = self._meta_model()
-        if not (self.has_weights and model.all_tied_weights_keys):
+        is_ours = (self.quantization or {}).get("quant_method") == "mixbits"  # what it says is so
+        if is_ours or not (self.has_weights and model.all_tied_weights_keys):
             return model
         if not (unlike := self._unlike(model)):
             return model

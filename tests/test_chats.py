@@ -112,7 +112,7 @@ def test_the_command_calibrates_with_chats(
         (model / file.name).write_bytes(file.read_bytes())
     (model / "chat_template.jinja").write_text(TEMPLATE)
     assert run("--dataset", path, "--rounding", "rtn", model=model) == 0
-    assert read(tmp_path / "out" / "report.json")["calibration"]["source"] == str(path)
+    assert read(tmp_path / "out" / "report.json")["calibration"]["source"] == path.name
 
 
 # ------------------------------------------------------------------------------- the hub's

@@ -29,6 +29,7 @@ IDS = torch.randint(0, 130, (8, 24), generator=torch.Generator().manual_seed(0))
 
 def prepared(folder: Path, *options: str) -> tuple[Run, nn.Module, Problem]:
     words = [str(make_model(folder / "model")), "--device", "cpu", "--seqlen", "24", *options]
+    words += ["--schemes", "MXFP4,MXFP8"]
     run = prepare(parse_arguments(words))
     run.args.out = folder / "out"
     model = run.source.load()

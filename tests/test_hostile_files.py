@@ -298,7 +298,8 @@ def test_tensors_have_names_for_a_sentence(name: str, tmp_path: Path) -> None:
 def packed_config() -> dict[str, Any]:
     mixed = Mixed(((parse_scheme("MXFP8"), 32), (parse_scheme("MXFP4"), 32)), tuple(range(64)))
     modules = {"a": parse_scheme("W4A16"), "b": mixed}
-    return {"model_type": "llama", "quantization_config": quantization_config(modules, {}, [])}
+    told = {**quantization_config(modules, {}), "checksum": "00000000"}
+    return {"model_type": "llama", "quantization_config": told}
 
 
 def put(config: dict[str, Any], path: str, value: Any) -> None:

@@ -133,7 +133,7 @@ def export(args: argparse.Namespace) -> None:
     """Raises UsageError; leaves a complete output folder or none."""
     from ..atomic import reserved
 
-    with reserved(args.out, args.overwrite, [args.model]) as place:
+    with reserved(args.out, args.overwrite, [Path(args.model)]) as place:
         _export(args, place)
 
 
