@@ -28,13 +28,12 @@ from mixbits import checkpoint, demo, serve
 from mixbits.decode import DecodeStep
 from mixbits.formats import parse_scheme
 from mixbits.model import find_linears
+from mixbits.server.jobs import Done
 from mixbits.source import open_source
 
 openai = pytest.importorskip("openai")
 for extra in ("starlette", "uvicorn", "h11"):
     pytest.importorskip(extra)
-
-from mixbits.server.jobs import Done
 
 TEMPLATE = "{% for message in messages %}# {{ message['content'] }}\n{% endfor %}"
 PROMPT = "def read(path):\n"
