@@ -286,7 +286,7 @@ def _refusal(error: ValidationError) -> RequestError:
     field = str(first["loc"][0]) if first["loc"] else None
     kind, said = first["type"], first["msg"]
     if kind == "extra_forbidden":
-        return RequestError(400, f"unknown field: {shortened(place)}", shortened(field))
+        return RequestError(400, f"unknown field: {shortened(place)}", field and field[:80])
     if kind == "missing":
         return RequestError(400, f"{place} is required", field)
     sentence = said[:1].lower() + said[1:]

@@ -19,7 +19,10 @@ _UNFINISHED = "\ufffd"  # what a decoder makes of a part of a character
 
 
 class Decoder:
-    """The text of tokens that come one by one; all of it is what decoding them at once gives."""
+    """The text of tokens that come one by one; all of it is what decoding them at once gives.
+
+    Only where bytes are no text do some tokenizers, asked at once, give up what was good before.
+    """
 
     def __init__(self, tokenizer: Any, context: Sequence[int] = ()) -> None:
         """`context` are tokens before the first, whose text has been sent."""
@@ -51,7 +54,7 @@ class Decoder:
 
 
 class StopStrings:
-    """Cuts a text before the first stop string that is in it, whatever its pieces are."""
+    """Cuts a text before the stop string that is complete first, whatever its pieces are."""
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = tuple(stops)
@@ -62,10 +65,11 @@ class StopStrings:
         if not self._stops:
             return text, False
         held = self._held + text
-        places = [place for place in map(held.find, self._stops) if place >= 0]
-        if places:
+        found = [(held.find(stop), len(stop)) for stop in self._stops if stop in held]
+        if found:
             self._held = ""
-            return held[: min(places)], True
+            _, place = min((place + length, place) for place, length in found)
+            return held[:place], True
         keep = max(_overlap(held, stop) for stop in self._stops)
         self._held = held[len(held) - keep :]
         return held[: len(held) - keep], False
