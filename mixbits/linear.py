@@ -274,8 +274,7 @@ class MixedLinear(nn.Module):
             return mix
         found = checks.checked_mix(mix, self.in_features, device)
         kept = [found.order, *itertools.chain.from_iterable(one.packed for one in found.operands)]
-        if all(map(is_, kept, tensors)):
-            checks.keep_size(kept)
+        if all(map(is_, kept, tensors)) and checks.keep_size(kept):
             self.__dict__["_place"] = place
         return found
 
