@@ -31,7 +31,7 @@ MAX_BODY = 4  # MB
 WAITING = 64  # requests
 
 
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+def make_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="python -m mixbits.serve",
         description="Serve a packed model: /v1/completions, /v1/chat/completions, /v1/models.",
@@ -75,7 +75,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="NAME",
         help="another name of this server than its addresses, or any (*); may be repeated",
     )
-    args = parser.parse_args(argv)
+    return parser
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    args = make_parser().parse_args(argv)
     if args.api_key is None:
         args.api_key = os.environ.get("MIXBITS_API_KEY") or None
     _check_values(args)

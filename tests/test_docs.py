@@ -15,6 +15,7 @@ import pytest
 import mixbits
 from mixbits.export.__main__ import make_parser as export_parser
 from mixbits.options import make_parser, parse_arguments
+from mixbits.serve import make_parser as serve_parser
 
 ROOT = Path(mixbits.__file__).resolve().parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -101,9 +102,10 @@ def test_modules_exist(path):
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
 def test_options_exist(path):
-    """Options that the prose names are of quantize or export, or of a command on the page."""
+    """Options that the prose names are of quantize, export or serve, or of the page's commands."""
     text = path.read_text()
-    known = {o for p in (make_parser(), export_parser()) for o in p._option_string_actions}
+    parsers = (make_parser(), export_parser(), serve_parser())
+    known = {option for parser in parsers for option in parser._option_string_actions}
     known |= {word for *_, arguments in commands(text) for word in arguments}
     for span in SPAN.findall(FENCE.sub("", text)):
         if span.startswith("--"):
