@@ -27,6 +27,7 @@ from benchmarks.records import Records
 from benchmarks.runs import quantize
 from mixbits.calibration import prefix_tokens, read_sequences
 from mixbits.evaluate import compare
+from mixbits.model import find_linears
 from mixbits.report import quiet, table
 from mixbits.source import open_source
 from mixbits.streaming import StreamedModel
@@ -34,13 +35,18 @@ from mixbits.verdict import verdict
 
 KEY = ["model", "what"]
 FIGURES = ["seconds", "megabytes", "kl", "perplexity", "perplexity_reference", "top1_agreement"]
-NOTHING = {"mixbits_plan": 1, "weight_scale_mode": "floor", "act_scale_mode": "even", "units": []}
+OURS = {"quick": ["--effort", "quick"], "default": []}
+PEER = "Q4_K_M"
+SEQLEN = 256
+MODES = {"weight_scale_mode": "floor", "act_scale_mode": "even"}
 
 
 def run_ours(args: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:
     text = ["--dataset", args.dataset, "--eval-dataset", args.eval_dataset]
-    text += ["--eval-nsamples", str(args.eval_nsamples)]
-    for what, words in (("quick", ["--effort", "quick"]), ("default", [])):
+    text += ["--eval-nsamples", str(args.eval_nsamples), "--seqlen", str(SEQLEN)]
+    for what, words in OURS.items():
+        if what not in args.what:
+            continue
         start = time.perf_counter()
         report = quantize(args.model, folder / what, [*text, *words])
         seconds = time.perf_counter() - start
@@ -49,10 +55,13 @@ def run_ours(args: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]
 
 
 def plain_gguf(model: str, folder: Path) -> Path:
-    """The model as it is: an export of a plan that quantizes nothing."""
+    """The model as it is, but for one linear in Q8_0: an export is of a model that is packed."""
+    name = find_linears(open_source(model).shapes)[0].name
+    unit = {"unit": name, "scheme": "W8A16G32", "linears": {name: "all"}}
     plan = folder / "nothing.json"
-    plan.write_text(json.dumps(NOTHING))
-    quantize(model, folder / "plain", ["--plan", str(plan), "--eval-nsamples", "0"])
+    plan.write_text(json.dumps({"mixbits_plan": 1, **MODES, "units": [unit]}))
+    words = ["--plan", str(plan), "--rounding", "rtn", "--eval-nsamples", "0"]
+    quantize(model, folder / "plain", words)
     command = [sys.executable, "-m", "mixbits.export", str(folder / "plain")]
     out = folder / "plain-gguf"
     subprocess.run([*command, "--format", "gguf", "--out", str(out)], check=True)
@@ -65,6 +74,7 @@ def run_peer(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     source, target = plain_gguf(args.model, folder), folder / "Q4_K_M.gguf"
     options = llama_cpp.llama_model_quantize_default_params()
     options.ftype = llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_K_M
+    options.allow_requantize = True  # that linear
     start = time.perf_counter()
     code = llama_cpp.llama_model_quantize(str(source).encode(), str(target).encode(), options)
     seconds = time.perf_counter() - start
@@ -73,10 +83,10 @@ def run_peer(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     opened = open_source(args.model)
     tokenizer, vocab = opened.tokenizer(), opened.config.get_text_config().vocab_size
     prefix, count = prefix_tokens(tokenizer), args.eval_nsamples
-    held_out = read_sequences(args.eval_dataset, tokenizer, vocab, count, 256, prefix)
+    held_out = read_sequences(args.eval_dataset, tokenizer, vocab, count, SEQLEN, prefix)
     peer, original = LlamaCpp(target), StreamedModel(opened.load())
     found = compare(original, peer, held_out.ids, 1, held_out.judged_from)
-    return {"what": "Q4_K_M", "seconds": seconds, "bytes": target.stat().st_size, **found}
+    return {"what": PEER, "seconds": seconds, "bytes": target.stat().st_size, **found}
 
 
 def main() -> None:
@@ -85,16 +95,18 @@ def main() -> None:
     parser.add_argument("--dataset", required=True, help="text to calibrate with")
     parser.add_argument("--eval-dataset", required=True, help="text to judge by")
     parser.add_argument("--eval-nsamples", type=int, default=32)
+    parser.add_argument("--what", type=lambda text: text.split(","), default=[*OURS, PEER])
     parser.add_argument("--csv", type=Path, required=True)
     args = parser.parse_args()
     quiet()
     records = Records(args.csv, [*KEY, *FIGURES, "verdict"], KEY)
     with tempfile.TemporaryDirectory() as temporary:
-        rows = [*run_ours(args, Path(temporary)), run_peer(args, Path(temporary))]
+        rows = list(run_ours(args, Path(temporary)))
+        rows += [run_peer(args, Path(temporary))] if PEER in args.what else []
     cells = []
     for row in rows:
         row |= {"model": Path(args.model).name, "megabytes": row.pop("bytes") / 1e6}
-        row["verdict"] = verdict(row).word
+        row["verdict"] = verdict(row)["word"]
         kept = {name: row[name] for name in (*KEY, *FIGURES, "verdict")}
         records.append(kept)
         cells.append([f"{v:.4g}" if isinstance(v, float) else str(v) for v in kept.values()])
