@@ -1,7 +1,10 @@
 """What every test shares: the environment, the formats, hard inputs, and exact comparison."""
 
 import os
+import signal
 
+if hasattr(signal, "SIGHUP"):  # nohup has it ignored, here and in what tests start
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 # Before torch is imported: waiting threads must not spin on cores that other work needs.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
