@@ -160,8 +160,8 @@ class Serving:
             flush=True,
         )
 
-    def run(self) -> bool:
-        """Serve until the server is stopped; returns whether no thread is busy any more."""
+    def run(self) -> None:
+        """Serve until the server is stopped."""
         try:
             self.server.run(self._sockets)
         except OSError as error:
@@ -169,9 +169,8 @@ class Serving:
         finally:
             for bound in self._sockets:
                 bound.close()
-            is_idle = self.service.close()
-            is_idle = self._worker.close(seconds=2.0) and is_idle
-        return is_idle
+            self.service.close()
+            self._worker.close(seconds=2.0)
 
     def start(self) -> None:
         """Serve in a thread."""
@@ -220,9 +219,10 @@ def _ended_by_signals() -> Iterator[None]:
     try:
         with suppress(KeyboardInterrupt):
             yield
-    finally:
+    except BaseException:
         if in_main:
             signal.signal(signal.SIGTERM, before)
+        raise
 
 
 def _command(argv: list[str] | None) -> None:
@@ -232,9 +232,10 @@ def _command(argv: list[str] | None) -> None:
 
         quiet()
         folder, sockets = _check(args)
-        if not Serving(folder, args, sockets).run():
-            sys.stdout.flush()
-            os._exit(0)  # a thread that nobody waits for would keep the process
+        Serving(folder, args, sockets).run()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # neither a thread nor one more signal has a say in it
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -74,9 +74,12 @@ class Command:
             pytest.fail(f"the server did not come up: {self.process.communicate()[1]}")
         self.port = int(self.said.partition("/v1:")[0].rpartition(":")[2])
 
-    def end(self, number: int = signal.SIGTERM) -> tuple[int, str]:
-        """The exit code and what it has written to stderr."""
+    def end(self, number: int = signal.SIGTERM, again: bool = False) -> tuple[int, str]:
+        """The exit code and what it has written to stderr; `again`: signals until it has ended."""
         self.process.send_signal(number)
+        while again and self.process.poll() is None:
+            self.process.send_signal(number)
+            time.sleep(0.01)
         errors = self.process.communicate(timeout=60)[1]
         return self.process.returncode, errors
 
@@ -86,7 +89,7 @@ def running(folder: Path) -> Iterator[Command]:
     command = Command(folder, "--max-body", "0.1")
     try:
         yield command
-        assert command.end() == (0, "")
+        assert command.end(again=True) == (0, "")
     finally:
         command.process.kill()
 

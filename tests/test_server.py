@@ -21,7 +21,7 @@ from mixbits.server.access import Access
 from mixbits.server.errors import RequestError
 from mixbits.server.generation import log_probabilities
 from mixbits.server.jobs import Piece
-from mixbits.server.prompts import Limits, Prompts, TemplateTimeout, deadline
+from mixbits.server.prompts import Limits, Prompts, TemplateBounds, bounded
 from mixbits.server.requests import ChatRequest, CompletionRequest, Request, parse
 from mixbits.server.texts import Decoder, StopStrings, Transcript, Vocabulary
 
@@ -414,13 +414,21 @@ def test_token_ids_are_the_models(prompts: Prompts) -> None:
         ("{% for a in", "refuses these messages"),
         ("{{ ''.__class__.__mro__ }}", "refuses these messages|tokens"),
         ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "ended"),
-        ("{{ 'a' * 10000000 }}", "characters|ended"),
+        (
+            "{% set n = namespace(s='aaaaaaaa') %}"
+            "{% for i in range(60) %}{% set n.s = n.s ~ n.s %}{% endfor %}",
+            "takes more than 200 MB",
+        ),
+        ("{{ 'a' * 10000000 }}", "characters"),
     ],
 )
 def test_what_a_template_does_not_take_is_said(
     template: str | None, why: str, prompts: Prompts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mixbits.server.prompts.TEMPLATE_SECONDS", 0.2)
+    seconds = 0.2 if why == "ended" else 60.0
+    monkeypatch.setattr("mixbits.server.prompts.TEMPLATE_SECONDS", seconds)
+    monkeypatch.setattr("mixbits.server.prompts.TEMPLATE_BYTES", 200 << 20)
+    monkeypatch.setattr("mixbits.server.prompts._QUICK", 0.01)
     prompts._tokenizer.chat_template = template
     with pytest.raises(RequestError, match=why) as caught:
         prompts.of_messages([{"role": "user", "content": "hi"}], {})
@@ -433,7 +441,7 @@ def test_a_deadline_ends_a_loop_and_nothing_after_it() -> None:
             len([])
 
     before = sys.gettrace()
-    with pytest.raises(TemplateTimeout), deadline(0.05):
+    with pytest.raises(TemplateBounds), bounded(0.05, 1 << 30):
         loop()
     assert sys.gettrace() is before  # what comes after is traced no more
 

@@ -10,7 +10,7 @@ import asyncio
 import sys
 import traceback
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -111,7 +111,6 @@ class Service:
         self._names = {name, *aliases}
         self._worker, self._prompts, self._vocabulary = worker, prompts, vocabulary
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="requests")
-        self._preparing: set[Future[None]] = set()
         self._inboxes: set[Inbox] = set()
         self._reading = 0  # bytes
         self._is_ending = False
@@ -126,10 +125,9 @@ class Service:
     def limits(self) -> Limits:
         return self._prompts.limits
 
-    def close(self) -> bool:
-        """Take no more bodies; returns whether none is at work."""
+    def close(self) -> None:
+        """Take no more bodies."""
         self._threads.shutdown(wait=False, cancel_futures=True)
-        return all(future.done() for future in self._preparing)
 
     # --- what is asked ---------------------------------------------------------------------------
 
@@ -256,9 +254,7 @@ class Service:
             except Exception as error:
                 inbox.put(_failure(error))
 
-        future = self._threads.submit(run)
-        self._preparing.add(future)
-        future.add_done_callback(self._preparing.discard)
+        self._threads.submit(run)
         found: Prepared = await inbox.get()
         return found
 

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import socket
 import threading
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from http import HTTPStatus
 from types import FrameType
 from typing import Any
 
@@ -123,12 +125,13 @@ class Protocol(H11Protocol):
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             answer = error.response()
             headers = [*answer.raw_headers, (b"connection", b"close")]
-            for event in (
-                h11.Response(status_code=error.status, headers=headers),
+            reason = HTTPStatus(error.status).phrase.encode()
+            events = (
+                h11.Response(status_code=error.status, headers=headers, reason=reason),
                 h11.Data(data=bytes(answer.body)),
                 h11.EndOfMessage(),
-            ):
-                self.transport.write(self.conn.send(event) or b"")
+            )
+            self.transport.write(b"".join(self.conn.send(event) or b"" for event in events))
             if self.transport.can_write_eof():
                 self.transport.write_eof()
         self.flow.resume_reading()
@@ -166,6 +169,14 @@ class Server(uvicorn.Server):
         await super().startup(sockets)
         if not self.should_exit:
             self._on_start()
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """As uvicorn's, but for good: a late signal must not end the process in its own way."""
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, self.handle_exit)
+        yield
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """The first signal lets answers in flight end in an error; the second waits for nothing."""

@@ -1,11 +1,13 @@
 """Text and messages as token ids, refused before work where the model's positions end.
 
 The template of a chat is the folder's, run in transformers' sandbox and, as a template may loop
-for ever, against a clock: the trace of its thread asks for the time at every line.
+for ever, against a clock: the trace of its thread asks for the time at every line, and for the
+memory of the process where that is not the first tenth of a second.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,12 +21,14 @@ from .errors import RequestError
 from .texts import Vocabulary
 
 TEMPLATE_SECONDS = 5.0
+TEMPLATE_BYTES = 1 << 30  # by which the process may grow meanwhile
+_QUICK = 0.1  # s: no template of a model takes longer
 POSITIONS = 1 << 15  # of a model that has no limit of its own
 _LIMITS = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length")
 
 
-class TemplateTimeout(Exception):
-    """A chat template has run for too long."""
+class TemplateBounds(Exception):
+    """A chat template has run for too long, or takes too much memory."""
 
 
 @dataclass(frozen=True)
@@ -84,12 +88,10 @@ class Prompts:
                 "messages",
             )
         try:
-            with deadline(TEMPLATE_SECONDS):
+            with bounded(TEMPLATE_SECONDS, TEMPLATE_BYTES):
                 text = self._tokenizer.apply_chat_template(
                     list(messages), tokenize=False, add_generation_prompt=True, **variables
                 )
-        except TemplateTimeout:
-            why = f"it has not ended within {TEMPLATE_SECONDS:g} s"
         except Exception as error:  # whatever a template raises
             why = first_line(error)
         else:
@@ -153,13 +155,23 @@ class Prompts:
 
 
 @contextmanager
-def deadline(seconds: float) -> Iterator[None]:
-    """Raise TemplateTimeout in whatever Python code this thread still runs after so long."""
-    end, before = time.monotonic() + seconds, sys.gettrace()
+def bounded(seconds: float, growth: int) -> Iterator[None]:
+    """Raise TemplateBounds in whatever Python code this thread still runs after so long.
+
+    Or, beyond `_QUICK`, once the process has grown by more than `growth` bytes.
+    """
+    start, size, before = time.monotonic(), _resident(), sys.gettrace()
+    look = start + _QUICK
 
     def trace(frame: FrameType, event: str, argument: Any) -> Callable[..., Any]:
-        if time.monotonic() > end:
-            raise TemplateTimeout
+        nonlocal look
+        now = time.monotonic()
+        if now > start + seconds:
+            raise TemplateBounds(f"it has not ended within {seconds:g} s")
+        if now > look:
+            look = now + _QUICK / 100
+            if _resident() - size > growth:
+                raise TemplateBounds(f"it takes more than {growth >> 20} MB")
         return trace
 
     sys.settrace(trace)
@@ -167,3 +179,12 @@ def deadline(seconds: float) -> Iterator[None]:
         yield
     finally:
         sys.settrace(before)
+
+
+def _resident() -> int:
+    """Bytes of memory that the process has; 0 where Linux does not say."""
+    try:
+        with open("/proc/self/statm", encoding="ascii") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGESIZE")
+    except OSError:
+        return 0

@@ -31,11 +31,10 @@ class Worker:
     def submit(self, job: Job) -> None:
         self._jobs.put(job)
 
-    def close(self, seconds: float) -> bool:
-        """End after the job that runs; returns whether that was within `seconds`."""
+    def close(self, seconds: float) -> None:
+        """End after the job that runs; wait for that, but not for ever."""
         self._jobs.put(None)
         self._thread.join(seconds)
-        return not self._thread.is_alive()
 
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
