@@ -35,6 +35,7 @@ from .recipes import parse_recipe
 from .schemas import PackedConfig, check
 from .source import NOT_A_FILE
 from .stock import Stock, check_files
+from .unpacking import unpack_model
 
 
 class MixbitsConfig(QuantizationConfigMixin):
@@ -194,6 +195,11 @@ class MixbitsQuantizer(HfQuantizer):
                     f"a weight that is stored as the source has quantized it must stay that: "
                     f"{name} was changed, and cannot be saved"
                 )
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        """What `model.dequantize()` calls: the model with plain weights. Raises UsageError."""
+        unpack_model(model, model.dtype if dtype is None else dtype)
+        return model
 
     def is_serializable(self) -> bool:
         return True
