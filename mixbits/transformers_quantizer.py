@@ -154,8 +154,9 @@ class MixbitsQuantizer(HfQuantizer):
         for name in left.groups:
             if state[name].is_meta:
                 raise UsageError(f"weights that are stored quantized cannot be offloaded: {name}")
-            with torch.no_grad():
-                state[name].copy_(left.tensor(name))
+            # transformers 5.17 may have put codes of 8 bits there, in their own type.
+            kind = state[name].dtype if state[name].dtype in ops.DTYPES else model.config.dtype
+            state[name].data = left.tensor(name).to(state[name].device, kind)
 
     def get_state_dict_and_metadata(
         self, model: Any
