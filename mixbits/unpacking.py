@@ -7,6 +7,7 @@ carries along beside the model.
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Any
 
 import torch
@@ -77,7 +78,7 @@ def _fill_experts(made: Any, experts: Experts, dtype: torch.dtype, name: str) ->
     layout = layout_of(made)
     assert layout is not None
 
-    def value(expert: int, projection: str, leaf: str) -> Tensor:
+    def value(leaf: str, expert: int, projection: str) -> Tensor:
         linear: Any = experts.get_submodule(f"{expert}.{projection}")
         if leaf.endswith("_bias"):
             return linear.bias
@@ -86,7 +87,7 @@ def _fill_experts(made: Any, experts: Experts, dtype: torch.dtype, name: str) ->
     device = next(t.device for t in (*experts.parameters(), *experts.buffers()))
     for leaf in layout.stacks:
         like = torch.empty(made.get_parameter(leaf).shape, dtype=dtype, device=device)
-        stack = make_stack(layout, leaf, like, lambda e, p, leaf=leaf: value(e, p, leaf))
+        stack = make_stack(layout, leaf, like, partial(value, leaf))
         setattr(made, leaf, nn.Parameter(stack, requires_grad=False))
     rest = [n for n, t in (*made.named_parameters(), *made.named_buffers()) if t.is_meta]
     if rest:
