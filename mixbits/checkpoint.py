@@ -398,12 +398,15 @@ def require_mixbits(config: dict[str, Any]) -> None:
 
 def plain_config(folder: Path, dtype: torch.dtype) -> dict[str, Any]:
     """config.json of a folder as if nothing were quantized, plain weights of `dtype`."""
-    config = read_object(folder / "config.json")
+    config, kind = read_object(folder / "config.json"), str(dtype).removeprefix("torch.")
+    before = config.get("dtype", config.get("torch_dtype"))
     for part in _with_parts(config):
         part.pop("quantization_config", None)
         part.pop("transformers_weights", None)  # the names of files are ours
-    config.pop("torch_dtype", None)
-    config["dtype"] = str(dtype).removeprefix("torch.")
+        if before is not None and part.get("dtype", part.get("torch_dtype")) == before:
+            part.pop("torch_dtype", None)
+            part["dtype"] = kind
+    config["dtype"] = kind
     return config
 
 

@@ -123,6 +123,23 @@ def expert_bias(module: Any, expert: int, projection: str) -> Tensor | None:
     return layout.part(stack[expert], projection)
 
 
+def make_stack(
+    layout: Layout, name: str, like: Tensor, value: Callable[[int, str], Tensor]
+) -> Tensor:
+    """A parameter of an experts module, of the shape, dtype and device of `like`.
+
+    `value` gives the [N, K], or the [N] of biases, of an expert and a projection.
+    """
+    stack = torch.empty_like(like)
+    is_bias = name.endswith("_bias")
+    for expert, rows in enumerate(stack):
+        turned = rows.T if layout.transposed and not is_bias else rows
+        for projection in layout.projections:
+            if layout.stack(projection) == name.removesuffix("_bias"):
+                layout.part(turned, projection).copy_(value(expert, projection))
+    return stack
+
+
 # --- running ---------------------------------------------------------------------------------
 
 

@@ -35,6 +35,7 @@ from .recipes import parse_recipe
 from .schemas import PackedConfig, check
 from .source import NOT_A_FILE
 from .stock import Stock, check_files
+from .unpacking import unpack_model
 
 
 class MixbitsConfig(QuantizationConfigMixin):
@@ -153,8 +154,9 @@ class MixbitsQuantizer(HfQuantizer):
         for name in left.groups:
             if state[name].is_meta:
                 raise UsageError(f"weights that are stored quantized cannot be offloaded: {name}")
-            with torch.no_grad():
-                state[name].copy_(left.tensor(name))
+            # transformers 5.17 may have put codes of 8 bits there, in their own type.
+            kind = state[name].dtype if state[name].dtype in ops.DTYPES else model.config.dtype
+            state[name].data = left.tensor(name).to(state[name].device, kind)
 
     def get_state_dict_and_metadata(
         self, model: Any
@@ -194,6 +196,11 @@ class MixbitsQuantizer(HfQuantizer):
                     f"a weight that is stored as the source has quantized it must stay that: "
                     f"{name} was changed, and cannot be saved"
                 )
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        """What `model.dequantize()` calls: the model with plain weights. Raises UsageError."""
+        unpack_model(model, model.dtype if dtype is None else dtype)
+        return model
 
     def is_serializable(self) -> bool:
         return True

@@ -24,6 +24,7 @@ LAYERS = [
     {"evaluate"},
     {"loading"},
     {"transformers_quantizer"},
+    {"unpacking"},
     {"stock"},
     {"checkpoint", "graphs", "decode", "pages"},
     {"plan", "rounded", "distill"},

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import TensorSpec, tied_copies
-from ..experts import Layout, layout_of
+from ..experts import Layout, layout_of, make_stack
 from ..formats import UsageError
 from ..model import decoder_blocks, split_expert_name
 from ..recognise import is_conv1d
@@ -104,32 +104,25 @@ def _stack(carrier: Carrier, module: str, leaf: str) -> _Plain:
     """A 3-D parameter, or the biases that go with one, of experts that are linears in the files."""
     model, layout = carrier.model, _layout(carrier.model, module)
     shape = tuple(model.shapes.get_submodule(module).get_parameter(leaf).shape)
-    is_bias = leaf.endswith("_bias")
     projections = [p for p in layout.projections if layout.stack(p) == leaf.removesuffix("_bias")]
-    suffix = ".bias" if is_bias else ".weight_plain"
+    suffix = ".bias" if leaf.endswith("_bias") else ".weight_plain"
 
     def stored(expert: int, projection: str) -> str | None:
         name = f"{module}.{expert}.{projection}{suffix}"
         return name if name in model.specs else None
 
-    def make() -> Tensor:
-        out = torch.empty(shape, dtype=dtype)
-        for expert, rows in enumerate(out):
-            for p in projections:
-                plain = stored(expert, p)
-                value = (
-                    carrier.dequantized(f"{module}.{expert}.{p}", dtype)
-                    if plain is None
-                    else carrier.plain(plain, dtype)
-                )
-                turned = layout.transposed and not is_bias
-                layout.part(rows.T if turned else rows, p).copy_(value)
-        return out
+    def value(expert: int, projection: str) -> Tensor:
+        plain = stored(expert, projection)
+        if plain is not None:
+            return carrier.plain(plain, dtype)
+        return carrier.dequantized(f"{module}.{expert}.{projection}", dtype)
 
     names = {stored(expert, p) for expert in range(shape[0]) for p in projections}
     kinds = {carrier.dtype if n is None else carrier.kept(model.specs[n].dtype) for n in names}
     dtype = reduce(torch.promote_types, kinds)
-    return _Plain(dtype, shape, make)
+    return _Plain(
+        dtype, shape, lambda: make_stack(layout, leaf, torch.empty(shape, dtype=dtype), value)
+    )
 
 
 def _units(model: PackedModel, found: Mapping[str, _Plain]) -> list[list[str]]:
