@@ -103,7 +103,20 @@ def check_loaded(linear: nn.Module, state: Mapping[str, Any], prefix: str) -> No
             check_order(checks.in_memory(name, value), len(value), prefix + name)
 
 
-class PackedLinear(nn.Module):
+class _Watched(nn.Module):
+    """Counts whatever is set on it in `PackedLinear.changes`; loads only what fits its buffers."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        PackedLinear.changes += 1
+
+    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *args: Any) -> None:
+        check_loaded(self, state, prefix)
+        super()._load_from_state_dict(state, prefix, *args)
+        PackedLinear.changes += 1
+
+
+class PackedLinear(_Watched):
     """y = x Q(W)^T + bias from packed weights; x [..., K] -> y [..., N] in x's dtype.
 
     Buffers as in `mixbits.pack`, empty until a checkpoint or `PackedLinear.from_weight` fills
@@ -197,15 +210,6 @@ class PackedLinear(nn.Module):
         y = ops.packed_matmul_fp8(rows, packed, fmt, self.row_scale, self.backend)
         return _add_bias(self, y.reshape(*x.shape[:-1], self.out_features))
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, value)
-        PackedLinear.changes += 1
-
-    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *args: Any) -> None:
-        check_loaded(self, state, prefix)
-        super()._load_from_state_dict(state, prefix, *args)
-        PackedLinear.changes += 1
-
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
         # `.to(bfloat16)` must not round float16 scales: they travel as integers.
         is_float = self.weight_scale is not None and self.weight_scale.is_floating_point()
@@ -223,7 +227,7 @@ class PackedLinear(nn.Module):
         return f"{sizes}, {self.scheme.name}{mode}"
 
 
-class MixedLinear(nn.Module):
+class MixedLinear(_Watched):
     """y = x' Q(W')^T + bias from segments, each packed in a scheme of its own; x' and W' are x and
     W arranged (`mixbits.arrange`).
 
@@ -277,15 +281,6 @@ class MixedLinear(nn.Module):
         if all(map(is_, kept, tensors)) and checks.keep_size(kept):
             self.__dict__["_place"] = place
         return found
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, value)
-        PackedLinear.changes += 1
-
-    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *args: Any) -> None:
-        check_loaded(self, state, prefix)
-        super()._load_from_state_dict(state, prefix, *args)
-        PackedLinear.changes += 1
 
     @property
     def tensors(self) -> list[Tensor]:

@@ -404,10 +404,6 @@ def _measure_deltaloss(
     progress: Progress,
     arrangements: Arrangements,
 ) -> SlabScores:
-    if arrangements:
-        raise UsageError(
-            "deltaloss scores columns as they come: ordered or rotated ones need fisher"
-        )
     scores: SlabScores = {info.name: {} for info in linears}
     for scheme in schemes:
         records = {
@@ -465,8 +461,6 @@ def _measure_weight(
     progress: Progress,
     arrangements: Arrangements,
 ) -> SlabScores:
-    if arrangements:
-        raise UsageError("weight scores columns as they come: ordered or rotated ones need fisher")
     formats = list(dict.fromkeys(s.weight for s in schemes if s.weight is not None))
     noise = {s.activation: _noise(s.activation, seed) for s in schemes if s.activation is not None}
     scores: SlabScores = {}
@@ -538,6 +532,10 @@ def measure(
     """
     if method not in METHODS:
         raise UsageError(f"method must be one of {', '.join(METHODS)}: got {method!r}")
+    if arrangements and method != "fisher":
+        raise UsageError(
+            f"{method} scores columns as they come: ordered or rotated ones need fisher"
+        )
     if method == "fisher":  # a sum over tokens, so batches are nobody's business
         batch_size = min(batch_size, model.tokens_at_once() // ids.shape[1] or batch_size)
     batches = list(ids.split(batch_size)) if method != "weight" else []

@@ -527,4 +527,4 @@ def test_a_model_with_odd_numbers_is_refused_before_it_is_built(tmp_path: Path) 
         "num_attention_heads": 2**31,
     }.items():
         path.write_text(json.dumps({**config, key: value}))
-        sentence(lambda: open_source(str(path.parent)).weights)
+        assert sentence(lambda: open_source(str(path.parent)).weights), key
