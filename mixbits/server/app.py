@@ -200,13 +200,13 @@ class Service:
             raise RequestError(400, f"Content-Type must be application/json: got {shortened(kind)}")
         if int(request.headers.get("content-length", 0)) > self.max_body:
             raise self._too_large()
-        parts: list[bytes] = []
+        body = bytearray()
         try:
             async with asyncio.timeout(BODY_SECONDS):
                 async for part in request.stream():
                     self._reading += len(part)
-                    parts.append(part)
-                    if sum(map(len, parts)) > self.max_body:
+                    body += part
+                    if len(body) > self.max_body:
                         raise self._too_large()
                     if self._reading > BODIES * self.max_body:
                         raise _busy("too much is being sent to this server at once")
@@ -219,8 +219,8 @@ class Service:
         except ClientDisconnect:
             raise ClientGone from None
         finally:
-            self._reading -= sum(map(len, parts))
-        return b"".join(parts)
+            self._reading -= len(body)
+        return bytes(body)
 
     def _too_large(self) -> RequestError:
         return RequestError(413, f"the body must be at most {self.max_body} bytes (--max-body)")
