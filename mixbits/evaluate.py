@@ -204,7 +204,7 @@ def _bars_told(cost: float) -> Iterator[None]:
             super().__init__(*args, **{**kwargs, "disable": True})
             self.advance = None
             if self.iterable is None and self.total:
-                self.advance = steps(self.total, cost)
+                self.advance = steps(self.total, cost, is_all=True)
 
         def update(self, n: float | None = 1) -> None:
             if self.advance is not None:

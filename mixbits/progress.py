@@ -87,6 +87,7 @@ class Progress:
         self.stream, self.clock = sys.stderr if stream is None else stream, clock
         self.begun = self.entered = clock()
         self.name, self.part = "", ""
+        self.rounds = 1  # of what runs, this one and those to come (`numbered`)
         self.bar: Any = None
         self.drawn, self.said, self.patience = 0.0, self.begun, EVERY
 
@@ -111,6 +112,10 @@ class Progress:
     def expect(self, work: float) -> None:
         """The stage that runs has at least so much ahead of it."""
         self.work[self.name] = max(self.work[self.name], self.done[self.name] + work)
+
+    def expect_only(self, work: float) -> None:
+        """The stage that runs has so much ahead of it in this round and each to come."""
+        self.work[self.name] = self.done[self.name] + work * self.rounds
 
     def advance(self, work: float) -> None:
         """So much more is done."""
@@ -171,15 +176,16 @@ def say(text: str) -> None:
     print("\n".join(map(printable, text.split("\n"))), flush=True)
 
 
-def steps(total: float, cost: float = 1.0) -> Advance:
+def steps(total: float, cost: float = 1.0, is_all: bool = False) -> Advance:
     """Work in `total` steps, each of `cost` forwards of a block; call what it gives after a step.
 
+    `is_all`: this is what the stage, or the round of it, has ahead, whatever was guessed before.
     Without an open `Progress` nothing is shown.
     """
     progress = _current
     if progress is None:
         return lambda count=1.0: None
-    progress.expect(total * cost)
+    (progress.expect_only if is_all else progress.expect)(total * cost)
     progress.show()
     return lambda count=1.0: progress.advance(count * cost)
 
@@ -203,9 +209,12 @@ def numbered(things: Sequence[T], what: str) -> Iterator[T]:
     """Each of `things` in turn, called `what` 1 of n; the work ahead is as of those before."""
     for index, thing in enumerate(things):
         before = _current.done[_current.name] if _current else 0.0
+        if _current is not None:
+            _current.rounds = len(things) - index
         with part(f"{what} {index + 1} of {len(things)}"):
             yield thing
         if _current is not None:  # now it is known what one takes
             took = _current.done[_current.name] - before
             ahead = took * (len(things) - index - 1)
+            _current.rounds = 1
             _current.work[_current.name] = _current.done[_current.name] + ahead

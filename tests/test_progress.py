@@ -79,6 +79,16 @@ def test_candidates_are_numbered_and_the_first_says_what_the_others_take() -> No
     assert seen == [f"candidate {i} of 4" for i in (1, 2, 3, 4)]
 
 
+def test_what_is_known_of_one_round_replaces_the_guess_of_all() -> None:
+    run, ahead = p.Progress({"evaluate": 8000.0}, io.StringIO(), Clock()), []
+    with run.stage("evaluate"):
+        for _ in p.numbered("ab", "model"):
+            advance = p.steps(300, 2.0, is_all=True)
+            ahead.append(run.work["evaluate"] - run.done["evaluate"])
+            advance(300)
+    assert ahead == [1200, 600] and run.share() == 1
+
+
 def test_functions_called_from_python_show_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     advance = p.steps(10)
     with p.part("something"):
