@@ -131,6 +131,7 @@ def _counts(config: dict[str, Any]) -> Iterator[tuple[float, str]]:
 
 def _tensor_count(path: Path) -> int:
     """How many tensors the header of a safetensors file tells of; 0 where it has none."""
+    check_file(path)
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
         header = file.read(size) if size <= _HEADER_BYTES else b""

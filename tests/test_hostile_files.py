@@ -282,6 +282,9 @@ def test_experts_are_counted_and_files_may_have_more(model: Path) -> None:
     assert "num_experts of config.json" in sentence(lambda: check_folder(model))
     (model / "config.json").write_text(json.dumps({**CONFIG, "num_hidden_layers": 600}))
     assert "num_hidden_layers of config.json" in sentence(lambda: check_folder(model))
+    os.mkfifo(model / "more.safetensors")  # whose header would be waited for
+    assert "a named pipe" in sentence(lambda: check_folder(model))
+    (model / "more.safetensors").unlink()
     save_file({str(i): torch.zeros(0) for i in range(600)}, model / "model.safetensors")
     check_folder(model)
 
