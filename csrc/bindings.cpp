@@ -4,7 +4,6 @@
 // checked by mixbits.ops; dtypes and formats are the numbers of csrc/formats.h.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
-
 #include <string.h>
 
 #include <new>
