@@ -177,8 +177,8 @@ def packed_modules(folder: Path) -> dict[str, Any]:
 
 def round_in_place(model: Any, recipes: dict[str, Any]) -> int:
     """Round the linears of a plain model in place; returns how many weights they hold."""
-    from mixbits.fake import round_weights
     from mixbits.model import find_linears
+    from mixbits.nearest import round_weights
 
     linears = [i for i in find_linears(model, include_head=True) if i.name in recipes]
     if len(linears) != len(recipes):

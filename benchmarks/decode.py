@@ -33,7 +33,8 @@ from benchmarks.timing import machine, percentile, write_csv
 from mixbits.attention import use_grouped_attention
 from mixbits.backends import cpu
 from mixbits.decode import use_decode_step
-from mixbits.formats import Scheme, first_line, parse_scheme
+from mixbits.errors import first_line
+from mixbits.formats import Scheme, parse_scheme
 from mixbits.linear import PackedLinear, share_inputs, swap_linears
 from mixbits.model import find_linears
 from mixbits.pages import use_large_pages

@@ -22,10 +22,11 @@ import torch
 
 from mixbits.backends import cpu
 from mixbits.calibration import load_sequences
-from mixbits.fake import FakeLinear, fake_input, fake_quantize_model
+from mixbits.fake import FakeLinear, fake_quantize_model
 from mixbits.formats import Scheme, parse_scheme
 from mixbits.linear import PackedLinear, swap_linears
 from mixbits.model import find_linears
+from mixbits.nearest import fake_input
 from mixbits.report import environment, quiet, table
 from mixbits.source import Source, open_source
 from mixbits.streaming import StreamedModel

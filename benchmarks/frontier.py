@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from mixbits.allocate import Item, allocate
-from mixbits.curve import check_plotting, frontier
+from mixbits.charts import check_plotting
+from mixbits.curve import frontier
 from mixbits.formats import Scheme, parse_scheme
 from mixbits.scores import read_json
 

@@ -29,8 +29,8 @@ from torch import Tensor
 from benchmarks.ablation import VARIANTS, Subject
 from benchmarks.records import Records
 from benchmarks.text import DEMO, GATE, make_text
+from mixbits.errors import UsageError
 from mixbits.evaluate import sequence_kl
-from mixbits.formats import UsageError
 from mixbits.gate import Candidate, behind, candidates, choose, judge
 from mixbits.plan import Budget, Plan, average_bits, solve
 from mixbits.report import quiet, table

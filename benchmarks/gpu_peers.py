@@ -22,7 +22,8 @@ from benchmarks.contender import (
 )
 from benchmarks.peers import torch_linear
 from mixbits import ops
-from mixbits.formats import first_line, parse_scheme
+from mixbits.errors import first_line
+from mixbits.formats import parse_scheme
 from mixbits.pack import unpack
 
 BASELINE = "cuBLAS bfloat16"

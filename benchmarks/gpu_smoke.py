@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from mixbits import folding, ops, reference
-from mixbits.formats import Format, UsageError
+from mixbits.errors import UsageError
+from mixbits.formats import Format
 from mixbits.pack import Mix, Operand, Packed, order_dtype, unpack
 
 FORMATS = (

@@ -27,7 +27,7 @@ import torch
 from transformers import LlamaConfig
 
 from benchmarks import ggml
-from mixbits.formats import first_line
+from mixbits.errors import first_line
 
 _TILE = 256  # rows of a weight that are quantized; the others repeat them
 _EMBEDDING = "Q4_0"

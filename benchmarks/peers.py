@@ -37,7 +37,8 @@ from benchmarks.contender import (
     pack_all,
 )
 from mixbits import ops
-from mixbits.formats import Format, first_line, parse_scheme
+from mixbits.errors import first_line
+from mixbits.formats import Format, parse_scheme
 
 # --- torch -------------------------------------------------------------------------------------
 

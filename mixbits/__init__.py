@@ -19,10 +19,11 @@ if TYPE_CHECKING:
     from importlib.machinery import ModuleSpec
     from types import ModuleType
 
-    from .formats import UsageError, parse_scheme
+    from .errors import UsageError
+    from .formats import parse_scheme
     from .loading import load
 
-_HOME = {"load": "loading", "UsageError": "formats", "parse_scheme": "formats"}
+_HOME = {"load": "loading", "UsageError": "errors", "parse_scheme": "formats"}
 
 
 def __getattr__(name: str) -> Any:

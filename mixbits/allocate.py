@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .formats import UsageError
+from .errors import UsageError
 from .knapsack import Items, Relaxation, optimum
 
 

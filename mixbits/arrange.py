@@ -17,7 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .formats import MX_GROUP, Recipe, Scheme, UsageError
+from .errors import UsageError
+from .formats import MX_GROUP, Recipe, Scheme
 
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 

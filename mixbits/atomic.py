@@ -24,8 +24,8 @@ from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
 
+from .errors import UsageError, first_line
 from .files import encoded
-from .formats import UsageError, first_line
 from .manifest import MANIFEST, TEMPORARY, Manifest, foreign, remove_ours
 from .system import Lock, disk_full, ended_by_signals, exchange, mounted_within, rename_new
 

@@ -29,10 +29,9 @@ import torch
 from torch import Tensor
 
 from .chats import Rendered, row_text
-from .early import JSONL, check_dataset
+from .errors import UsageError, first_line
 from .files import last_part, read_json
-from .formats import UsageError, first_line
-from .hub_data import HubData
+from .hub_data import JSONL, HubData, check_dataset
 
 CHARS_PER_TOKEN = 16  # more text than this per wanted token is not read at first
 _LINE = 1 << 26  # characters of a line of jsonl: a text has fewer

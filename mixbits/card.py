@@ -14,8 +14,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from .errors import printable
 from .files import hub_name, last_part
-from .formats import printable
 from .report import plus_minus, result_rows, size, task_rows
 from .source import Source
 

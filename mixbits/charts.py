@@ -7,10 +7,17 @@ shape too. Every mark carries its figures as a `<title>`, which browsers show an
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .errors import UsageError, printable
 
 WIDTH = 720  # of a heat map, in units that a page scales
 WIDE = 620  # from here on it scrolls on a phone; what is smaller is made to fit
@@ -287,3 +294,57 @@ def interval(low: float, value: float, high: float, least: float, most: float) -
     parts.append(f'<circle cx="{across(value):.1f}" cy="9" r="4" class="c1"/>')
     label = f"{value:.4g}, between {low:.4g} and {high:.4g}"
     return _svg(width, height, parts, label, "interval")
+
+
+def check_plotting() -> None:
+    """Raises UsageError without matplotlib: an optional dependency should be missed early."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UsageError(
+            "plotting needs matplotlib, which is not installed: pip install matplotlib"
+        )
+
+
+def plot(
+    table: Sequence[Mapping[str, Any]],
+    path: Path,
+    title: str,
+    marks: Sequence[Mapping[str, Any]] = (),
+    loss_name: str = "predicted loss",
+) -> None:
+    """Rows -> a PNG: loss over bits per weight, and `marks` beside the curve.
+
+    A mark is {"name", "avg_bits", "predicted_loss"}, such as the plan chosen or a baseline. Where
+    rows have no `avg_bits`, `cost_bits` takes its place in both. Losses of 0 are left out.
+    Raises UsageError without matplotlib.
+    """
+    check_plotting()
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot, ticker
+
+    key = "avg_bits" if table and "avg_bits" in table[0] else "cost_bits"
+    shown = [row for row in table if row["predicted_loss"] > 0]
+    bits, losses = (np.array([row[k] for row in shown]) for k in (key, "predicted_loss"))
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    axes.plot(bits, losses, color=COLORS[-1], marker=".", label="optimal")
+    for mark in marks:
+        if mark["predicted_loss"] > 0:
+            where, kind = (mark[key], mark["predicted_loss"]), plan_kind(mark["name"])
+            look: dict[str, Any] = {
+                "color": COLORS[kind],
+                "markersize": 9,
+                "label": printable(mark["name"]),
+            }
+            axes.plot(*where, MARKERS[kind], **look)
+    axes.set(yscale="log", ylabel=loss_name)
+    axes.yaxis.set_minor_locator(ticker.LogLocator(subs=(2, 3, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
+    axes.set_xlabel("bits per weight, everything counted" if key == "avg_bits" else "bits")
+    axes.set_title(printable(title).replace("$", r"\$"), fontsize=9)
+    axes.grid(color="0.9", which="both")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .formats import UsageError, first_line
+from .errors import UsageError, first_line
 
 COLUMNS = ("messages", "conversations")
 _ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant"}

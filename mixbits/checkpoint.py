@@ -41,7 +41,6 @@ from .companions import copy_companions
 from .experts import expert_bias, expert_slice, layout_of
 from .files import read_object
 from .formats import Assignment, Mixed
-from .linear import pack_recipe, recipe_tensors
 from .model import (
     LinearInfo,
     expert_linears,
@@ -50,7 +49,8 @@ from .model import (
     split_expert_name,
     weight_of,
 )
-from .pack import LAYOUT, Rounded, recipe_spec
+from .nearest import pack_recipe
+from .pack import LAYOUT, Rounded, recipe_spec, recipe_tensors
 from .recipes import describe
 from .recognise import MAKERS
 from .source import NOT_A_FILE, Source
@@ -507,7 +507,7 @@ def save_fake(
     What is not rounded is as the source stores it, or in 16 bits where that is quantized. The model
     itself is changed. Activations are not rounded by such a model.
     """
-    from .fake import round_weights
+    from .nearest import round_weights
 
     head = output_head(model)[0]
     if head_is_tied(model) and _is_packed(head, assignment):

@@ -6,11 +6,10 @@ import argparse
 import difflib
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from .formats import UsageError, first_line, printable
+from .errors import UsageError, first_line, printable
 
 
 class Parser(argparse.ArgumentParser):
@@ -33,19 +32,6 @@ class Parser(argparse.ArgumentParser):
         near = [difflib.get_close_matches(word, self._option_string_actions, 1) for word in words]
         found = dict.fromkeys(name for names in near for name in names)
         return f" ({', '.join(found)}?)" if found else " (--help has them all)"
-
-
-@contextmanager
-def plain_errors(what: str) -> Iterator[None]:
-    """Whatever another's code or file raises becomes a UsageError: `what`, and why."""
-    try:
-        yield
-    except UsageError:
-        raise
-    except BaseException as error:  # dozens of kinds; a panic of tokenizers is no Exception
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        raise UsageError(f"{what}: {first_line(error)}") from error
 
 
 def exit_code(run: Callable[[], object], argv: Sequence[str] | None = None) -> int:

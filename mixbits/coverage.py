@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .formats import UsageError
+from .errors import UsageError
 from .model import LeftAlone, LinearInfo, Survey, name_matches
 from .report import size
 

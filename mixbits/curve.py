@@ -7,18 +7,13 @@ serves all of them, so that a curve costs little more than a plan.
 from __future__ import annotations
 
 import csv
-import importlib.util
 import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from .allocate import Allocation, Item, as_items, optimal
-from .charts import COLORS, MARKERS, plan_kind
-from .formats import UsageError, printable
+from .errors import UsageError
 from .knapsack import Items, Relaxation
 
 BREAKPOINTS = 100  # up to this many, every budget at which the relaxation is exact is a point
@@ -92,57 +87,3 @@ def to_csv(table: Sequence[Row]) -> str:
     for row in table:
         writer.writerow({k: f"{v:.9g}" if isinstance(v, float) else v for k, v in row.items()})
     return text.getvalue()
-
-
-def check_plotting() -> None:
-    """Raises UsageError without matplotlib: an optional dependency should be missed early."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise UsageError(
-            "plotting needs matplotlib, which is not installed: pip install matplotlib"
-        )
-
-
-def plot(
-    table: Sequence[Row],
-    path: Path,
-    title: str,
-    marks: Sequence[Row] = (),
-    loss_name: str = "predicted loss",
-) -> None:
-    """Rows -> a PNG: loss over bits per weight, and `marks` beside the curve.
-
-    A mark is {"name", "avg_bits", "predicted_loss"}, such as the plan chosen or a baseline. Where
-    rows have no `avg_bits`, `cost_bits` takes its place in both. Losses of 0 are left out.
-    Raises UsageError without matplotlib.
-    """
-    check_plotting()
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot, ticker
-
-    key = "avg_bits" if table and "avg_bits" in table[0] else "cost_bits"
-    shown = [row for row in table if row["predicted_loss"] > 0]
-    bits, losses = (np.array([row[k] for row in shown]) for k in (key, "predicted_loss"))
-    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
-    axes.plot(bits, losses, color=COLORS[-1], marker=".", label="optimal")
-    for mark in marks:
-        if mark["predicted_loss"] > 0:
-            where, kind = (mark[key], mark["predicted_loss"]), plan_kind(mark["name"])
-            look: dict[str, Any] = {
-                "color": COLORS[kind],
-                "markersize": 9,
-                "label": printable(mark["name"]),
-            }
-            axes.plot(*where, MARKERS[kind], **look)
-    axes.set(yscale="log", ylabel=loss_name)
-    axes.yaxis.set_minor_locator(ticker.LogLocator(subs=(2, 3, 5)))
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter("{x:g}")
-    axes.set_xlabel("bits per weight, everything counted" if key == "avg_bits" else "bits")
-    axes.set_title(printable(title).replace("$", r"\$"), fontsize=9)
-    axes.grid(color="0.9", which="both")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)

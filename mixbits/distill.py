@@ -29,14 +29,15 @@ from transformers import GenerationConfig
 
 from . import ops, progress
 from .arrange import arrangement_of
-from .fake import fake_input
-from .formats import Assignment, Format, Recipe, UsageError
+from .compensate import snap, snapper
+from .errors import UsageError
+from .formats import Assignment, Format, Recipe
 from .gradients import straight_through
 from .model import CausalLM, LinearInfo, decoder_blocks
+from .nearest import fake_input
 from .pack import Packed, Rounded, pack, unpack
 from .probing import probed
 from .reference import Quantized, dequantize, encode, join_groups, split_groups
-from .rounding import snap, snapper
 from .streaming import StreamedModel
 
 RATE = 0.173  # of a group's scale, over the root of the steps: what the first one moves a weight

@@ -15,15 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from .atomic import check_destination
-from .curve import check_plotting
-from .files import check_file, is_text, read_object
-from .formats import UsageError, parse_scheme
+from .charts import check_plotting
+from .errors import UsageError
+from .files import read_object
+from .formats import parse_scheme
+from .hub_data import _OTHERS, check_dataset
+from .model_files import already_quantized, check_name
 from .options import parse_keep
 from .targets import DEFAULT_SCHEMES
 
-JSONL = (".jsonl", ".ndjson")
-# Data, but none that is read here: as text they would be noise.
-_OTHERS = {".csv", ".tsv", ".parquet", ".arrow", ".feather", ".orc", ".npz", ".pt", ".pth", ".bin"}
 _OTHERS |= {".pkl", ".pickle", ".safetensors", ".gguf", ".h5", ".hdf5", ".tfrecord", ".msgpack"}
 _OTHERS |= {".gz", ".bz2", ".xz", ".zst", ".zip", ".7z", ".tar", ".tgz", ".rar", ".lz4", ".sqlite"}
 _OTHERS |= {".db", ".xls", ".xlsx", ".pdf", ".doc", ".docx", ".odt", ".epub"}
@@ -32,43 +32,10 @@ _SIZES = {"hidden_size", "intermediate_size", "moe_intermediate_size", "head_dim
 _KEYS = re.compile(r"(?:task|group|tag)s?\s*:|-\s")  # of a YAML line that may name a task
 
 
-def check_name(model: str) -> None:
-    """Raises UsageError for what is neither a folder nor a Hugging Face name."""
-    path = Path(model)
-    is_path = model.startswith((".", "/", "~")) or model.count("/") > 1 or path.exists()
-    if not path.is_dir() and is_path:
-        raise UsageError(f"MODEL must be a folder or a Hugging Face name: {model} is no folder")
-
-
-def check_dataset(source: str) -> None:
-    """Raises UsageError for what is there and no file of a kind that is read, and for odd names."""
-    if not is_text(source):
-        raise UsageError(f"--dataset must have a name in UTF-8: got {source!r:.160}")
-    path = Path(source)
-    suffix = path.suffix.lower()
-    looks_like_file = suffix in {".txt", ".json", ".npy", *JSONL, *_OTHERS}
-    exists = os.path.exists(source)  # False for a name that is too long, where Path raises
-    if os.path.isdir(source) or (looks_like_file and not exists):
-        raise UsageError(f"--dataset must be a file or a dataset name: {source} is no file")
-    if exists:
-        check_file(path)
-        if path.stat().st_size == 0 and suffix not in {".npy", ".json"}:
-            raise UsageError(f"--dataset must hold text: {source} is empty")
-        if suffix in _OTHERS:
-            raise UsageError(
-                f"--dataset must be a text, jsonl, .npy or .json file: {source} is {suffix}, which "
-                "is not read"
-            )
-
-
 def check_seqlen(args: argparse.Namespace, longest: Any) -> None:
     """Raises UsageError for sequences that are longer than a model's positions."""
     if isinstance(longest, int) and longest and args.seqlen > longest:
         raise UsageError(f"--seqlen must be at most {longest} for this model: got {args.seqlen}")
-
-
-def already_quantized(path: Path) -> UsageError:
-    return UsageError(f"the model in {path} is quantized by mixbits already: pass the original")
 
 
 def check(args: argparse.Namespace) -> None:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .calibration import prefix_tokens
-from .formats import UsageError, first_line
+from .errors import UsageError, first_line
 from .progress import steps
 
 CHUNK = 512  # tokens whose float64 log-probabilities are held at once

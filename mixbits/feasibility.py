@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from .atomic import check_room
-from .formats import BF16, Assignment, UsageError
+from .errors import UsageError
+from .formats import BF16, Assignment
 from .model import decoder_blocks, head_is_tied, output_head
 from .plan import unit_options
 from .report import size

@@ -17,7 +17,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from .formats import UsageError, first_line
+from .errors import UsageError, first_line
 
 _SNAPSHOT = re.compile(r"/models--([\w.-]+?)--([\w.-]+)/snapshots/[^/]+$")
 CONFIG_BYTES = 64 << 20  # an index of 10^5 tensors takes 10 MB; configurations take kilobytes

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import curve
+from . import charts, curve
 from .allocate import Allocation
 from .arrange import Arrangement
 from .calibration import Sequences
@@ -162,7 +162,7 @@ def write_curve(
     marks = [_mark(run, "this plan", plan), *report.get("baselines", [])]
     title = f"{Path(run.source.name).name}, {run.args.schemes}"
     loss_name = f"predicted loss ({plan.data['method']})"
-    curve.plot(rows, folder / "curve.png", title, marks, loss_name)
+    charts.plot(rows, folder / "curve.png", title, marks, loss_name)
 
 
 def fidelity(

@@ -26,8 +26,8 @@ from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 from transformers import StaticCache
 from transformers.cache_utils import StaticLayer
 
+from .errors import first_line
 from .experts import is_experts
-from .formats import first_line
 from .linear import Experts, PackedLinear
 
 WARM_UP = 2  # steps before the capture: kernels are compiled and chosen, workspaces allocated

@@ -10,12 +10,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from .chats import row_text
-from .formats import UsageError, first_line
+from .errors import UsageError, first_line
+from .files import check_file, is_text
 
 _ADVICE = (
     "NAME:config=C:split=S:column=K says which part of a data set; or pass a text, jsonl, .npy or "
@@ -81,3 +84,31 @@ class HubData:
                 f"column '{error}' of dataset {self.name!r} must hold text: "
                 f"got {type(row[str(error)]).__name__}; {_ADVICE}"
             ) from None
+
+
+JSONL = (".jsonl", ".ndjson")
+
+
+# Data, but none that is read here: as text they would be noise.
+_OTHERS = {".csv", ".tsv", ".parquet", ".arrow", ".feather", ".orc", ".npz", ".pt", ".pth", ".bin"}
+
+
+def check_dataset(source: str) -> None:
+    """Raises UsageError for what is there and no file of a kind that is read, and for odd names."""
+    if not is_text(source):
+        raise UsageError(f"--dataset must have a name in UTF-8: got {source!r:.160}")
+    path = Path(source)
+    suffix = path.suffix.lower()
+    looks_like_file = suffix in {".txt", ".json", ".npy", *JSONL, *_OTHERS}
+    exists = os.path.exists(source)  # False for a name that is too long, where Path raises
+    if os.path.isdir(source) or (looks_like_file and not exists):
+        raise UsageError(f"--dataset must be a file or a dataset name: {source} is no file")
+    if exists:
+        check_file(path)
+        if path.stat().st_size == 0 and suffix not in {".npy", ".json"}:
+            raise UsageError(f"--dataset must hold text: {source} is empty")
+        if suffix in _OTHERS:
+            raise UsageError(
+                f"--dataset must be a text, jsonl, .npy or .json file: {source} is {suffix}, which "
+                "is not read"
+            )

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from .formats import MX_GROUP, UsageError, first_line
+from .errors import UsageError, first_line
+from .formats import MX_GROUP
 from .stored import (
     ELEMENTS,
     FLOAT8,

@@ -19,69 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from . import checks, gradients, ops
-from .arrange import Arrangement, arrangement_of, check_order
+from .arrange import Arrangement, check_order
+from .errors import UsageError
 from .experts import ExpertsLoop, expert_bias, expert_slice, is_experts, layout_of, loop_of
-from .formats import Mixed, Recipe, Scheme, UsageError
+from .formats import Mixed, Recipe, Scheme
 from .model import FUSED_GROUPS, expert_parent, linear_weight
 from .pack import Mix, Operand, Packed, order_dtype, packed_spec
-from .scale_range import check_scales
-
-
-def check_finite(name: str, tensor: Tensor) -> None:
-    """Raise UsageError that names the tensor if it holds a NaN or an infinity."""
-    if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-        bad = int((~torch.isfinite(tensor)).sum())
-        raise UsageError(
-            f"weights must be finite: got {bad} NaN or infinite values of {tensor.numel()} ({name})"
-        )
-
-
-def check_packed(name: str, weight: Tensor, scheme: Scheme, packed: Packed) -> Packed:
-    """`packed` itself. Raises UsageError that names a tensor whose scales cannot hold `weight`."""
-    check_scales(name, weight, scheme, packed)
-    return packed
-
-
-def pack_weight(name: str, weight: Tensor, scheme: Scheme) -> Packed:
-    """Quantize and pack a weight [N, K] of any float dtype.
-
-    Raises UsageError that names the tensor if it is not finite, or too large or small for scales.
-    """
-    assert scheme.weight is not None
-    check_finite(name, weight)
-    return check_packed(name, weight, scheme, ops.quantize_pack(weight, scheme.weight))
-
-
-def pack_recipe(name: str, weight: Tensor, recipe: Recipe) -> list[Packed]:
-    """`pack_weight` of every part of a recipe, the weight [N, K] arranged as it says."""
-    check_finite(name, weight)
-    arranged = arrangement_of(recipe, weight.device).weight(weight)
-    parts = recipe.parts(weight.shape[1])
-    pieces = arranged.split([columns for _, columns in parts], dim=1)
-    return [pack_weight(name, w, s) for w, (s, _) in zip(pieces, parts, strict=True)]
-
-
-def recipe_tensors(recipe: Recipe, packed: Sequence[Packed]) -> dict[str, Tensor]:
-    """The tensors to store, named as in `mixbits.pack.recipe_spec`."""
-    tensors: dict[str, Tensor] = {}
-    if isinstance(recipe, Mixed) and recipe.order is not None and not recipe.folded:
-        tensors["order"] = torch.tensor(recipe.order, dtype=order_dtype(recipe.in_features))
-    for number, part in enumerate(packed):
-        prefix = f"segments.{number}." if isinstance(recipe, Mixed) else ""
-        for name, value in part._asdict().items():
-            if value is not None:
-                tensors[prefix + name] = value
-    return tensors
-
-
-def packed_values(packed: Sequence[Packed], recipe: Recipe, in_features: int) -> Tensor:
-    """The float32 [N, K] that packed parts stand for, in the arranged order."""
-    parts = recipe.parts(in_features)
-    pieces = []
-    for one, (scheme, columns) in zip(packed, parts, strict=True):
-        assert scheme.weight is not None
-        pieces.append(ops.dequantize(one, scheme.weight, columns))
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
 
 
 def check_loaded(linear: nn.Module, state: Mapping[str, Any], prefix: str) -> None:
@@ -161,6 +104,8 @@ class PackedLinear(_Watched):
     ) -> PackedLinear:
         """Pack `weight` [N, K]."""
         linear = cls(weight.shape[1], weight.shape[0], scheme, bias)
+        from .nearest import pack_weight  # what only loads needs none of it
+
         for buffer, value in pack_weight(name, weight, scheme)._asdict().items():
             if value is not None:
                 setattr(linear, buffer, value)

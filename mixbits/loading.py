@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from . import ops
-from .command import plain_errors
+from .errors import plain_errors
 from .linear import PackedLinear, allow_fp8_activations
 from .model import model_class
 from .source import find_folder

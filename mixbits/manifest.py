@@ -20,8 +20,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ValidationError
 
+from .errors import UsageError
 from .files import read_object
-from .formats import UsageError
 
 MANIFEST = "mixbits-manifest.json"
 TEMPORARY = ".mixbits-new"  # what takes the name of a file that is written again

@@ -19,8 +19,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from .errors import UsageError
 from .experts import Layout, expert_slice, layout_of
-from .formats import UsageError
 from .recognise import (
     Routers,
     expert_counts,

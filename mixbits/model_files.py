@@ -16,8 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from .errors import UsageError
 from .files import check_file, lies_within, read_object
-from .formats import UsageError
 
 WHOLE = "model.safetensors"
 TOKENIZER_BYTES = 128 << 20  # those of 250,000 tokens take 35 MB
@@ -139,3 +139,15 @@ def _tensor_count(path: Path) -> int:
         return len(json.loads(header))
     except (ValueError, RecursionError, TypeError):
         return 0
+
+
+def check_name(model: str) -> None:
+    """Raises UsageError for what is neither a folder nor a Hugging Face name."""
+    path = Path(model)
+    is_path = model.startswith((".", "/", "~")) or model.count("/") > 1 or path.exists()
+    if not path.is_dir() and is_path:
+        raise UsageError(f"MODEL must be a folder or a Hugging Face name: {model} is no folder")
+
+
+def already_quantized(path: Path) -> UsageError:
+    return UsageError(f"the model in {path} is quantized by mixbits already: pass the original")

@@ -7,7 +7,7 @@
     fisher_statistics     weight [N, K], row [N], column [K]   float64 [formats, ceil(K / 32)]
     gradient_statistics   weight [N, K], gradient [N, K]       float64 [formats, ceil(K / 32)]
     square_sums           x [T, K]                             float64 [1 + formats, K]
-    compensate_group      group [N, columns], factor, ...      rounding.Group
+    compensate_group      group [N, columns], factor, ...      compensate.Group
     packed_matmul         x [M, K], Packed [N, K]              [M, N], x's dtype
     packed_matmuls        x [M, K], Operands or Mixes [N_i, K] list of [M, N_i]
     fold_rows             Packed, K                            uint8 [N], or None
@@ -34,7 +34,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import folding, gradients, reference, rounding
+from . import compensate, folding, gradients, reference
 from .arrange import Arrangement
 from .checks import (
     DTYPES,
@@ -54,9 +54,10 @@ from .checks import (
     packed_in_memory,
     rows_in_memory,
 )
-from .formats import Format, UsageError
+from .compensate import Group
+from .errors import UsageError
+from .formats import Format
 from .pack import Mix, Operand, Packed, packed_spec
-from .rounding import Group
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 _PREFERENCE = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "reference")}
@@ -317,7 +318,7 @@ def square_sums(x: Tensor, formats: Sequence[Format], backend: str | None = None
 
 
 def compensate_group(group: Tensor, factor: Tensor, importance: Tensor, fmt: Format) -> Group:
-    """`mixbits.rounding.compensate_group`, by native code where there is some.
+    """`mixbits.compensate.compensate_group`, by native code where there is some.
 
     group float32 [N, columns], of which there are at most as many as the format has in a group;
     factor float32 [columns, columns], importance float32 [columns].
@@ -338,7 +339,7 @@ def compensate_group(group: Tensor, factor: Tensor, importance: Tensor, fmt: For
     module = _backend(group, None)
     native = getattr(module, "compensate_group", None)
     if native is None or group.numel() == 0:
-        return rounding.compensate_group(group, factor, importance, fmt)
+        return compensate.compensate_group(group, factor, importance, fmt)
     rest = (_ready(name, named[name], module) for name in ("factor", "importance"))
     found: Group = native(rows_in_memory("group", group), *rest, fmt)
     return found

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from .allocate import STRATEGIES
 from .command import Parser
-from .formats import SCALE_MODES, SCHEME_NAMES, ScaleMode, Scheme, UsageError, parse_scheme
+from .errors import UsageError
+from .formats import SCALE_MODES, SCHEME_NAMES, ScaleMode, Scheme, parse_scheme
 from .targets import DEFAULT_SCHEMES, TARGETS
 
 METHODS = ("fisher", "deltaloss", "weight")  # as in mixbits.sensitivity, which would import torch

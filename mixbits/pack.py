@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .errors import UsageError
 from .formats import MX_GROUP, Format, Mixed, Recipe, order_bits
 
 LAYOUT = 1  # the number of this layout; a checkpoint records it
@@ -158,3 +159,25 @@ def unpack(packed: Packed, fmt: Format, in_features: int) -> reference.Quantized
         groups = fmt.groups(in_features)
         zero_point = reference.unpack_codes(packed.weight_zero_point, fmt.bits, groups)
     return reference.Quantized(codes, packed.weight_scale, zero_point)
+
+
+def check_finite(name: str, tensor: Tensor) -> None:
+    """Raise UsageError that names the tensor if it holds a NaN or an infinity."""
+    if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        bad = int((~torch.isfinite(tensor)).sum())
+        raise UsageError(
+            f"weights must be finite: got {bad} NaN or infinite values of {tensor.numel()} ({name})"
+        )
+
+
+def recipe_tensors(recipe: Recipe, packed: Sequence[Packed]) -> dict[str, Tensor]:
+    """The tensors to store, named as in `mixbits.pack.recipe_spec`."""
+    tensors: dict[str, Tensor] = {}
+    if isinstance(recipe, Mixed) and recipe.order is not None and not recipe.folded:
+        tensors["order"] = torch.tensor(recipe.order, dtype=order_dtype(recipe.in_features))
+    for number, part in enumerate(packed):
+        prefix = f"segments.{number}." if isinstance(recipe, Mixed) else ""
+        for name, value in part._asdict().items():
+            if value is not None:
+                tensors[prefix + name] = value
+    return tensors

@@ -32,18 +32,9 @@ from pathlib import Path
 from typing import Any
 
 from .allocate import Allocation, BudgetError, Item, allocate, cost_range, total
+from .errors import UsageError
 from .files import write_text
-from .formats import (
-    BF16,
-    MX_GROUP,
-    Assignment,
-    Mixed,
-    Recipe,
-    Scheme,
-    UsageError,
-    order_bits,
-    parse_scheme,
-)
+from .formats import BF16, MX_GROUP, Assignment, Mixed, Recipe, Scheme, order_bits, parse_scheme
 from .model import LinearInfo, Unit, match_units
 from .schemas import PlanFile, check
 from .scores import VERSION, Scores, dump, read_json

@@ -20,7 +20,7 @@ from typing import Any, TextIO, TypeVar
 
 from tqdm import tqdm
 
-from .formats import printable
+from .errors import printable
 
 BACKWARD = 4  # a forward, and the forward and backward of it, of twice the cost
 PROPOSALS = 5  # of --max-kl: half of the searches need no more
@@ -170,7 +170,7 @@ class Progress:
 
 
 def say(text: str) -> None:
-    """Print lines beside the bar, whatever is in them: see `formats.printable`."""
+    """Print lines beside the bar, whatever is in them: see `errors.printable`."""
     if _current is not None and _current.bar is not None:
         _current.bar.clear()
     print("\n".join(map(printable, text.split("\n"))), flush=True)

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from .curve import Point
-from .formats import UsageError
+from .errors import UsageError
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any
 
 from . import early
 from .command import exit_code
-from .formats import UsageError, first_line, parse_scheme
+from .errors import UsageError, first_line
+from .formats import parse_scheme
 from .options import parse_arguments
 
 if TYPE_CHECKING:  # torch is imported by functions only: a wrong option should be told at once

@@ -14,7 +14,7 @@ and E is clamped to -127 at the lower end. The exponent is read from the bits of
 that there is no logarithm to go wrong one ulp below a power of two. A block of zeros has the
 byte 0. A block that holds a NaN or an infinity has the byte 255 (e8m0's NaN) and is NaN as a
 whole; an integer group with one has a NaN scale. Nothing non-finite is ever packed silently:
-`mixbits.linear.pack_weight` refuses it by name.
+`mixbits.nearest.pack_weight` refuses it by name.
 
 Elements are rounded to nearest, ties to even, and clamped to the largest finite value. Zeros
 keep their sign.

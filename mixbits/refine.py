@@ -34,10 +34,11 @@ import torch
 from torch import Tensor
 
 from .allocate import Allocation, Item, total
+from .errors import UsageError
 from .evaluate import logits_kl
-from .fake import fake_weight
-from .formats import Assignment, Recipe, UsageError
+from .formats import Assignment, Recipe
 from .model import LinearInfo
+from .nearest import fake_weight
 from .plan import Budget, Problem
 from .probing import probed
 from .progress import steps

@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from .formats import BF16, Assignment, printable
+from .errors import printable
+from .formats import BF16, Assignment
 from .model import LinearInfo
 from .plan import average_bits
 from .progress import Progress, duration, say

@@ -26,7 +26,8 @@ from typing import Any
 from . import report_pieces as pieces
 from . import report_plan, verdict
 from .charts import HeatMap, Html, text
-from .formats import UsageError, parse_scheme
+from .errors import UsageError
+from .formats import parse_scheme
 from .report import average_name, size
 from .report_pieces import Data
 from .report_style import STYLE

@@ -21,14 +21,15 @@ from torch import Tensor
 
 from . import ops
 from .arrange import arrangement_of
-from .fake import fake_input
-from .formats import Assignment, Mixed, Recipe, UsageError
-from .linear import check_finite, check_packed, pack_recipe, packed_values
+from .compensate import search
+from .errors import UsageError
+from .formats import Assignment, Mixed, Recipe
 from .model import LinearInfo, output_head, weight_of
-from .pack import Packed, Rounded, pack
+from .nearest import check_packed, fake_input, pack_recipe, packed_values
+from .pack import Packed, Rounded, check_finite, pack
 from .probing import probed
 from .progress import steps
-from .rounding import METHODS, Curvature, gptq, retarget, search
+from .rounding import METHODS, Curvature, gptq, retarget
 from .streaming import StreamedModel, patched
 
 

@@ -18,16 +18,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .formats import MINIFLOATS, Format, Scheme, UsageError
+from .errors import UsageError
+from .formats import MINIFLOATS, Format, Scheme
 from .pack import Packed, unpack
-from .reference import (
-    MIN_INT_SCALE,
-    Quantized,
-    dequantize,
-    encode,
-    quantize,
-    split_groups,
-)
+from .reference import MIN_INT_SCALE, Quantized, dequantize, encode, quantize, split_groups
 
 WORSE = 2.0
 MANY = 1 / 8

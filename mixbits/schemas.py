@@ -27,8 +27,9 @@ from pydantic import (
     model_validator,
 )
 
+from .errors import UsageError
 from .files import is_plain_name
-from .formats import MAX_SEGMENTS, MX_GROUP, ScaleMode, UsageError
+from .formats import MAX_SEGMENTS, MX_GROUP, ScaleMode
 
 
 def _name(text: str) -> str:

@@ -27,8 +27,9 @@ from typing import Any
 import torch
 
 from .arrange import Arrangement
+from .errors import UsageError
 from .files import DATA_BYTES, read_object, write_text
-from .formats import MX_GROUP, Scheme, UsageError
+from .formats import MX_GROUP, Scheme
 from .model import LinearInfo
 from .schemas import ScoresFile, check
 from .sensitivity import Arrangements, SlabScores

@@ -49,7 +49,8 @@ from torch import Tensor
 
 from . import ops
 from .arrange import Arrangement
-from .formats import MX_GROUP, Format, Scheme, UsageError
+from .errors import UsageError
+from .formats import MX_GROUP, Format, Scheme
 from .model import LinearInfo, weight_of
 from .probing import probed
 from .progress import BACKWARD, steps

@@ -21,8 +21,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .command import Parser, exit_code, plain_errors
-from .formats import UsageError
+from .command import Parser, exit_code
+from .errors import UsageError, plain_errors
 
 if TYPE_CHECKING:
     from .server.http import Server

@@ -18,12 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .formats import MX_GROUP, Assignment, Format, Scheme, UsageError, first_line
-from .linear import check_packed, pack_weight
+from .compensate import search
+from .errors import UsageError, first_line
+from .formats import MX_GROUP, Assignment, Format, Scheme
 from .model import CausalLM, LinearInfo, weight_of
+from .nearest import check_packed, pack_weight
 from .pack import Packed, pack
 from .reference import Quantized, dequantize, encode
-from .rounding import search
 
 # What the packed weight may differ by from auto-round's, of the largest in a row: its are bfloat16.
 TOLERANCE = 2.0**-8

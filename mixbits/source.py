@@ -23,13 +23,11 @@ import torch
 from torch import Tensor, nn
 
 from .atomic import scratch_folder
-from .command import plain_errors
-from .early import already_quantized, check_name
+from .errors import UsageError, first_line, plain_errors
 from .files import is_text, read_object
-from .formats import UsageError, first_line
-from .linear import check_finite
 from .model import CausalLM, meta_model, model_class
-from .model_files import WHOLE, check_folder, check_inside, indexed
+from .model_files import WHOLE, already_quantized, check_folder, check_inside, check_name, indexed
+from .pack import check_finite
 from .weights import Files, Weights
 
 # Of a repository on the hub: weights once (not consolidated ones, nor other formats), and all text.

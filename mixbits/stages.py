@@ -31,8 +31,9 @@ from .coverage import Coverage
 from .curve import frontier
 from .distill import distill, enough_text
 from .early import check_seqlen
+from .errors import UsageError
 from .files import last_part
-from .formats import Assignment, Scheme, UsageError, parse_scheme
+from .formats import Assignment, Scheme, parse_scheme
 from .gate import Candidate, Choice, candidates, choose, judge
 from .kept import NO_CODES, OwnCodes
 from .model import (

@@ -16,17 +16,10 @@ from typing import Any
 
 import torch
 
-from .checkpoint import (
-    TensorSpec,
-    checksum,
-    file_crcs,
-    layout_of_output,
-    tensor_specs,
-    tied_copies,
-)
-from .command import plain_errors
+from .checkpoint import TensorSpec, checksum, file_crcs, layout_of_output, tensor_specs, tied_copies
+from .errors import UsageError, plain_errors
 from .files import read_object
-from .formats import Assignment, UsageError
+from .formats import Assignment
 from .model import LinearInfo, find_linears, meta_model
 from .source import Source
 from .stored import Header

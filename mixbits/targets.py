@@ -18,17 +18,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
-from .formats import (
-    BF16,
-    MX_GROUP,
-    Assignment,
-    Mixed,
-    Recipe,
-    ScaleMode,
-    Scheme,
-    UsageError,
-    parse_scheme,
-)
+from .errors import UsageError
+from .formats import BF16, MX_GROUP, Assignment, Mixed, Recipe, ScaleMode, Scheme, parse_scheme
 
 if TYPE_CHECKING:
     from .model import LinearInfo

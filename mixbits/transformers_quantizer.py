@@ -26,8 +26,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from . import ops
 from .arrange import check_order
 from .checkpoint import checksum, crc, kinds_of, require_mixbits
+from .errors import UsageError
 from .files import read_object, write_text
-from .formats import Recipe, UsageError
+from .formats import Recipe
 from .linear import MixedLinear, PackedLinear, packed_linear, share_inputs, swap_linears
 from .model_files import check_folder
 from .pack import LAYOUT

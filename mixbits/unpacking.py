@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .errors import UsageError
 from .experts import layout_of, make_stack
-from .formats import UsageError
 from .linear import AnyPacked, Experts, PlainLinear
 from .recognise import is_conv1d
 

@@ -21,10 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .command import plain_errors
+from .errors import UsageError, first_line, plain_errors
 from .experts import Layout, layout_of
 from .files import check_file, is_plain_name
-from .formats import Format, UsageError, first_line
+from .formats import Format
 from .layouts import stored_tensors
 from .model import CausalLM, split_expert_name
 from .pack import Packed

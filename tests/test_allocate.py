@@ -8,15 +8,8 @@ import random
 
 import pytest
 
-from mixbits.allocate import (
-    STRATEGIES,
-    BudgetError,
-    Item,
-    allocate,
-    cost_range,
-    total,
-)
-from mixbits.formats import UsageError
+from mixbits.allocate import STRATEGIES, BudgetError, Item, allocate, cost_range, total
+from mixbits.errors import UsageError
 
 
 def random_items(rng: random.Random) -> list[Item]:

@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM
 import mixbits
 from mixbits.arrange import Arrangement
 from mixbits.export.__main__ import main as export_main
-from mixbits.fake import fake_input
 from mixbits.linear import MixedLinear, PackedLinear
 from mixbits.model import find_linears
+from mixbits.nearest import fake_input
 from mixbits.probing import probed
 from mixbits.quantize import main
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from mixbits.arrange import Arrangement, arrangement_of, hadamard
-from mixbits.formats import Mixed, UsageError, parse_scheme
+from mixbits.errors import UsageError
+from mixbits.formats import Mixed, parse_scheme
 
 MXFP4, MXFP8 = parse_scheme("MXFP4"), parse_scheme("MXFP8")
 ARRANGEMENTS = {

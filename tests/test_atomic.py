@@ -28,7 +28,7 @@ from mixbits.atomic import (
     reserved,
     scratch_folder,
 )
-from mixbits.formats import UsageError
+from mixbits.errors import UsageError
 from mixbits.manifest import MANIFEST, Manifest, foreign, remove_ours
 from mixbits.system import Lock, exchange, rename_new
 

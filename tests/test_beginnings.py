@@ -17,8 +17,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from mixbits import quantize
 from mixbits.calibration import begin, cut, load_sequences, prefix_tokens
 from mixbits.distill import written
+from mixbits.errors import UsageError
 from mixbits.evaluate import _without_suffix, compare
-from mixbits.formats import UsageError
 from mixbits.streaming import StreamedModel
 
 BOS, EOS, MASK, SOP = range(4)

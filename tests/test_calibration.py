@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from mixbits.calibration import Sequences, cut, load_sequences, read_tokens, split
-from mixbits.formats import UsageError
+from mixbits.errors import UsageError
 
 
 class Letters:

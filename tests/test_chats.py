@@ -12,7 +12,7 @@ from test_beginnings import BOS, VOCAB, make_tokenizer
 from tiny import read
 
 from mixbits.calibration import load_sequences, read_tokens
-from mixbits.formats import UsageError
+from mixbits.errors import UsageError
 from mixbits.hub_data import HubData
 
 TURNS = [("user", "one"), ("assistant", "two"), ("user", "three")]

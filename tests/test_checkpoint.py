@@ -17,8 +17,9 @@ from transformers import AutoModelForCausalLM
 import mixbits
 from mixbits import checkpoint
 from mixbits.checkpoint import make_shards, predicted_bytes, save, tensor_specs
+from mixbits.errors import UsageError
 from mixbits.fake import FakeLinear
-from mixbits.formats import Mixed, UsageError, parse_scheme
+from mixbits.formats import Mixed, parse_scheme
 from mixbits.linear import PackedLinear, swap_linears
 from mixbits.model import LinearInfo, find_linears, meta_model, weight_of
 from mixbits.source import Source, open_source

@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM
 
 import mixbits
 from mixbits import checkpoint, serve
-from mixbits.formats import UsageError
+from mixbits.errors import UsageError
 from mixbits.model import find_linears
 from mixbits.source import open_source
 

@@ -8,7 +8,7 @@ from conftest import FORMATS, INT_FORMATS, MX_FORMATS, format_id
 
 from mixbits.backends import cuda
 from mixbits.backends.cuda_choice import KERNELS, Choice, choose, choose_fp8, choose_mixed
-from mixbits.formats import UsageError
+from mixbits.errors import UsageError
 
 AMPERE, HOPPER, BLACKWELL = (8, 0), (9, 0), (10, 0)
 MXFP4 = MX_FORMATS[0]

@@ -15,8 +15,9 @@ from test_allocate import random_items
 
 from mixbits import curve, knapsack
 from mixbits.allocate import Allocation, Item, allocate, cost_range, total
-from mixbits.curve import frontier, plot, rows, to_csv
-from mixbits.formats import UsageError
+from mixbits.charts import plot
+from mixbits.curve import frontier, rows, to_csv
+from mixbits.errors import UsageError
 
 THREE = [
     Item("a", (4, 8, 16), (9.0, 3.0, 0.0)),

@@ -13,8 +13,9 @@ from tiny import add_tokenizer, make_model, read
 
 from mixbits import distill, ops, streaming
 from mixbits.distill import enough_text, written
+from mixbits.errors import UsageError
 from mixbits.evaluate import sequence_kl
-from mixbits.formats import Format, UsageError, parse_scheme
+from mixbits.formats import Format, parse_scheme
 from mixbits.pack import pack
 from mixbits.reference import Quantized, dequantize, encode, quantize
 from mixbits.rounded import RoundedModel, round_model

@@ -11,7 +11,7 @@ import pytest
 from tiny import make_model
 
 from mixbits import early
-from mixbits.formats import UsageError
+from mixbits.errors import UsageError
 from mixbits.options import DEFAULT_DATASET, EFFORTS, parse_arguments
 
 CONFIG = {

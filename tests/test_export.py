@@ -17,10 +17,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoRoundConfig
 
 from mixbits import checkpoint, reference
+from mixbits.errors import UsageError
 from mixbits.export import auto_round, compressed_tensors
 from mixbits.export.__main__ import main
 from mixbits.export.packed import Carrier, PackedModel
-from mixbits.formats import Format, Mixed, Scheme, UsageError, parse_scheme
+from mixbits.formats import Format, Mixed, Scheme, parse_scheme
 from mixbits.pack import pack
 from mixbits.targets import TARGETS, fit
 from mixbits.weights import Files

@@ -12,10 +12,11 @@ from exported import IDS, export, fake_model, logits, packed
 from transformers import AutoModelForCausalLM
 
 from mixbits import reference
+from mixbits.errors import UsageError
 from mixbits.export.__main__ import main
 from mixbits.export.gguf import _TYPES, blocks, rotary_order
 from mixbits.export.gguf_tokenizer import Vocabulary, add_vocabulary, read_vocabulary
-from mixbits.formats import Format, UsageError
+from mixbits.formats import Format
 from mixbits.pack import pack
 
 gguf = pytest.importorskip("gguf", reason="gguf is not installed")

@@ -18,8 +18,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import mixbits
 from mixbits import checkpoint
 from mixbits.checkpoint import save
+from mixbits.errors import UsageError
 from mixbits.export.__main__ import main
-from mixbits.formats import Mixed, Recipe, UsageError, parse_scheme
+from mixbits.formats import Mixed, Recipe, parse_scheme
 from mixbits.model import find_linears
 from mixbits.source import open_source
 from mixbits.weights import Files

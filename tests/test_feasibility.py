@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, ZambaConfig
 
 import mixbits
 from mixbits import atomic, feasibility, stages
-from mixbits.formats import UsageError, parse_scheme
+from mixbits.errors import UsageError
+from mixbits.formats import parse_scheme
 from mixbits.options import parse_arguments
 from mixbits.source import open_source
 from mixbits.stock import rehearse

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from mixbits.errors import first_line, printable
 from mixbits.files import last_part, without_folders
-from mixbits.formats import first_line, printable
 
 
 @pytest.mark.parametrize(

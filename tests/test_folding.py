@@ -7,7 +7,8 @@ from test_cuda_build import needs_gpp, output_of
 from torch import Tensor
 
 from mixbits import folding, ops, pack, reference
-from mixbits.formats import MINIFLOATS, Format, UsageError, parse_scheme
+from mixbits.errors import UsageError
+from mixbits.formats import MINIFLOATS, Format, parse_scheme
 from mixbits.linear import PackedLinear, allow_fp8_activations
 
 MXFP4 = Format("e2m1", 32)

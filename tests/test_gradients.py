@@ -18,8 +18,9 @@ import mixbits
 from mixbits import gradients, ops
 from mixbits.attention import use_grouped_attention
 from mixbits.decode import use_decode_step
+from mixbits.errors import UsageError
 from mixbits.fake import FakeLinear, fake_quantize_model
-from mixbits.formats import Mixed, UsageError, parse_scheme
+from mixbits.formats import Mixed, parse_scheme
 from mixbits.linear import MixedLinear, PackedLinear, share_inputs, swap_linears
 from mixbits.model import find_linears
 from mixbits.pack import Operand

@@ -27,8 +27,9 @@ from safetensors.torch import save_file
 from tiny import make_model
 
 from mixbits.checkpoint import quantization_config
+from mixbits.errors import UsageError
 from mixbits.files import check_file, read_json, read_object
-from mixbits.formats import Mixed, UsageError, parse_scheme
+from mixbits.formats import Mixed, parse_scheme
 from mixbits.model import LinearInfo
 from mixbits.model_files import check_folder
 from mixbits.plan import Plan, average_bits

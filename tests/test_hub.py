@@ -24,8 +24,9 @@ from transformers.quantizers import auto
 import mixbits
 from mixbits import checkpoint, transformers_quantizer
 from mixbits.checkpoint import save
+from mixbits.errors import UsageError
 from mixbits.export.__main__ import main as export
-from mixbits.formats import Mixed, Recipe, UsageError, parse_scheme
+from mixbits.formats import Mixed, Recipe, parse_scheme
 from mixbits.linear import Experts, MixedLinear, PackedLinear
 from mixbits.model import LinearInfo, find_linears
 from mixbits.source import open_source

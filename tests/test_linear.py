@@ -14,15 +14,12 @@ from tiny import KINDS, make_model
 
 from mixbits import ops
 from mixbits.backends import cpu
-from mixbits.fake import FakeLinear, fake_quantize_model, round_weights
-from mixbits.formats import UsageError, parse_scheme
-from mixbits.linear import (
-    PackedLinear,
-    pack_weight,
-    share_inputs,
-    swap_linears,
-)
+from mixbits.errors import UsageError
+from mixbits.fake import FakeLinear, fake_quantize_model
+from mixbits.formats import parse_scheme
+from mixbits.linear import PackedLinear, share_inputs, swap_linears
 from mixbits.model import find_linears, weight_of
+from mixbits.nearest import pack_weight, round_weights
 from mixbits.source import open_source
 
 SCHEMES = ["MXFP4", "MXFP8", "MXFP8E5M2", "MXFP4A16", "MXFP8A16", "MXFP8E5M2A16"]

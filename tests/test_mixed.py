@@ -12,16 +12,10 @@ from mixbits import checkpoint, ops
 from mixbits.arrange import Arrangement, arrangement_of
 from mixbits.fake import FakeLinear, fake_quantize_model
 from mixbits.formats import MAX_SEGMENTS, Mixed, parse_scheme
-from mixbits.linear import (
-    MixedLinear,
-    pack_recipe,
-    packed_linear,
-    recipe_tensors,
-    share_inputs,
-    swap_linears,
-)
+from mixbits.linear import MixedLinear, packed_linear, share_inputs, swap_linears
 from mixbits.model import find_linears
-from mixbits.pack import Mix, Operand, order_dtype
+from mixbits.nearest import pack_recipe
+from mixbits.pack import Mix, Operand, order_dtype, recipe_tensors
 from mixbits.source import open_source
 
 # Names of segments' schemes, with columns: whole blocks, blocks across a boundary, a short end.

@@ -16,9 +16,10 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 import mixbits
 from mixbits import experts, recognise
 from mixbits.coverage import Coverage
+from mixbits.errors import UsageError
 from mixbits.experts import expert_slice
 from mixbits.fake import fake_quantize_model
-from mixbits.formats import UsageError, parse_scheme
+from mixbits.formats import parse_scheme
 from mixbits.linear import PackedLinear, PlainLinear, swap_linears
 from mixbits.model import find_linears, make_units, meta_model, split_expert_name, survey, weight_of
 from mixbits.quantize import main

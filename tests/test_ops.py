@@ -22,7 +22,8 @@ from conftest import (
 
 from mixbits import ops, reference
 from mixbits.backends import cpu
-from mixbits.formats import Format, UsageError
+from mixbits.errors import UsageError
+from mixbits.formats import Format
 from mixbits.pack import Packed, pack
 
 COLUMNS = [1, 31, 33, 172, 192]

@@ -14,7 +14,8 @@ from tiny import make_model
 from transformers import AutoConfig
 
 from mixbits.arrange import Arrangement
-from mixbits.formats import BF16, Mixed, UsageError, parse_scheme
+from mixbits.errors import UsageError
+from mixbits.formats import BF16, Mixed, parse_scheme
 from mixbits.model import LinearInfo, Unit, find_linears, make_units, meta_model
 from mixbits.options import parse_keep
 from mixbits.plan import (

@@ -11,7 +11,7 @@ import pytest
 
 from mixbits.allocate import Item
 from mixbits.curve import Point, frontier
-from mixbits.formats import UsageError
+from mixbits.errors import UsageError
 from mixbits.quality import smallest
 
 

@@ -18,9 +18,9 @@ from tiny import SMALL, make_model, read
 from mixbits import quantize
 from mixbits.allocate import Allocation, Item, allocate, total
 from mixbits.calibration import Sequences
+from mixbits.errors import UsageError
 from mixbits.evaluate import sequence_kl
 from mixbits.fake import fake_quantize_model
-from mixbits.formats import UsageError
 from mixbits.options import parse_arguments
 from mixbits.plan import Budget, Problem
 from mixbits.refine import Meter, Options, divergences, marginals, proposals, refine

@@ -11,9 +11,10 @@ from tiny import KINDS, MOE_KINDS, make_model
 
 import mixbits
 from mixbits import checkpoint, options
+from mixbits.errors import UsageError
 from mixbits.evaluate import sequence_kl
 from mixbits.fake import fake_quantize_model
-from mixbits.formats import BF16, Mixed, Recipe, UsageError, parse_scheme
+from mixbits.formats import BF16, Mixed, Recipe, parse_scheme
 from mixbits.model import LinearInfo, find_linears
 from mixbits.rounded import RoundedModel, _Compensation, round_model
 from mixbits.rounding import METHODS

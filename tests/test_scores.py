@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from mixbits.formats import UsageError, parse_scheme
+from mixbits.errors import UsageError
+from mixbits.formats import parse_scheme
 from mixbits.model import LinearInfo
 from mixbits.scores import Scores, dump, write_text
 

@@ -10,9 +10,10 @@ from mixbits import options, reference
 from mixbits.arrange import Arrangement
 from mixbits.calibration import tokenize
 from mixbits.demo import MODEL_DIR, training_files
+from mixbits.errors import UsageError
 from mixbits.evaluate import compare
 from mixbits.fake import fake_quantize_model
-from mixbits.formats import UsageError, parse_scheme
+from mixbits.formats import parse_scheme
 from mixbits.model import find_linears, weight_of
 from mixbits.sensitivity import METHODS, PRIOR_SEQUENCES, _draw, measure, sorted_columns
 from mixbits.source import open_source

@@ -11,10 +11,11 @@ from tiny import VOCAB, add_tokenizer, make_model, read
 
 pytest.importorskip("auto_round")
 
+from mixbits.errors import UsageError
 from mixbits.evaluate import sequence_kl
-from mixbits.formats import UsageError, parse_scheme
-from mixbits.linear import packed_values
+from mixbits.formats import parse_scheme
 from mixbits.model import find_linears
+from mixbits.nearest import packed_values
 from mixbits.rounded import RoundedModel, round_model
 from mixbits.signround import tune
 from mixbits.source import open_source

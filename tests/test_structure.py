@@ -34,14 +34,15 @@ LAYERS = [
     {"source", "calibration", "fake", "signround"},
     {"streaming"},
     {"linear", "kept"},
+    {"nearest"},
     {"weights"},
     {"layouts"},
     {"stored"},
     {"ops"},
     {"gradients"},
     {"backends"},
-    {"checks", "folding", "scale_range"},
-    {"pack", "rounding"},
+    {"checks", "folding", "scale_range", "rounding"},
+    {"pack", "compensate"},
     {"reference"},
     {"model", "attention", "cache", "staging"},
     {"recognise", "usage"},
@@ -59,6 +60,7 @@ LAYERS = [
     {"targets", "command", "schemas", "progress", "verdict", "system", "chats"},
     {"files"},
     {"formats"},
+    {"errors"},
 ]
 LEVEL = {name: len(LAYERS) - i for i, names in enumerate(LAYERS) for name in names}
 NATIVE = {"_cpu", "_cuda", "kernels"}
@@ -126,7 +128,7 @@ def test_only_backends_know_the_native_code(path: Path) -> None:
 
 
 def test_the_knapsack_and_the_formats_need_no_torch() -> None:
-    pure = "allocate", "knapsack", "diagnostics", "quality", "charts", "formats", "targets"
+    pure = "allocate", "knapsack", "diagnostics", "quality", "formats", "targets"
     for name in (*pure, "curve", "options"):
         assert not imports(PACKAGE / f"{name}.py") & {".torch", ".transformers"}
     for name in pure:

@@ -8,9 +8,10 @@ import pytest
 from tiny import SMALL, make_model, read, write_ids
 
 from mixbits import quantize
+from mixbits.errors import UsageError
 from mixbits.experts import EXPERT_PROJECTIONS as PROJECTIONS
 from mixbits.export.__main__ import main as export
-from mixbits.formats import BF16, Mixed, Recipe, UsageError, parse_scheme
+from mixbits.formats import BF16, Mixed, Recipe, parse_scheme
 from mixbits.model import LinearInfo
 from mixbits.targets import TARGETS, check_fused, check_together, fit
 

@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 from tiny import read
 from torch import Tensor
 
-from mixbits.formats import Mixed, Recipe, UsageError, parse_scheme
+from mixbits.errors import UsageError
+from mixbits.formats import Mixed, Recipe, parse_scheme
 
 os.environ.setdefault("VLLM_TARGET_DEVICE", "cpu")
 pytest.importorskip("vllm", reason="vllm is not installed")

@@ -19,7 +19,7 @@ from torch import Tensor
 
 import mixbits
 from mixbits import source as source_module
-from mixbits.formats import UsageError
+from mixbits.errors import UsageError
 from mixbits.linear import MixedLinear, PackedLinear
 from mixbits.model import find_linears, weight_of
 from mixbits.quantize import main

@@ -15,7 +15,7 @@ namespace MB_ISA {
 namespace {
 
 constexpr int kMaxColumns = 128;
-constexpr float kShares[] = {1.0f, 0.95f, 0.9f, 0.85f, 0.8f, 0.75f, 0.7f};  // rounding._SHARES
+constexpr float kShares[] = {1.0f, 0.95f, 0.9f, 0.85f, 0.8f, 0.75f, 0.7f};  // compensate._SHARES
 
 // A scale for every lane, and what rounding with it needs.
 template <int ELEMENT>

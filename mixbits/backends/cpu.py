@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..formats import MX_GROUP, Format, UsageError
+from ..compensate import Group
+from ..errors import UsageError
+from ..formats import MX_GROUP, Format
 from ..pack import Mix, Operand, Packed, packed_spec
-from ..rounding import Group
 
 DTYPE_NUMBERS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # csrc/formats.h, Dtype
 
@@ -148,7 +149,7 @@ def square_sums(x: Tensor, formats: Sequence[Format]) -> Tensor:
 
 
 def compensate_group(group: Tensor, factor: Tensor, importance: Tensor, fmt: Format) -> Group:
-    """As `mixbits.rounding.compensate_group`, to the bit."""
+    """As `mixbits.compensate.compensate_group`, to the bit."""
     group, factor, importance = map(_aligned, (group, factor, importance))
     rows, columns = group.shape
     codes = torch.empty((rows, columns), dtype=torch.uint8)

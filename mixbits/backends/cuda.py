@@ -27,7 +27,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..formats import MX_GROUP, Format, UsageError
+from ..errors import UsageError
+from ..formats import MX_GROUP, Format
 from ..pack import Mix, Operand, Packed, packed_spec
 from .cuda_choice import KERNELS, TILE, Choice, Kernel, choose, choose_mixed
 from .scratch import matmul_through_scratch

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..command import Parser, exit_code
+from ..errors import UsageError
 from ..files import last_part, write_text
-from ..formats import UsageError
 from ..progress import say
 
 if TYPE_CHECKING:

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ..checkpoint import Shard, TensorSpec, make_shards, plain_config, write_index
 from ..companions import copy_companions
+from ..errors import UsageError
 from ..experts import STANDARD, layout_of
-from ..formats import UsageError
 from .packed import STORED_NAMES, Carrier
 
 Shapes: TypeAlias = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]  # suffix -> dtype, shape

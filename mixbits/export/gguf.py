@@ -24,7 +24,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..formats import MX_GROUP, Format, UsageError
+from ..errors import UsageError
+from ..formats import MX_GROUP, Format
 from ..model import LinearInfo
 from ..pack import Packed
 from ..recognise import is_router_name

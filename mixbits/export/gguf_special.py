@@ -20,8 +20,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from ..errors import UsageError
 from ..files import read_object
-from ..formats import UsageError
 from ..model_files import TOKENIZER_BYTES
 
 Put: TypeAlias = tuple[list[str], list[str]]  # the tokens before, and after, every text

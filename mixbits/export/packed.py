@@ -13,16 +13,12 @@ from torch import Tensor, nn
 
 from ..arrange import arrangement_of
 from ..checkpoint import TensorSpec
+from ..errors import UsageError
 from ..experts import STANDARD, expert_slice, layout_of
-from ..formats import Assignment, Format, Mixed, Recipe, Scheme, UsageError
+from ..formats import Assignment, Format, Mixed, Recipe, Scheme
 from ..layouts import stored_tensors
-from ..linear import pack_weight, packed_values
-from ..model import (
-    CausalLM,
-    LinearInfo,
-    find_linears,
-    split_expert_name,
-)
+from ..model import CausalLM, LinearInfo, find_linears, split_expert_name
+from ..nearest import pack_weight, packed_values
 from ..pack import Packed
 from ..recognise import is_router_name
 from ..source import find_folder, open_source

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import TensorSpec, tied_copies
+from ..errors import UsageError
 from ..experts import Layout, layout_of, make_stack
-from ..formats import UsageError
 from ..model import decoder_blocks, split_expert_name
 from ..recognise import is_conv1d
 from ..stored import Stored

@@ -18,7 +18,7 @@ from peft.tuners import tuners_utils
 from peft.tuners.lora import layer as lora
 from torch import nn
 
-from ..formats import UsageError
+from ..errors import UsageError
 from ..linear import MixedLinear, PackedLinear
 
 # Of `init_lora_weights`: those that leave the weight which they stand before as it is.

@@ -35,8 +35,9 @@ from vllm.model_executor.parameter import BasevLLMParameter
 from vllm.model_executor.utils import set_weight_attrs
 
 from ..arrange import check_order
+from ..errors import UsageError
 from ..experts import ExpertsLoop, GatedActivation
-from ..formats import BF16, Assignment, Mixed, Recipe, UsageError
+from ..formats import BF16, Assignment, Mixed, Recipe
 from ..linear import AnyPacked, Experts, MixedLinear, PackedLinear
 from ..ops import packed_matmuls_unchecked
 from ..pack import recipe_spec

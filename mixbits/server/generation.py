@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria
 from transformers import StoppingCriteriaList as Criteria
 
-from ..formats import UsageError, first_line
+from ..errors import UsageError, first_line
 from ..model import decoder_blocks
 from .jobs import Done, Job, Options, Piece, Token
 from .texts import Decoder, Transcript, Vocabulary

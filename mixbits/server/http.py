@@ -21,7 +21,7 @@ import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from ..formats import UsageError
+from ..errors import UsageError
 from .errors import RequestError
 
 CONNECTIONS = 512

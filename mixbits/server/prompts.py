@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
-from ..formats import first_line
+from ..errors import first_line
 from .errors import RequestError
 from .texts import Vocabulary
 
