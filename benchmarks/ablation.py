@@ -35,23 +35,23 @@ from torch import Tensor
 from benchmarks.autoscheme import add_text_options
 from benchmarks.records import Records
 from benchmarks.text import Text, make_text
-from mixbits.allocate import Allocation, Item, total
-from mixbits.arrange import Arrangement
-from mixbits.distill import distill, enough_text
-from mixbits.evaluate import sequence_kl
-from mixbits.formats import Assignment, parse_scheme
-from mixbits.model import find_linears, make_units
-from mixbits.options import DISTILL_STEPS, REFINE_ROUNDS
-from mixbits.pack import Rounded
-from mixbits.plan import Budget, Problem, average_bits, unit_options
-from mixbits.refine import Options, halves, refine
-from mixbits.report import quiet, table
-from mixbits.rounded import RoundedModel, round_model
-from mixbits.scores import Scores
-from mixbits.sensitivity import measure, sorted_columns
-from mixbits.signround import tune
-from mixbits.source import open_source
-from mixbits.streaming import StreamedModel, gradient_dtype
+from mixbits.formats.arrange import Arrangement
+from mixbits.formats.pack import Rounded
+from mixbits.formats.schemes import Assignment, parse_scheme
+from mixbits.measuring.evaluate import sequence_kl
+from mixbits.measuring.scores import Scores
+from mixbits.measuring.sensitivity import measure, sorted_columns
+from mixbits.model.layout import find_linears, make_units
+from mixbits.model.streaming import StreamedModel, gradient_dtype
+from mixbits.pipeline.options import DISTILL_STEPS, REFINE_ROUNDS
+from mixbits.pipeline.refine import Options, halves, refine
+from mixbits.planning.allocate import Allocation, Item, total
+from mixbits.planning.plan import Budget, Problem, average_bits, unit_options
+from mixbits.report.tables import quiet, table
+from mixbits.rounding.distill import distill, enough_text
+from mixbits.rounding.signround import tune
+from mixbits.rounding.whole_model import RoundedModel, round_model
+from mixbits.source.source import open_source
 
 ROUNDINGS = ("plain", "opt", "tuned")  # of AutoScheme's rows
 AUTOSCHEME = Path(__file__).parent / "results" / "autoscheme.csv"

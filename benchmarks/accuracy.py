@@ -18,17 +18,17 @@ from pathlib import Path
 from typing import Any
 
 import mixbits
-from mixbits import checkpoint
-from mixbits.calibration import Sequences, load_sequences
-from mixbits.evaluate import compare
-from mixbits.formats import Scheme, parse_scheme
-from mixbits.model import LinearInfo, Unit, find_linears, make_units
-from mixbits.plan import Budget, Plan, average_bits, solve, unit_options
-from mixbits.report import environment, quiet, table
-from mixbits.scores import Scores
-from mixbits.sensitivity import METHODS, measure
-from mixbits.source import Source, open_source
-from mixbits.streaming import StreamedModel
+from mixbits.checkpoint import folder as checkpoint
+from mixbits.formats.schemes import Scheme, parse_scheme
+from mixbits.measuring.evaluate import compare
+from mixbits.measuring.scores import Scores
+from mixbits.measuring.sensitivity import METHODS, measure
+from mixbits.measuring.text import Sequences, load_sequences
+from mixbits.model.layout import LinearInfo, Unit, find_linears, make_units
+from mixbits.model.streaming import StreamedModel
+from mixbits.planning.plan import Budget, Plan, average_bits, solve, unit_options
+from mixbits.report.tables import environment, quiet, table
+from mixbits.source.source import Source, open_source
 
 BASELINES = ("uniform", "head", "tail", "random")
 

@@ -21,9 +21,9 @@ from typing import TypeVar
 
 import numpy as np
 
-from mixbits.allocate import STRATEGIES, allocate
-from mixbits.curve import frontier
-from mixbits.knapsack import Items
+from mixbits.planning.allocate import STRATEGIES, allocate
+from mixbits.planning.curve import frontier
+from mixbits.planning.knapsack import Items
 
 BLOCKS = 80
 # Llama-3.1-70B: rows that meet one slab of columns, and the columns.

@@ -64,7 +64,7 @@ from benchmarks.tiny_models import (
     small_seeing_config,
     text_ids,
 )
-from mixbits.report import quiet, table
+from mixbits.report.tables import quiet, table
 
 COLUMNS = ("kind", "model_class", "result", "exports", "packed_share", "gap", "effect", "seconds")
 COLUMNS = (*COLUMNS, "reason")
@@ -170,15 +170,15 @@ def command(main: Callable[[list[str]], int], words: list[Any], out: Path) -> st
 
 def packed_modules(folder: Path) -> dict[str, Any]:
     """Linear -> recipe, as the folder says."""
-    from mixbits.transformers_quantizer import read_config
+    from mixbits.checkpoint.transformers_quantizer import read_config
 
     return dict(read_config(folder).recipes())
 
 
 def round_in_place(model: Any, recipes: dict[str, Any]) -> int:
     """Round the linears of a plain model in place; returns how many weights they hold."""
-    from mixbits.model import find_linears
-    from mixbits.nearest import round_weights
+    from mixbits.model.layout import find_linears
+    from mixbits.rounding.nearest import round_weights
 
     linears = [i for i in find_linears(model, include_head=True) if i.name in recipes]
     if len(linears) != len(recipes):
@@ -195,7 +195,7 @@ def gap(found: Tensor, expected: Tensor) -> float:
 
 def check_plain_tensors(packed: Any, original: Any, recipes: dict[str, Any]) -> None:
     """Every tensor that is not packed is the source's, in its dtype. Raises Wrong."""
-    from mixbits.model import split_expert_name
+    from mixbits.model.layout import split_expert_name
 
     inside = set(recipes)
     for name in recipes:
@@ -253,7 +253,7 @@ class Twin:
 
 def matrix_weights(model: Any) -> int:
     """How many weights the matrices of the decoder blocks have; of the whole model, if none."""
-    from mixbits.model import decoder_blocks
+    from mixbits.model.layout import decoder_blocks
 
     try:
         inside = decoder_blocks(model)[1]

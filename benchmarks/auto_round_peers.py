@@ -11,7 +11,7 @@ from torch import Tensor
 
 from benchmarks.contender import Multiplication, Peer, codes_and_scale, decode, nbytes, pack_all
 from mixbits import ops
-from mixbits.formats import Format, parse_scheme
+from mixbits.formats.schemes import Format, parse_scheme
 
 # --- auto-round-lib ------------------------------------------------------------------------------
 

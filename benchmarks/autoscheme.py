@@ -28,7 +28,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mixbits.formats import Scheme, parse_scheme
+from mixbits.formats.schemes import Scheme, parse_scheme
 
 ROUNDINGS = ("plain", "opt", "tuned")
 METERS = ("seconds", "cpu_seconds", "peak_rss_mb", "peak_anonymous_mb")
@@ -184,7 +184,7 @@ def run(args: argparse.Namespace, folder: Path, records: Any) -> list[dict[str, 
 
 
 def result_table(rows: Sequence[dict[str, str]], bits: Sequence[str]) -> str:
-    from mixbits.report import table
+    from mixbits.report.tables import table
 
     lines = [[f"{rows[0]['model']}, {rows[0]['schemes']}", *bits]]
     for rounding in dict.fromkeys(row["rounding"] for row in rows):

@@ -29,15 +29,15 @@ from torch import Tensor, nn
 
 from benchmarks.autoscheme import Job, Peer
 from benchmarks.meter import Meter
-from mixbits.evaluate import compare, run_tasks
-from mixbits.fake import FakeLinear
-from mixbits.formats import BF16, Scheme
-from mixbits.linear import swap_linears
-from mixbits.model import LinearInfo, find_linears
-from mixbits.plan import average_bits
-from mixbits.report import quiet
-from mixbits.source import open_source
-from mixbits.streaming import StreamedModel
+from mixbits.formats.schemes import BF16, Scheme
+from mixbits.measuring.evaluate import compare, run_tasks
+from mixbits.model.layout import LinearInfo, find_linears
+from mixbits.model.streaming import StreamedModel
+from mixbits.planning.plan import average_bits
+from mixbits.report.tables import quiet
+from mixbits.runtime.fake import FakeLinear
+from mixbits.runtime.linear import swap_linears
+from mixbits.source.source import open_source
 
 
 def give_ids(ids: Tensor) -> None:

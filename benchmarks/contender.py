@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from mixbits import ops
-from mixbits.formats import Format, parse_scheme
-from mixbits.pack import unpack
+from mixbits.formats.pack import unpack
+from mixbits.formats.schemes import Format, parse_scheme
 
 Packing = TypeVar("Packing")
 FP8 = "MXFP4A16 fp8"  # what tables call MXFP4A16 with activations that may be 8-bit floats

@@ -38,13 +38,13 @@ def measure_ours(model: str, ids_path: str, schemes: str, batch_size: int) -> di
     import torch
 
     from benchmarks.meter import Meter
-    from mixbits.formats import parse_scheme
-    from mixbits.model import find_linears, make_units
-    from mixbits.plan import Budget, solve, unit_options
-    from mixbits.scores import Scores
-    from mixbits.sensitivity import measure
-    from mixbits.source import open_source
-    from mixbits.streaming import StreamedModel, gradient_dtype
+    from mixbits.formats.schemes import parse_scheme
+    from mixbits.measuring.scores import Scores
+    from mixbits.measuring.sensitivity import measure
+    from mixbits.model.layout import find_linears, make_units
+    from mixbits.model.streaming import StreamedModel, gradient_dtype
+    from mixbits.planning.plan import Budget, solve, unit_options
+    from mixbits.source.source import open_source
 
     source = open_source(model)
     opened = source.load()
@@ -123,7 +123,7 @@ def _write_tokenizer(folder: Path) -> None:
 
 
 def cost_table(medians: dict[str, dict[str, Any]]) -> str:
-    from mixbits.report import table
+    from mixbits.report.tables import table
 
     lines = [["schemes", "system", "seconds", "times faster", "peak RSS, MB", "net, MB"]]
     for schemes, systems in medians.items():

@@ -49,8 +49,8 @@ from benchmarks.timing import (
 )
 from mixbits import ops
 from mixbits.backends import cpu
-from mixbits.formats import parse_scheme
-from mixbits.report import table
+from mixbits.formats.schemes import parse_scheme
+from mixbits.report.tables import table
 
 CACHE = 32 << 20  # bytes of last-level cache that four times of are rotated through
 SWEEP = [1, 2, 3, 4, 5, 8, 12, 16, 24, 32, 64, 128, 256, 512]

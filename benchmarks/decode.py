@@ -30,15 +30,15 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks import llama_cpp
 from benchmarks.timing import machine, percentile, write_csv
-from mixbits.attention import use_grouped_attention
 from mixbits.backends import cpu
-from mixbits.decode import use_decode_step
 from mixbits.errors import first_line
-from mixbits.formats import Scheme, parse_scheme
-from mixbits.linear import PackedLinear, share_inputs, swap_linears
-from mixbits.model import find_linears
-from mixbits.pages import use_large_pages
-from mixbits.report import table
+from mixbits.formats.schemes import Scheme, parse_scheme
+from mixbits.model.layout import find_linears
+from mixbits.report.tables import table
+from mixbits.runtime.attention import use_grouped_attention
+from mixbits.runtime.linear import PackedLinear, share_inputs, swap_linears
+from mixbits.runtime.pages import use_large_pages
+from mixbits.runtime.token_step import use_decode_step
 
 
 def random_model(

@@ -21,15 +21,15 @@ from typing import Any
 import torch
 
 from mixbits.backends import cpu
-from mixbits.calibration import load_sequences
-from mixbits.fake import FakeLinear, fake_quantize_model
-from mixbits.formats import Scheme, parse_scheme
-from mixbits.linear import PackedLinear, swap_linears
-from mixbits.model import find_linears
-from mixbits.nearest import fake_input
-from mixbits.report import environment, quiet, table
-from mixbits.source import Source, open_source
-from mixbits.streaming import StreamedModel
+from mixbits.formats.schemes import Scheme, parse_scheme
+from mixbits.measuring.text import load_sequences
+from mixbits.model.layout import find_linears
+from mixbits.model.streaming import StreamedModel
+from mixbits.report.tables import environment, quiet, table
+from mixbits.rounding.nearest import fake_input
+from mixbits.runtime.fake import FakeLinear, fake_quantize_model
+from mixbits.runtime.linear import PackedLinear, swap_linears
+from mixbits.source.source import Source, open_source
 
 SCHEMES = "MXFP4,MXFP8,MXFP8E5M2,MXFP4A16,MXFP8A16,MXFP8E5M2A16,W2A16,W4A16,W8A16,W4A16ASYM"
 

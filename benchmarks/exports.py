@@ -25,21 +25,21 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import mixbits.transformers_quantizer
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import mixbits
-import mixbits.transformers_quantizer
 from benchmarks.records import Records
-from mixbits.checkpoint import save
+from mixbits.checkpoint.folder import save
 from mixbits.demo import MODEL_DIR
 from mixbits.export.__main__ import main as export
-from mixbits.fake import FakeLinear, fake_quantize_model
-from mixbits.formats import Assignment, ScaleMode, parse_scheme
-from mixbits.model import find_linears
-from mixbits.report import quiet, table
-from mixbits.source import Source, open_source
+from mixbits.formats.schemes import Assignment, ScaleMode, parse_scheme
+from mixbits.model.layout import find_linears
+from mixbits.report.tables import quiet, table
+from mixbits.runtime.fake import FakeLinear, fake_quantize_model
+from mixbits.source.source import Source, open_source
 
 KEY = ("model", "schemes", "act_scale_mode", "loader", "dtype")
 FIGURES = ("logit_gap", "argmax_equal", "as_llama_cpp", "quantization_effect", "torch_own")

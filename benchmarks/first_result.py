@@ -25,13 +25,13 @@ from typing import Any
 from benchmarks.exports import LlamaCpp
 from benchmarks.records import Records
 from benchmarks.runs import quantize
-from mixbits.calibration import prefix_tokens, read_sequences
-from mixbits.evaluate import compare
-from mixbits.model import find_linears
-from mixbits.report import quiet, table
-from mixbits.source import open_source
-from mixbits.streaming import StreamedModel
-from mixbits.verdict import verdict
+from mixbits.measuring.evaluate import compare
+from mixbits.measuring.text import prefix_tokens, read_sequences
+from mixbits.model.layout import find_linears
+from mixbits.model.streaming import StreamedModel
+from mixbits.report.tables import quiet, table
+from mixbits.report.verdict import verdict
+from mixbits.source.source import open_source
 
 KEY = ["model", "what"]
 FIGURES = ["seconds", "megabytes", "kl", "perplexity", "perplexity_reference", "top1_agreement"]

@@ -14,11 +14,11 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from mixbits.allocate import Item, allocate
-from mixbits.charts import check_plotting
-from mixbits.curve import frontier
-from mixbits.formats import Scheme, parse_scheme
-from mixbits.scores import read_json
+from mixbits.formats.schemes import Scheme, parse_scheme
+from mixbits.measuring.scores import read_json
+from mixbits.planning.allocate import Item, allocate
+from mixbits.planning.curve import frontier
+from mixbits.report.charts import check_plotting
 
 POINTS = 65
 # Line, marker and colour (Okabe and Ito's) of each baseline, so that they differ without colour.

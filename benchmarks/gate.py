@@ -30,11 +30,11 @@ from benchmarks.ablation import VARIANTS, Subject
 from benchmarks.records import Records
 from benchmarks.text import DEMO, GATE, make_text
 from mixbits.errors import UsageError
-from mixbits.evaluate import sequence_kl
-from mixbits.gate import Candidate, behind, candidates, choose, judge
-from mixbits.plan import Budget, Plan, average_bits, solve
-from mixbits.report import quiet, table
-from mixbits.rounded import RoundedModel
+from mixbits.measuring.evaluate import sequence_kl
+from mixbits.pipeline.gate import Candidate, behind, candidates, choose, judge
+from mixbits.planning.plan import Budget, Plan, average_bits, solve
+from mixbits.report.tables import quiet, table
+from mixbits.rounding.whole_model import RoundedModel
 
 BASELINES = ("uniform", "head", "tail")
 VARIED = ("layers", "layers, search", "layers, gptq corrected", "slabs", "everything")

@@ -40,7 +40,7 @@ from benchmarks.gpu_timing import (
 from benchmarks.shapes import SHAPES, parse_shapes
 from benchmarks.timing import percentile
 from mixbits import ops
-from mixbits.report import table
+from mixbits.report.tables import table
 
 COLD_BYTES = 200 << 20
 TOKENS = "1,4,16,64,128,256,1024,2048,4096"

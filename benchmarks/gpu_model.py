@@ -18,11 +18,11 @@ from transformers import LlamaConfig, StaticCache
 from benchmarks.decode import choose, pack, random_model, weight_bytes
 from benchmarks.gpu_timing import WARM_UP, AppendedRows, Budget, spread
 from benchmarks.timing import percentile
-from mixbits.formats import parse_scheme
-from mixbits.graphs import Record, capture, drop_graphs, use_graphs
-from mixbits.model import find_linears
-from mixbits.sensitivity import measure
-from mixbits.streaming import StreamedModel
+from mixbits.formats.schemes import parse_scheme
+from mixbits.measuring.sensitivity import measure
+from mixbits.model.layout import find_linears
+from mixbits.model.streaming import StreamedModel
+from mixbits.runtime.graphs import Record, capture, drop_graphs, use_graphs
 
 SAMPLES = 16  # sequences that the scores are measured with
 SEQLEN = 256

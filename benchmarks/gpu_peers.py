@@ -23,8 +23,8 @@ from benchmarks.contender import (
 from benchmarks.peers import torch_linear
 from mixbits import ops
 from mixbits.errors import first_line
-from mixbits.formats import parse_scheme
-from mixbits.pack import unpack
+from mixbits.formats.pack import unpack
+from mixbits.formats.schemes import parse_scheme
 
 BASELINE = "cuBLAS bfloat16"
 _TOLERANCE = 0.02

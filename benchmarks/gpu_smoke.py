@@ -2,7 +2,8 @@
 
     compute-sanitizer --tool racecheck python -m benchmarks.gpu_smoke cuda
 
-Results are compared with mixbits.reference on the CPU, so that it also says whether they are right.
+Results are compared with mixbits.formats.reference on the CPU, so that it also says whether they
+are right.
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from mixbits import folding, ops, reference
+from mixbits import ops
 from mixbits.errors import UsageError
-from mixbits.formats import Format
-from mixbits.pack import Mix, Operand, Packed, order_dtype, unpack
+from mixbits.formats import fp8_weights as folding
+from mixbits.formats import reference
+from mixbits.formats.pack import Mix, Operand, Packed, order_dtype, unpack
+from mixbits.formats.schemes import Format
 
 FORMATS = (
     Format("e2m1", 32),

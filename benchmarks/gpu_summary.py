@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.contender import FP8
-from mixbits.report import table
+from mixbits.report.tables import table
 
 LARGE = 8192
 # M -> (MXFP4, MXFP8): times faster than cuBLAS bfloat16

@@ -20,12 +20,12 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from mixbits.formats import parse_scheme
-from mixbits.model import find_linears
-from mixbits.report import environment, quiet, table
-from mixbits.sensitivity import METHODS, measure
-from mixbits.source import open_source
-from mixbits.streaming import StreamedModel
+from mixbits.formats.schemes import parse_scheme
+from mixbits.measuring.sensitivity import METHODS, measure
+from mixbits.model.layout import find_linears
+from mixbits.model.streaming import StreamedModel
+from mixbits.report.tables import environment, quiet, table
+from mixbits.source.source import open_source
 
 
 def anonymous_bytes() -> int:

@@ -38,7 +38,7 @@ from benchmarks.contender import (
 )
 from mixbits import ops
 from mixbits.errors import first_line
-from mixbits.formats import Format, parse_scheme
+from mixbits.formats.schemes import Format, parse_scheme
 
 # --- torch -------------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig
 
-from mixbits.model import meta_model
+from mixbits.model.layout import meta_model
 
 SHARD_BYTES = 1 << 30
 # As in the models' config.json; layers are given by the caller, all else is theirs.

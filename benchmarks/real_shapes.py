@@ -22,7 +22,7 @@ import numpy as np
 from benchmarks.random_llama import SHAPES, write_model
 from benchmarks.records import Records
 from benchmarks.runs import quantize
-from mixbits.report import table
+from mixbits.report.tables import table
 
 MODELS = [name for name in SHAPES if name != "llama-100m"]
 KEY = ("model", "layers", "layers_of_the_model", "sequences", "seqlen", "batch_size", "options")

@@ -30,7 +30,7 @@ from transformers import AutoTokenizer
 import mixbits
 from benchmarks.records import Records
 from benchmarks.timing import machine, percentile
-from mixbits.report import table
+from mixbits.report.tables import table
 
 RESULTS = Path(__file__).parent / "results" / "serving.csv"
 KEY = ("model", "way")

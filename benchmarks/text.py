@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from mixbits import demo
-from mixbits.calibration import Sequences, cut, load_sequences, split, tokenize
-from mixbits.source import open_source
+from mixbits.measuring.text import Sequences, cut, load_sequences, split, tokenize
+from mixbits.source.source import open_source
 
 GATE = 32  # more sequences, on which mixbits compares candidate plans
 DEMO = "demo"  # in place of a model's folder: the bundled model and its own text

@@ -91,7 +91,7 @@ PYBIND11_MODULE(_cuda, m) {
       },
       py::arg("weight"), py::arg("codes"), py::arg("scales"), py::arg("zero_points"),
       py::arg("rows"), py::arg("columns"), py::arg("dtype"), py::arg("format"), py::arg("stream"),
-      "weight: [rows, columns] of dtype; the outputs have the shapes of mixbits.pack.");
+      "weight: [rows, columns] of dtype; the outputs have the shapes of mixbits.formats.pack.");
 
   m.def(
       "dequantize",

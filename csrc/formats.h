@@ -9,7 +9,7 @@
 //   intB      symmetric, offset binary                  float16    (code - 2^(B-1)) * scale
 //   intB      asymmetric                                float16    (code - zero_point) * scale
 //
-// Everything here equals mixbits/reference.py bit for bit. The element functions are templates
+// Everything here equals mixbits/formats/reference.py bit for bit. The element functions are templates
 // over <F, I>: F is float and I int32_t in a CUDA thread, or GCC vectors of them on the CPU, so
 // that both run the same arithmetic. They use integers where a float operation could meet a
 // subnormal, and round by adding and subtracting a constant ("magic"): round-to-nearest-even is
@@ -31,13 +31,13 @@
 
 namespace mixbits {
 
-// Order of mixbits.formats.ELEMENTS, SCALE_MODES.
+// Order of mixbits.formats.schemes.ELEMENTS, SCALE_MODES.
 enum Element : int { kE2M1 = 0, kE4M3 = 1, kE5M2 = 2, kInt2 = 3, kInt4 = 4, kInt8 = 5 };
 enum ScaleMode : int { kFloor = 0, kRceil = 1, kEven = 2 };
 // The number under which Python passes a tensor's dtype.
 enum Dtype : int { kBFloat16 = 0, kFloat16 = 1, kFloat32 = 2 };
 
-// mixbits.formats.Format.code: bits 0-7 element, 8-11 scale mode, 12 symmetric, 16.. group_size.
+// mixbits.formats.schemes.Format.code: bits 0-7 element, 8-11 scale mode, 12 symmetric, 16.. group_size.
 struct Format {
   int element;
   int scale_mode;

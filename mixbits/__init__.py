@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     from importlib.machinery import ModuleSpec
     from types import ModuleType
 
+    from .checkpoint.loading import load
     from .errors import UsageError
-    from .formats import parse_scheme
-    from .loading import load
+    from .formats.schemes import parse_scheme
 
-_HOME = {"load": "loading", "UsageError": "errors", "parse_scheme": "formats"}
+_HOME = {"load": "checkpoint.loading", "UsageError": "errors", "parse_scheme": "formats.schemes"}
 
 
 def __getattr__(name: str) -> Any:
@@ -41,7 +41,7 @@ class _Registration:
     """
 
     modules: ClassVar = {
-        "transformers.quantizers": ".transformers_quantizer",
+        "transformers.quantizers": ".checkpoint.transformers_quantizer",
         "peft": ".integrations.peft",
     }
 

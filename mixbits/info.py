@@ -32,7 +32,7 @@ def _shape(text: str) -> tuple[int, int]:
 
 def print_choices(device_type: str, rows: int, columns: int) -> None:
     """How x [M, columns] on that kind of device would meet a packed [rows, columns]."""
-    from .formats import parse_scheme
+    from .formats.schemes import parse_scheme
     from .ops import explain_matmul
 
     print(f"products with a packed [{rows}, {columns}] on {device_type}")

@@ -2,7 +2,7 @@
 
     operation             arguments                            result
     fake_quantize         x [..., K]                           [..., K], x's dtype
-    quantize_pack         weight [N, K]                        Packed (mixbits.pack)
+    quantize_pack         weight [N, K]                        Packed (mixbits.formats.pack)
     dequantize            Packed, K, dtype                     [N, K]
     fisher_statistics     weight [N, K], row [N], column [K]   float64 [formats, ceil(K / 32)]
     gradient_statistics   weight [N, K], gradient [N, K]       float64 [formats, ceil(K / 32)]
@@ -13,9 +13,9 @@
     fold_rows             Packed, K                            uint8 [N], or None
     packed_matmul_fp8     x [M, K], Packed [N, K], uint8 [N]   [M, N], x's dtype
 
-What each means is said in `mixbits.reference`. Values may be bfloat16, float16 or float32, need
-not be contiguous, and lie on one device. Gradients flow to x through products and `fake_quantize`
-(`mixbits.gradients`), and through nothing else.
+What each means is said in `mixbits.formats.reference`. Values may be bfloat16, float16 or float32,
+need not be contiguous, and lie on one device. Gradients flow to x through products and
+`fake_quantize` (`mixbits.backends.gradients`), and through nothing else.
 
 The backend is the argument `backend`, else the environment variable MIXBITS_BACKEND, else the
 best there is for the tensor's device. In eager mode its functions are called directly;
@@ -34,9 +34,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import compensate, folding, gradients, reference
-from .arrange import Arrangement
-from .checks import (
+from .backends import gradients
+from .errors import UsageError
+from .formats import compensate, reference
+from .formats import fp8_weights as folding
+from .formats.arrange import Arrangement
+from .formats.checks import (
     DTYPES,
     check_device,
     check_format,
@@ -54,10 +57,9 @@ from .checks import (
     packed_in_memory,
     rows_in_memory,
 )
-from .compensate import Group
-from .errors import UsageError
-from .formats import Format
-from .pack import Mix, Operand, Packed, packed_spec
+from .formats.compensate import Group
+from .formats.pack import Mix, Operand, Packed, packed_spec
+from .formats.schemes import Format
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 _PREFERENCE = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "reference")}
@@ -157,7 +159,7 @@ def fake_quantize(x: Tensor, fmt: Format, backend: str | None = None) -> Tensor:
 
 
 def quantize_pack(weight: Tensor, fmt: Format, backend: str | None = None) -> Packed:
-    """Quantize and pack a weight [N, K]; `mixbits.pack` gives the result's shapes.
+    """Quantize and pack a weight [N, K]; `mixbits.formats.pack` gives the result's shapes.
 
     Groups that hold a NaN or an infinity get a NaN scale: refuse them before.
     """
@@ -256,7 +258,7 @@ def require_fp8(device: torch.device | str, backend: str | None = None) -> None:
 def fold_rows(packed: Packed, fmt: Format, in_features: int) -> Tensor | None:
     """Scales of rows that make a weight in e2m1 one of e4m3, or None where a row does not fit.
 
-    See `mixbits.folding.fold_rows`. Raises UsageError for other formats.
+    See `mixbits.formats.fp8_weights.fold_rows`. Raises UsageError for other formats.
     """
     check_packed(packed, fmt, in_features, device_of(packed))
     if fmt.element != "e2m1":
@@ -272,9 +274,9 @@ def packed_matmul_fp8(
     """`packed_matmul` of a weight in e2m1, where x may be rounded to e4m3, for speed.
 
     `row_scale` uint8 [N] is what `fold_rows` gave for this very weight. Where nothing is gained
-    (few tokens), x is left as it is; else the result is that of `mixbits.folding.matmul`, but for
-    the order of sums, and for the 14 binary digits that sums over 128 columns have. Raises
-    UsageError where `require_fp8` does.
+    (few tokens), x is left as it is; else the result is that of
+    `mixbits.formats.fp8_weights.matmul`, but for the order of sums, and for the 14 binary digits
+    that sums over 128 columns have. Raises UsageError where `require_fp8` does.
     """
     check_values("x", x, 2)
     require_fp8(x.device, backend)
@@ -318,7 +320,7 @@ def square_sums(x: Tensor, formats: Sequence[Format], backend: str | None = None
 
 
 def compensate_group(group: Tensor, factor: Tensor, importance: Tensor, fmt: Format) -> Group:
-    """`mixbits.compensate.compensate_group`, by native code where there is some.
+    """`mixbits.formats.compensate.compensate_group`, by native code where there is some.
 
     group float32 [N, columns], of which there are at most as many as the format has in a group;
     factor float32 [columns, columns], importance float32 [columns].
@@ -386,7 +388,8 @@ def packed_matmuls_unchecked(
     backend: str | None = None,
     int8_activations: bool = False,
 ) -> list[Tensor]:
-    """`packed_matmuls` for a caller that has checked the weights (`mixbits.checks.checked`).
+    """`packed_matmuls` for a caller that has checked the weights
+    (`mixbits.formats.checks.checked`).
 
     Nothing looks again, and memory beyond theirs would be read; but the CPU refuses an order that
     would reach beyond x. x [M, K] itself is checked here.

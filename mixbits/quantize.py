@@ -20,19 +20,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import early
 from .command import exit_code
 from .errors import UsageError, first_line
-from .formats import parse_scheme
-from .options import parse_arguments
+from .formats.schemes import parse_scheme
+from .pipeline import early
+from .pipeline.options import parse_arguments
 
 if TYPE_CHECKING:  # torch is imported by functions only: a wrong option should be told at once
-    from .atomic import Destination
-    from .gate import Choice
-    from .model import CausalLM, LeftAlone
-    from .report import Stages
-    from .stages import Planned, Run, Text
-    from .verdict import Circumstances
+    from .files.atomic import Destination
+    from .model.layout import CausalLM, LeftAlone
+    from .pipeline.gate import Choice
+    from .pipeline.stages import Planned, Run, Text
+    from .report.tables import Stages
+    from .report.verdict import Circumstances
 
 STAGES = ("open", "calibrate", "measure", "allocate", "round", "write", "evaluate")
 
@@ -44,7 +44,7 @@ def _check_evaluation(run: Run) -> None:
         if getattr(args, option) and not source.has_tokenizer:
             raise UsageError(f"--{option} needs a tokenizer, and {source.path} has none")
     if args.tasks:
-        from .evaluate import task_manager
+        from .measuring.evaluate import task_manager
 
         task_manager(args.tasks.split(","), args.include_path)
 
@@ -72,7 +72,8 @@ def _write(
     report: dict[str, Any],
 ) -> int | None:
     """Write all but the report into `folder`; returns the bytes of the weight files, if any."""
-    from . import checkpoint, findings
+    from .checkpoint import folder as checkpoint
+    from .pipeline import diagnose as findings
 
     plan = choice.winner.plan
     plan.write(folder / "plan.json")
@@ -95,16 +96,16 @@ def _write(
 def _load_result(run: Run, choice: Choice, evaluation: dict[str, Any]) -> Any:
     """The model to score: as it was written, but --fake as the packed model would run."""
     if run.args.fake:
-        from .fake import round_activations
-        from .report import fake_column
-        from .source import open_source
+        from .report.tables import fake_column
+        from .runtime.fake import round_activations
+        from .source.source import open_source
 
         fake = open_source(str(run.args.out), run.args.trust_remote_code).load()
         rounded = round_activations(fake, choice.winner.plan.assignment)
         evaluation["scored"] = fake_column(rounded)
         return fake
-    from .linear import PackedLinear
-    from .loading import load
+    from .checkpoint.loading import load
+    from .runtime.linear import PackedLinear
 
     model = load(run.args.out, trust_remote_code=run.args.trust_remote_code)
     for module in model.modules():
@@ -123,10 +124,10 @@ def _evaluate(
     result: dict[str, Any],
 ) -> None:
     """Held-out scores, lm-eval's, and a sample, into `result`: `evaluation` of report.json."""
-    from .evaluate import compare, run_tasks
+    from .measuring.evaluate import compare, run_tasks
+    from .model.streaming import StreamedModel
     from .progress import numbered
-    from .streaming import StreamedModel
-    from .verdict import verdict
+    from .report.verdict import verdict
 
     args, prefix = run.args, held_out.prefix
     if len(held_out.ids):
@@ -151,7 +152,7 @@ def _generate(model: Any, tokenizer: Any, args: argparse.Namespace, prefix: tupl
     """The prompt and 80 tokens after it, drawn with the seed: greedy small models repeat."""
     import torch
 
-    from .calibration import begin, tokenize
+    from .measuring.text import begin, tokenize
 
     torch.manual_seed(args.seed)
     prompt = begin(tokenize(tokenizer, args.prompt), prefix)[None].to(args.device)
@@ -169,8 +170,8 @@ def _generate(model: Any, tokenizer: Any, args: argparse.Namespace, prefix: tupl
 
 def _dry_run(run: Run) -> None:
     """Shapes and sizes, from config.json alone."""
-    from .plan import Plan, average_bits
-    from .report import scheme_rows, size, table
+    from .planning.plan import Plan, average_bits
+    from .report.tables import scheme_rows, size, table
 
     elements = sum(i.numel for i in run.linears)
     print(f"{len(run.linears)} linears in {len(run.units)} units, {elements:,} weights")
@@ -199,7 +200,7 @@ def _dry_run(run: Run) -> None:
 def _print_findings(run: Run) -> None:
     """What else than plain linears in 16 bits the source holds."""
     from .progress import say
-    from .report import size
+    from .report.tables import size
 
     weights = run.source.weights if run.source.has_weights else None  # or config.json alone
     own, kind, itemsize = run.own, type(run.shapes).__name__, run.source.dtype.itemsize
@@ -230,7 +231,7 @@ def _of_how_much(run: Run) -> str:
 
 def _print_plan(run: Run, choice: Choice, reached: dict[str, Any]) -> None:
     from .progress import say
-    from .report import gate_table, scheme_rows, size, table
+    from .report.tables import gate_table, scheme_rows, size, table
 
     if choice.rows:
         say(gate_table(choice.rows))
@@ -262,10 +263,10 @@ class _Reports:
     def texts(
         self, evaluation: dict[str, Any] | None, stages: list[dict[str, Any]]
     ) -> dict[str, str]:
-        from . import card
-        from .report import scheme_rows
-        from .report_html import render
-        from .scores import dump
+        from .measuring.scores import dump
+        from .report import card
+        from .report.html import render
+        from .report.tables import scheme_rows
 
         run = self.run
         self.report.update(evaluation=evaluation, stages=stages)
@@ -280,8 +281,8 @@ class _Reports:
 
 def _print_results(report: dict[str, Any], evaluation: dict[str, Any]) -> None:
     from .progress import say
-    from .report import result_rows, search_line, table, task_rows
-    from .verdict import lines
+    from .report.tables import result_rows, search_line, table, task_rows
+    from .report.verdict import lines
 
     sizes = report["bytes_before"], report["bytes_after"]
     say("\n" + table(result_rows(*sizes, evaluation)) + "\n")
@@ -318,10 +319,11 @@ def _planned(
     run: Run, clock: Stages, place: Destination, model: CausalLM, sha256: str, text: Text
 ) -> Planned:
     """The plan that is given, or those that are measured for and solved."""
-    from . import findings, stages
+    from .measuring.scores import dump
+    from .pipeline import diagnose as findings
+    from .pipeline import stages
     from .progress import say
-    from .report import diagnosis, refinement
-    from .scores import dump
+    from .report.tables import diagnosis, refinement
 
     args = run.args
     if args.plan is not None:
@@ -348,8 +350,8 @@ def _planned(
 
 def _rounded(run: Run, clock: Stages, model: CausalLM, planned: Planned, text: Text) -> Choice:
     """The plan that ships: the best of those that are compared, or the only one."""
-    from . import stages
-    from .gate import Candidate, Choice
+    from .pipeline import stages
+    from .pipeline.gate import Candidate, Choice
 
     plans = planned.plans
     if not stages.is_gated(run.args):
@@ -367,8 +369,8 @@ def quantize(run: Run) -> None:
 
     What was measured for an output that did not come about lies beside it.
     """
-    from .atomic import reserved
-    from .early import inputs
+    from .files.atomic import reserved
+    from .pipeline.early import inputs
 
     args = run.args
     with reserved(args.out, args.overwrite, inputs(args)) as place, _told_of_scores(place):
@@ -388,12 +390,13 @@ def _told_of_scores(place: Destination) -> Iterator[None]:
 
 
 def _quantize(run: Run, place: Destination) -> None:
-    from . import findings, stages
-    from .files import write_text
-    from .model import decoder_blocks
+    from .files.io import write_text
+    from .model.layout import decoder_blocks
+    from .pipeline import diagnose as findings
+    from .pipeline import stages
     from .progress import Progress, duration, planned_work, say
-    from .report import Stages
-    from .verdict import verdict
+    from .report.tables import Stages
+    from .report.verdict import verdict
 
     blocks = len(decoder_blocks(run.shapes)[1])
     progress = Progress(planned_work(run.args, blocks, len(run.units)))
@@ -453,14 +456,14 @@ def _quantize(run: Run, place: Destination) -> None:
 
 def _command(argv: list[str] | None) -> None:
     args = parse_arguments(argv)
-    from .atomic import recover
+    from .files.atomic import recover
 
     if not args.dry_run:
         recover(args.out)
     early.check(args)
-    from . import feasibility, stages
+    from .pipeline import feasibility, stages
     from .progress import Progress
-    from .report import quiet
+    from .report.tables import quiet
 
     quiet()
     _check_device(args)

@@ -104,9 +104,9 @@ def _check(args: argparse.Namespace) -> tuple[Path, list[socket.socket]]:
     missing = [name for name in ("starlette", "uvicorn") if importlib.util.find_spec(name) is None]
     if missing:
         raise UsageError("serving needs more packages: pip install starlette uvicorn h11")
+    from .checkpoint.transformers_quantizer import read_config
     from .server.http import bind
-    from .source import find_folder, open_source
-    from .transformers_quantizer import read_config
+    from .source.source import find_folder, open_source
 
     folder = find_folder(args.folder)
     read_config(folder)
@@ -194,7 +194,7 @@ def _engine(folder: Path, args: argparse.Namespace) -> Any:
     import torch
     from transformers import AutoTokenizer
 
-    from .loading import load
+    from .checkpoint.loading import load
     from .server.generation import Engine
 
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -228,7 +228,7 @@ def _ended_by_signals() -> Iterator[None]:
 def _command(argv: list[str] | None) -> None:
     args = parse_arguments(argv)
     with _ended_by_signals():
-        from .report import quiet
+        from .report.tables import quiet
 
         quiet()
         folder, sockets = _check(args)

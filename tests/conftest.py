@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mixbits import quantize
 from mixbits.backends import cpu
-from mixbits.formats import INT_GROUPS, INTEGERS, MINIFLOATS, SCALE_MODES, Format
+from mixbits.formats.schemes import INT_GROUPS, INTEGERS, MINIFLOATS, SCALE_MODES, Format
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 MX_FORMATS = [Format(e, 32, scale_mode=mode) for e in MINIFLOATS for mode in SCALE_MODES]

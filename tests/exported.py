@@ -11,12 +11,12 @@ from tiny import make_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from mixbits.checkpoint import save
+from mixbits.checkpoint.folder import save
 from mixbits.export.__main__ import main
-from mixbits.fake import fake_quantize_model
-from mixbits.formats import Recipe, ScaleMode, parse_scheme
-from mixbits.model import find_linears
-from mixbits.source import Source, open_source
+from mixbits.formats.schemes import Recipe, ScaleMode, parse_scheme
+from mixbits.model.layout import find_linears
+from mixbits.runtime.fake import fake_quantize_model
+from mixbits.source.source import Source, open_source
 
 SIZES = {"intermediate_size": 160, "vocab_size": 160}
 IDS = torch.randint(0, 128, (2, 24), generator=torch.Generator().manual_seed(0))

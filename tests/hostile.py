@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from mixbits import ops
 from mixbits.backends import cpu
-from mixbits.formats import INT_GROUPS, INTEGERS, MINIFLOATS, SCALE_MODES, Format
-from mixbits.pack import Mix, Operand, Packed, order_dtype
+from mixbits.formats.pack import Mix, Operand, Packed, order_dtype
+from mixbits.formats.schemes import INT_GROUPS, INTEGERS, MINIFLOATS, SCALE_MODES, Format
 
 MXFP4, INT4 = Format("e2m1", 32), Format("int4", 32, symmetric=False)
 FORMATS = [Format(e, 32, scale_mode=m) for e in MINIFLOATS for m in SCALE_MODES] + [

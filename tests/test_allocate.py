@@ -8,8 +8,8 @@ import random
 
 import pytest
 
-from mixbits.allocate import STRATEGIES, BudgetError, Item, allocate, cost_range, total
 from mixbits.errors import UsageError
+from mixbits.planning.allocate import STRATEGIES, BudgetError, Item, allocate, cost_range, total
 
 
 def random_items(rng: random.Random) -> list[Item]:

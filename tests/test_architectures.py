@@ -9,13 +9,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import mixbits
-from mixbits.arrange import Arrangement
 from mixbits.export.__main__ import main as export_main
-from mixbits.linear import MixedLinear, PackedLinear
-from mixbits.model import find_linears
-from mixbits.nearest import fake_input
-from mixbits.probing import probed
+from mixbits.formats.arrange import Arrangement
+from mixbits.model.layout import find_linears
+from mixbits.model.probing import probed
 from mixbits.quantize import main
+from mixbits.rounding.nearest import fake_input
+from mixbits.runtime.linear import MixedLinear, PackedLinear
 
 if not (Path(__file__).parents[1] / "benchmarks").is_dir():
     pytest.skip("installed without its benchmarks", allow_module_level=True)

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from mixbits.arrange import Arrangement, arrangement_of, hadamard
 from mixbits.errors import UsageError
-from mixbits.formats import Mixed, parse_scheme
+from mixbits.formats.arrange import Arrangement, arrangement_of, hadamard
+from mixbits.formats.schemes import Mixed, parse_scheme
 
 MXFP4, MXFP8 = parse_scheme("MXFP4"), parse_scheme("MXFP8")
 ARRANGEMENTS = {

@@ -18,8 +18,9 @@ from typing import Any
 import pytest
 from tiny import entries, read
 
-from mixbits import atomic, system
-from mixbits.atomic import (
+from mixbits.errors import UsageError
+from mixbits.files import atomic, system
+from mixbits.files.atomic import (
     Destination,
     atomic_folder,
     check_destination,
@@ -28,9 +29,8 @@ from mixbits.atomic import (
     reserved,
     scratch_folder,
 )
-from mixbits.errors import UsageError
-from mixbits.manifest import MANIFEST, Manifest, foreign, remove_ours
-from mixbits.system import Lock, exchange, rename_new
+from mixbits.files.manifest import MANIFEST, Manifest, foreign, remove_ours
+from mixbits.files.system import Lock, exchange, rename_new
 
 
 def ours(folder: Path, text: str = "old") -> Path:

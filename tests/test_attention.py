@@ -5,8 +5,8 @@ import torch
 from tiny import KINDS, make_model
 from transformers import AutoModelForCausalLM
 
-from mixbits import attention
-from mixbits.attention import NAME, use_grouped_attention
+from mixbits.runtime import attention
+from mixbits.runtime.attention import NAME, use_grouped_attention
 
 
 def logits_of_steps(model, ids, mask):

@@ -23,8 +23,8 @@ import pytest
 import torch
 
 from mixbits import ops
-from mixbits.formats import Format
-from mixbits.reference import mx_scale, quantize
+from mixbits.formats.reference import mx_scale, quantize
+from mixbits.formats.schemes import Format
 
 pytest.importorskip("auto_round", reason="auto-round is not installed")
 from auto_round.data_type.int import quant_tensor_asym, quant_tensor_sym

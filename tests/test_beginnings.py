@@ -15,11 +15,11 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from mixbits import quantize
-from mixbits.calibration import begin, cut, load_sequences, prefix_tokens
-from mixbits.distill import written
 from mixbits.errors import UsageError
-from mixbits.evaluate import _without_suffix, compare
-from mixbits.streaming import StreamedModel
+from mixbits.measuring.evaluate import _without_suffix, compare
+from mixbits.measuring.text import begin, cut, load_sequences, prefix_tokens
+from mixbits.model.streaming import StreamedModel
+from mixbits.rounding.distill import written
 
 BOS, EOS, MASK, SOP = range(4)
 SPECIAL = {"<s>": BOS, "</s>": EOS, "[gMASK]": MASK, "<sop>": SOP}

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from mixbits.cache import GrowingLayer, growing_layers
+from mixbits.runtime.cache import GrowingLayer, growing_layers
 
 
 def tokens(count, batch=2, seed=0):

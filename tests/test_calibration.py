@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from mixbits.calibration import Sequences, cut, load_sequences, read_tokens, split
 from mixbits.errors import UsageError
+from mixbits.measuring.text import Sequences, cut, load_sequences, read_tokens, split
 
 
 class Letters:

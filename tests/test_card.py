@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
-from mixbits import card, files
-from mixbits.source import Source
+from mixbits.files import io as files
+from mixbits.report import card
+from mixbits.source.source import Source
 
 
 def read(folder: Path) -> tuple[ModelCard, str, dict]:

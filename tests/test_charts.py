@@ -9,7 +9,7 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
-from mixbits.charts import HeatMap, Mark, Plot, interval, levels, symbol, text, ticks
+from mixbits.report.charts import HeatMap, Mark, Plot, interval, levels, symbol, text, ticks
 
 
 def parse(chart: str) -> ElementTree.Element:

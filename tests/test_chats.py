@@ -11,9 +11,9 @@ import pytest
 from test_beginnings import BOS, VOCAB, make_tokenizer
 from tiny import read
 
-from mixbits.calibration import load_sequences, read_tokens
 from mixbits.errors import UsageError
-from mixbits.hub_data import HubData
+from mixbits.measuring.hub_data import HubData
+from mixbits.measuring.text import load_sequences, read_tokens
 
 TURNS = [("user", "one"), ("assistant", "two"), ("user", "three")]
 OPENAI = [{"role": role, "content": text} for role, text in TURNS]

@@ -15,14 +15,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import mixbits
-from mixbits import checkpoint
-from mixbits.checkpoint import make_shards, predicted_bytes, save, tensor_specs
+from mixbits.checkpoint import folder as checkpoint
+from mixbits.checkpoint.folder import make_shards, predicted_bytes, save, tensor_specs
 from mixbits.errors import UsageError
-from mixbits.fake import FakeLinear
-from mixbits.formats import Mixed, parse_scheme
-from mixbits.linear import PackedLinear, swap_linears
-from mixbits.model import LinearInfo, find_linears, meta_model, weight_of
-from mixbits.source import Source, open_source
+from mixbits.formats.schemes import Mixed, parse_scheme
+from mixbits.model.layout import LinearInfo, find_linears, meta_model, weight_of
+from mixbits.runtime.fake import FakeLinear
+from mixbits.runtime.linear import PackedLinear, swap_linears
+from mixbits.source.source import Source, open_source
 
 MIX = ["MXFP4", "MXFP8", "W4A16", "BF16", "W2A16G32ASYM", "MXFP8E5M2A16", "W8A16G64ASYM"]
 

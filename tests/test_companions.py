@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from huggingface_hub.utils import filter_repo_objects
 
-from mixbits.companions import copy_companions
-from mixbits.source import _FILES
+from mixbits.source.companions import copy_companions
+from mixbits.source.source import _FILES
 
 COMES = [
     "generation_config.json",

@@ -26,10 +26,11 @@ from tiny import add_tokenizer, make_model
 from transformers import AutoModelForCausalLM
 
 import mixbits
-from mixbits import checkpoint, serve
+from mixbits import serve
+from mixbits.checkpoint import folder as checkpoint
 from mixbits.errors import UsageError
-from mixbits.model import find_linears
-from mixbits.source import open_source
+from mixbits.model.layout import find_linears
+from mixbits.source.source import open_source
 
 COUNT = int(os.environ.get("MIXBITS_MUTATIONS", "240"))
 FOLDERS = {"llama": whole, "qwen2": slabs, "qwen3_moe": whole}  # the last in several files

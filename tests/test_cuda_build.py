@@ -18,8 +18,8 @@ import sass
 import torch
 from conftest import assert_same_bits
 
-from mixbits import reference
-from mixbits.formats import MINIFLOATS
+from mixbits.formats import reference
+from mixbits.formats.schemes import MINIFLOATS
 
 TESTS = Path(__file__).resolve().parent
 CSRC = TESTS.parent / "csrc"

@@ -23,11 +23,13 @@ import torch
 from conftest import FORMATS, INT_FORMATS, MX_FORMATS, assert_same_bits, format_id, hard_rows
 from torch import Tensor
 
-from mixbits import folding, ops, pack, reference
+from mixbits import ops
 from mixbits.backends import cuda, cuda_fp8, scratch
 from mixbits.backends.cuda_choice import Choice
-from mixbits.formats import INTEGERS, MINIFLOATS, MX_GROUP, Format, parse_scheme
-from mixbits.linear import PackedLinear, allow_fp8_activations
+from mixbits.formats import fp8_weights as folding
+from mixbits.formats import pack, reference
+from mixbits.formats.schemes import INTEGERS, MINIFLOATS, MX_GROUP, Format, parse_scheme
+from mixbits.runtime.linear import PackedLinear, allow_fp8_activations
 
 TESTS = Path(__file__).resolve().parent
 CSRC = TESTS.parent / "csrc"

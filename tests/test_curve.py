@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 from test_allocate import random_items
 
-from mixbits import curve, knapsack
-from mixbits.allocate import Allocation, Item, allocate, cost_range, total
-from mixbits.charts import plot
-from mixbits.curve import frontier, rows, to_csv
 from mixbits.errors import UsageError
+from mixbits.planning import curve, knapsack
+from mixbits.planning.allocate import Allocation, Item, allocate, cost_range, total
+from mixbits.planning.curve import frontier, rows, to_csv
+from mixbits.report.charts import plot
 
 THREE = [
     Item("a", (4, 8, 16), (9.0, 3.0, 0.0)),

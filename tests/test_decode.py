@@ -17,13 +17,13 @@ from transformers import AutoTokenizer, DynamicCache, StaticCache
 import mixbits
 from mixbits import demo
 from mixbits.backends import cpu
-from mixbits.cache import GrowingLayer
-from mixbits.decode import Angles, use_decode_step
-from mixbits.fake import fake_quantize_model
-from mixbits.formats import parse_scheme
-from mixbits.linear import share_inputs, swap_linears
-from mixbits.model import find_linears
-from mixbits.source import open_source
+from mixbits.formats.schemes import parse_scheme
+from mixbits.model.layout import find_linears
+from mixbits.runtime.cache import GrowingLayer
+from mixbits.runtime.fake import fake_quantize_model
+from mixbits.runtime.linear import share_inputs, swap_linears
+from mixbits.runtime.token_step import Angles, use_decode_step
+from mixbits.source.source import open_source
 
 pytestmark = pytest.mark.skipif(cpu.why_unavailable() is not None, reason="no native library")
 

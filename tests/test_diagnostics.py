@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from test_allocate import random_items
 
-from mixbits.allocate import Item, allocate, cost_range, total
-from mixbits.diagnostics import next_swaps, spearman, stability
+from mixbits.planning.allocate import Item, allocate, cost_range, total
+from mixbits.planning.stability import next_swaps, spearman, stability
 
 
 def test_rank_correlation_of_known_data() -> None:

@@ -11,16 +11,18 @@ from conftest import FORMATS, assert_same_bits, by_format, format_id
 from test_rounded import MODES, opened
 from tiny import add_tokenizer, make_model, read
 
-from mixbits import distill, ops, streaming
-from mixbits.distill import enough_text, written
+from mixbits import ops
 from mixbits.errors import UsageError
-from mixbits.evaluate import sequence_kl
-from mixbits.formats import Format, parse_scheme
-from mixbits.pack import pack
-from mixbits.reference import Quantized, dequantize, encode, quantize
-from mixbits.rounded import RoundedModel, round_model
-from mixbits.source import open_source
-from mixbits.streaming import StreamedModel
+from mixbits.formats.pack import pack
+from mixbits.formats.reference import Quantized, dequantize, encode, quantize
+from mixbits.formats.schemes import Format, parse_scheme
+from mixbits.measuring.evaluate import sequence_kl
+from mixbits.model import streaming
+from mixbits.model.streaming import StreamedModel
+from mixbits.rounding import distill
+from mixbits.rounding.distill import enough_text, written
+from mixbits.rounding.whole_model import RoundedModel, round_model
+from mixbits.source.source import open_source
 
 LEARNED = [f for f in FORMATS if f.bits < 8]
 

@@ -14,7 +14,7 @@ import pytest
 
 import mixbits
 from mixbits.export.__main__ import make_parser as export_parser
-from mixbits.options import make_parser, parse_arguments
+from mixbits.pipeline.options import make_parser, parse_arguments
 from mixbits.serve import make_parser as serve_parser
 
 ROOT = Path(mixbits.__file__).resolve().parents[1]

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from tiny import make_model
 
-from mixbits import early
 from mixbits.errors import UsageError
-from mixbits.options import DEFAULT_DATASET, EFFORTS, parse_arguments
+from mixbits.pipeline import early
+from mixbits.pipeline.options import DEFAULT_DATASET, EFFORTS, parse_arguments
 
 CONFIG = {
     "model_type": "llama",
@@ -154,7 +154,7 @@ def test_encoders_are_refused(tmp_path: Path) -> None:
     """transformers would run them as decoders, though they look ahead."""
     from transformers import BertConfig, GPT2Config, XLNetConfig
 
-    from mixbits.source import open_source
+    from mixbits.source.source import open_source
 
     sizes = {"num_hidden_layers": 1, "hidden_size": 32, "vocab_size": 40}
     for number, config in enumerate((BertConfig(**sizes), XLNetConfig(n_layer=1))):

@@ -16,15 +16,16 @@ from tiny import read
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoRoundConfig
 
-from mixbits import checkpoint, reference
+from mixbits.checkpoint import folder as checkpoint
 from mixbits.errors import UsageError
 from mixbits.export import auto_round, compressed_tensors
 from mixbits.export.__main__ import main
 from mixbits.export.packed import Carrier, PackedModel
-from mixbits.formats import Format, Mixed, Scheme, parse_scheme
-from mixbits.pack import pack
-from mixbits.targets import TARGETS, fit
-from mixbits.weights import Files
+from mixbits.export.targets import TARGETS, fit
+from mixbits.formats import reference
+from mixbits.formats.pack import pack
+from mixbits.formats.schemes import Format, Mixed, Scheme, parse_scheme
+from mixbits.source.weights import Files
 
 FORMATS = [
     Format("e2m1", 32),

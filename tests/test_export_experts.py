@@ -15,13 +15,13 @@ from tiny import MOE_KINDS, read
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoRoundConfig
 
-from mixbits import reference
-from mixbits.experts import EXPERT_PROJECTIONS
 from mixbits.export.__main__ import main
 from mixbits.export.packed import STORED_NAMES
-from mixbits.formats import Recipe, Scheme, parse_scheme
-from mixbits.model import find_linears, weight_of
-from mixbits.source import Source
+from mixbits.formats import reference
+from mixbits.formats.schemes import Recipe, Scheme, parse_scheme
+from mixbits.model.experts import EXPERT_PROJECTIONS
+from mixbits.model.layout import find_linears, weight_of
+from mixbits.source.source import Source
 
 SIZES: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"norm_topk_prob": True, "moe_intermediate_size": 64},

@@ -11,13 +11,13 @@ import torch
 from exported import IDS, export, fake_model, logits, packed
 from transformers import AutoModelForCausalLM
 
-from mixbits import reference
 from mixbits.errors import UsageError
 from mixbits.export.__main__ import main
 from mixbits.export.gguf import _TYPES, blocks, rotary_order
 from mixbits.export.gguf_tokenizer import Vocabulary, add_vocabulary, read_vocabulary
-from mixbits.formats import Format
-from mixbits.pack import pack
+from mixbits.formats import reference
+from mixbits.formats.pack import pack
+from mixbits.formats.schemes import Format
 
 gguf = pytest.importorskip("gguf", reason="gguf is not installed")
 EXACT = "MXFP4A16,W8A16,W4A16G32,BF16,W2A16G64"

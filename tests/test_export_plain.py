@@ -16,14 +16,14 @@ from tiny import read
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mixbits
-from mixbits import checkpoint
-from mixbits.checkpoint import save
+from mixbits.checkpoint import folder as checkpoint
+from mixbits.checkpoint.folder import save
 from mixbits.errors import UsageError
 from mixbits.export.__main__ import main
-from mixbits.formats import Mixed, Recipe, parse_scheme
-from mixbits.model import find_linears
-from mixbits.source import open_source
-from mixbits.weights import Files
+from mixbits.formats.schemes import Mixed, Recipe, parse_scheme
+from mixbits.model.layout import find_linears
+from mixbits.source.source import open_source
+from mixbits.source.weights import Files
 
 A16 = "MXFP4A16,W4A16G32,BF16,W8A16G32ASYM,MXFP8A16,W2A16G32"
 

@@ -15,12 +15,13 @@ from tiny import entries, make_model, read
 from transformers import AutoModelForCausalLM, ZambaConfig
 
 import mixbits
-from mixbits import atomic, feasibility, stages
+from mixbits.checkpoint.stock import rehearse
 from mixbits.errors import UsageError
-from mixbits.formats import parse_scheme
-from mixbits.options import parse_arguments
-from mixbits.source import open_source
-from mixbits.stock import rehearse
+from mixbits.files import atomic
+from mixbits.formats.schemes import parse_scheme
+from mixbits.pipeline import feasibility, stages
+from mixbits.pipeline.options import parse_arguments
+from mixbits.source.source import open_source
 
 
 @pytest.fixture

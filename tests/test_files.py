@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mixbits.errors import first_line, printable
-from mixbits.files import last_part, without_folders
+from mixbits.files.io import last_part, without_folders
 
 
 @pytest.mark.parametrize(

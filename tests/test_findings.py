@@ -10,19 +10,19 @@ import torch
 from tiny import make_model
 from torch import nn
 
-from mixbits import findings
-from mixbits.calibration import Sequences
-from mixbits.evaluate import sequence_kl
-from mixbits.fake import fake_quantize_model
-from mixbits.findings import fidelity, linear_bits, swaps
-from mixbits.formats import Mixed, parse_scheme
-from mixbits.model import find_linears
-from mixbits.options import parse_arguments
-from mixbits.plan import Budget, Problem, average_bits
-from mixbits.sensitivity import measure as measure_sensitivity
-from mixbits.source import open_source
-from mixbits.stages import Planned, Run, Solved, Text, measure, prepare
-from mixbits.streaming import StreamedModel
+from mixbits.formats.schemes import Mixed, parse_scheme
+from mixbits.measuring.evaluate import sequence_kl
+from mixbits.measuring.sensitivity import measure as measure_sensitivity
+from mixbits.measuring.text import Sequences
+from mixbits.model.layout import find_linears
+from mixbits.model.streaming import StreamedModel
+from mixbits.pipeline import diagnose as findings
+from mixbits.pipeline.diagnose import fidelity, linear_bits, swaps
+from mixbits.pipeline.options import parse_arguments
+from mixbits.pipeline.stages import Planned, Run, Solved, Text, measure, prepare
+from mixbits.planning.plan import Budget, Problem, average_bits
+from mixbits.runtime.fake import fake_quantize_model
+from mixbits.source.source import open_source
 
 IDS = torch.randint(0, 130, (8, 24), generator=torch.Generator().manual_seed(0))
 

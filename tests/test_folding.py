@@ -6,10 +6,12 @@ from conftest import assert_same_bits
 from test_cuda_build import needs_gpp, output_of
 from torch import Tensor
 
-from mixbits import folding, ops, pack, reference
+from mixbits import ops
 from mixbits.errors import UsageError
-from mixbits.formats import MINIFLOATS, Format, parse_scheme
-from mixbits.linear import PackedLinear, allow_fp8_activations
+from mixbits.formats import fp8_weights as folding
+from mixbits.formats import pack, reference
+from mixbits.formats.schemes import MINIFLOATS, Format, parse_scheme
+from mixbits.runtime.linear import PackedLinear, allow_fp8_activations
 
 MXFP4 = Format("e2m1", 32)
 E4M3 = torch.float8_e4m3fn

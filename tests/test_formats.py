@@ -2,7 +2,7 @@ import pytest
 from conftest import FORMATS, format_id
 
 from mixbits.errors import UsageError
-from mixbits.formats import BF16, ELEMENTS, SCALE_MODES, SCHEME_NAMES, Format, parse_scheme
+from mixbits.formats.schemes import BF16, ELEMENTS, SCALE_MODES, SCHEME_NAMES, Format, parse_scheme
 
 
 @pytest.mark.parametrize("fmt", FORMATS, ids=format_id)

@@ -9,14 +9,14 @@ import pytest
 import torch
 from tiny import make_model
 
-from mixbits.evaluate import sequence_kl
-from mixbits.formats import parse_scheme
-from mixbits.gate import Candidate, candidates, choose
-from mixbits.model import find_linears
-from mixbits.plan import Plan
-from mixbits.rounded import RoundedModel, round_model
-from mixbits.source import open_source
-from mixbits.streaming import StreamedModel
+from mixbits.formats.schemes import parse_scheme
+from mixbits.measuring.evaluate import sequence_kl
+from mixbits.model.layout import find_linears
+from mixbits.model.streaming import StreamedModel
+from mixbits.pipeline.gate import Candidate, candidates, choose
+from mixbits.planning.plan import Plan
+from mixbits.rounding.whole_model import RoundedModel, round_model
+from mixbits.source.source import open_source
 
 
 def plan(linears: list[Any], schemes: list[str]) -> Plan:

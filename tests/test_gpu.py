@@ -11,14 +11,15 @@ from conftest import INT_FORMATS, MX_FORMATS, assert_same_bits, format_id
 from tiny import SMALL, make_model
 
 import mixbits
-from mixbits import ops, quantize, reference
+from mixbits import ops, quantize
 from mixbits.backends import cuda
-from mixbits.formats import Format, parse_scheme
-from mixbits.model import find_linears
-from mixbits.pack import Mix, Operand, order_dtype
-from mixbits.sensitivity import measure
-from mixbits.source import open_source
-from mixbits.streaming import StreamedModel
+from mixbits.formats import reference
+from mixbits.formats.pack import Mix, Operand, order_dtype
+from mixbits.formats.schemes import Format, parse_scheme
+from mixbits.measuring.sensitivity import measure
+from mixbits.model.layout import find_linears
+from mixbits.model.streaming import StreamedModel
+from mixbits.source.source import open_source
 
 pytestmark = pytest.mark.gpu
 BACKENDS = ["cuda", "triton"]

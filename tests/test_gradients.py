@@ -15,16 +15,17 @@ from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
 
 import mixbits
-from mixbits import gradients, ops
-from mixbits.attention import use_grouped_attention
-from mixbits.decode import use_decode_step
+from mixbits import ops
+from mixbits.backends import gradients
 from mixbits.errors import UsageError
-from mixbits.fake import FakeLinear, fake_quantize_model
-from mixbits.formats import Mixed, parse_scheme
-from mixbits.linear import MixedLinear, PackedLinear, share_inputs, swap_linears
-from mixbits.model import find_linears
-from mixbits.pack import Operand
-from mixbits.source import open_source
+from mixbits.formats.pack import Operand
+from mixbits.formats.schemes import Mixed, parse_scheme
+from mixbits.model.layout import find_linears
+from mixbits.runtime.attention import use_grouped_attention
+from mixbits.runtime.fake import FakeLinear, fake_quantize_model
+from mixbits.runtime.linear import MixedLinear, PackedLinear, share_inputs, swap_linears
+from mixbits.runtime.token_step import use_decode_step
+from mixbits.source.source import open_source
 
 BACKENDS = [name for name, why in ops.backends().items() if why is None]
 SCHEMES = ["W4A16", "W2A16G64ASYM", "W8A16", "MXFP4A16", "MXFP8E5M2A16", "MXFP4", "MXFP8"]
@@ -133,7 +134,7 @@ def test_rounding_is_passed_straight_through(backend, name, dtype):
 
 
 def test_products_with_activations_in_8_bit_floats(monkeypatch):
-    from mixbits import folding
+    from mixbits.formats import fp8_weights as folding
 
     operand = operand_of("MXFP4A16")
     module = type("Module", (), {})()

@@ -12,10 +12,10 @@ from tiny import make_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
-from mixbits import graphs
-from mixbits.formats import parse_scheme
-from mixbits.linear import PackedLinear, share_inputs, swap_linears
-from mixbits.model import find_linears
+from mixbits.formats.schemes import parse_scheme
+from mixbits.model.layout import find_linears
+from mixbits.runtime import graphs
+from mixbits.runtime.linear import PackedLinear, share_inputs, swap_linears
 
 NEW = 9
 OPTIONS = {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}

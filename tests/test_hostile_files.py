@@ -26,17 +26,17 @@ import torch
 from safetensors.torch import save_file
 from tiny import make_model
 
-from mixbits.checkpoint import quantization_config
+from mixbits.checkpoint.folder import quantization_config
+from mixbits.checkpoint.transformers_quantizer import MixbitsConfig, read_config
 from mixbits.errors import UsageError
-from mixbits.files import check_file, read_json, read_object
-from mixbits.formats import Mixed, parse_scheme
-from mixbits.model import LinearInfo
-from mixbits.model_files import check_folder
-from mixbits.plan import Plan, average_bits
-from mixbits.scores import Scores, _digest
-from mixbits.source import open_source
-from mixbits.transformers_quantizer import MixbitsConfig, read_config
-from mixbits.weights import Files
+from mixbits.files.io import check_file, read_json, read_object
+from mixbits.formats.schemes import Mixed, parse_scheme
+from mixbits.measuring.scores import Scores, _digest
+from mixbits.model.layout import LinearInfo
+from mixbits.planning.plan import Plan, average_bits
+from mixbits.source.model_files import check_folder
+from mixbits.source.source import open_source
+from mixbits.source.weights import Files
 
 LINEARS = [LinearInfo("a.q_proj", 4, 96, 0), LinearInfo("a.down_proj", 8, 172, 0)]
 MODES = {"weight_scale_mode": "floor", "act_scale_mode": "floor"}

@@ -22,14 +22,15 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.quantizers import auto
 
 import mixbits
-from mixbits import checkpoint, transformers_quantizer
-from mixbits.checkpoint import save
+from mixbits.checkpoint import folder as checkpoint
+from mixbits.checkpoint import transformers_quantizer
+from mixbits.checkpoint.folder import save
 from mixbits.errors import UsageError
 from mixbits.export.__main__ import main as export
-from mixbits.formats import Mixed, Recipe, parse_scheme
-from mixbits.linear import Experts, MixedLinear, PackedLinear
-from mixbits.model import LinearInfo, find_linears
-from mixbits.source import open_source
+from mixbits.formats.schemes import Mixed, Recipe, parse_scheme
+from mixbits.model.layout import LinearInfo, find_linears
+from mixbits.runtime.linear import Experts, MixedLinear, PackedLinear
+from mixbits.source.source import open_source
 
 SCHEMES = ["MXFP4", "MXFP8", "W4A16", "W2A16G32ASYM", "BF16", "MXFP8E5M2A16", "W8A16G64ASYM"]
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from test_allocate import brute_force, close, random_items
 
-from mixbits import knapsack
-from mixbits.allocate import Item, allocate, as_items, optimal, total
-from mixbits.knapsack import Items, Relaxation
+from mixbits.planning import knapsack
+from mixbits.planning.allocate import Item, allocate, as_items, optimal, total
+from mixbits.planning.knapsack import Items, Relaxation
 
 
 def dual(items: list[Item], budget: int) -> float:

@@ -15,12 +15,12 @@ from tiny import KINDS, make_model
 from mixbits import ops
 from mixbits.backends import cpu
 from mixbits.errors import UsageError
-from mixbits.fake import FakeLinear, fake_quantize_model
-from mixbits.formats import parse_scheme
-from mixbits.linear import PackedLinear, share_inputs, swap_linears
-from mixbits.model import find_linears, weight_of
-from mixbits.nearest import pack_weight, round_weights
-from mixbits.source import open_source
+from mixbits.formats.schemes import parse_scheme
+from mixbits.model.layout import find_linears, weight_of
+from mixbits.rounding.nearest import pack_weight, round_weights
+from mixbits.runtime.fake import FakeLinear, fake_quantize_model
+from mixbits.runtime.linear import PackedLinear, share_inputs, swap_linears
+from mixbits.source.source import open_source
 
 SCHEMES = ["MXFP4", "MXFP8", "MXFP8E5M2", "MXFP4A16", "MXFP8A16", "MXFP8E5M2A16"]
 SCHEMES += ["W2A16", "W4A16", "W8A16", "W4A16G32", "W2A16G64ASYM", "W4A16ASYM", "W8A16ASYM"]
@@ -75,7 +75,7 @@ def test_packed_linear_equals_fake_linear(isa, name):
     exact = fake(x).double()
     rows, rounded = x.double(), fake.weight_fake.double()
     if scheme.activation is not None:
-        from mixbits.reference import fake_quantize
+        from mixbits.formats.reference import fake_quantize
 
         rows = fake_quantize(x, scheme.activation).double()
     exact = rows @ rounded.T + bias.double()
@@ -374,7 +374,7 @@ def test_round_weights_rounds_in_place_and_spares_a_tied_embedding(tmp_path, kin
     linears = find_linears(model, include_head=True)
     scheme = parse_scheme("MXFP4")
     round_weights(model, linears, {i.name: scheme for i in linears})
-    from mixbits.reference import fake_quantize
+    from mixbits.formats.reference import fake_quantize
 
     for info in linears:
         expected = fake_quantize(weight_of(before, info), scheme.weight)

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mixbits
 from mixbits import lm_eval, progress
-from mixbits.evaluate import TASKS_DIR, _bars_told, _task_summary, run_tasks
-from mixbits.report import task_rows
+from mixbits.measuring.evaluate import TASKS_DIR, _bars_told, _task_summary, run_tasks
+from mixbits.report.tables import task_rows
 
 TASK = "stdlib_next_line"
 LIMIT = 12

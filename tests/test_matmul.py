@@ -7,9 +7,10 @@ import pytest
 import torch
 from conftest import DTYPES, MX_FORMATS, by_dtype, by_format, by_isa, format_id
 
-from mixbits import ops, reference
-from mixbits.formats import SCALE_MODES, Format, parse_scheme
-from mixbits.pack import Packed
+from mixbits import ops
+from mixbits.formats import reference
+from mixbits.formats.pack import Packed
+from mixbits.formats.schemes import SCALE_MODES, Format, parse_scheme
 
 MXFP4 = Format("e2m1", 32)
 MXFP8 = Format("e4m3", 32)

@@ -8,15 +8,16 @@ from conftest import DTYPES
 from tiny import make_model
 
 import mixbits
-from mixbits import checkpoint, ops
-from mixbits.arrange import Arrangement, arrangement_of
-from mixbits.fake import FakeLinear, fake_quantize_model
-from mixbits.formats import MAX_SEGMENTS, Mixed, parse_scheme
-from mixbits.linear import MixedLinear, packed_linear, share_inputs, swap_linears
-from mixbits.model import find_linears
-from mixbits.nearest import pack_recipe
-from mixbits.pack import Mix, Operand, order_dtype, recipe_tensors
-from mixbits.source import open_source
+from mixbits import ops
+from mixbits.checkpoint import folder as checkpoint
+from mixbits.formats.arrange import Arrangement, arrangement_of
+from mixbits.formats.pack import Mix, Operand, order_dtype, recipe_tensors
+from mixbits.formats.schemes import MAX_SEGMENTS, Mixed, parse_scheme
+from mixbits.model.layout import find_linears
+from mixbits.rounding.nearest import pack_recipe
+from mixbits.runtime.fake import FakeLinear, fake_quantize_model
+from mixbits.runtime.linear import MixedLinear, packed_linear, share_inputs, swap_linears
+from mixbits.source.source import open_source
 
 # Names of segments' schemes, with columns: whole blocks, blocks across a boundary, a short end.
 SEGMENTS = {

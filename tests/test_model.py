@@ -14,18 +14,25 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 import mixbits
-from mixbits import experts, recognise
-from mixbits.coverage import Coverage
 from mixbits.errors import UsageError
-from mixbits.experts import expert_slice
-from mixbits.fake import fake_quantize_model
-from mixbits.formats import parse_scheme
-from mixbits.linear import PackedLinear, PlainLinear, swap_linears
-from mixbits.model import find_linears, make_units, meta_model, split_expert_name, survey, weight_of
+from mixbits.formats.schemes import parse_scheme
+from mixbits.measuring.sensitivity import measure
+from mixbits.model import experts, recognise
+from mixbits.model.experts import expert_slice
+from mixbits.model.layout import (
+    find_linears,
+    make_units,
+    meta_model,
+    split_expert_name,
+    survey,
+    weight_of,
+)
+from mixbits.model.streaming import StreamedModel
 from mixbits.quantize import main
-from mixbits.sensitivity import measure
-from mixbits.source import open_source
-from mixbits.streaming import StreamedModel
+from mixbits.report.coverage import Coverage
+from mixbits.runtime.fake import fake_quantize_model
+from mixbits.runtime.linear import PackedLinear, PlainLinear, swap_linears
+from mixbits.source.source import open_source
 
 SIZES = {
     "vocab_size": VOCAB,

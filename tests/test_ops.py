@@ -20,11 +20,12 @@ from conftest import (
     hard_rows,
 )
 
-from mixbits import ops, reference
+from mixbits import ops
 from mixbits.backends import cpu
 from mixbits.errors import UsageError
-from mixbits.formats import Format
-from mixbits.pack import Packed, pack
+from mixbits.formats import reference
+from mixbits.formats.pack import Packed, pack
+from mixbits.formats.schemes import Format
 
 COLUMNS = [1, 31, 33, 172, 192]
 MXFP4 = Format("e2m1", 32)
@@ -288,7 +289,7 @@ def test_without_the_native_library():
         "import sys; sys.modules['mixbits._cpu'] = None\n"
         "import torch\n"
         "from mixbits import ops\n"
-        "from mixbits.formats import Format\n"
+        "from mixbits.formats.schemes import Format\n"
         "print(ops.backends()['cpu'], '|', ops.choose_backend('cpu', None))\n"
         "print(ops.fake_quantize(torch.ones(1, 3), Format('e2m1', 32)).tolist())"
     )

@@ -19,13 +19,13 @@ from torch import Tensor
 
 from mixbits import ops
 from mixbits.backends import cpu
-from mixbits.decode import use_decode_step
-from mixbits.fake import fake_quantize_model
-from mixbits.formats import parse_scheme
-from mixbits.linear import PackedLinear, share_inputs, swap_linears
-from mixbits.model import find_linears
-from mixbits.pack import Mix, Operand, order_dtype
-from mixbits.source import open_source
+from mixbits.formats.pack import Mix, Operand, order_dtype
+from mixbits.formats.schemes import parse_scheme
+from mixbits.model.layout import find_linears
+from mixbits.runtime.fake import fake_quantize_model
+from mixbits.runtime.linear import PackedLinear, share_inputs, swap_linears
+from mixbits.runtime.token_step import use_decode_step
+from mixbits.source.source import open_source
 
 pytestmark = pytest.mark.skipif(cpu.why_unavailable() is not None, reason="no native library")
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from conftest import FORMATS, assert_same_bits, format_id, hard_rows
 
-from mixbits import reference
-from mixbits.formats import Format, parse_scheme
-from mixbits.pack import pack, packed_spec, unpack
+from mixbits.formats import reference
+from mixbits.formats.pack import pack, packed_spec, unpack
+from mixbits.formats.schemes import Format, parse_scheme
 
 COLUMNS = [1, 31, 33, 172, 192]
 

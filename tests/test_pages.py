@@ -10,11 +10,11 @@ import torch
 from test_linear import packed_copy
 from tiny import make_model
 
-from mixbits.formats import parse_scheme
-from mixbits.linear import PackedLinear
-from mixbits.model import find_linears
-from mixbits.pages import use_large_pages
-from mixbits.source import open_source
+from mixbits.formats.schemes import parse_scheme
+from mixbits.model.layout import find_linears
+from mixbits.runtime.linear import PackedLinear
+from mixbits.runtime.pages import use_large_pages
+from mixbits.source.source import open_source
 
 
 def tensors(model):

@@ -13,12 +13,13 @@ import torch
 from tiny import make_model
 from transformers import AutoConfig
 
-from mixbits.arrange import Arrangement
 from mixbits.errors import UsageError
-from mixbits.formats import BF16, Mixed, parse_scheme
-from mixbits.model import LinearInfo, Unit, find_linears, make_units, meta_model
-from mixbits.options import parse_keep
-from mixbits.plan import (
+from mixbits.formats.arrange import Arrangement
+from mixbits.formats.schemes import BF16, Mixed, parse_scheme
+from mixbits.measuring.scores import Scores
+from mixbits.model.layout import LinearInfo, Unit, find_linears, make_units, meta_model
+from mixbits.pipeline.options import parse_keep
+from mixbits.planning.plan import (
     Budget,
     Plan,
     Problem,
@@ -30,7 +31,6 @@ from mixbits.plan import (
     solve,
     unit_options,
 )
-from mixbits.scores import Scores
 
 MODES = ("floor", "floor")
 MX = [parse_scheme("MXFP4"), parse_scheme("MXFP8")]

@@ -8,7 +8,7 @@ import itertools
 import pytest
 
 from mixbits import progress as p
-from mixbits.options import parse_arguments
+from mixbits.pipeline.options import parse_arguments
 
 
 class Clock:

@@ -9,10 +9,10 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from mixbits.allocate import Item
-from mixbits.curve import Point, frontier
 from mixbits.errors import UsageError
-from mixbits.quality import smallest
+from mixbits.planning.allocate import Item
+from mixbits.planning.curve import Point, frontier
+from mixbits.planning.smallest import smallest
 
 
 def model(seed: int, layers: int = 60) -> list[Point]:

@@ -17,13 +17,15 @@ from tiny import KINDS, SMALL, add_tokenizer, entries, make_model, read
 from transformers import AutoModelForCausalLM
 
 import mixbits
-from mixbits import checkpoint, quantize, stages
-from mixbits.formats import parse_scheme
-from mixbits.manifest import foreign
-from mixbits.model import find_linears, make_units
-from mixbits.options import parse_arguments
-from mixbits.plan import average_bits
-from mixbits.source import open_source
+from mixbits import quantize
+from mixbits.checkpoint import folder as checkpoint
+from mixbits.files.manifest import foreign
+from mixbits.formats.schemes import parse_scheme
+from mixbits.model.layout import find_linears, make_units
+from mixbits.pipeline import stages
+from mixbits.pipeline.options import parse_arguments
+from mixbits.planning.plan import average_bits
+from mixbits.source.source import open_source
 
 
 def test_everything_is_written_and_the_report_tells_it(

@@ -21,9 +21,11 @@ from safetensors.torch import load_file, save_file
 from tiny import SMALL, VOCAB, entries, make_model, read, write_ids
 
 import mixbits
-from mixbits import checkpoint, curve, quantize
-from mixbits.atomic import atomic_folder
-from mixbits.manifest import foreign
+from mixbits import quantize
+from mixbits.checkpoint import folder as checkpoint
+from mixbits.files.atomic import atomic_folder
+from mixbits.files.manifest import foreign
+from mixbits.planning import curve
 
 KILLS = int(os.environ.get("MIXBITS_TEST_KILLS", "4"))
 

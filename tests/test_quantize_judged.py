@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from tiny import entries, read
 
-from mixbits import gate
-from mixbits.model import find_linears
-from mixbits.report_html import render
-from mixbits.rounded import round_model
-from mixbits.source import open_source
+from mixbits.model.layout import find_linears
+from mixbits.pipeline import gate
+from mixbits.report.html import render
+from mixbits.rounding.whole_model import round_model
+from mixbits.source.source import open_source
 
 
 @pytest.mark.parametrize("granularity", ["layer", "slab"])

@@ -8,8 +8,8 @@ import pytest
 import torch
 from conftest import FORMATS, MX_FORMATS, assert_same_bits, format_id, hard_rows
 
-from mixbits import reference
-from mixbits.formats import MINIFLOATS, Format
+from mixbits.formats import reference
+from mixbits.formats.schemes import MINIFLOATS, Format
 
 FLOAT8 = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 E2M1 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]

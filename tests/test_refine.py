@@ -16,16 +16,16 @@ import torch
 from tiny import SMALL, make_model, read
 
 from mixbits import quantize
-from mixbits.allocate import Allocation, Item, allocate, total
-from mixbits.calibration import Sequences
 from mixbits.errors import UsageError
-from mixbits.evaluate import sequence_kl
-from mixbits.fake import fake_quantize_model
-from mixbits.options import parse_arguments
-from mixbits.plan import Budget, Problem
-from mixbits.refine import Meter, Options, divergences, marginals, proposals, refine
-from mixbits.stages import make_problem, measure, prepare
-from mixbits.streaming import StreamedModel
+from mixbits.measuring.evaluate import sequence_kl
+from mixbits.measuring.text import Sequences
+from mixbits.model.streaming import StreamedModel
+from mixbits.pipeline.options import parse_arguments
+from mixbits.pipeline.refine import Meter, Options, divergences, marginals, proposals, refine
+from mixbits.pipeline.stages import make_problem, measure, prepare
+from mixbits.planning.allocate import Allocation, Item, allocate, total
+from mixbits.planning.plan import Budget, Problem
+from mixbits.runtime.fake import fake_quantize_model
 
 IDS = torch.randint(0, 130, (7, 24), generator=torch.Generator().manual_seed(0))
 CASES = {

@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 
-from mixbits import charts, curve, diagnostics
-from mixbits.allocate import Item, allocate
-from mixbits.report_html import render
+from mixbits.planning import curve
+from mixbits.planning import stability as diagnostics
+from mixbits.planning.allocate import Item, allocate
+from mixbits.report import charts
+from mixbits.report.html import render
 
 VOID = {"meta", "br", "hr", "img", "link"}
 

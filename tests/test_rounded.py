@@ -10,16 +10,17 @@ import torch
 from tiny import KINDS, MOE_KINDS, make_model
 
 import mixbits
-from mixbits import checkpoint, options
+from mixbits.checkpoint import folder as checkpoint
 from mixbits.errors import UsageError
-from mixbits.evaluate import sequence_kl
-from mixbits.fake import fake_quantize_model
-from mixbits.formats import BF16, Mixed, Recipe, parse_scheme
-from mixbits.model import LinearInfo, find_linears
-from mixbits.rounded import RoundedModel, _Compensation, round_model
-from mixbits.rounding import METHODS
-from mixbits.source import open_source
-from mixbits.streaming import StreamedModel
+from mixbits.formats.schemes import BF16, Mixed, Recipe, parse_scheme
+from mixbits.measuring.evaluate import sequence_kl
+from mixbits.model.layout import LinearInfo, find_linears
+from mixbits.model.streaming import StreamedModel
+from mixbits.pipeline import options
+from mixbits.rounding.gptq import METHODS
+from mixbits.rounding.whole_model import RoundedModel, _Compensation, round_model
+from mixbits.runtime.fake import fake_quantize_model
+from mixbits.source.source import open_source
 
 MODES = "floor", "even"
 

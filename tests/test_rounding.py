@@ -5,10 +5,10 @@ import torch
 from conftest import FORMATS, MX_FORMATS, format_id
 
 from mixbits import ops
-from mixbits.compensate import search
-from mixbits.formats import Format
-from mixbits.reference import Quantized, dequantize, encode, fake_quantize, scales
-from mixbits.rounding import DAMPING, Curvature, gptq, retarget
+from mixbits.formats.compensate import search
+from mixbits.formats.reference import Quantized, dequantize, encode, fake_quantize, scales
+from mixbits.formats.schemes import Format
+from mixbits.rounding.gptq import DAMPING, Curvature, gptq, retarget
 
 MXFP4, MXFP8 = Format("e2m1", 32), Format("e4m3", 32)
 INT4 = Format("int4", 32)

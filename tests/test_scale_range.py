@@ -11,13 +11,13 @@ from tiny import add_tokenizer, make_model, write_ids
 from torch import Tensor
 
 from mixbits import ops, quantize
-from mixbits.compensate import search
 from mixbits.errors import UsageError
-from mixbits.formats import Mixed, parse_scheme
-from mixbits.nearest import check_packed, pack_recipe, packed_values
-from mixbits.pack import pack
-from mixbits.reference import e8m0_to_float
-from mixbits.rounding import Curvature, gptq
+from mixbits.formats.compensate import search
+from mixbits.formats.pack import pack
+from mixbits.formats.reference import e8m0_to_float
+from mixbits.formats.schemes import Mixed, parse_scheme
+from mixbits.rounding.gptq import Curvature, gptq
+from mixbits.rounding.nearest import check_packed, pack_recipe, packed_values
 
 WEIGHT = torch.randn(32, 256, generator=torch.Generator().manual_seed(0))
 INTEGERS = ("W2A16", "W4A16", "W4A16G32", "W8A16", "W4A16ASYM", "W8A16G32ASYM")

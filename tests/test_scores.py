@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from mixbits.errors import UsageError
-from mixbits.formats import parse_scheme
-from mixbits.model import LinearInfo
-from mixbits.scores import Scores, dump, write_text
+from mixbits.formats.schemes import parse_scheme
+from mixbits.measuring.scores import Scores, dump, write_text
+from mixbits.model.layout import LinearInfo
 
 LINEARS = [LinearInfo("a.q_proj", 4, 96, 0), LinearInfo("a.down_proj", 8, 172, 0)]
 SCHEMES = [parse_scheme("MXFP4"), parse_scheme("W4A16")]

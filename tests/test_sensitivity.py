@@ -6,18 +6,19 @@ import pytest
 import torch
 from tiny import make_model
 
-from mixbits import options, reference
-from mixbits.arrange import Arrangement
-from mixbits.calibration import tokenize
 from mixbits.demo import MODEL_DIR, training_files
 from mixbits.errors import UsageError
-from mixbits.evaluate import compare
-from mixbits.fake import fake_quantize_model
-from mixbits.formats import parse_scheme
-from mixbits.model import find_linears, weight_of
-from mixbits.sensitivity import METHODS, PRIOR_SEQUENCES, _draw, measure, sorted_columns
-from mixbits.source import open_source
-from mixbits.streaming import StreamedModel
+from mixbits.formats import reference
+from mixbits.formats.arrange import Arrangement
+from mixbits.formats.schemes import parse_scheme
+from mixbits.measuring.evaluate import compare
+from mixbits.measuring.sensitivity import METHODS, PRIOR_SEQUENCES, _draw, measure, sorted_columns
+from mixbits.measuring.text import tokenize
+from mixbits.model.layout import find_linears, weight_of
+from mixbits.model.streaming import StreamedModel
+from mixbits.pipeline import options
+from mixbits.runtime.fake import fake_quantize_model
+from mixbits.source.source import open_source
 
 SCHEMES = [parse_scheme(n) for n in ("MXFP4", "MXFP8", "W4A16", "MXFP4A16", "BF16")]
 

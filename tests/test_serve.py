@@ -24,12 +24,13 @@ from tiny import make_model
 from transformers import AutoTokenizer
 
 import mixbits
-from mixbits import checkpoint, demo, serve
-from mixbits.decode import DecodeStep
-from mixbits.formats import parse_scheme
-from mixbits.model import find_linears
+from mixbits import demo, serve
+from mixbits.checkpoint import folder as checkpoint
+from mixbits.formats.schemes import parse_scheme
+from mixbits.model.layout import find_linears
+from mixbits.runtime.token_step import DecodeStep
 from mixbits.server.jobs import Done
-from mixbits.source import open_source
+from mixbits.source.source import open_source
 
 openai = pytest.importorskip("openai")
 for extra in ("starlette", "uvicorn", "h11"):

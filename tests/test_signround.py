@@ -12,14 +12,14 @@ from tiny import VOCAB, add_tokenizer, make_model, read
 pytest.importorskip("auto_round")
 
 from mixbits.errors import UsageError
-from mixbits.evaluate import sequence_kl
-from mixbits.formats import parse_scheme
-from mixbits.model import find_linears
-from mixbits.nearest import packed_values
-from mixbits.rounded import RoundedModel, round_model
-from mixbits.signround import tune
-from mixbits.source import open_source
-from mixbits.streaming import StreamedModel
+from mixbits.formats.schemes import parse_scheme
+from mixbits.measuring.evaluate import sequence_kl
+from mixbits.model.layout import find_linears
+from mixbits.model.streaming import StreamedModel
+from mixbits.rounding.nearest import packed_values
+from mixbits.rounding.signround import tune
+from mixbits.rounding.whole_model import RoundedModel, round_model
+from mixbits.source.source import open_source
 
 SCHEMES = ("MXFP4", "MXFP8", "W4A16", "W4A16ASYM", "W2A16G64", "MXFP4A16", "BF16", "W8A16G32")
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 from tiny import make_model
 
-from mixbits import streaming
-from mixbits.sensitivity import measure
-from mixbits.source import open_source
-from mixbits.staging import Staging, foreign_tensors
-from mixbits.streaming import StreamedModel
+from mixbits.measuring.sensitivity import measure
+from mixbits.model import streaming
+from mixbits.model.prefetch import Staging, foreign_tensors
+from mixbits.model.streaming import StreamedModel
+from mixbits.source.source import open_source
 
 CPU = torch.device("cpu")
 
@@ -92,8 +92,8 @@ def _ids():
 
 
 def test_staged_logits_and_scores_are_the_same(staged):
-    from mixbits.formats import parse_scheme
-    from mixbits.model import find_linears
+    from mixbits.formats.schemes import parse_scheme
+    from mixbits.model.layout import find_linears
 
     model, plain = staged
     assert torch.equal(model.logits(_ids()), plain.logits(_ids()))

@@ -6,13 +6,13 @@ import pytest
 import torch
 from tiny import KINDS, VOCAB, make_model
 
-from mixbits import streaming
-from mixbits.formats import parse_scheme
-from mixbits.model import find_linears, weight_of
-from mixbits.probing import probed
-from mixbits.sensitivity import measure
-from mixbits.source import open_source
-from mixbits.streaming import StreamedModel, gradient_dtype, patched, resident
+from mixbits.formats.schemes import parse_scheme
+from mixbits.measuring.sensitivity import measure
+from mixbits.model import streaming
+from mixbits.model.layout import find_linears, weight_of
+from mixbits.model.probing import probed
+from mixbits.model.streaming import StreamedModel, gradient_dtype, patched, resident
+from mixbits.source.source import open_source
 
 
 def _model(folder, kind="llama"):
@@ -91,8 +91,8 @@ def _slice_grad(model, info):
     """Gradient of one expert's slice: the same view of the 3-D parameters' gradients."""
     from types import SimpleNamespace
 
-    from mixbits.experts import expert_slice
-    from mixbits.model import split_expert_name
+    from mixbits.model.experts import expert_slice
+    from mixbits.model.layout import split_expert_name
 
     module, expert, projection = split_expert_name(info.name)
     experts = model.get_submodule(module)

@@ -13,66 +13,30 @@ import mixbits
 
 PACKAGE = Path(mixbits.__file__).parent
 ROOT = PACKAGE.parent
-# From the top down: a module imports only from lines below its own.
-LAYERS = [
-    {"quantize", "info", "serve", "lm_eval", "export", "integrations"},
-    {"findings", "feasibility", "server"},
-    {"stages"},
-    {"report_html", "card", "coverage"},
-    {"report_plan"},
-    {"report", "gate", "refine"},
-    {"evaluate"},
-    {"loading"},
-    {"transformers_quantizer"},
-    {"unpacking"},
-    {"stock"},
-    {"checkpoint", "graphs", "decode", "pages"},
-    {"plan", "rounded", "distill"},
-    {"scores"},
-    {"sensitivity"},
-    {"probing"},
-    {"source", "calibration", "fake", "signround"},
-    {"streaming"},
-    {"linear", "kept"},
-    {"nearest"},
-    {"weights"},
-    {"layouts"},
-    {"stored"},
-    {"ops"},
-    {"gradients"},
+# From the roof down: a room imports from floors below its own, and from nowhere else.
+FLOORS = [
+    {"quantize", "serve", "lm_eval", "info", "integrations"},
+    {"pipeline"},
+    {"export", "server"},
+    {"report", "checkpoint"},
+    {"planning", "runtime"},
+    {"measuring", "rounding"},
+    {"source", "ops"},
     {"backends"},
-    {"checks", "folding", "scale_range", "rounding"},
-    {"pack", "compensate"},
-    {"reference"},
-    {"model", "attention", "cache", "staging"},
-    {"recognise", "usage"},
-    {"experts"},
-    {"twin"},
-    {"early"},
-    {"options", "arrange", "recipes", "atomic"},
-    {"quality"},
-    {"curve", "diagnostics", "report_style", "report_pieces"},
-    {"charts"},
-    {"allocate"},
-    {"knapsack"},
-    {"demo", "manifest"},
-    {"companions", "model_files", "hub_data"},
-    {"targets", "command", "schemas", "progress", "verdict", "system", "chats"},
-    {"files"},
-    {"formats"},
-    {"errors"},
+    {"formats", "model"},
+    {"files", "progress", "command"},
+    {"errors", "demo"},
 ]
-LEVEL = {name: len(LAYERS) - i for i, names in enumerate(LAYERS) for name in names}
+FLOOR = {name: len(FLOORS) - i for i, names in enumerate(FLOORS) for name in names}
 NATIVE = {"_cpu", "_cuda", "kernels"}
 
 
 def imports(path: Path) -> set[str]:
-    """Parts of mixbits that a file imports, by first name, and other packages with a dot before.
+    """Modules of mixbits that a file imports, without `mixbits.`; others with a dot before.
 
     What only a type checker sees is no dependency.
     """
-    depth = len(path.relative_to(PACKAGE).parts)
-    found = set()
+    package = path.relative_to(PACKAGE).parts[:-1]
     tree = ast.parse(path.read_text(encoding="utf-8"))
     unseen = {
         id(inner)
@@ -80,26 +44,27 @@ def imports(path: Path) -> set[str]:
         if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
         for inner in ast.walk(node)
     }
+    found = set()
     for node in ast.walk(tree):
         if id(node) in unseen:
             continue
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            base = "mixbits" if node.level == depth else ""
-            parts = [part for part in (base, node.module or "") if part]
-            if node.level and node.level < depth:
-                continue  # inside its own folder
-            names = [
-                ".".join([*parts, a.name]) if parts == ["mixbits"] else ".".join(parts)
-                for a in node.names
-            ]
+            above = package[: len(package) + 1 - node.level] if node.level else ()
+            start = ["mixbits", *above] if node.level else []
+            start += [node.module] if node.module else []
+            names = [".".join([*start, alias.name]) for alias in node.names]
         else:
             continue
         for name in names:
             head, _, rest = name.partition(".")
-            found.add(rest.partition(".")[0] if head == "mixbits" and rest else f".{head}")
+            found.add(rest if head == "mixbits" and rest else f".{head}")
     return found - {"__version__"}
+
+
+def rooms(path: Path) -> set[str]:
+    return {name.partition(".")[0] for name in imports(path) if not name.startswith(".")}
 
 
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -111,25 +76,25 @@ def owner(path: Path) -> str:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_imports_point_down(path: Path) -> None:
-    name = owner(path)
-    if name == "__init__":
-        assert not {n for n in imports(path) if not n.startswith(".")}
+    room = owner(path)
+    seen = rooms(path) - {room} - NATIVE
+    if room == "__init__":
+        assert not seen
         return
-    own = {n for n in imports(path) if not n.startswith(".")} - {name} - NATIVE
-    assert own <= set(LEVEL), f"not in LAYERS: {own - set(LEVEL)}"
-    allowed = {n for n in LEVEL if LEVEL[n] < LEVEL[name] or {n, name} <= LAYERS[3]}
-    assert own <= allowed
+    assert {room, *seen} <= set(FLOOR), f"on no floor: {({room} | seen) - set(FLOOR)}"
+    assert not {name for name in seen if FLOOR[name] >= FLOOR[room]}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_only_backends_know_the_native_code(path: Path) -> None:
     if owner(path) not in {"ops", "backends"}:
-        assert not imports(path) & (NATIVE | {".triton", ".mixbits"})
+        assert not (rooms(path) | imports(path)) & (NATIVE | {".triton", ".mixbits"})
 
 
 def test_the_knapsack_and_the_formats_need_no_torch() -> None:
-    pure = "allocate", "knapsack", "diagnostics", "quality", "formats", "targets"
-    for name in (*pure, "curve", "options"):
+    pure = "planning/allocate", "planning/knapsack", "planning/stability", "planning/smallest"
+    pure += "formats/schemes", "export/targets"
+    for name in (*pure, "planning/curve", "report/charts", "pipeline/options"):
         assert not imports(PACKAGE / f"{name}.py") & {".torch", ".transformers"}
     for name in pure:
         calls = ast.walk(ast.parse((PACKAGE / f"{name}.py").read_text(encoding="utf-8")))
@@ -143,7 +108,9 @@ def test_no_package_of_ours_hides_the_kernels_package() -> None:
     assert not (ROOT / "kernels" / "__init__.py").exists()
 
 
-@pytest.mark.parametrize("statement", ["import mixbits", "from mixbits import allocate, options"])
+@pytest.mark.parametrize(
+    "statement", ["import mixbits", "from mixbits.pipeline import options, early"]
+)
 def test_importing_is_cheap(statement: str) -> None:
     code = f"{statement}; import sys; print({{'torch', 'transformers'}} & set(sys.modules))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -17,12 +17,12 @@ from benchmarks.meter import Meter
 from benchmarks.records import Records
 from benchmarks.text import GATE, make_text
 from mixbits import quantize
-from mixbits.evaluate import compare
-from mixbits.fake import fake_quantize_model
-from mixbits.formats import parse_scheme
-from mixbits.options import parse_arguments
-from mixbits.source import open_source
-from mixbits.streaming import StreamedModel
+from mixbits.formats.schemes import parse_scheme
+from mixbits.measuring.evaluate import compare
+from mixbits.model.streaming import StreamedModel
+from mixbits.pipeline.options import parse_arguments
+from mixbits.runtime.fake import fake_quantize_model
+from mixbits.source.source import open_source
 
 CONFIGURATIONS = [c for section in tables.SECTIONS.values() for c in section]
 

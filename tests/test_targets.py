@@ -9,11 +9,11 @@ from tiny import SMALL, make_model, read, write_ids
 
 from mixbits import quantize
 from mixbits.errors import UsageError
-from mixbits.experts import EXPERT_PROJECTIONS as PROJECTIONS
 from mixbits.export.__main__ import main as export
-from mixbits.formats import BF16, Mixed, Recipe, parse_scheme
-from mixbits.model import LinearInfo
-from mixbits.targets import TARGETS, check_fused, check_together, fit
+from mixbits.export.targets import TARGETS, check_fused, check_together, fit
+from mixbits.formats.schemes import BF16, Mixed, Recipe, parse_scheme
+from mixbits.model.experts import EXPERT_PROJECTIONS as PROJECTIONS
+from mixbits.model.layout import LinearInfo
 
 
 def linear(name: str = "a.q_proj", rows: int = 64, columns: int = 128) -> LinearInfo:

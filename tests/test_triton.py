@@ -28,10 +28,10 @@ from conftest import (
 )
 from test_mixed import ARRANGED, exact_product, make_mix
 
-from mixbits import pack, reference
-from mixbits.arrange import Arrangement
 from mixbits.backends import scratch
-from mixbits.formats import MINIFLOATS, MX_GROUP, Format
+from mixbits.formats import pack, reference
+from mixbits.formats.arrange import Arrangement
+from mixbits.formats.schemes import MINIFLOATS, MX_GROUP, Format
 
 pytest.importorskip("triton", reason="triton is not installed")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -194,7 +194,7 @@ def check_mixed(
 
 
 def arranged_reference(x: torch.Tensor, mix: pack.Mix) -> torch.Tensor:
-    """x as `mix` multiplies it, by mixbits.arrange and mixbits.reference."""
+    """x as `mix` multiplies it, by mixbits.formats.arrange and mixbits.formats.reference."""
     order = None if mix.order is None else mix.order.int()
     pieces = Arrangement(order, mix.rotated).input(x).split(mix.columns, -1)
     rounded = [

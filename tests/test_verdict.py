@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from mixbits import verdict as v
-from mixbits.formats import parse_scheme
+from mixbits.formats.schemes import parse_scheme
+from mixbits.report import verdict as v
 
 DOCS = Path(__file__).parent.parent / "docs" / "budget.md"
 

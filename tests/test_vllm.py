@@ -19,7 +19,7 @@ from tiny import read
 from torch import Tensor
 
 from mixbits.errors import UsageError
-from mixbits.formats import Mixed, Recipe, parse_scheme
+from mixbits.formats.schemes import Mixed, Recipe, parse_scheme
 
 os.environ.setdefault("VLLM_TARGET_DEVICE", "cpu")
 pytest.importorskip("vllm", reason="vllm is not installed")

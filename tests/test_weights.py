@@ -18,12 +18,12 @@ from tiny import SMALL, make_model, read, write_ids
 from torch import Tensor
 
 import mixbits
-from mixbits import source as source_module
 from mixbits.errors import UsageError
-from mixbits.linear import MixedLinear, PackedLinear
-from mixbits.model import find_linears, weight_of
+from mixbits.model.layout import find_linears, weight_of
 from mixbits.quantize import main
-from mixbits.source import Source, open_source
+from mixbits.runtime.linear import MixedLinear, PackedLinear
+from mixbits.source import source as source_module
+from mixbits.source.source import Source, open_source
 
 if not (Path(__file__).parents[1] / "benchmarks").is_dir():
     pytest.skip("installed without its benchmarks", allow_module_level=True)

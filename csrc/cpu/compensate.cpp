@@ -1,4 +1,4 @@
-// compensate_group: error-compensating rounding of one group of columns (mixbits/rounding.py).
+// compensate_group: error-compensating rounding of one group of columns (mixbits/rounding/gptq.py).
 //
 // Every row chooses a scale of its own, then rounds one column after the other and makes up for
 // its error in those still to come. Lanes are rows: what happens to one is what the slow twin does,

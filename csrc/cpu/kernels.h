@@ -80,7 +80,7 @@ struct PackedSegment {
 
 // A linear's weight: segments side by side, at most kMaxSegments. Their columns are those of x in
 // another order, where there is one, and then rotated 32 by 32, where they are:
-// mixbits/arrange.py.
+// mixbits/formats/arrange.py.
 constexpr int kMaxSegments = 8;
 struct Linear {
   const PackedSegment* segments;

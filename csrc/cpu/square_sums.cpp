@@ -1,5 +1,5 @@
 // square_sums: what the squares of a column add up to, and those of its rounding errors in several
-// formats: the second moments that sensitivity needs (mixbits/sensitivity.py).
+// formats: the second moments that sensitivity needs (mixbits/measuring/sensitivity.py).
 //
 // A thread takes whole columns, so that every sum goes through the rows in their order: the result
 // is the same for any number of threads. It takes as many as its sums stay in L1 for.

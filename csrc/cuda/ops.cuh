@@ -85,7 +85,7 @@ const char* stage_e4m3(const void* x, uint8_t* out, float* scales, int64_t token
 const char* packed_matmul_e4m3(const MatmulArgs& args, const uint8_t* row_scales,
                                const float* token_scales, void* stream);
 
-constexpr int kMaxSegments = 8;  // mixbits.formats.MAX_SEGMENTS
+constexpr int kMaxSegments = 8;  // mixbits.formats.schemes.MAX_SEGMENTS
 
 struct SegmentArgs {
   const uint8_t* codes;

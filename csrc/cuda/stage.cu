@@ -1,5 +1,5 @@
 // Activations -> what the matrix kernels multiply, in one pass: columns put in order, rotated, and
-// fake-quantized where the scheme wants it; mixbits/arrange.py is the slow twin. One warp per token
+// fake-quantized where the scheme wants it; mixbits/formats/arrange.py is the slow twin. One warp per token
 // and 128 columns of one segment. Reads x once and writes it once: as rows, or as the tiles that
 // matmul_wgmma.cu reads, padded with zeros to whole tiles. In 16 bits fake-quantized values are
 // exact (codes of at most 4 digits times a power of two, as fake_quantize writes them).
@@ -45,7 +45,7 @@ __device__ inline int ordered_column(const StageShape& shape, int column) {
   return static_cast<const int*>(shape.order)[column];
 }
 
-// The sums and differences of mixbits.arrange.hadamard, in its order: the lower two bits of a
+// The sums and differences of mixbits.formats.arrange.hadamard, in its order: the lower two bits of a
 // column's number are within a lane, the others are lanes.
 __device__ inline void rotate_lanes(float (&v)[kLaneColumns]) {
   static_assert(kLaneColumns == 4, "two rounds");

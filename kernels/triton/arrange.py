@@ -1,16 +1,16 @@
 """Activations as the segments of a linear want them: in order, rotated, and rounded, in one pass.
 
-What `mixbits.arrange` and fake quantization do one after the other, to the bit. One program owns a
-tile of rows by 128 columns of one segment. Segments begin at multiples of 32 columns, so that
-groups and rotated blocks lie within one tile.
+What `mixbits.formats.arrange` and fake quantization do one after the other, to the bit. One
+program owns a tile of rows by 128 columns of one segment. Segments begin at multiples of 32
+columns, so that groups and rotated blocks lie within one tile.
 """
 
 import torch
 
 import triton
 import triton.language as tl
-from mixbits.formats import MX_GROUP
-from mixbits.pack import Mix
+from mixbits.formats.pack import Mix
+from mixbits.formats.schemes import MX_GROUP
 
 from . import numerics
 from .launch import TILE_ROWS, device_of
@@ -24,7 +24,7 @@ def log2(width):
 @triton.jit
 def hadamard(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr):
     """x float32 [ROWS, COLUMNS] times the Hadamard matrix, WIDTH columns at a time: sums and
-    differences of pairs whose numbers differ in one bit, in the order of mixbits.arrange.
+    differences of pairs whose numbers differ in one bit, in the order of mixbits.formats.arrange.
     """
     for half in tl.static_range(log2(WIDTH)):
         pairs = tl.reshape(x, (ROWS, COLUMNS >> (half + 1), 2, 1 << half))

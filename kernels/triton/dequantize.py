@@ -4,8 +4,8 @@ import torch
 
 import triton
 import triton.language as tl
-from mixbits.formats import Format
-from mixbits.pack import Packed
+from mixbits.formats.pack import Packed
+from mixbits.formats.schemes import Format
 
 from . import numerics
 from .launch import TILE_ROWS, device_of

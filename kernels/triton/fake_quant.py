@@ -7,7 +7,7 @@ import torch
 
 import triton
 import triton.language as tl
-from mixbits.formats import Format
+from mixbits.formats.schemes import Format
 
 from . import numerics
 from .launch import TILE_ROWS, device_of

@@ -27,8 +27,8 @@ import torch
 
 import triton
 import triton.language as tl
-from mixbits.formats import Format
-from mixbits.pack import Packed
+from mixbits.formats.pack import Packed
+from mixbits.formats.schemes import Format
 
 from . import INTERPRETED, numerics, tune
 from .dequantize import load_zero_point

@@ -1,4 +1,5 @@
-"""The arithmetic of every format, as Triton functions that equal mixbits.reference bit for bit.
+"""The arithmetic of every format, as Triton functions that equal mixbits.formats.reference bit for
+bit.
 
 A format arrives as one compile-time integer (`Format.code`), so each kernel is specialised for
 it and the branches below cost nothing.
@@ -19,8 +20,8 @@ and breaks subnormals. Everything else is float32.
 
 import triton
 import triton.language as tl
-from mixbits.formats import ELEMENTS, INTEGERS, MINIFLOATS, SCALE_MODES, Format
-from mixbits.reference import MIN_INT_SCALE
+from mixbits.formats.reference import MIN_INT_SCALE
+from mixbits.formats.schemes import ELEMENTS, INTEGERS, MINIFLOATS, SCALE_MODES, Format
 
 TILE_COLUMNS = 128  # a multiple of every group size, and of a slab
 

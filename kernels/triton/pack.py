@@ -8,8 +8,8 @@ import torch
 
 import triton
 import triton.language as tl
-from mixbits.formats import Format
-from mixbits.pack import Packed, packed_spec
+from mixbits.formats.pack import Packed, packed_spec
+from mixbits.formats.schemes import Format
 
 from . import numerics
 from .launch import TILE_ROWS, device_of
@@ -66,7 +66,7 @@ def quantize_pack_kernel(
 
 
 def quantize_pack(weight: torch.Tensor, fmt: Format) -> Packed:
-    """weight [N, K] (float32, float16, bfloat16; contiguous) -> the tensors of mixbits.pack."""
+    """weight [N, K] (float32, float16, bfloat16; contiguous) -> as mixbits.formats.pack says."""
     rows, columns = weight.shape
     packed = Packed(
         *(

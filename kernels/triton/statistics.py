@@ -18,7 +18,7 @@ import torch
 
 import triton
 import triton.language as tl
-from mixbits.formats import MX_GROUP, Format
+from mixbits.formats.schemes import MX_GROUP, Format
 
 from . import numerics
 from .launch import device_of

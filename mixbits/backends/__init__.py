@@ -11,9 +11,9 @@
                                            segments are multiplied one by one
     square_sums(x, formats)                optional: else made of fake_quantize
     compensate_group(group, factor, importance, fmt)
-                                           optional: else that of mixbits.rounding
+                                           optional: else that of mixbits.rounding.gptq
     explain_matmul(fmt, m, n, k, dtype)    optional: which way a product would take, in words
 
 Tensors arrive checked, contiguous and on one device. What an operation means is said once, in
-`mixbits.reference`.
+`mixbits.formats.reference`.
 """

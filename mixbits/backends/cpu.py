@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..compensate import Group
 from ..errors import UsageError
-from ..formats import MX_GROUP, Format
-from ..pack import Mix, Operand, Packed, packed_spec
+from ..formats.compensate import Group
+from ..formats.pack import Mix, Operand, Packed, packed_spec
+from ..formats.schemes import MX_GROUP, Format
 
 DTYPE_NUMBERS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # csrc/formats.h, Dtype
 
@@ -95,7 +95,7 @@ def fake_quantize(x: Tensor, fmt: Format) -> Tensor:
 
 
 def quantize_pack(weight: Tensor, fmt: Format) -> Packed:
-    """weight [N, K] -> the tensors of `mixbits.pack`."""
+    """weight [N, K] -> the tensors of `mixbits.formats.pack`."""
     rows, columns = weight.shape
     specs = packed_spec(fmt, rows, columns).values()
     packed = Packed(*(torch.empty(shape, dtype=dtype) for dtype, shape in specs))
@@ -121,7 +121,7 @@ def _slab_sums(weight: Tensor, formats: Sequence[Format]) -> Tensor:
 def fisher_statistics(
     weight: Tensor, row_weight: Tensor, column_weight: Tensor, formats: Sequence[Format]
 ) -> Tensor:
-    """float64 [formats, ceil(K / 32)], as `mixbits.reference.fisher_statistics`."""
+    """float64 [formats, ceil(K / 32)], as `mixbits.formats.reference.fisher_statistics`."""
     out = _slab_sums(weight, formats)
     rows, columns = (_aligned(x.double().contiguous()) for x in (row_weight, column_weight))
     pointers = (weight.data_ptr(), rows.data_ptr(), columns.data_ptr(), out.data_ptr())
@@ -131,7 +131,7 @@ def fisher_statistics(
 
 
 def gradient_statistics(weight: Tensor, gradient: Tensor, formats: Sequence[Format]) -> Tensor:
-    """float64 [formats, ceil(K / 32)], as `mixbits.reference.gradient_statistics`."""
+    """float64 [formats, ceil(K / 32)], as `mixbits.formats.reference.gradient_statistics`."""
     out = _slab_sums(weight, formats)
     pointers = (weight.data_ptr(), gradient.data_ptr(), out.data_ptr())
     dtypes = (DTYPE_NUMBERS[weight.dtype], DTYPE_NUMBERS[gradient.dtype])
@@ -141,7 +141,7 @@ def gradient_statistics(weight: Tensor, gradient: Tensor, formats: Sequence[Form
 
 
 def square_sums(x: Tensor, formats: Sequence[Format]) -> Tensor:
-    """float64 [1 + formats, K], as `mixbits.reference.square_sums`."""
+    """float64 [1 + formats, K], as `mixbits.formats.reference.square_sums`."""
     out = torch.empty((1 + len(formats), x.shape[1]), dtype=torch.float64)
     dtype, codes = DTYPE_NUMBERS[x.dtype], [fmt.code for fmt in formats]
     _native.square_sums(x.data_ptr(), out.data_ptr(), *x.shape, dtype, codes)
@@ -149,7 +149,7 @@ def square_sums(x: Tensor, formats: Sequence[Format]) -> Tensor:
 
 
 def compensate_group(group: Tensor, factor: Tensor, importance: Tensor, fmt: Format) -> Group:
-    """As `mixbits.compensate.compensate_group`, to the bit."""
+    """As `mixbits.formats.compensate.compensate_group`, to the bit."""
     group, factor, importance = map(_aligned, (group, factor, importance))
     rows, columns = group.shape
     codes = torch.empty((rows, columns), dtype=torch.uint8)

@@ -28,8 +28,8 @@ import torch
 from torch import Tensor
 
 from ..errors import UsageError
-from ..formats import MX_GROUP, Format
-from ..pack import Mix, Operand, Packed, packed_spec
+from ..formats.pack import Mix, Operand, Packed, packed_spec
+from ..formats.schemes import MX_GROUP, Format
 from .cuda_choice import KERNELS, TILE, Choice, Kernel, choose, choose_mixed
 from .scratch import matmul_through_scratch
 
@@ -89,7 +89,7 @@ def fake_quantize(x: Tensor, fmt: Format) -> Tensor:
 
 
 def quantize_pack(weight: Tensor, fmt: Format) -> Packed:
-    """weight [N, K] -> the tensors of `mixbits.pack`."""
+    """weight [N, K] -> the tensors of `mixbits.formats.pack`."""
     rows, columns = weight.shape
     specs = packed_spec(fmt, rows, columns).values()
     packed = Packed(
@@ -147,13 +147,13 @@ def _statistics(
 def fisher_statistics(
     weight: Tensor, row_weight: Tensor, column_weight: Tensor, formats: Sequence[Format]
 ) -> Tensor:
-    """float64 [formats, ceil(K / 32)], as `mixbits.reference.fisher_statistics`."""
+    """float64 [formats, ceil(K / 32)], as `mixbits.formats.reference.fisher_statistics`."""
     vectors = (row_weight.double().contiguous(), column_weight.double().contiguous())
     return _statistics(weight, vectors, None, [fmt.code for fmt in formats])
 
 
 def gradient_statistics(weight: Tensor, gradient: Tensor, formats: Sequence[Format]) -> Tensor:
-    """float64 [formats, ceil(K / 32)], as `mixbits.reference.gradient_statistics`."""
+    """float64 [formats, ceil(K / 32)], as `mixbits.formats.reference.gradient_statistics`."""
     return _statistics(weight, None, gradient, [fmt.code for fmt in formats])
 
 

@@ -20,7 +20,7 @@ from typing import Literal
 
 import torch
 
-from ..formats import INTEGERS, Format
+from ..formats.schemes import INTEGERS, Format
 
 Kernel = Literal["simple", "mma", "wgmma", "scratch", "fp8"]
 # Those that may be forced; fp8 rounds activations, and must be allowed instead.
@@ -73,7 +73,7 @@ def choose_fp8(
     aligned: bool = True,
     forced: Kernel | None = None,
 ) -> Choice:
-    """`choose` where activations may be e4m3, and `mixbits.folding` has found the weight to fit."""
+    """`choose` where activations may be e4m3 and the weight fits (`formats.fp8_weights`)."""
     fits = dtype in (torch.bfloat16, torch.float16) and columns % 32 == 0 and aligned
     possible = fits and fmt.element == "e2m1" and capability == (9, 0) and has_wgmma
     # With few tokens the cost is that of reading the weight, which fp8 reads like the others. Its

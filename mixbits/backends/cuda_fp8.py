@@ -1,7 +1,7 @@
 """Products of MXFP4 weights with activations in e4m3, by the matrix units of sm_90a.
 
-`mixbits.folding` says what is computed. x is rounded and laid out by one kernel, multiplied by
-another; both go to torch's current stream, and nothing waits.
+`mixbits.formats.fp8_weights` says what is computed. x is rounded and laid out by one kernel,
+multiplied by another; both go to torch's current stream, and nothing waits.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..formats import Format
-from ..pack import Packed
+from ..formats.pack import Packed
+from ..formats.schemes import Format
 from . import cuda
 from .cuda_choice import Choice, choose_fp8
 
@@ -37,7 +37,7 @@ def explain(x: Tensor, packed: Packed, fmt: Format) -> Choice:
 def packed_matmul(x: Tensor, packed: Packed, fmt: Format, row_scale: Tensor) -> Tensor:
     """x [M, K] times packed e2m1 [N, K] -> [M, N]; x is rounded to e4m3 where that saves time.
 
-    `row_scale` is that of `mixbits.folding.fold_rows`.
+    `row_scale` is that of `mixbits.formats.fp8_weights.fold_rows`.
     """
     choice = explain(x, packed, fmt)
     if choice.kernel != "fp8":

@@ -1,4 +1,4 @@
-"""`mixbits.reference` as a backend: plain torch, any device, slow."""
+"""`mixbits.formats.reference` as a backend: plain torch, any device, slow."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import reference
-from ..formats import Format
-from ..pack import Packed, pack, unpack
+from ..formats import reference
+from ..formats.pack import Packed, pack, unpack
+from ..formats.schemes import Format
 
 fake_quantize = reference.fake_quantize
 square_sums = reference.square_sums

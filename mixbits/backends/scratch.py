@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ..formats import Format
-from ..pack import Packed, Part
+from ..formats.pack import Packed, Part
+from ..formats.schemes import Format
 
 SCRATCH_BYTES = 64 << 20
 

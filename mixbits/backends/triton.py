@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..formats import Format
-from ..pack import Mix, Packed, Part
+from ..formats.pack import Mix, Packed, Part
+from ..formats.schemes import Format
 from .scratch import matmul_through_scratch
 
 # Beyond, every tile of tokens would decode the weight once more; decoding it once is cheaper.
@@ -61,7 +61,7 @@ def fake_quantize(x: Tensor, fmt: Format) -> Tensor:
 
 
 def quantize_pack(weight: Tensor, fmt: Format) -> Packed:
-    """weight [N, K] -> the tensors of `mixbits.pack`."""
+    """weight [N, K] -> the tensors of `mixbits.formats.pack`."""
     return _kernels("pack").quantize_pack(weight, fmt)
 
 
@@ -73,17 +73,17 @@ def dequantize(packed: Packed, fmt: Format, in_features: int, dtype: torch.dtype
 def fisher_statistics(
     weight: Tensor, row_weight: Tensor, column_weight: Tensor, formats: Sequence[Format]
 ) -> Tensor:
-    """float64 [formats, ceil(K / 32)], as `mixbits.reference.fisher_statistics`."""
+    """float64 [formats, ceil(K / 32)], as `mixbits.formats.reference.fisher_statistics`."""
     return _kernels("statistics").fisher_statistics(weight, row_weight, column_weight, formats)
 
 
 def gradient_statistics(weight: Tensor, gradient: Tensor, formats: Sequence[Format]) -> Tensor:
-    """float64 [formats, ceil(K / 32)], as `mixbits.reference.gradient_statistics`."""
+    """float64 [formats, ceil(K / 32)], as `mixbits.formats.reference.gradient_statistics`."""
     return _kernels("statistics").gradient_statistics(weight, gradient, formats)
 
 
 def square_sums(x: Tensor, formats: Sequence[Format]) -> Tensor:
-    """float64 [1 + formats, K], as `mixbits.reference.square_sums`."""
+    """float64 [1 + formats, K], as `mixbits.formats.reference.square_sums`."""
     return _kernels("statistics").square_sums(x, formats)
 
 

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from ..command import Parser, exit_code
 from ..errors import UsageError
-from ..files import last_part, write_text
+from ..files.io import last_part, write_text
 from ..progress import say
 
 if TYPE_CHECKING:
-    from ..atomic import Destination
+    from ..files.atomic import Destination
 
 FORMATS = ("compressed-tensors", "auto-round", "gguf", "plain")
 REPORT = "mixbits-export.json"
@@ -117,9 +117,9 @@ def _print_plain(model: Any, losses: dict[str, float], dtype: Any) -> None:
 
 def _fits(args: argparse.Namespace, model: Any) -> dict[str, Any]:
     """What becomes of each packed linear. Raises UsageError for what the format cannot hold."""
-    from ..formats import BF16
-    from ..model import check_layout
-    from ..targets import TARGETS, Fit, fit
+    from ..formats.schemes import BF16
+    from ..model.layout import check_layout
+    from .targets import TARGETS, Fit, fit
 
     if args.format == "plain":
         return {name: Fit(BF16) for name in model.recipes}
@@ -131,7 +131,7 @@ def _fits(args: argparse.Namespace, model: Any) -> dict[str, Any]:
 
 def export(args: argparse.Namespace) -> None:
     """Raises UsageError; leaves a complete output folder or none."""
-    from ..atomic import reserved
+    from ..files.atomic import reserved
 
     with reserved(args.out, args.overwrite, [Path(args.model)]) as place:
         _export(args, place)
@@ -180,7 +180,7 @@ def _export(args: argparse.Namespace, place: Destination) -> None:
 
 def _command(argv: list[str] | None) -> None:
     args = make_parser().parse_args(argv)
-    from ..report import quiet
+    from ..report.tables import quiet
 
     quiet()
     export(args)

@@ -22,11 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..formats import Format, Scheme
-from ..model import decoder_blocks
-from ..pack import Packed
-from ..reference import pack_codes, unpack_codes
-from ..signround import UNQUANTIZED, layer_option
+from ..formats.pack import Packed
+from ..formats.reference import pack_codes, unpack_codes
+from ..formats.schemes import Format, Scheme
+from ..model.layout import decoder_blocks
+from ..rounding.signround import UNQUANTIZED, layer_option
 from . import compressed_tensors
 from .compressed_tensors import words
 from .folder import Piece, Shapes, linear_piece, plain_pieces, write_folder

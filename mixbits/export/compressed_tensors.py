@@ -27,9 +27,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..formats import Format, Scheme
-from ..pack import Packed
-from ..reference import pack_codes, unpack_codes
+from ..formats.pack import Packed
+from ..formats.reference import pack_codes, unpack_codes
+from ..formats.schemes import Format, Scheme
 from .folder import Piece, Shapes, linear_piece, plain_pieces, write_folder
 from .packed import Carrier, PackedModel
 

@@ -12,10 +12,10 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from ..checkpoint import Shard, TensorSpec, make_shards, plain_config, write_index
-from ..companions import copy_companions
+from ..checkpoint.folder import Shard, TensorSpec, make_shards, plain_config, write_index
 from ..errors import UsageError
-from ..experts import STANDARD, layout_of
+from ..model.experts import STANDARD, layout_of
+from ..source.companions import copy_companions
 from .packed import STORED_NAMES, Carrier
 
 Shapes: TypeAlias = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]  # suffix -> dtype, shape

@@ -25,11 +25,11 @@ import torch
 from torch import Tensor
 
 from ..errors import UsageError
-from ..formats import MX_GROUP, Format
-from ..model import LinearInfo
-from ..pack import Packed
-from ..recognise import is_router_name
-from ..reference import unpack_codes
+from ..formats.pack import Packed
+from ..formats.reference import unpack_codes
+from ..formats.schemes import MX_GROUP, Format
+from ..model.layout import LinearInfo
+from ..model.recognise import is_router_name
 from .gguf_tokenizer import add_vocabulary, read_vocabulary
 from .packed import Carrier
 

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from ..errors import UsageError
-from ..files import read_object
-from ..model_files import TOKENIZER_BYTES
+from ..files.io import read_object
+from ..source.model_files import TOKENIZER_BYTES
 
 Put: TypeAlias = tuple[list[str], list[str]]  # the tokens before, and after, every text
 

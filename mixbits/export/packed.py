@@ -11,21 +11,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..arrange import arrangement_of
-from ..checkpoint import TensorSpec
+from ..checkpoint.folder import TensorSpec
+from ..checkpoint.stock import Stock, check_files, plain_dtype
+from ..checkpoint.transformers_quantizer import read_config
 from ..errors import UsageError
-from ..experts import STANDARD, expert_slice, layout_of
-from ..formats import Assignment, Format, Mixed, Recipe, Scheme
-from ..layouts import stored_tensors
-from ..model import CausalLM, LinearInfo, find_linears, split_expert_name
-from ..nearest import pack_weight, packed_values
-from ..pack import Packed
-from ..recognise import is_router_name
-from ..source import find_folder, open_source
-from ..stock import Stock, check_files, plain_dtype
-from ..stored import Stored
-from ..targets import Fit
-from ..transformers_quantizer import read_config
+from ..formats.arrange import arrangement_of
+from ..formats.pack import Packed
+from ..formats.schemes import Assignment, Format, Mixed, Recipe, Scheme
+from ..model.experts import STANDARD, expert_slice, layout_of
+from ..model.layout import CausalLM, LinearInfo, find_linears, split_expert_name
+from ..model.recognise import is_router_name
+from ..rounding.nearest import pack_weight, packed_values
+from ..source.layouts import stored_tensors
+from ..source.source import find_folder, open_source
+from ..source.stored import Stored
+from .targets import Fit
 
 # model type -> what is called otherwise in checkpoints; experts of other types are not exported
 STORED_NAMES = {

@@ -21,13 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoint import TensorSpec, tied_copies
+from ..checkpoint.folder import TensorSpec, tied_copies
 from ..errors import UsageError
-from ..experts import Layout, layout_of, make_stack
-from ..model import decoder_blocks, split_expert_name
-from ..recognise import is_conv1d
-from ..stored import Stored
-from ..weights import Files, Weights
+from ..model.experts import Layout, layout_of, make_stack
+from ..model.layout import decoder_blocks, split_expert_name
+from ..model.recognise import is_conv1d
+from ..source.stored import Stored
+from ..source.weights import Files, Weights
 from .folder import Piece, write_folder
 from .packed import Carrier, PackedModel
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..card import escaped, snippet
-from ..files import last_part, read_object
-from ..formats import Assignment
-from ..plan import average_bits
+from ..files.io import last_part, read_object
+from ..formats.schemes import Assignment
+from ..planning.plan import average_bits
+from ..report.card import escaped, snippet
 from .packed import PackedModel
 
 _TRANSFORMERS = """\

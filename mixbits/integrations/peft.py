@@ -19,7 +19,7 @@ from peft.tuners.lora import layer as lora
 from torch import nn
 
 from ..errors import UsageError
-from ..linear import MixedLinear, PackedLinear
+from ..runtime.linear import MixedLinear, PackedLinear
 
 # Of `init_lora_weights`: those that leave the weight which they stand before as it is.
 INITS = (True, False, "gaussian", "orthogonal", "eva")

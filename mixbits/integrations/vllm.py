@@ -34,14 +34,14 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.parameter import BasevLLMParameter
 from vllm.model_executor.utils import set_weight_attrs
 
-from ..arrange import check_order
+from ..checkpoint.transformers_quantizer import MixbitsConfig
 from ..errors import UsageError
-from ..experts import ExpertsLoop, GatedActivation
-from ..formats import BF16, Assignment, Mixed, Recipe
-from ..linear import AnyPacked, Experts, MixedLinear, PackedLinear
+from ..formats.arrange import check_order
+from ..formats.pack import recipe_spec
+from ..formats.schemes import BF16, Assignment, Mixed, Recipe
+from ..model.experts import ExpertsLoop, GatedActivation
 from ..ops import packed_matmuls_unchecked
-from ..pack import recipe_spec
-from ..transformers_quantizer import MixbitsConfig
+from ..runtime.linear import AnyPacked, Experts, MixedLinear, PackedLinear
 
 _ALIGNMENT = 64  # bytes: kernels read whole vectors
 

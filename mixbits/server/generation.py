@@ -21,7 +21,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria
 from transformers import StoppingCriteriaList as Criteria
 
 from ..errors import UsageError, first_line
-from ..model import decoder_blocks
+from ..model.layout import decoder_blocks
 from .jobs import Done, Job, Options, Piece, Token
 from .texts import Decoder, Transcript, Vocabulary
 

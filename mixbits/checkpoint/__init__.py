@@ -1,0 +1,1 @@
+"""Packed folders: written, checked, loaded, unpacked."""

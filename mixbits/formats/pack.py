@@ -1,0 +1,183 @@
+"""Packed weights: the tensors that are stored, and their exact shapes.
+
+    weight_packed      uint8 [N, ceil(K * bits / 8)]   codes, first column in the lowest bits
+    weight_scale       uint8 (e8m0) or float16 [N, groups]
+    weight_zero_point  uint8 [N, ceil(groups * bits / 8)], asymmetric formats only, packed alike
+
+A `Mixed` linear has these for each of its segments, of that segment's columns, under
+`segments.<number>.`, and beside them, where its columns have an order of their own that is not
+folded into the linears before it,
+
+    order              uint8 [K] up to 256 columns, int16 up to 32768, else int32
+
+For MXFP4 and MXFP8 these are the bytes of compressed-tensors. One layout serves every backend
+and instruction set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from ..errors import UsageError
+from . import reference
+from .schemes import MX_GROUP, Format, Mixed, Recipe, order_bits
+
+LAYOUT = 1  # the number of this layout; a checkpoint records it
+
+
+class Packed(NamedTuple):
+    """The packed form of one [N, K] weight; the module docstring gives shapes and dtypes."""
+
+    weight_packed: Tensor
+    weight_scale: Tensor
+    weight_zero_point: Tensor | None = None
+
+    def to(self, device: torch.device | str) -> Packed:
+        codes, scale, zero_point = self
+        zero_point = None if zero_point is None else zero_point.to(device)
+        return Packed(codes.to(device), scale.to(device), zero_point)
+
+    def rows(self, which: Tensor | slice) -> Packed:
+        """Some of the weight's rows, or all in another order: they share nothing."""
+        codes, scale, zero_point = self
+        return Packed(codes[which], scale[which], None if zero_point is None else zero_point[which])
+
+
+class Operand(NamedTuple):
+    """A packed weight [N, K], its format, and the format that x is rounded to (None: as it is)."""
+
+    packed: Packed
+    format: Format
+    activation: Format | None = None
+
+    @property
+    def out_features(self) -> int:
+        return self.packed.weight_packed.shape[0]
+
+
+Part: TypeAlias = tuple[Packed, Format, int]  # a packed weight [N, K], its format, and K
+
+
+class Mix(NamedTuple):
+    """Several `Operand`s side by side over the columns of one weight [N, K].
+
+    columns  how many each takes, K in all
+    order    [K] of `order_dtype`, or None: place i holds column order[i] of x
+    rotated  whether the ordered columns are rotated (`mixbits.formats.arrange`)
+    """
+
+    operands: tuple[Operand, ...]
+    columns: tuple[int, ...]
+    order: Tensor | None = None
+    rotated: bool = False
+
+    @property
+    def out_features(self) -> int:
+        return self.operands[0].out_features
+
+    @property
+    def parts(self) -> list[Part]:
+        pairs = zip(self.operands, self.columns, strict=True)
+        return [(one.packed, one.format, columns) for one, columns in pairs]
+
+    @property
+    def is_regular(self) -> bool:
+        """Whether no rotated block, nor a block of a rounded input, lies across two segments."""
+        return all(columns % MX_GROUP == 0 for columns in self.columns[:-1])
+
+    @property
+    def takes_input_as_is(self) -> bool:
+        """Whether x is neither put in order, nor rotated, nor rounded."""
+        rounded = any(one.activation is not None for one in self.operands)
+        return self.order is None and not self.rotated and not rounded
+
+    def input_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """What holds an arranged and rounded x of `dtype` without rounding it once more.
+
+        That is `dtype`, unless x is rotated: rotated sums are float32. Rounded ones have at most 4
+        digits, and a range that bfloat16 has and float16 has not.
+        """
+        rounded = all(one.activation is not None for one in self.operands)
+        if not self.rotated or (rounded and dtype == torch.bfloat16):
+            return dtype
+        return torch.float32
+
+
+Rounded: TypeAlias = Mapping[str, Sequence[Packed]]  # linear -> its packed parts
+
+
+def packed_spec(
+    fmt: Format, out_features: int, in_features: int
+) -> dict[str, tuple[torch.dtype, tuple[int, int]]]:
+    """Name -> (dtype, shape) of the tensors that hold an [out_features, in_features] weight."""
+    scale_dtype = torch.uint8 if fmt.is_mx else torch.float16
+    spec = {
+        "weight_packed": (torch.uint8, (out_features, fmt.packed_bytes(in_features))),
+        "weight_scale": (scale_dtype, (out_features, fmt.groups(in_features))),
+    }
+    if not fmt.symmetric:
+        shape = (out_features, fmt.zero_point_bytes(in_features))
+        spec["weight_zero_point"] = (torch.uint8, shape)
+    return spec
+
+
+def recipe_spec(
+    recipe: Recipe, out_features: int, in_features: int
+) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """`packed_spec` of a whole linear: of a scheme's one weight, or of every segment."""
+    spec: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+    if isinstance(recipe, Mixed) and recipe.order_bits:
+        spec["order"] = (order_dtype(in_features), (in_features,))
+    for number, (scheme, columns) in enumerate(recipe.parts(in_features)):
+        assert scheme.weight is not None
+        prefix = f"segments.{number}." if isinstance(recipe, Mixed) else ""
+        for name, entry in packed_spec(scheme.weight, out_features, columns).items():
+            spec[prefix + name] = entry
+    return spec
+
+
+def order_dtype(in_features: int) -> torch.dtype:
+    """What an order of this many columns is stored as."""
+    return {8: torch.uint8, 16: torch.int16, 32: torch.int32}[order_bits(in_features)]
+
+
+def pack(q: reference.Quantized, fmt: Format) -> Packed:
+    """Codes, scales and zero points of a weight -> the tensors that are stored."""
+    zero_point = None if q.zero_point is None else reference.pack_codes(q.zero_point, fmt.bits)
+    return Packed(reference.pack_codes(q.codes, fmt.bits), q.scale, zero_point)
+
+
+def unpack(packed: Packed, fmt: Format, in_features: int) -> reference.Quantized:
+    """Inverse of `pack`."""
+    codes = reference.unpack_codes(packed.weight_packed, fmt.bits, in_features)
+    zero_point = None
+    if packed.weight_zero_point is not None:
+        groups = fmt.groups(in_features)
+        zero_point = reference.unpack_codes(packed.weight_zero_point, fmt.bits, groups)
+    return reference.Quantized(codes, packed.weight_scale, zero_point)
+
+
+def check_finite(name: str, tensor: Tensor) -> None:
+    """Raise UsageError that names the tensor if it holds a NaN or an infinity."""
+    if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        bad = int((~torch.isfinite(tensor)).sum())
+        raise UsageError(
+            f"weights must be finite: got {bad} NaN or infinite values of {tensor.numel()} ({name})"
+        )
+
+
+def recipe_tensors(recipe: Recipe, packed: Sequence[Packed]) -> dict[str, Tensor]:
+    """The tensors to store, named as in `mixbits.formats.pack.recipe_spec`."""
+    tensors: dict[str, Tensor] = {}
+    if isinstance(recipe, Mixed) and recipe.order is not None and not recipe.folded:
+        tensors["order"] = torch.tensor(recipe.order, dtype=order_dtype(recipe.in_features))
+    for number, part in enumerate(packed):
+        prefix = f"segments.{number}." if isinstance(recipe, Mixed) else ""
+        for name, value in part._asdict().items():
+            if value is not None:
+                tensors[prefix + name] = value
+    return tensors

@@ -1,0 +1,1 @@
+"""Text, and what it tells: sensitivities, scores, evaluation."""

@@ -1,0 +1,114 @@
+"""Texts of data sets on the Hugging Face hub, by what `--dataset` calls them.
+
+    NeelNanda/pile-10k                                          split train, column text
+    Salesforce/wikitext:config=wikitext-2-raw-v1:split=test
+    allenai/c4:config=en
+    HuggingFaceH4/ultrachat_200k:split=train_sft                conversations of its `messages`
+
+`config` and `split` are those of `datasets.load_dataset`. Rows are streamed, as far as needed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import UsageError, first_line
+from ..files.io import check_file, is_text
+from .chats import row_text
+
+_ADVICE = (
+    "NAME:config=C:split=S:column=K says which part of a data set; or pass a text, jsonl, .npy or "
+    ".json file"
+)
+
+
+@dataclass(frozen=True)
+class HubData:
+    """A data set, and which part of it."""
+
+    name: str
+    config: str | None = None
+    split: str = "train"
+    column: str | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> HubData:
+        """Of `NAME[:config=C][:split=S][:column=K]`. Raises UsageError for other settings."""
+        name, *parts = text.split(":")
+        settings: dict[str, str] = {}
+        for part in parts:
+            key, _, value = part.partition("=")
+            if key not in ("config", "split", "column") or not value or key in settings:
+                raise UsageError(
+                    f"what follows a data set's name must be config=, split= or column=, once "
+                    f"each: got {part!r} ({text})"
+                )
+            settings[key] = value
+        return cls(name, **settings)
+
+    def texts(self, tokenizer: Any) -> Iterator[str]:
+        """Text of its rows; rows whose text is missing are left out. Raises UsageError."""
+        try:
+            from datasets import load_dataset
+
+            config = [] if self.config is None else [self.config]
+            rows: Iterable[dict[str, Any]] = load_dataset(
+                self.name, *config, split=self.split, streaming=True
+            )
+            for number, row in enumerate(rows):
+                text = self._text(row, tokenizer, number)
+                if text is not None:
+                    yield text
+        except UsageError:
+            raise
+        except Exception as error:  # the hub client raises dozens of kinds
+            raise UsageError(
+                f"{self.name!r} is no file, and no dataset of that name could be fetched "
+                f"({first_line(error)}): {_ADVICE}"
+            ) from None
+
+    def _text(self, row: dict[str, Any], tokenizer: Any, number: int) -> str | None:
+        try:
+            return row_text(row, tokenizer, f"{self.name}, row {number}", self.column)
+        except KeyError:
+            raise UsageError(
+                f"dataset {self.name!r} has no column {self.column or 'text'!r} but "
+                f"{sorted(row)}: {_ADVICE}"
+            ) from None
+        except TypeError as error:
+            raise UsageError(
+                f"column '{error}' of dataset {self.name!r} must hold text: "
+                f"got {type(row[str(error)]).__name__}; {_ADVICE}"
+            ) from None
+
+
+JSONL = (".jsonl", ".ndjson")
+
+
+# Data, but none that is read here: as text they would be noise.
+_OTHERS = {".csv", ".tsv", ".parquet", ".arrow", ".feather", ".orc", ".npz", ".pt", ".pth", ".bin"}
+
+
+def check_dataset(source: str) -> None:
+    """Raises UsageError for what is there and no file of a kind that is read, and for odd names."""
+    if not is_text(source):
+        raise UsageError(f"--dataset must have a name in UTF-8: got {source!r:.160}")
+    path = Path(source)
+    suffix = path.suffix.lower()
+    looks_like_file = suffix in {".txt", ".json", ".npy", *JSONL, *_OTHERS}
+    exists = os.path.exists(source)  # False for a name that is too long, where Path raises
+    if os.path.isdir(source) or (looks_like_file and not exists):
+        raise UsageError(f"--dataset must be a file or a dataset name: {source} is no file")
+    if exists:
+        check_file(path)
+        if path.stat().st_size == 0 and suffix not in {".npy", ".json"}:
+            raise UsageError(f"--dataset must hold text: {source} is empty")
+        if suffix in _OTHERS:
+            raise UsageError(
+                f"--dataset must be a text, jsonl, .npy or .json file: {source} is {suffix}, which "
+                "is not read"
+            )

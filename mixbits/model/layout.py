@@ -1,0 +1,440 @@
+"""Find the parts of a transformers causal language model that can be quantized.
+
+A *linear* is one [N, K] weight: an `nn.Linear` or GPT-2's `Conv1D` in a decoder block, the head, or
+one slice of the 3-D parameters in which transformers 5 holds a block's experts. Slices get the
+names that they have in most checkpoints: `model.layers.0.mlp.experts.7.gate_proj`. What each part
+is shows in what it does (`mixbits.model.recognise`, `experts`, `usage`); the rest is left alone.
+
+A *unit* is what the allocation decides on: one linear, or several that must agree.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UsageError
+from .experts import Layout, expert_slice, layout_of
+from .recognise import (
+    Routers,
+    expert_counts,
+    expert_lists,
+    holds_stacks,
+    is_conv1d,
+    is_router_name,
+    linear_weight,
+    makers_of,
+    shared_parameters,
+    why_not_plain,
+)
+from .usage import Usage, usage_of
+
+CausalLM: TypeAlias = Any  # a transformers model; its methods come from untyped mixins
+
+FUSED_GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+_EXPERT_NAME = re.compile(r"(?P<module>.+)\.(?P<expert>\d+)\.(?P<projection>\w+)")
+# Linears whose outputs later tokens read, by the last part of their names: where a model's own
+# attention is no function of torch, its use does not show.
+_REMEMBERED = {"k_proj", "v_proj", "qkv_proj", "query_key_value", "c_attn"}
+_REMEMBERED |= {"kv_a_proj_with_mqa", "kv_b_proj"}  # of DeepSeek
+_ROUTERS = "they decide, in a few rows, where tokens go"
+
+
+@dataclass(frozen=True)
+class LinearInfo:
+    """One quantizable weight [out_features, in_features]; `block` is None for the head.
+
+    is_expert   a slice of 3-D parameters
+    among       the list of modules, each of which may see some tokens only, that it is in
+    makers      linears into whose rows an order of its columns folds, all of them or none
+    remembered  later tokens read its output, as keys or values
+    """
+
+    name: str
+    out_features: int
+    in_features: int
+    block: int | None
+    is_expert: bool = False
+    among: str | None = None
+    makers: tuple[str, ...] = ()
+    remembered: bool = False
+
+    @property
+    def numel(self) -> int:
+        return self.out_features * self.in_features
+
+    @property
+    def stack(self) -> str:
+        """`a.experts.gate_proj` for that of any expert; the name of any other linear."""
+        if not self.is_expert:
+            return self.name
+        module, _, projection = split_expert_name(self.name)
+        return f"{module}.{projection}"
+
+    @property
+    def peers(self) -> str | None:
+        """The same for the linears of all experts that stand for each other; None for no expert."""
+        if self.is_expert or self.among is None:
+            return self.stack if self.is_expert else None
+        return f"{self.among}.*.{self.name[len(self.among) + 1 :].partition('.')[2]}"
+
+
+@dataclass(frozen=True)
+class LeftAlone:
+    """A parameter with two dimensions or more in a decoder block that is not quantized.
+
+    `kind` is the class that holds it, `why` completes "they are left as they are:".
+    """
+
+    name: str
+    kind: str
+    why: str
+    numel: int
+    is_router: bool = False
+
+
+@dataclass(frozen=True)
+class Survey:
+    """All of a model's linears, in its order, and what else its decoder blocks hold."""
+
+    linears: list[LinearInfo]
+    left: list[LeftAlone]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What takes one scheme: linears that must agree, in the model's order."""
+
+    name: str
+    linears: tuple[LinearInfo, ...]
+
+
+def split_expert_name(name: str) -> tuple[str, int, str]:
+    """`a.b.experts.7.gate_proj` -> (`a.b.experts`, 7, `gate_proj`)."""
+    match = _EXPERT_NAME.fullmatch(name)
+    if match is None:
+        raise ValueError(f"not the name of an expert's linear: {name}")
+    return match["module"], int(match["expert"]), match["projection"]
+
+
+def expert_parent(name: str) -> str | None:
+    """What would be the experts module of a linear of this name, or None."""
+    match = _EXPERT_NAME.fullmatch(name)
+    return match["module"] if match else None
+
+
+def decoder_blocks(model: CausalLM) -> tuple[str, nn.ModuleList]:
+    """Name and list of the decoder blocks. Raises UsageError where there is none."""
+    layers = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    decoder = model.get_decoder()  # and not a tower that sees or hears
+    inside = {id(module) for module in decoder.modules()}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == layers and id(module) in inside:
+            return name, module
+    raise UsageError(
+        f"{type(model).__name__} has no list of {layers} decoder blocks: "
+        "only decoder-only language models can be quantized"
+    )
+
+
+def output_head(model: CausalLM) -> tuple[str, nn.Linear]:
+    """Name and module of the linear that makes logits."""
+    head = model.get_output_embeddings()
+    for name, module in model.named_modules():
+        if module is head and isinstance(module, nn.Linear):
+            return name, module
+    raise UsageError(f"{type(model).__name__} has no linear output head")
+
+
+def head_is_tied(model: CausalLM) -> bool:
+    """Whether the head shares its weight with the embedding."""
+    head = output_head(model)[1]
+    return bool(head.weight is model.get_input_embeddings().weight)
+
+
+def check_layout(model: nn.Module, linears: Iterable[LinearInfo], target: str) -> None:
+    """Raises UsageError for a linear that other tools expect to be stored as [K, N]."""
+    names = [info.name for info in linears if not info.is_expert]
+    found = [name for name in names if is_conv1d(model.get_submodule(name))]
+    if found:
+        raise UsageError(f"{target} takes nn.Linear only: got Conv1D ({found[0]})")
+
+
+class _Surveyor:
+    """Looks through a model's decoder blocks."""
+
+    def __init__(self, model: CausalLM, by_use: bool) -> None:
+        self.prefix, self.blocks = decoder_blocks(model)
+        self.names = [f"{self.prefix}.{index}" for index in range(len(self.blocks))]
+        self.shared = shared_parameters(model)
+        self.counts = expert_counts(model.config.get_text_config())
+        self.usage, self.by_use = Usage(), by_use
+        if by_use:
+            plain = [
+                name
+                for prefix, block in zip(self.names, self.blocks, strict=True)
+                for name, module in block.named_modules(prefix=prefix)
+                if linear_weight(module) is not None and self._strange(name, module) is None
+            ]
+            self.usage = usage_of(model, self.names, plain)
+
+    def _strange(self, name: str, module: nn.Module) -> str | None:
+        """Why something that holds a weight like a linear's is left alone; not if by its use."""
+        if (why := why_not_plain(module)) is not None:
+            return why
+        if any(f"{name}.{own}" in self.shared for own, _ in module.named_parameters()):
+            return "their weights are shared with other modules"
+        return None
+
+    def look(self) -> Survey:
+        survey, seen = Survey([], []), set[int]()
+        for index, block in enumerate(self.blocks):
+            prefix = self.names[index]
+            whys, infos = self._linears(index, block)
+            survey.linears.extend(infos)
+            whole = {info.name for info in infos if not info.is_expert}
+            whole |= {split_expert_name(info.name)[0] for info in infos if info.is_expert}
+            for name, module in block.named_modules(prefix=prefix):
+                why = whys.get(name) or _why_no_linear(name.removeprefix(f"{prefix}."), module)
+                for own, value in module._parameters.items():
+                    if value is None or value.dim() < 2 or name in whole or id(value) in seen:
+                        continue
+                    seen.add(id(value))
+                    kind, is_router = type(module).__name__, why == _ROUTERS
+                    one = LeftAlone(f"{name}.{own}", kind, why, value.numel(), is_router)
+                    survey.left.append(one)
+        return survey
+
+    def _linears(self, index: int, block: nn.Module) -> tuple[dict[str, str], list[LinearInfo]]:
+        """Why linears of a block are left alone, and those that are not."""
+        prefix, usage = self.names[index], self.usage
+        modules = dict(block.named_modules(prefix=prefix))
+        lists = expert_lists(block, prefix)
+        routers = Routers(block, prefix, self.counts, usage.scoring, usage.selecting)
+        whys: dict[str, str] = {}
+        for name, module in modules.items():
+            if linear_weight(module) is None:
+                continue
+            if name in routers:
+                whys[name] = _ROUTERS
+            elif (why := self._strange(name, module)) is not None:
+                whys[name] = why
+            elif name in usage.read:
+                whys[name] = "their weights are used by other code than their own product"
+        plain = {n for n, m in modules.items() if linear_weight(m) is not None and n not in whys}
+        found: list[LinearInfo] = []
+        for name, module in modules.items():
+            if name in plain:
+                found.append(self._plain(name, module, index, lists, modules, plain))
+            elif (layout := layout_of(module)) is not None:
+                found += expert_linears(name, module, layout, index)
+        return whys, found
+
+    def _plain(
+        self,
+        name: str,
+        module: nn.Module,
+        index: int,
+        lists: Sequence[str],
+        modules: Mapping[str, nn.Module],
+        plain: Collection[str],
+    ) -> LinearInfo:
+        weight = linear_weight(module)
+        assert weight is not None
+        tries = self.by_use and name not in self.usage.outside
+        makers = makers_of(name, modules, plain) if tries else []
+        return LinearInfo(
+            name,
+            weight.shape[0],
+            weight.shape[1],
+            index,
+            among=next((held for held in lists if name.startswith(f"{held}.")), None),
+            makers=tuple(makers),
+            remembered=name in self.usage.remembered or name.rpartition(".")[2] in _REMEMBERED,
+        )
+
+
+def _why_no_linear(name: str, module: nn.Module) -> str:
+    """Why a parameter is left alone that is no linear's; `name` begins in the block."""
+    if is_router_name(name):
+        return _ROUTERS
+    is_expert = holds_stacks(module) or "expert" in type(module).__name__.lower()
+    return "their formula is not known" if is_expert else "they are no linears"
+
+
+def expert_linears(name: str, module: Any, layout: Layout, index: int) -> Iterator[LinearInfo]:
+    """All linears of an experts module called `name`, in block `index`."""
+    for expert in range(len(module.down_proj)):
+        makers = tuple(f"{name}.{expert}.{p}" for p in layout.projections[:-1])
+        for projection in layout.projections:
+            rows, columns = expert_slice(module, expert, projection).shape
+            yield LinearInfo(
+                f"{name}.{expert}.{projection}",
+                rows,
+                columns,
+                index,
+                is_expert=True,
+                makers=makers if projection == "down_proj" else (),
+            )
+
+
+def survey(model: CausalLM, include_head: bool = False, by_use: bool = True) -> Survey:
+    """All quantizable linears in the model's order, the head last; works on a meta model.
+
+    `by_use` runs a copy without storage, to see what else the model does with them, and tries which
+    orders of columns fold; without, `makers` and some of what to leave alone are missing: enough
+    for linears that were chosen before. A head that is no plain linear is not among them. Raises
+    UsageError where there is none.
+    """
+    found = _Surveyor(model, by_use).look()
+    if include_head:
+        name, head = output_head(model)
+        if why_not_plain(head) is None:
+            found.linears.append(LinearInfo(name, head.out_features, head.in_features, None))
+    if not found.linears:
+        raise UsageError(f"{type(model).__name__} has no linear layer that can be quantized")
+    return found
+
+
+def find_linears(
+    model: CausalLM, include_head: bool = False, by_use: bool = True
+) -> list[LinearInfo]:
+    """The linears of `survey`."""
+    return survey(model, include_head, by_use).linears
+
+
+def weight_of(model: nn.Module, info: LinearInfo) -> Tensor:
+    """The [N, K] weight of a linear: a parameter, or a view of one."""
+    if info.is_expert:
+        module, expert, projection = split_expert_name(info.name)
+        return expert_slice(model.get_submodule(module), expert, projection)
+    weight = linear_weight(model.get_submodule(info.name))
+    assert weight is not None
+    return weight
+
+
+def _unit_name(info: LinearInfo, fuse: bool, per_expert: bool, by_input: bool) -> str:
+    parent, _, leaf = info.name.rpartition(".")
+    if info.is_expert and not per_expert:
+        parent = split_expert_name(info.name)[0]
+        if not by_input:
+            return parent
+    if fuse:
+        for group in FUSED_GROUPS:
+            if leaf in group:
+                return f"{parent}.{'+'.join(group)}"
+    return f"{parent}.{leaf}"
+
+
+def make_units(
+    linears: Iterable[LinearInfo],
+    fuse: bool = False,
+    per_expert: bool = False,
+    by_input: bool = False,
+) -> list[Unit]:
+    """Group linears into units, in the model's order.
+
+    fuse        q/k/v agree, and gate/up, as engines that fuse them require.
+    per_expert  every expert's linear is free; otherwise all experts of a block agree.
+    by_input    but not their gate and up projections with their down projections, whose inputs
+                are others: the linears of a unit then have as many columns.
+    """
+    groups: dict[str, list[LinearInfo]] = {}
+    for info in linears:
+        name = _unit_name(info, fuse, per_expert, by_input)
+        if by_input and name in groups and groups[name][0].in_features != info.in_features:
+            name = info.name  # it reads something else
+        groups.setdefault(name, []).append(info)
+    return [Unit(name, tuple(members)) for name, members in groups.items()]
+
+
+def name_matches(name: str, pattern: str) -> bool:
+    """Whether a wildcard, or a regular expression after `re:`, names it. Raises re.error."""
+    if pattern.startswith("re:"):
+        return re.fullmatch(pattern[3:], name) is not None
+    return fnmatchcase(name, pattern)
+
+
+def match_units(units: Sequence[Unit], pattern: str, option: str = "--keep") -> list[int]:
+    """Indices of the units that a pattern, given as `option`, names.
+
+    A pattern is a shell wildcard over unit or linear names (`*.down_proj`), or a regular
+    expression after `re:`. Raises UsageError where nothing matches.
+    """
+
+    try:
+        found = [
+            index
+            for index, unit in enumerate(units)
+            if any(name_matches(n, pattern) for n in (unit.name, *(i.name for i in unit.linears)))
+        ]
+    except re.error as error:
+        raise UsageError(f"{option} {pattern!r} is not a regular expression: {error}") from None
+    if not found:
+        meant = f"*.{pattern}"
+        inner = any(fnmatchcase(i.name, meant) for unit in units for i in unit.linears)
+        hint = f"; '{meant}' would" if inner else ""
+        raise UsageError(f"{option} {pattern!r} matches no unit, such as {units[0].name}{hint}")
+    return found
+
+
+def ignore(
+    linears: Sequence[LinearInfo], patterns: Sequence[str], left: Sequence[str] = ()
+) -> list[LinearInfo]:
+    """The linears that no `--ignore` pattern names. Raises UsageError where none is left.
+
+    A pattern may as well name one of `left`, which are left alone anyway.
+    """
+    units = make_units(linears, per_expert=True)
+    ignored: set[int] = set()
+    for pattern in patterns:
+        try:
+            ignored.update(match_units(units, pattern, "--ignore"))
+        except UsageError as error:
+            is_pattern = not isinstance(error.__context__, re.error)
+            if not is_pattern or not any(name_matches(name, pattern) for name in left):
+                raise
+    kept = [info for i, unit in enumerate(units) if i not in ignored for info in unit.linears]
+    if not kept:
+        raise UsageError(f"--ignore must leave a linear: got {' '.join(patterns)}, which name all")
+    return kept
+
+
+def model_class(config: Any) -> Any:
+    """What opens a model: the class that it says it is of, where transformers has it.
+
+    So a model that also sees keeps what it sees with. Whatever else it says, and with code of its
+    own, `AutoModelForCausalLM` decides.
+    """
+    import transformers
+
+    own = getattr(config, "auto_map", None) or {}
+    for auto in ("AutoModelForCausalLM", "AutoModelForImageTextToText"):
+        if auto in own:
+            return getattr(transformers, auto)
+    name = (getattr(config, "architectures", None) or [""])[0]
+    found = getattr(transformers, name, None)
+    if (
+        isinstance(found, type)
+        and issubclass(found, transformers.PreTrainedModel)
+        and not getattr(config, "is_encoder_decoder", False)
+        and isinstance(config, found.config_class or ())
+        and found.can_generate()
+    ):
+        return found
+    return transformers.AutoModelForCausalLM
+
+
+def meta_model(config: Any, trust_remote_code: bool = False) -> CausalLM:
+    """The model that `config` describes, with shapes and no storage."""
+    found = model_class(config)
+    with torch.device("meta"):
+        if hasattr(found, "from_config"):
+            return found.from_config(config, trust_remote_code=trust_remote_code)
+        return found._from_config(config)

@@ -1,0 +1,1 @@
+"""Bits allocated: the knapsack, plans, curves."""

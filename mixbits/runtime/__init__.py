@@ -1,0 +1,1 @@
+"""Modules that run packed weights, and what makes a token's step short."""
