@@ -12,7 +12,7 @@ its scoring function is only timed.
 
 The result is judged by our evaluator: the rounded weights are taken out of the model that
 auto-round returns, put into the original model, and inputs are rounded as the scheme says (with
-`mixbits.ops.fake_quantize`, which equals auto-round's functions; tests/test_auto_round.py).
+`mixbits.ops.fake_quantize`, which equals auto-round's functions; tests/export/test_auto_round.py).
 """
 
 from __future__ import annotations

@@ -83,7 +83,7 @@ tests() {
     "$python" -c "import xdist" 2>/dev/null && parallel=(-n 12)
     [ -n "$gpu" ] && export MIXBITS_REQUIRE_GPU=1 # a backend that is missing fails, not skips
     "$python" -m pytest -q -p no:cacheprovider -m "not slow" "${parallel[@]}" \
-        tests/test_gpu.py tests/test_graphs.py tests/test_triton.py tests/test_cuda*.py
+        tests/backends/test_gpu.py tests/runtime/test_graphs.py tests/backends/test_triton.py tests/backends/test_cuda*.py
 }
 
 sanitize() {

@@ -25,7 +25,7 @@ from mixbits.runtime.linear import MixedLinear, PackedLinear
 from mixbits.source import source as source_module
 from mixbits.source.source import Source, open_source
 
-if not (Path(__file__).parents[1] / "benchmarks").is_dir():
+if not (Path(__file__).parents[2] / "benchmarks").is_dir():
     pytest.skip("installed without its benchmarks", allow_module_level=True)
 pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed")
 

@@ -17,7 +17,7 @@ from mixbits.quantize import main
 from mixbits.rounding.nearest import fake_input
 from mixbits.runtime.linear import MixedLinear, PackedLinear
 
-if not (Path(__file__).parents[1] / "benchmarks").is_dir():
+if not (Path(__file__).parents[2] / "benchmarks").is_dir():
     pytest.skip("installed without its benchmarks", allow_module_level=True)
 
 from benchmarks.architectures import SPREAD, run_kind

@@ -562,7 +562,7 @@ def test_other_forms_of_a_tokenizer(tmp_path: Path, name: str) -> None:
         read_vocabulary(tmp_path, ROWS, False)
 
 
-TEXT = (Path(__file__).parent / "tiny.py").read_text(encoding="utf-8").replace("<", "(")
+TEXT = (Path(__file__).parents[1] / "tiny.py").read_text(encoding="utf-8").replace("<", "(")
 HARD = "It's 12345 o'clock,  DON'T\n\n\tÜnïcode 你好 🙂 x=1;  \r\n end "
 QWEN2 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"

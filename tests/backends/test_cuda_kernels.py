@@ -1,6 +1,6 @@
 """The CUDA kernels run: their own source as host code, on any machine, and on a GPU.
 
-tests/emulation stands in for the CUDA headers and for csrc/cuda/ptx.cuh. What it shows is that
+tests/backends/emulation stands in for the CUDA headers and for csrc/cuda/ptx.cuh. What it shows is that
 indexing, fragment layouts, swizzles and the order of barriers are right; what only a GPU can show
 is that the instructions do what the stand-in takes them to do, and speed.
 """
@@ -32,7 +32,7 @@ from mixbits.formats.schemes import INTEGERS, MINIFLOATS, MX_GROUP, Format, pars
 from mixbits.runtime.linear import PackedLinear, allow_fp8_activations
 
 TESTS = Path(__file__).resolve().parent
-CSRC = TESTS.parent / "csrc"
+CSRC = TESTS.parents[1] / "csrc"
 needs_gpp = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not on the PATH")
 needs_gpu = pytest.mark.skipif(
     cuda.why_unavailable() is not None, reason=f"cuda backend: {cuda.why_unavailable()}"

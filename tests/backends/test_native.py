@@ -1,11 +1,11 @@
 """The CPU kernels without Python: under sanitizers, and fuzzed.
 
-asan    csrc/cpu and tests/native under AddressSanitizer and UndefinedBehaviorSanitizer
+asan    csrc/cpu and tests/backends/native under AddressSanitizer and UndefinedBehaviorSanitizer
 tsan    the same under ThreadSanitizer. It does not see libgomp's barriers, which would look like
-        races; tests/native/tsan_gomp.cpp is a small libgomp that it sees through
+        races; tests/backends/native/tsan_gomp.cpp is a small libgomp that it sees through
 
 MIXBITS_FUZZ_SECONDS fuzzes for longer than a few seconds. Every run has its own seed; on failure
-the input is shown, and tests/native/fuzz.cpp says how to run it again.
+the input is shown, and tests/backends/native/fuzz.cpp says how to run it again.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ import pytest
 
 from mixbits.backends import cpu
 
-ROOT = Path(__file__).resolve().parent.parent
-NATIVE = ROOT / "tests" / "native"
+ROOT = Path(__file__).resolve().parents[2]
+NATIVE = ROOT / "tests" / "backends" / "native"
 pytestmark = pytest.mark.slow
 PROGRAMS = ["kernels_test", "matmul_test", "mixed_test", "decode_test", "fuzz", "races"]
 OWN = [*PROGRAMS, "tsan_gomp"]

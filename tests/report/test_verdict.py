@@ -12,7 +12,7 @@ import pytest
 from mixbits.formats.schemes import parse_scheme
 from mixbits.report import verdict as v
 
-DOCS = Path(__file__).parent.parent / "docs" / "budget.md"
+DOCS = Path(__file__).parents[2] / "docs" / "budget.md"
 
 
 def figures(ratio: Any, agreement: Any, ratio_error: Any = None, error: Any = None) -> dict:

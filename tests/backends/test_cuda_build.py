@@ -1,4 +1,4 @@
-"""The CUDA kernels, as far as compilers can tell; tests/test_cuda_kernels.py runs them.
+"""The CUDA kernels, as far as compilers can tell; tests/backends/test_cuda_kernels.py runs them.
 
 compile   nvcc builds every file for every architecture that runs it: no spills, registers within
           limits, and in the machine code the instructions that the kernels are about
@@ -22,7 +22,7 @@ from mixbits.formats import reference
 from mixbits.formats.schemes import MINIFLOATS
 
 TESTS = Path(__file__).resolve().parent
-CSRC = TESTS.parent / "csrc"
+CSRC = TESTS.parents[1] / "csrc"
 SOURCES = sorted(CSRC.glob("cuda/*.cu"))
 # Registers per thread of files whose kernels want more than 64, which let two thirds of an SM's
 # warps be resident. What the matrix kernels may have follows from their launch bounds.
@@ -213,7 +213,7 @@ def loop_sizes(builds) -> dict[tuple[str, str], int]:
 @needs_nvcc
 @needs_cuobjdump
 def test_instruction_budgets(builds):
-    """Loops do not grow by more than a compiler's whim over tests/cuda_budgets.csv (sm_90a).
+    """Loops do not grow by more than a compiler's whim over tests/backends/cuda_budgets.csv (sm_90a).
 
     MIXBITS_WRITE_BUDGETS=1 writes the file.
     """
