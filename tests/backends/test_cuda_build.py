@@ -213,7 +213,8 @@ def loop_sizes(builds) -> dict[tuple[str, str], int]:
 @needs_nvcc
 @needs_cuobjdump
 def test_instruction_budgets(builds):
-    """Loops do not grow by more than a compiler's whim over tests/backends/cuda_budgets.csv (sm_90a).
+    """Loops do not grow by more than a compiler's whim over tests/backends/cuda_budgets.csv
+    (sm_90a).
 
     MIXBITS_WRITE_BUDGETS=1 writes the file.
     """

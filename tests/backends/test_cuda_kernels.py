@@ -1,8 +1,8 @@
 """The CUDA kernels run: their own source as host code, on any machine, and on a GPU.
 
-tests/backends/emulation stands in for the CUDA headers and for csrc/cuda/ptx.cuh. What it shows is that
-indexing, fragment layouts, swizzles and the order of barriers are right; what only a GPU can show
-is that the instructions do what the stand-in takes them to do, and speed.
+tests/backends/emulation stands in for the CUDA headers and for csrc/cuda/ptx.cuh. What it shows is
+that indexing, fragment layouts, swizzles and the order of barriers are right; what only a GPU can
+show is that the instructions do what the stand-in takes them to do, and speed.
 """
 
 import importlib.machinery
