@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mixbits import ops
-from mixbits.formats.pack import unpack
+from mixbits.formats.pack import Operand, unpack
 from mixbits.formats.schemes import Format, parse_scheme
 
 Packing = TypeVar("Packing")
@@ -109,7 +109,7 @@ def mixbits_peer(
         torch.set_num_threads(threads)
         packed = pack_all(weights, lambda w: ops.quantize_pack(w, fmt, backend))
         x = x.to(dtype)
-        operands = [[ops.Operand(p, fmt, scheme.activation)] for p in packed]
+        operands = [[Operand.plain(p, fmt, x.shape[1], scheme.activation)] for p in packed]
 
         def run(i: int) -> Tensor:
             return ops.packed_matmuls_unchecked(x, operands[i], backend, int8_activations)[0]

@@ -18,7 +18,7 @@ from mixbits import ops
 from mixbits.errors import UsageError
 from mixbits.formats import fp8_weights as folding
 from mixbits.formats import reference
-from mixbits.formats.pack import Mix, Operand, Packed, order_dtype, unpack
+from mixbits.formats.pack import Operand, Packed, Part, order_dtype, unpack
 from mixbits.formats.schemes import Format
 
 FORMATS = (
@@ -105,15 +105,15 @@ def _mixed_checks(backend: str, device: str) -> Iterator[tuple[str, bool]]:
     columns, width = COLUMNS[1], 352
     for high, low in ((FORMATS[1], FORMATS[0]), (FORMATS[5], FORMATS[4])):
         weight = torch.randn(ROWS, columns, generator=torch.Generator().manual_seed(width))
-        parts = zip((high, low), weight.split((width, columns - width), 1), strict=True)
-        operands = [
-            Operand(ops.quantize_pack(part, fmt, "reference"), fmt, fmt if fmt.is_mx else None)
-            for fmt, part in parts
+        pieces = zip((high, low), weight.split((width, columns - width), 1), strict=True)
+        parts = [
+            Part(ops.quantize_pack(part, fmt, "reference"), fmt, fmt if fmt.is_mx else None)
+            for fmt, part in pieces
         ]
         order = torch.arange(columns).flip(0).to(order_dtype(columns))
-        mix = Mix(tuple(operands), (width, columns - width), order, high.is_mx)
+        mix = Operand(tuple(parts), (width, columns - width), order, high.is_mx)
         there = mix._replace(
-            operands=tuple(one._replace(packed=one.packed.to(device)) for one in operands),
+            parts=tuple(one._replace(packed=one.packed.to(device)) for one in parts),
             order=order.to(device),
         )
         for tokens in TOKENS:

@@ -23,21 +23,6 @@ void check(const char* error) {
   if (error != nullptr) throw std::runtime_error(std::string("CUDA: ") + error);
 }
 
-cuda::MatmulArgs matmul_args(uintptr_t x, uintptr_t codes, uintptr_t scales, uintptr_t zero_points,
-                             uintptr_t out, int64_t tokens, int64_t rows, int64_t columns,
-                             int dtype, int format) {
-  return {pointer<void>(x),
-          pointer<uint8_t>(codes),
-          pointer<void>(scales),
-          pointer<uint8_t>(zero_points),
-          pointer<void>(out),
-          tokens,
-          rows,
-          columns,
-          dtype,
-          format};
-}
-
 // [codes, scales, zero_points, columns, format, activation] of each segment
 using Segments = std::vector<std::array<int64_t, 6>>;
 
@@ -48,6 +33,19 @@ std::vector<cuda::SegmentArgs> segment_args(const Segments& segments) {
                     int(s[4]), int(s[5])});
   }
   return args;
+}
+
+cuda::MatmulArgs matmul_args(uintptr_t x, const std::vector<cuda::SegmentArgs>& segments,
+                             uintptr_t out, int64_t tokens, int64_t rows, int64_t columns,
+                             int dtype) {
+  return {pointer<void>(x),
+          segments.data(),
+          int(segments.size()),
+          pointer<void>(out),
+          tokens,
+          rows,
+          columns,
+          dtype};
 }
 
 }  // namespace
@@ -135,29 +133,31 @@ PYBIND11_MODULE(_cuda, m) {
 
   m.def(
       "packed_matmul",
-      [](uintptr_t x, uintptr_t codes, uintptr_t scales, uintptr_t zero_points, uintptr_t out,
-         int64_t tokens, int64_t rows, int64_t columns, int dtype, int format, uintptr_t stream) {
-        const auto args =
-            matmul_args(x, codes, scales, zero_points, out, tokens, rows, columns, dtype, format);
-        check(cuda::packed_matmul(args, pointer<void>(stream)));
+      [](uintptr_t x, const Segments& segments, uintptr_t out, int64_t tokens, int64_t rows,
+         int64_t columns, int dtype, uintptr_t sums, uintptr_t stream) {
+        const auto weights = segment_args(segments);
+        const auto args = matmul_args(x, weights, out, tokens, rows, columns, dtype);
+        check(cuda::packed_matmul(args, pointer<float>(sums), pointer<void>(stream)));
       },
-      py::arg("x"), py::arg("codes"), py::arg("scales"), py::arg("zero_points"), py::arg("out"),
-      py::arg("tokens"), py::arg("rows"), py::arg("columns"), py::arg("dtype"), py::arg("format"),
-      py::arg("stream"), "x [tokens, columns] -> out [tokens, rows]; at most MAX_TOKENS tokens.");
+      py::arg("x"), py::arg("segments"), py::arg("out"), py::arg("tokens"), py::arg("rows"),
+      py::arg("columns"), py::arg("dtype"), py::arg("sums"), py::arg("stream"),
+      "x [tokens, columns] -> out [tokens, rows]; at most MAX_TOKENS tokens. A segment is [codes, "
+      "scales, zero_points, columns, format, activation]. Of several, x is that of one after the "
+      "other, and sums is float32 [tokens, rows]; else 0.");
 
   m.def(
       "packed_matmul_mma",
-      [](uintptr_t x, uintptr_t codes, uintptr_t scales, uintptr_t zero_points, uintptr_t out,
-         int64_t tokens, int64_t rows, int64_t columns, int dtype, int format, int row_tiles,
-         int token_tiles, int warps, uintptr_t stream) {
-        const auto args =
-            matmul_args(x, codes, scales, zero_points, out, tokens, rows, columns, dtype, format);
+      [](uintptr_t x, const Segments& segments, uintptr_t out, int64_t tokens, int64_t rows,
+         int64_t columns, int dtype, int row_tiles, int token_tiles, int warps, uintptr_t stream) {
+        const auto weights = segment_args(segments);
+        const auto args = matmul_args(x, weights, out, tokens, rows, columns, dtype);
         check(cuda::packed_matmul_mma(args, row_tiles, token_tiles, warps, pointer<void>(stream)));
       },
-      py::arg("x"), py::arg("codes"), py::arg("scales"), py::arg("zero_points"), py::arg("out"),
-      py::arg("tokens"), py::arg("rows"), py::arg("columns"), py::arg("dtype"), py::arg("format"),
-      py::arg("row_tiles"), py::arg("token_tiles"), py::arg("warps"), py::arg("stream"),
-      "As packed_matmul, for 16-bit x on the matrix units of sm_80 and later.");
+      py::arg("x"), py::arg("segments"), py::arg("out"), py::arg("tokens"), py::arg("rows"),
+      py::arg("columns"), py::arg("dtype"), py::arg("row_tiles"), py::arg("token_tiles"),
+      py::arg("warps"), py::arg("stream"),
+      "As packed_matmul, for 16-bit x, segments side by side, on the matrix units of sm_80 and "
+      "later.");
 
   m.def("staged_bytes", &cuda::staged_bytes, py::arg("tokens"), py::arg("columns"),
         py::arg("block_tokens"), "Bytes that stage_activations writes.");
@@ -186,77 +186,24 @@ PYBIND11_MODULE(_cuda, m) {
       py::arg("segments"), py::arg("tokens"), py::arg("columns"), py::arg("dtype"),
       py::arg("out_dtype"), py::arg("block_tokens"), py::arg("stream"),
       "x [tokens, columns], ordered, rotated, and fake-quantized to the activation of each segment "
-      "unless 0 -> rows of out_dtype, or with block_tokens what the wgmma products read. A segment "
-      "is [codes, scales, zero_points, columns, format, activation].");
-
-  m.def(
-      "mixed_matmul",
-      [](uintptr_t x, const Segments& segments, uintptr_t sums, uintptr_t out, int64_t tokens,
-         int64_t rows, int64_t columns, int dtype, uintptr_t stream) {
-        const auto parts = segment_args(segments);
-        const cuda::MixedArgs args{
-            pointer<void>(x), parts.data(), int(parts.size()), pointer<void>(out),
-            tokens,           rows,         columns,           dtype};
-        check(cuda::mixed_matmul(args, pointer<float>(sums), pointer<void>(stream)));
-      },
-      py::arg("x"), py::arg("segments"), py::arg("sums"), py::arg("out"), py::arg("tokens"),
-      py::arg("rows"), py::arg("columns"), py::arg("dtype"), py::arg("stream"),
-      "As packed_matmul, for segments, x of one after the other; sums: float32 [tokens, rows].");
-
-  m.def(
-      "mixed_matmul_mma",
-      [](uintptr_t x, const Segments& segments, uintptr_t out, int64_t tokens, int64_t rows,
-         int64_t columns, int dtype, int row_tiles, int token_tiles, int warps, uintptr_t stream) {
-        const auto parts = segment_args(segments);
-        const cuda::MixedArgs args{
-            pointer<void>(x), parts.data(), int(parts.size()), pointer<void>(out),
-            tokens,           rows,         columns,           dtype};
-        check(cuda::mixed_matmul_mma(args, row_tiles, token_tiles, warps, pointer<void>(stream)));
-      },
-      py::arg("x"), py::arg("segments"), py::arg("out"), py::arg("tokens"), py::arg("rows"),
-      py::arg("columns"), py::arg("dtype"), py::arg("row_tiles"), py::arg("token_tiles"),
-      py::arg("warps"), py::arg("stream"), "As packed_matmul_mma, for segments side by side.");
-
-  m.def(
-      "mixed_matmul_wgmma",
-      [](uintptr_t staged, const Segments& segments, uintptr_t out, int64_t tokens, int64_t rows,
-         int64_t columns, int dtype, int parts, uintptr_t stream) {
-#ifdef MB_WGMMA
-        const auto weights = segment_args(segments);
-        const cuda::MixedArgs args{pointer<void>(staged),
-                                   weights.data(),
-                                   int(weights.size()),
-                                   pointer<void>(out),
-                                   tokens,
-                                   rows,
-                                   columns,
-                                   dtype};
-        check(cuda::mixed_matmul_wgmma(args, parts, pointer<void>(stream)));
-#else
-        check("built without sm_90a");
-#endif
-      },
-      py::arg("staged"), py::arg("segments"), py::arg("out"), py::arg("tokens"), py::arg("rows"),
-      py::arg("columns"), py::arg("dtype"), py::arg("parts"), py::arg("stream"),
-      "As packed_matmul_wgmma, for segments side by side, with block_tokens 128.");
+      "unless 0 -> rows of out_dtype, or with block_tokens what the wgmma products read.");
 
   m.def(
       "packed_matmul_wgmma",
-      [](uintptr_t staged, uintptr_t codes, uintptr_t scales, uintptr_t zero_points, uintptr_t out,
-         int64_t tokens, int64_t rows, int64_t columns, int dtype, int format, int block_tokens,
-         int parts, uintptr_t stream) {
+      [](uintptr_t staged, const Segments& segments, uintptr_t out, int64_t tokens, int64_t rows,
+         int64_t columns, int dtype, int block_tokens, int parts, uintptr_t stream) {
 #ifdef MB_WGMMA
-        const auto args = matmul_args(staged, codes, scales, zero_points, out, tokens, rows,
-                                      columns, dtype, format);
+        const auto weights = segment_args(segments);
+        const auto args = matmul_args(staged, weights, out, tokens, rows, columns, dtype);
         check(cuda::packed_matmul_wgmma(args, block_tokens, parts, pointer<void>(stream)));
 #else
         check("built without sm_90a");
 #endif
       },
-      py::arg("staged"), py::arg("codes"), py::arg("scales"), py::arg("zero_points"),
-      py::arg("out"), py::arg("tokens"), py::arg("rows"), py::arg("columns"), py::arg("dtype"),
-      py::arg("format"), py::arg("block_tokens"), py::arg("parts"), py::arg("stream"),
-      "As packed_matmul, from staged activations, on the warpgroup matrix units of sm_90a.");
+      py::arg("staged"), py::arg("segments"), py::arg("out"), py::arg("tokens"), py::arg("rows"),
+      py::arg("columns"), py::arg("dtype"), py::arg("block_tokens"), py::arg("parts"),
+      py::arg("stream"),
+      "As packed_matmul_mma, from staged activations, on the warpgroup matrix units of sm_90a.");
 
   m.def(
       "stage_e4m3",
@@ -280,8 +227,9 @@ PYBIND11_MODULE(_cuda, m) {
          uintptr_t token_scales, uintptr_t out, int64_t tokens, int64_t rows, int64_t columns,
          int dtype, int format, uintptr_t stream) {
 #ifdef MB_WGMMA
-        const auto args =
-            matmul_args(staged, codes, scales, 0, out, tokens, rows, columns, dtype, format);
+        const auto weights =
+            segment_args({{int64_t(codes), int64_t(scales), 0, columns, format, 0}});
+        const auto args = matmul_args(staged, weights, out, tokens, rows, columns, dtype);
         check(cuda::packed_matmul_e4m3(args, pointer<uint8_t>(row_scales),
                                        pointer<float>(token_scales), pointer<void>(stream)));
 #else

@@ -9,7 +9,7 @@
     square_sums           x [T, K]                             float64 [1 + formats, K]
     compensate_group      group [N, columns], factor, ...      compensate.Group
     packed_matmul         x [M, K], Packed [N, K]              [M, N], x's dtype
-    packed_matmuls        x [M, K], Operands or Mixes [N_i, K] list of [M, N_i]
+    packed_matmuls        x [M, K], Operands [N_i, K]          list of [M, N_i]
     fold_rows             Packed, K                            uint8 [N], or None
     packed_matmul_fp8     x [M, K], Packed [N, K], uint8 [N]   [M, N], x's dtype
 
@@ -29,7 +29,7 @@ import functools
 import importlib
 import os
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -48,7 +48,6 @@ from .formats.checks import (
     check_shape,
     check_tensor,
     check_values,
-    checked,
     checked_operand,
     device_of,
     in_memory,
@@ -58,7 +57,7 @@ from .formats.checks import (
     rows_in_memory,
 )
 from .formats.compensate import Group
-from .formats.pack import Mix, Operand, Packed, packed_spec
+from .formats.pack import Operand, Packed, Part, packed_spec
 from .formats.schemes import Format
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
@@ -280,7 +279,8 @@ def packed_matmul_fp8(
     """
     check_values("x", x, 2)
     require_fp8(x.device, backend)
-    packed = checked_operand(Operand(packed, fmt), x.shape[1], x.device).packed
+    operand = checked_operand(Operand.plain(packed, fmt, x.shape[1]), x.shape[1], x.device)
+    packed = operand.parts[0].packed
     check_tensor("row_scale", row_scale)
     check_shape("row_scale", row_scale, (packed.weight_packed.shape[0],))
     check_device("row_scale", row_scale, x.device)
@@ -289,10 +289,10 @@ def packed_matmul_fp8(
         raise TypeError(f"row_scale must be torch.uint8, for weights in e2m1: got {got}")
     if gradients.is_wanted(x):
 
-        def multiply(x: Tensor, operands: Sequence[Operand | Mix]) -> list[Tensor]:
+        def multiply(x: Tensor, operands: Sequence[Operand]) -> list[Tensor]:
             return [packed_matmul_fp8(x.detach(), packed, fmt, row_scale, backend)]
 
-        return gradients.products(x, [Operand(packed, fmt)], multiply, backend)[0]
+        return gradients.products(x, [operand], multiply, backend)[0]
     if x.numel() == 0:
         return x.new_zeros((x.shape[0], row_scale.shape[0]))
     x, row_scale = in_memory("x", x), in_memory("row_scale", row_scale)
@@ -363,33 +363,35 @@ def packed_matmul(
     results have fewer digits than that, and twice as many where a block has a few large values.
     `int8_activations` allows 8 bits, for speed; a backend that has nothing to gain ignores it.
     """
-    return packed_matmuls(x, [Operand(packed, fmt, activation)], backend, int8_activations)[0]
+    check_values("x", x, 2)
+    operand = Operand.plain(packed, fmt, x.shape[1], activation)
+    return packed_matmuls(x, [operand], backend, int8_activations)[0]
 
 
 def packed_matmuls(
     x: Tensor,
-    operands: Sequence[Operand | Mix],
+    operands: Sequence[Operand],
     backend: str | None = None,
     int8_activations: bool = False,
 ) -> list[Tensor]:
     """x [M, K] times several packed weights [N_i, K], as `packed_matmul` does one -> [M, N_i].
 
-    The products of a `Mix` are added in float32 and rounded once. What x must go through is done
-    once for all operands that agree on it.
+    The products of an operand's parts are added in float32 and rounded once. What x must go through
+    is done once for all operands that agree on it.
     """
     check_values("x", x, 2)
-    found = [checked(one, x.shape[1], x.device) for one in operands]
+    found = [checked_operand(one, x.shape[1], x.device) for one in operands]
     return packed_matmuls_unchecked(x, found, backend, int8_activations)
 
 
 def packed_matmuls_unchecked(
     x: Tensor,
-    operands: Sequence[Operand | Mix],
+    operands: Sequence[Operand],
     backend: str | None = None,
     int8_activations: bool = False,
 ) -> list[Tensor]:
     """`packed_matmuls` for a caller that has checked the weights
-    (`mixbits.formats.checks.checked`).
+    (`mixbits.formats.checks.checked_operand`).
 
     Nothing looks again, and memory beyond theirs would be read; but the CPU refuses an order that
     would reach beyond x. x [M, K] itself is checked here.
@@ -400,7 +402,7 @@ def packed_matmuls_unchecked(
         return [_compiled_matmul(x, operand, backend, int8_activations) for operand in operands]
     if gradients.is_wanted(x):
 
-        def multiply(x: Tensor, operands: Sequence[Operand | Mix]) -> list[Tensor]:
+        def multiply(x: Tensor, operands: Sequence[Operand]) -> list[Tensor]:
             return packed_matmuls_unchecked(x.detach(), operands, backend, int8_activations)
 
         return gradients.products(x, operands, multiply, backend)
@@ -411,38 +413,39 @@ def packed_matmuls_unchecked(
     if hasattr(module, "packed_matmuls"):
         outs: list[Tensor] = module.packed_matmuls(x, operands, bool(int8_activations))
         return outs
-    mixed = getattr(module, "mixed_matmul", None)
+    takes_parts = getattr(module, "TAKES_PARTS", False)
     return [
-        mixed(x, operand)
-        if mixed is not None and isinstance(operand, Mix) and operand.is_regular
+        module.packed_matmul(x, operand)
+        if takes_parts and operand.is_regular
         else _one_by_one(x, operand, module.packed_matmul, backend)
         for operand in operands
     ]
 
 
-def _one_by_one(
-    x: Tensor, operand: Operand | Mix, multiply: Callable[..., Tensor], backend: str | None
-) -> Tensor:
-    """A product by a backend that knows packed weights only: the slow twin of a native `Mix`."""
-    if isinstance(operand, Operand):
-        if operand.packed.weight_packed.numel() == 0:
+# x [M, K], a plain operand [N, K] -> [M, N]
+_Multiply: TypeAlias = Callable[[Tensor, Operand], Tensor]
+
+
+def _one_by_one(x: Tensor, operand: Operand, multiply: _Multiply, backend: str | None) -> Tensor:
+    """A product by a backend that knows plain operands only: the slow twin of a native one."""
+    if operand.is_plain:
+        if operand.parts[0].packed.weight_packed.numel() == 0:
             return x.new_zeros((x.shape[0], operand.out_features))
-        return multiply(x, *operand)
+        return multiply(x, operand)
     # torch indexes by 32 bits at least.
     order = None if operand.order is None else operand.order.int()
     arranged = Arrangement(order, operand.rotated).input(x)
-    parts = zip(operand.operands, arranged.split(operand.columns, -1), strict=True)
+    parts = zip(operand.parts, arranged.split(operand.columns, -1), strict=True)
     products = [_product_of_part(part, one, multiply, backend) for one, part in parts]
     return functools.reduce(torch.add, products).to(x.dtype)
 
 
-def _product_of_part(
-    x: Tensor, one: Operand, multiply: Callable[..., Tensor], backend: str | None
-) -> Tensor:
+def _product_of_part(x: Tensor, one: Part, multiply: _Multiply, backend: str | None) -> Tensor:
     """In float32, for a sum that is rounded once; x is rounded in its own dtype, as elsewhere."""
     if one.activation is not None:
         x = fake_quantize(x, one.activation, backend)
-    return _one_by_one(x.contiguous().float(), one._replace(activation=None), multiply, backend)
+    plain = Operand.plain(one.packed, one.format, x.shape[1])
+    return _one_by_one(x.contiguous().float(), plain, multiply, backend)
 
 
 # --- torch.ops.mixbits: what torch.compile sees ------------------------------------------------
@@ -457,9 +460,10 @@ _library.define(
 
 
 def _compiled_matmul(
-    x: Tensor, operand: Operand | Mix, backend: str | None, int8_activations: bool
+    x: Tensor, operand: Operand, backend: str | None, int8_activations: bool
 ) -> Tensor:
-    def multiply(x: Tensor, packed: Packed, fmt: Format, activation: Format | None) -> Tensor:
+    def multiply(x: Tensor, operand: Operand) -> Tensor:
+        packed, fmt, activation = operand.parts[0]
         code = 0 if activation is None else activation.code
         out: Tensor = torch.ops.mixbits.packed_matmul(
             x, *packed, fmt.code, code, backend, int8_activations

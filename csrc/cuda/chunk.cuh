@@ -29,18 +29,18 @@ struct PackedWeight {
   int group_shift;                         // log2 of the group size
 };
 
-// The weight of `a`, or why its chunks cannot be loaded whole.
-inline const char* packed_weight(const MatmulArgs& a, PackedWeight* weight) {
+// The weight [rows, columns] of a segment, or why its chunks cannot be loaded whole.
+inline const char* packed_weight(const SegmentArgs& a, int64_t rows, PackedWeight* weight) {
   const Format f = decode_format(a.format);
   if (a.columns % 32 != 0) return "columns must be a multiple of 32";
   if (reinterpret_cast<uintptr_t>(a.codes) % 16 != 0) return "codes must be aligned to 16 bytes";
   const int64_t row_bytes = packed_bytes(a.columns, element_bits(f.element));
   const int64_t groups = group_count(a.columns, f.group_size);
-  if (a.rows * row_bytes > UINT32_MAX) return "codes must be less than 4 GB";
+  if (rows * row_bytes > UINT32_MAX) return "codes must be less than 4 GB";
   *weight = {a.codes,
              a.scales,
              a.zero_points,
-             int(a.rows),
+             int(rows),
              int(a.columns),
              uint32_t(row_bytes),
              uint32_t(groups),
@@ -64,16 +64,17 @@ struct MixedWeight {
   int count, columns;
 };
 
+inline const char* refused_segments(const MatmulArgs& a) {
+  return a.segment_count < 1 || a.segment_count > kMaxSegments ? "1 to 8 segments" : nullptr;
+}
+
 // The weights of `a`, or why their chunks cannot be loaded whole. `first` and `end` are not set.
-inline const char* mixed_weight(const MixedArgs& a, MixedWeight* mix) {
-  if (a.segment_count < 1 || a.segment_count > kMaxSegments) return "1 to 8 segments";
+inline const char* mixed_weight(const MatmulArgs& a, MixedWeight* mix) {
   int64_t first_column = 0;
   for (int i = 0; i < a.segment_count; ++i) {
     const SegmentArgs& s = a.segments[i];
     Segment& segment = mix->segments[i];
-    const MatmulArgs one{nullptr,  s.codes, s.scales,  s.zero_points, nullptr,
-                         a.tokens, a.rows,  s.columns, a.dtype,       s.format};
-    if (const char* error = packed_weight(one, &segment.weight)) return error;
+    if (const char* error = packed_weight(s, a.rows, &segment.weight)) return error;
     segment.element = decode_format(s.format).element;
     segment.first_column = int(first_column);
     first_column += s.columns;

@@ -132,59 +132,55 @@ __global__ void __launch_bounds__(kThreads, 2)  // 128 registers: fewer would sp
 }
 
 template <class T, int kElement, int kTokens, int kRows>
-void launch(const MatmulArgs& a, const MatmulShape& shape, cudaStream_t stream) {
+void launch(const MatmulArgs& a, const SegmentArgs& s, const T* x, const MatmulShape& shape,
+            cudaStream_t stream) {
   const dim3 grid(unsigned(divide_up(a.rows, kWarps * kRows)),
                   unsigned(divide_up(a.tokens, kTokens)));
   few_tokens_kernel<T, kElement, kTokens, kRows><<<grid, kThreads, 0, stream>>>(
-      static_cast<const T*>(a.x), a.codes, a.scales, a.zero_points, static_cast<T*>(a.out), shape);
+      x, s.codes, s.scales, s.zero_points, static_cast<T*>(a.out), shape);
 }
 
-const char* multiply(const MatmulArgs& a, MatmulShape shape, void* stream) {
-  if (a.tokens > kMaxTokens) return "at most 16 tokens in one call";
-  const Format f = decode_format(a.format);
+// The product with a segment, whose x [tokens, columns] begins at `x`.
+template <class T>
+const char* multiply(const MatmulArgs& a, const SegmentArgs& s, const T* x, MatmulShape shape,
+                     cudaStream_t stream) {
+  const Format f = decode_format(s.format);
   shape.group_size = f.group_size;
   const int bits = element_bits(f.element);
   // Whole 16-byte (int2: 8-byte) pieces: rows then also end at the end of one.
-  shape.codes_aligned = a.columns * bits % 8 == 0 &&
-                        rows_aligned(a.codes, packed_bytes(a.columns, bits), bits == 2 ? 8 : 16);
-  const cudaStream_t s = cudaStream_t(stream);
-  dispatch_dtype(a.dtype, [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    shape.x_aligned = a.columns % 8 == 0 && rows_aligned(a.x, a.columns * sizeof(T), 16);
-    dispatch_element(f.element, [&](auto element) {
-      constexpr int kElement = element.value;
-      if (a.tokens == 1) {
-        launch<T, kElement, 1, 2>(a, shape, s);
-      } else if (a.tokens <= 4) {
-        launch<T, kElement, 4, 2>(a, shape, s);
-      } else {
-        launch<T, kElement, 8, 2>(a, shape, s);
-      }
-    });
+  shape.codes_aligned = s.columns * bits % 8 == 0 &&
+                        rows_aligned(s.codes, packed_bytes(s.columns, bits), bits == 2 ? 8 : 16);
+  shape.x_aligned = s.columns % 8 == 0 && rows_aligned(x, s.columns * sizeof(T), 16);
+  dispatch_element(f.element, [&](auto element) {
+    constexpr int kElement = element.value;
+    if (a.tokens == 1) {
+      launch<T, kElement, 1, 2>(a, s, x, shape, stream);
+    } else if (a.tokens <= 4) {
+      launch<T, kElement, 4, 2>(a, s, x, shape, stream);
+    } else {
+      launch<T, kElement, 8, 2>(a, s, x, shape, stream);
+    }
   });
   return launch_result();
 }
 
 }  // namespace
 
-const char* packed_matmul(const MatmulArgs& a, void* stream) {
+const char* packed_matmul(const MatmulArgs& a, float* sums, void* stream) {
   if (a.tokens == 0 || a.rows == 0 || a.columns == 0) return nullptr;
-  return multiply(a, {a.tokens, a.rows, a.columns, 0, false, false, nullptr, true, true}, stream);
-}
-
-const char* mixed_matmul(const MixedArgs& a, float* sums, void* stream) {
-  if (a.tokens == 0 || a.rows == 0 || a.columns == 0) return nullptr;
-  const char* x = static_cast<const char*>(a.x);
+  if (a.tokens > kMaxTokens) return "at most 16 tokens in one call";
   const char* error = nullptr;
-  for (int i = 0; i < a.segment_count && error == nullptr; ++i) {
-    const SegmentArgs& s = a.segments[i];
-    error = multiply(
-        {x, s.codes, s.scales, s.zero_points, a.out, a.tokens, a.rows, s.columns, a.dtype,
-         s.format},
-        {a.tokens, a.rows, s.columns, 0, false, false, sums, i == 0, i == a.segment_count - 1},
-        stream);
-    x += a.tokens * s.columns * (a.dtype == kFloat32 ? 4 : 2);
-  }
+  dispatch_dtype(a.dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    const T* x = static_cast<const T*>(a.x);
+    for (int i = 0; i < a.segment_count && error == nullptr; ++i) {
+      const SegmentArgs& s = a.segments[i];
+      const MatmulShape shape{
+          a.tokens, a.rows, s.columns, 0, false, false, sums, i == 0, i == a.segment_count - 1};
+      error = multiply(a, s, x, shape, cudaStream_t(stream));
+      x += a.tokens * s.columns;
+    }
+  });
   return error;
 }
 

@@ -235,66 +235,69 @@ void divide_warps(MixedWeight* mix, int warps) {
 }
 
 template <class T, int kRowTiles, int kTokenTiles>
-void launch_mixed(const MixedArgs& a, const MixedWeight& mix, int warps, cudaStream_t stream) {
+void launch_mixed(const MatmulArgs& a, const MixedWeight& mix, int warps, cudaStream_t stream) {
   const dim3 grid(unsigned(divide_up(a.rows, kRowTiles * kFragmentRows)),
                   unsigned(divide_up(a.tokens, kTokenTiles * kFragmentTokens)));
   mixed_mma_kernel<T, kRowTiles, kTokenTiles><<<grid, 32 * warps, 0, stream>>>(
       static_cast<const T*>(a.x), mix, static_cast<T*>(a.out), int(a.tokens));
 }
 
-}  // namespace
+const char* multiply_one(const MatmulArgs& a, int row_tiles, int token_tiles, int warps,
+                         cudaStream_t stream) {
+  PackedWeight weight{};
+  if (const char* error = packed_weight(a.segments[0], a.rows, &weight)) return error;
+  const char* error = "no kernel of these sizes";
+  dispatch_half(a.dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    dispatch_element(decode_format(a.segments[0].format).element, [&](auto element) {
+      constexpr int kElement = element.value;
+      error = nullptr;
+      if (row_tiles == 1 && token_tiles == 1) {
+        launch<T, kElement, 1, 1>(a, weight, warps, stream);
+      } else if (row_tiles == 4 && token_tiles == 1) {
+        launch<T, kElement, 4, 1>(a, weight, warps, stream);
+      } else if (row_tiles == 4 && token_tiles == 2) {
+        launch<T, kElement, 4, 2>(a, weight, warps, stream);
+      } else {
+        error = "no kernel of these sizes";
+      }
+    });
+  });
+  return error;
+}
 
-const char* mixed_matmul_mma(const MixedArgs& a, int row_tiles, int token_tiles, int warps,
-                             void* stream) {
-  if (a.tokens == 0 || a.rows == 0 || a.columns == 0) return nullptr;
-  if (warps < a.segment_count || warps > max_warps(row_tiles, token_tiles)) {
-    return "too many warps, or too few";
-  }
-  if (!rows_aligned(a.x, a.columns * 2, 16)) return "x must be aligned to 16 bytes";
+const char* multiply_several(const MatmulArgs& a, int row_tiles, int token_tiles, int warps,
+                             cudaStream_t stream) {
   MixedWeight mix{};
   if (const char* error = mixed_weight(a, &mix)) return error;
   divide_warps(&mix, warps);
   const char* error = "no kernel of these sizes";
   dispatch_half(a.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    const cudaStream_t s = cudaStream_t(stream);
     error = nullptr;
     if (row_tiles == 1 && token_tiles == 1) {
-      launch_mixed<T, 1, 1>(a, mix, warps, s);
+      launch_mixed<T, 1, 1>(a, mix, warps, stream);
     } else if (row_tiles == 4 && token_tiles == 1) {
-      launch_mixed<T, 4, 1>(a, mix, warps, s);
+      launch_mixed<T, 4, 1>(a, mix, warps, stream);
     } else {
       error = "no kernel of these sizes";
     }
   });
-  return error == nullptr ? launch_result() : error;
+  return error;
 }
+
+}  // namespace
 
 const char* packed_matmul_mma(const MatmulArgs& a, int row_tiles, int token_tiles, int warps,
                               void* stream) {
   if (a.tokens == 0 || a.rows == 0 || a.columns == 0) return nullptr;
-  if (warps < 1 || warps > max_warps(row_tiles, token_tiles)) return "too many warps, or none";
+  if (const char* error = refused_segments(a)) return error;
+  if (warps < a.segment_count || warps > max_warps(row_tiles, token_tiles)) {
+    return "too many warps, or too few";
+  }
   if (!rows_aligned(a.x, a.columns * 2, 16)) return "x must be aligned to 16 bytes";
-  PackedWeight weight{};
-  if (const char* error = packed_weight(a, &weight)) return error;
-  const char* error = "no kernel of these sizes";
-  dispatch_half(a.dtype, [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    dispatch_element(decode_format(a.format).element, [&](auto element) {
-      constexpr int kElement = element.value;
-      const cudaStream_t s = cudaStream_t(stream);
-      error = nullptr;
-      if (row_tiles == 1 && token_tiles == 1) {
-        launch<T, kElement, 1, 1>(a, weight, warps, s);
-      } else if (row_tiles == 4 && token_tiles == 1) {
-        launch<T, kElement, 4, 1>(a, weight, warps, s);
-      } else if (row_tiles == 4 && token_tiles == 2) {
-        launch<T, kElement, 4, 2>(a, weight, warps, s);
-      } else {
-        error = "no kernel of these sizes";
-      }
-    });
-  });
+  const auto multiply = a.segment_count == 1 ? multiply_one : multiply_several;
+  const char* error = multiply(a, row_tiles, token_tiles, warps, cudaStream_t(stream));
   return error == nullptr ? launch_result() : error;
 }
 

@@ -274,7 +274,7 @@ const char* launch(const MatmulArgs& a, const PackedWeight& weight, int parts, v
 }
 
 template <class T, bool kMx>
-const char* launch_mixed(const MixedArgs& a, const MixedWeight& mix, int parts, void* stream) {
+const char* launch_mixed(const MatmulArgs& a, const MixedWeight& mix, int parts, void* stream) {
   const dim3 grid(unsigned(parts), unsigned(divide_up(a.tokens, kMixedTokens)),
                   unsigned(divide_up(a.rows, kBlockRows)));
   return ptx::launch_cluster(
@@ -288,11 +288,24 @@ const char* refused(int64_t rows, int parts) {
   return nullptr;
 }
 
-}  // namespace
+const char* multiply_one(const MatmulArgs& a, int block_tokens, int parts, void* stream) {
+  PackedWeight weight{};
+  if (const char* error = packed_weight(a.segments[0], a.rows, &weight)) return error;
+  const char* error = "no kernel of these sizes";
+  dispatch_half(a.dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    dispatch_element(decode_format(a.segments[0].format).element, [&](auto element) {
+      constexpr int kElement = element.value;
+      if (block_tokens == 64) error = launch<T, kElement, 64>(a, weight, parts, stream);
+      if (block_tokens == 128) error = launch<T, kElement, 128>(a, weight, parts, stream);
+      if (block_tokens == 256) error = launch<T, kElement, 256>(a, weight, parts, stream);
+    });
+  });
+  return error;
+}
 
-const char* mixed_matmul_wgmma(const MixedArgs& a, int parts, void* stream) {
-  if (a.tokens == 0 || a.rows == 0 || a.columns == 0) return nullptr;
-  if (const char* error = refused(a.rows, parts)) return error;
+const char* multiply_several(const MatmulArgs& a, int block_tokens, int parts, void* stream) {
+  if (block_tokens != kMixedTokens) return "no kernel of these sizes";
   MixedWeight mix{};
   if (const char* error = mixed_weight(a, &mix)) return error;
   int tiles = 0;
@@ -310,22 +323,14 @@ const char* mixed_matmul_wgmma(const MixedArgs& a, int parts, void* stream) {
   return error;
 }
 
+}  // namespace
+
 const char* packed_matmul_wgmma(const MatmulArgs& a, int block_tokens, int parts, void* stream) {
   if (a.tokens == 0 || a.rows == 0 || a.columns == 0) return nullptr;
+  if (const char* error = refused_segments(a)) return error;
   if (const char* error = refused(a.rows, parts)) return error;
-  PackedWeight weight{};
-  if (const char* error = packed_weight(a, &weight)) return error;
-  const char* error = "no kernel of these sizes";
-  dispatch_half(a.dtype, [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    dispatch_element(decode_format(a.format).element, [&](auto element) {
-      constexpr int kElement = element.value;
-      if (block_tokens == 64) error = launch<T, kElement, 64>(a, weight, parts, stream);
-      if (block_tokens == 128) error = launch<T, kElement, 128>(a, weight, parts, stream);
-      if (block_tokens == 256) error = launch<T, kElement, 256>(a, weight, parts, stream);
-    });
-  });
-  return error;
+  const auto multiply = a.segment_count == 1 ? multiply_one : multiply_several;
+  return multiply(a, block_tokens, parts, stream);
 }
 
 }  // namespace cuda

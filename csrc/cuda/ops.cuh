@@ -50,24 +50,41 @@ struct StatisticsArgs {
 };
 const char* statistics(const StatisticsArgs& args, void* stream);
 
-constexpr int kMaxTokens = 16;  // of one call to `packed_matmul`
+constexpr int kMaxSegments = 8;  // mixbits.formats.schemes.MAX_SEGMENTS
 
-// x [tokens, columns] of dtype times the packed weight [rows, columns] transposed -> out
-// [tokens, rows] of dtype.
-struct MatmulArgs {
-  const void* x;
+// A packed weight [rows, columns] in one format, and what x is rounded to before it meets it.
+struct SegmentArgs {
   const uint8_t* codes;
   const void* scales;
   const uint8_t* zero_points;  // null for formats without
+  int64_t columns;             // a multiple of 32 in all but the last
+  int format, activation;      // 0 where activations are left alone
+};
+
+constexpr int kMaxTokens = 16;  // of one call to `packed_matmul`
+
+// x [tokens, columns] of dtype times segments side by side, [rows, columns] in all, transposed ->
+// out [tokens, rows] of dtype, each sum rounded once.
+struct MatmulArgs {
+  const void* x;
+  const SegmentArgs* segments;  // host memory, read before the call returns
+  int segment_count;
   void* out;
   int64_t tokens, rows, columns;
-  int dtype, format;
+  int dtype;
 };
-const char* packed_matmul(const MatmulArgs& args, void* stream);
 
-// The same for bfloat16 and float16 on the matrix units, for any number of tokens: blocks of
-// `warps` warps own 16 * row_tiles rows and 8 * token_tiles tokens. (row_tiles, token_tiles) is (1,
-// 1), (4, 1) or (4, 2); columns is a multiple of 32; x and codes are aligned to 16 bytes.
+// A launch for each segment, which adds to `sums`, float32 [tokens, rows] (null for one segment);
+// the last rounds what they and its own add up to. x is [tokens, columns] of the first segment,
+// then of the next: with a distance of its own between tokens the kernel would spill.
+const char* packed_matmul(const MatmulArgs& args, float* sums, void* stream);
+
+// The same for bfloat16 and float16 on the matrix units, in one launch, for any number of tokens:
+// blocks of `warps` warps own 16 * row_tiles rows and 8 * token_tiles tokens. (row_tiles,
+// token_tiles) is (1, 1), (4, 1) or (4, 2); a segment's columns are a multiple of 32; x (rows of
+// all columns) and codes are aligned to 16 bytes. Several segments need as many warps at least, and
+// have no (4, 2): their kernel has code for all formats, six times as much to compile as one for a
+// single format.
 const char* packed_matmul_mma(const MatmulArgs& args, int row_tiles, int token_tiles, int warps,
                               void* stream);
 
@@ -79,21 +96,11 @@ constexpr int kE4M3Tokens = 128;  // of a block of `packed_matmul_e4m3`
 const char* stage_e4m3(const void* x, uint8_t* out, float* scales, int64_t tokens, int64_t columns,
                        int dtype, void* stream);
 
-// packed_matmul of e2m1 weights folded to e4m3 (../fold.h), args.x and token_scales being from
-// `stage_e4m3`, args.x aligned to 16 bytes; row_scales [rows] are e8m0 bytes. Needs sm_90a, columns
-// a multiple of 32, and codes aligned to 16 bytes.
+// packed_matmul of one segment in e2m1, folded to e4m3 (../fold.h), args.x and token_scales being
+// from `stage_e4m3`, args.x aligned to 16 bytes; row_scales [rows] are e8m0 bytes. Needs sm_90a,
+// columns a multiple of 32, and codes aligned to 16 bytes.
 const char* packed_matmul_e4m3(const MatmulArgs& args, const uint8_t* row_scales,
                                const float* token_scales, void* stream);
-
-constexpr int kMaxSegments = 8;  // mixbits.formats.schemes.MAX_SEGMENTS
-
-struct SegmentArgs {
-  const uint8_t* codes;
-  const void* scales;
-  const uint8_t* zero_points;  // null for formats without
-  int64_t columns;             // a multiple of 32 in all but the last
-  int format, activation;      // 0 where activations are left alone
-};
 
 // x [tokens, columns] of dtype -> out, in the order of `order`, rotated, and fake-quantized to the
 // MX format that each segment has for activations. With block_tokens 0 out is [tokens, columns] of
@@ -116,40 +123,12 @@ const char* stage_activations(const StageArgs& args, void* stream);
 // to a multiple of 128.
 int64_t staged_bytes(int64_t tokens, int64_t columns, int block_tokens);
 
-// packed_matmul with args.x from `stage_activations`, aligned to 16 bytes, for the same
+// packed_matmul_mma with args.x from `stage_activations`, aligned to 16 bytes, for the same
 // block_tokens (64, 128 or 256); the columns are split between `parts` blocks (1, 2, 4 or 8) of
-// a cluster. Needs sm_90a, columns a multiple of 32, and codes aligned to 16 bytes.
-const char* packed_matmul_wgmma(const MatmulArgs& args, int block_tokens, int parts, void* stream);
-
-// --- weights in segments of columns, each in a format of its own ------------------------------
-
-// As MatmulArgs, for segments side by side of `columns` in all; these are host memory and are read
-// before the call returns.
-struct MixedArgs {
-  const void* x;
-  const SegmentArgs* segments;
-  int segment_count;
-  void* out;
-  int64_t tokens, rows, columns;
-  int dtype;
-};
-
-// As packed_matmul: a launch for each segment, which adds to `sums`, float32 [tokens, rows]; the
-// last rounds what they and its own add up to. x is [tokens, columns] of the first segment, then of
-// the next: with a distance of its own between tokens the kernel would spill.
-const char* mixed_matmul(const MixedArgs& args, float* sums, void* stream);
-
-// As packed_matmul_mma: one launch, one rounding. A segment's columns are a multiple of 32; there
-// are as many warps as segments at least; (row_tiles, token_tiles) is (1, 1) or (4, 1). A kernel
-// has code for all formats, six times as much to compile as one for a single format: so there are
-// few sizes.
-const char* mixed_matmul_mma(const MixedArgs& args, int row_tiles, int token_tiles, int warps,
-                             void* stream);
-
-// As packed_matmul_wgmma, with activations staged in blocks of kMixedTokens. Segments are e2m1 and
-// e4m3, or integers.
+// a cluster. Needs sm_90a. Several segments are e2m1 and e4m3, or integers, and have blocks of
+// kMixedTokens.
 constexpr int kMixedTokens = 128;
-const char* mixed_matmul_wgmma(const MixedArgs& args, int parts, void* stream);
+const char* packed_matmul_wgmma(const MatmulArgs& args, int block_tokens, int parts, void* stream);
 
 }  // namespace cuda
 }  // namespace mixbits

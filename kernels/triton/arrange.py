@@ -9,7 +9,7 @@ import torch
 
 import triton
 import triton.language as tl
-from mixbits.formats.pack import Mix
+from mixbits.formats.pack import Operand
 from mixbits.formats.schemes import MX_GROUP
 
 from . import numerics
@@ -107,27 +107,27 @@ def arrange_kernel(
         first += widths[s]
 
 
-def arrange(x: torch.Tensor, mix: Mix, dtype: torch.dtype) -> torch.Tensor:
-    """x [M, K] as `mix` multiplies it, in `dtype`; x itself where that is how it comes."""
-    if mix.takes_input_as_is:
+def arrange(x: torch.Tensor, operand: Operand, dtype: torch.dtype) -> torch.Tensor:
+    """x [M, K] as `operand` multiplies it, in `dtype`; x itself where that is how it comes."""
+    if operand.takes_input_as_is:
         return x
-    codes = tuple(0 if (fmt := one.activation) is None else fmt.code for one in mix.operands)
+    codes = tuple(0 if (fmt := one.activation) is None else fmt.code for one in operand.parts)
     rows, columns = x.shape
     out = x.new_empty((rows, columns), dtype=dtype)
     if out.numel() == 0:
         return out
-    tiles = sum(triton.cdiv(width, numerics.TILE_COLUMNS) for width in mix.columns)
+    tiles = sum(triton.cdiv(width, numerics.TILE_COLUMNS) for width in operand.columns)
     with device_of(x):
         arrange_kernel[(triton.cdiv(rows, TILE_ROWS), tiles)](
             x,
-            x if mix.order is None else mix.order,
+            x if operand.order is None else operand.order,
             out,
             rows,
             columns,
-            mix.columns,
+            operand.columns,
             CODES=codes,
-            ORDERED=mix.order is not None,
-            ROTATED=mix.rotated,
+            ORDERED=operand.order is not None,
+            ROTATED=operand.rotated,
             ROWS=TILE_ROWS,
             COLUMNS=numerics.TILE_COLUMNS,
             WIDTH=MX_GROUP,

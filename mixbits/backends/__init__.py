@@ -5,10 +5,10 @@
     fake_quantize(x, fmt), quantize_pack(weight, fmt), dequantize(packed, fmt, in_features, dtype)
     fisher_statistics(weight, row_weight, column_weight, formats)
     gradient_statistics(weight, gradient, formats)
-    packed_matmul(x, packed, fmt, activation), or, to do several at a time,
-    packed_matmuls(x, operands, int8_activations), operands being `Operand`s and `Mix`es
-    mixed_matmul(x, mix)                   optional: a regular `Mix` as one product; else its
-                                           segments are multiplied one by one
+    packed_matmul(x, operand), or, to do several at a time,
+    packed_matmuls(x, operands, int8_activations)
+    TAKES_PARTS                            optional: whether packed_matmul takes every regular
+                                           `Operand`; else its parts are multiplied one by one
     square_sums(x, formats)                optional: else made of fake_quantize
     compensate_group(group, factor, importance, fmt)
                                            optional: else that of mixbits.rounding.gptq

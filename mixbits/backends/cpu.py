@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..errors import UsageError
 from ..formats.compensate import Group
-from ..formats.pack import Mix, Operand, Packed, packed_spec
+from ..formats.pack import Operand, Packed, packed_spec
 from ..formats.schemes import MX_GROUP, Format
 
 DTYPE_NUMBERS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # csrc/formats.h, Dtype
@@ -163,15 +163,12 @@ def compensate_group(group: Tensor, factor: Tensor, importance: Tensor, fmt: For
     return Group(codes, scale, zero_point, errors)
 
 
-def linear_numbers(operand: Operand | Mix, columns: int) -> list[int]:
-    """A packed linear of K = `columns` as csrc/bindings.cpp reads it."""
-    if isinstance(operand, Mix):
-        segments, widths, order, rotated = operand
-    else:
-        segments, widths, order, rotated = (operand,), (columns,), None, False
+def linear_numbers(operand: Operand) -> list[int]:
+    """A packed linear as csrc/bindings.cpp reads it."""
+    parts, widths, order, rotated = operand
     place, entry = (0, 0) if order is None else (order.data_ptr(), order.element_size())
-    numbers = [place, entry, int(rotated), segments[0].out_features, len(segments)]
-    for (packed, fmt, activation), width in zip(segments, widths, strict=True):
+    numbers = [place, entry, int(rotated), parts[0].out_features, len(parts)]
+    for (packed, fmt, activation), width in zip(parts, widths, strict=True):
         code = 0 if activation is None else activation.code
         numbers += (*_pointers(packed), width, fmt.code, code)
     return numbers
@@ -183,9 +180,7 @@ def plain_numbers(weight: Tensor) -> list[int]:
     return [0, 0, 0, rows, 1, weight.data_ptr(), 0, 0, columns, 0, 0]
 
 
-def packed_matmuls(
-    x: Tensor, operands: Sequence[Operand | Mix], int8_activations: bool
-) -> list[Tensor]:
+def packed_matmuls(x: Tensor, operands: Sequence[Operand], int8_activations: bool) -> list[Tensor]:
     """x [M, K] times each packed weight [N_i, K] -> [M, N_i], in one call.
 
     All that see the same columns of x in one way share the tokens that are prepared for them.
@@ -199,7 +194,7 @@ def packed_matmuls(
         out = x.new_empty((tokens, operand.out_features))
         outs.append(out)
         targets.append(out.data_ptr())
-        targets += linear_numbers(operand, columns)
+        targets += linear_numbers(operand)
     _native.packed_matmul(
         x.data_ptr(), tokens, columns, DTYPE_NUMBERS[x.dtype], int8_activations, targets
     )

@@ -9,7 +9,8 @@ Weights lie on the device as they lie in the file; nothing is repacked or copied
 ways for few tokens dequantize in registers. For many, the weight is dequantized into a scratch
 tensor of bounded size in x's dtype, and torch (cuBLAS) multiplies: the guard of the others.
 A linear of several segments goes each of these ways as one product: x is put in order, rotated
-and fake-quantized in one pass, and one kernel adds up the products of all segments.
+and fake-quantized in one pass, and one kernel adds up the products of all segments. That of a
+single segment is compiled for its format alone, and comes in more sizes.
 Values of the weight are rounded to x's dtype in all ways but `simple`, as a model in that dtype
 has them.
 
@@ -28,11 +29,12 @@ import torch
 from torch import Tensor
 
 from ..errors import UsageError
-from ..formats.pack import Mix, Operand, Packed, packed_spec
+from ..formats.pack import Operand, Packed, packed_spec
 from ..formats.schemes import MX_GROUP, Format
-from .cuda_choice import KERNELS, TILE, Choice, Kernel, choose, choose_mixed
+from .cuda_choice import KERNELS, TILE, Choice, Kernel, choose
 from .scratch import matmul_through_scratch
 
+TAKES_PARTS = True  # `packed_matmul`, of regular operands
 DTYPE_NUMBERS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # csrc/formats.h, Dtype
 
 
@@ -171,150 +173,92 @@ def _forced_kernel() -> Kernel | None:
     return name
 
 
-def explain(x: Tensor, packed: Packed, fmt: Format) -> Choice:
+def explain(x: Tensor, operand: Operand) -> Choice:
     """How `packed_matmul` multiplies these; print it."""
-    aligned = packed.weight_packed.data_ptr() % 16 == 0
-    (tokens, columns), rows = x.shape, packed.weight_packed.shape[0]
-    return _choose(fmt, tokens, rows, columns, x.dtype, x.device, aligned)
+    formats = tuple(part.format for part in operand.parts)
+    aligned = all(part.packed.weight_packed.data_ptr() % 16 == 0 for part in operand.parts)
+    sizes = (x.shape[0], operand.out_features, operand.columns)
+    return _choose(formats, operand.input_dtype(x.dtype), *sizes, x.device, aligned)
 
 
 def _choose(
-    fmt: Format,
+    formats: tuple[Format, ...],
+    dtype: torch.dtype,
     tokens: int,
     rows: int,
-    columns: int,
-    dtype: torch.dtype,
+    columns: tuple[int, ...],
     device: torch.device,
     aligned: bool,
 ) -> Choice:
     capability, processors = _device_facts(device)
     sizes = (tokens, rows, columns, processors, _native().HAS_WGMMA, aligned, _forced_kernel())
-    return choose(capability, fmt, dtype, *sizes)
+    return choose(capability, formats, dtype, *sizes)
 
 
 def explain_matmul(fmt: Format, m: int, n: int, k: int, dtype: torch.dtype) -> str:
     """Which way `packed_matmul` takes for x [m, k] of `dtype` and a weight [n, k]."""
     device = torch.device("cuda", torch.cuda.current_device())
-    return str(_choose(fmt, m, n, k, dtype, device, aligned=True))
+    return str(_choose((fmt,), dtype, m, n, (k,), device, aligned=True))
 
 
-def explain_mixed(x: Tensor, mix: Mix) -> Choice:
-    """How `mixed_matmul` multiplies these; print it."""
-    capability, processors = _device_facts(x.device)
-    formats = tuple(one.format for one in mix.operands)
-    aligned = all(one.packed.weight_packed.data_ptr() % 16 == 0 for one in mix.operands)
-    sizes = (x.shape[0], mix.out_features, mix.columns, processors, _native().HAS_WGMMA)
-    dtype = mix.input_dtype(x.dtype)
-    return choose_mixed(capability, formats, dtype, *sizes, aligned, _forced_kernel())
-
-
-def packed_matmul(
-    x: Tensor,
-    packed: Packed,
-    fmt: Format,
-    activation: Format | None,
-    choice: Choice | None = None,
-) -> Tensor:
-    """x [M, K], fake-quantized to `activation` if given, times packed [N, K] -> [M, N].
-
-    `choice` tries a kernel and sizes of one's own, for measurements.
-    """
-    tokens, columns = x.shape
-    rows = packed.weight_packed.shape[0]
-    if columns == 0 or tokens == 0 or rows == 0:
-        return x.new_zeros((tokens, rows))
-    choice = choice or explain(x, packed, fmt)
-    if choice.kernel == "wgmma":
-        return _matmul_staged(x, packed, fmt, activation, choice)
-    if activation is not None:
-        x = fake_quantize(x, activation)
-    if choice.kernel == "scratch":
-        return matmul_through_scratch(x, [(packed, fmt, columns)], x.dtype, _dequantize_into)
-    if choice.kernel == "mma" and x.data_ptr() % 16:
-        x = x.clone()
-    out = x.new_empty((tokens, rows))
-    pointers = (x.data_ptr(), *_pointers(packed), out.data_ptr())
-    sizes = (tokens, rows, columns, DTYPE_NUMBERS[x.dtype], fmt.code)
-    with torch.cuda.device(x.device):
-        if choice.kernel == "mma":
-            shape = (choice.row_tiles, choice.token_tiles, choice.warps)
-            _native().packed_matmul_mma(*pointers, *sizes, *shape, _stream(x))
-        else:
-            _native().packed_matmul(*pointers, *sizes, _stream(x))
-    return out
-
-
-def _matmul_staged(
-    x: Tensor, packed: Packed, fmt: Format, activation: Format | None, choice: Choice
-) -> Tensor:
-    """The product by wgmma; x is fake-quantized while it is staged, M * K * 2 bytes each way."""
-    tokens, columns = x.shape
-    rows = packed.weight_packed.shape[0]
-    mix = Mix((Operand(packed, fmt, activation),), (columns,))
-    staged = _stage(x, mix, x.dtype, choice.block_tokens)
-    out = x.new_empty((tokens, rows))
-    sizes = (tokens, rows, columns, DTYPE_NUMBERS[x.dtype], fmt.code)
-    shape = (choice.block_tokens, choice.parts)
-    pointers = (staged.data_ptr(), *_pointers(packed), out.data_ptr())
-    with torch.cuda.device(x.device):
-        _native().packed_matmul_wgmma(*pointers, *sizes, *shape, _stream(x))
-    return out
-
-
-def _segments(mix: Mix) -> list[tuple[int, ...]]:
-    """A mix as csrc/bindings_cuda.cpp reads it."""
+def _segments(operand: Operand) -> list[tuple[int, ...]]:
+    """An operand's parts as csrc/bindings_cuda.cpp reads them."""
     return [
         (*_pointers(packed), columns, fmt.code, 0 if activation is None else activation.code)
-        for (packed, fmt, activation), columns in zip(mix.operands, mix.columns, strict=True)
+        for (packed, fmt, activation), columns in zip(operand.parts, operand.columns, strict=True)
     ]
 
 
-def _stage(x: Tensor, mix: Mix, dtype: torch.dtype, block_tokens: int = 0) -> Tensor:
-    """x [M, K] as `mix` multiplies it, in one pass: rows of `dtype`, or what wgmma reads."""
+def _stage(x: Tensor, operand: Operand, dtype: torch.dtype, block_tokens: int = 0) -> Tensor:
+    """x [M, K] as `operand` multiplies it, in one pass: rows of `dtype`, or what wgmma reads."""
     native = _native()
     tokens, columns = x.shape
-    if block_tokens == 0 and mix.takes_input_as_is and x.data_ptr() % 16 == 0:
-        return x
     if block_tokens == 0:
+        if operand.takes_input_as_is and x.data_ptr() % 16 == 0:
+            return x
+        if operand.is_plain and (activation := operand.parts[0].activation) is not None:
+            return fake_quantize(x, activation)
         staged = x.new_empty((tokens, columns), dtype=dtype)
     else:
-        padded = sum(-(-width // TILE) * TILE for width in mix.columns)
+        padded = sum(-(-width // TILE) * TILE for width in operand.columns)
         size = native.staged_bytes(tokens, padded, block_tokens)
         staged = torch.empty(size, dtype=torch.uint8, device=x.device)
-    order = (0, 0) if mix.order is None else (mix.order.data_ptr(), mix.order.element_size())
-    pointers = (x.data_ptr(), staged.data_ptr(), *order, mix.rotated, _segments(mix))
+    place = operand.order
+    order = (0, 0) if place is None else (place.data_ptr(), place.element_size())
+    pointers = (x.data_ptr(), staged.data_ptr(), *order, operand.rotated, _segments(operand))
     sizes = (tokens, columns, DTYPE_NUMBERS[x.dtype], DTYPE_NUMBERS[dtype], block_tokens)
     with torch.cuda.device(x.device):
         native.stage_activations(*pointers, *sizes, _stream(x))
     return staged
 
 
-def mixed_matmul(x: Tensor, mix: Mix, choice: Choice | None = None) -> Tensor:
-    """x [M, K] times a regular mix [N, K] -> [M, N], whose sums are rounded once.
+def packed_matmul(x: Tensor, operand: Operand, choice: Choice | None = None) -> Tensor:
+    """x [M, K] times a regular operand [N, K] -> [M, N], whose sums are rounded once.
 
-    `choice` as in `packed_matmul`.
+    `choice` tries a kernel and sizes of one's own, for measurements.
     """
     tokens, columns = x.shape
-    rows = mix.out_features
+    rows = operand.out_features
     if columns == 0 or tokens == 0 or rows == 0:
         return x.new_zeros((tokens, rows))
-    choice = choice or explain_mixed(x, mix)
-    dtype = mix.input_dtype(x.dtype)
-    staged = _stage(x, mix, dtype, choice.block_tokens)
+    choice = choice or explain(x, operand)
+    dtype = operand.input_dtype(x.dtype)
+    staged = _stage(x, operand, dtype, choice.block_tokens)
     if choice.kernel == "scratch":
-        return matmul_through_scratch(staged, mix.parts, x.dtype, _dequantize_into)
-    if choice.kernel == "simple":
-        staged = torch.cat([piece.flatten() for piece in staged.split(mix.columns, 1)])
+        return matmul_through_scratch(staged, operand.pieces, x.dtype, _dequantize_into)
+    if choice.kernel == "simple" and len(operand.parts) > 1:
+        staged = torch.cat([piece.flatten() for piece in staged.split(operand.columns, 1)])
     out = x.new_empty((tokens, rows), dtype=dtype)
-    first, last = (staged.data_ptr(), _segments(mix)), (out.data_ptr(), tokens, rows, columns)
-    number = DTYPE_NUMBERS[dtype]
+    pointers = (staged.data_ptr(), _segments(operand), out.data_ptr())
+    sizes = (tokens, rows, columns, DTYPE_NUMBERS[dtype])
     with torch.cuda.device(x.device):
         if choice.kernel == "mma":
             shape = (choice.row_tiles, choice.token_tiles, choice.warps)
-            _native().mixed_matmul_mma(*first, *last, number, *shape, _stream(x))
+            _native().packed_matmul_mma(*pointers, *sizes, *shape, _stream(x))
         elif choice.kernel == "wgmma":
-            _native().mixed_matmul_wgmma(*first, *last, number, choice.parts, _stream(x))
+            blocks = (choice.block_tokens, choice.parts)
+            _native().packed_matmul_wgmma(*pointers, *sizes, *blocks, _stream(x))
         else:
-            sums = torch.empty_like(out, dtype=torch.float32)
-            _native().mixed_matmul(*first, sums.data_ptr(), *last, number, _stream(x))
+            sums = torch.empty_like(out, dtype=torch.float32) if len(operand.parts) > 1 else None
+            _native().packed_matmul(*pointers, *sizes, _pointer(sums), _stream(x))
     return out.to(x.dtype)

@@ -82,8 +82,8 @@ def choose_fp8(
     gains = tokens > FP8_TOKENS and 2 * blocks >= processors
     if forced is None and possible and gains:
         return Choice("fp8", block_tokens=FP8_TOKENS)
-    sizes = (tokens, rows, columns, processors, has_wgmma, aligned, forced)
-    return choose(capability, fmt, dtype, *sizes)
+    sizes = (tokens, rows, (columns,), processors, has_wgmma, aligned, forced)
+    return choose(capability, (fmt,), dtype, *sizes)
 
 
 def _mma(tokens: int, columns: int, segments: int) -> Choice:
@@ -115,47 +115,6 @@ def _wgmma(tokens: int, rows: int, columns: int, segments: int, processors: int)
 @functools.cache
 def choose(
     capability: tuple[int, int],
-    fmt: Format,
-    dtype: torch.dtype,
-    tokens: int,
-    rows: int,
-    columns: int,
-    processors: int = 132,
-    has_wgmma: bool = True,
-    aligned: bool = True,
-    forced: Kernel | None = None,
-) -> Choice:
-    """The kernel for x [tokens, columns] of `dtype` times a weight [rows, columns] of `fmt`.
-
-    `processors` is the device's number of multiprocessors; `has_wgmma` whether the library was
-    built for sm_90a; `aligned` whether the codes begin at a multiple of 16 bytes. `forced` names
-    a kernel; raises ValueError where that cannot run.
-    """
-    # Rows of codes must be whole chunks that one load brings (csrc/cuda/fragments.h).
-    fits = dtype in (torch.bfloat16, torch.float16) and columns % 32 == 0 and aligned
-    possible: dict[Kernel, bool] = {
-        "simple": tokens <= SIMPLE_TOKENS,
-        "mma": fits and capability >= (8, 0),
-        "wgmma": fits and capability == (9, 0) and has_wgmma,
-        "scratch": True,
-    }
-    # mma pays for the weight once per 16 tokens, and dequantizes it as often: about 4
-    # instructions per weight, against the 2 bytes written and read again that scratch costs.
-    few = 16 if possible["wgmma"] else 64
-    # From about 1024 tokens on, dequantizing once is less than 1/10 of the product's own time.
-    limits: dict[Kernel, int] = {"mma": few, "simple": SIMPLE_TOKENS, "wgmma": 1024}
-    what = f"{dtype} with {fmt.element} weights [{rows}, {columns}]"
-    kernel = _first(possible, limits, tokens, forced, f"{what} on {_name(capability)}")
-    if kernel == "mma":
-        return _mma(tokens, columns, 1)
-    if kernel == "wgmma":
-        return _wgmma(tokens, rows, columns, 1, processors)
-    return Choice(kernel)
-
-
-@functools.cache
-def choose_mixed(
-    capability: tuple[int, int],
     formats: tuple[Format, ...],
     dtype: torch.dtype,
     tokens: int,
@@ -166,23 +125,30 @@ def choose_mixed(
     aligned: bool = True,
     forced: Kernel | None = None,
 ) -> Choice:
-    """The same for a weight in segments: of `formats`, with `columns` each.
+    """The kernel for x [tokens, K] times a weight [rows, K] in segments of `formats`.
 
-    `dtype` is that of the activations once they are in order, rotated and rounded.
+    `columns` are those of each segment, K in all; `dtype` is that of x once it is in order, rotated
+    and rounded. `processors` is the device's number of multiprocessors; `has_wgmma` whether the
+    library was built for sm_90a; `aligned` whether all codes begin at a multiple of 16 bytes.
+    `forced` names a kernel; raises ValueError where that cannot run.
     """
+    # Rows of codes must be whole chunks that one load brings (csrc/cuda/fragments.h).
     whole = all(width % 32 == 0 for width in columns)
     fits = dtype in (torch.bfloat16, torch.float16) and whole and aligned
     elements = {fmt.element for fmt in formats}
-    # What one kernel has code for, csrc/cuda/matmul_wgmma.cu.
+    # What one kernel for several segments has code for, csrc/cuda/matmul_wgmma.cu.
     family = elements <= {"e2m1", "e4m3"} or elements <= set(INTEGERS)
     possible: dict[Kernel, bool] = {
         "simple": tokens <= SIMPLE_TOKENS,
         "mma": fits and capability >= (8, 0),
-        "wgmma": fits and family and capability == (9, 0) and has_wgmma,
+        "wgmma": fits and (family or len(formats) == 1) and capability == (9, 0) and has_wgmma,
         "scratch": True,
     }
-    # Its blocks have 8 tokens at most: beyond 16, the weight is dequantized too often.
-    few = 16 if possible["wgmma"] else 32
+    # mma pays for the weight once per 16 tokens (8 for several segments), and dequantizes it as
+    # often: about 4 instructions per weight, against the 2 bytes written and read again that
+    # scratch costs.
+    few = 16 if possible["wgmma"] else 64 if len(formats) == 1 else 32
+    # From about 1024 tokens on, dequantizing once is less than 1/10 of the product's own time.
     limits: dict[Kernel, int] = {"mma": few, "simple": SIMPLE_TOKENS, "wgmma": 1024}
     names = "+".join(fmt.element for fmt in formats)
     what = f"{dtype} with {names} weights [{rows}, {sum(columns)}]"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..formats.pack import Packed
+from ..formats.pack import Operand, Packed
 from ..formats.schemes import Format
 from . import cuda
 from .cuda_choice import Choice, choose_fp8
@@ -41,7 +41,7 @@ def packed_matmul(x: Tensor, packed: Packed, fmt: Format, row_scale: Tensor) -> 
     """
     choice = explain(x, packed, fmt)
     if choice.kernel != "fp8":
-        return cuda.packed_matmul(x, packed, fmt, None, choice)
+        return cuda.packed_matmul(x, Operand.plain(packed, fmt, x.shape[1]), choice)
     native = cuda._native()
     tokens, columns = x.shape
     rows = packed.weight_packed.shape[0]

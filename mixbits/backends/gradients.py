@@ -22,12 +22,12 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..formats.arrange import Arrangement
 from ..formats.checks import check_packed, check_shape, check_values, in_memory, packed_in_memory
-from ..formats.pack import Mix, Operand, Packed
+from ..formats.pack import Operand, Packed
 from ..formats.schemes import Format
 from .scratch import SCRATCH_BYTES
 
 # x [M, K], packed weights [N_i, K] -> [M, N_i]
-Multiply: TypeAlias = Callable[[Tensor, "Sequence[Operand | Mix]"], "list[Tensor]"]
+Multiply: TypeAlias = Callable[[Tensor, "Sequence[Operand]"], "list[Tensor]"]
 
 
 def is_wanted(x: Tensor) -> bool:
@@ -75,7 +75,7 @@ class _Products(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         x, ctx.multiply, ctx.backend, ctx.spec, *leaves = inputs
-        ctx.columns, ctx.dtype = x.shape[1], x.dtype
+        ctx.dtype = x.dtype
         ctx.places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         tensors = [leaves[i] for i in ctx.places]
         ctx.save_for_backward(*tensors)  # torch refuses if they are changed before it is used
@@ -86,7 +86,7 @@ class _Products(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
         pairs = zip(gradients, _operands(ctx), strict=True)
-        parts = [_back(g, one, ctx.columns, ctx.backend) for g, one in pairs if g is not None]
+        parts = [_back(g, one, ctx.backend) for g, one in pairs if g is not None]
         total = functools.reduce(torch.add, parts).to(ctx.dtype) if parts else None
         return total, *([None] * (3 + len(ctx.others)))
 
@@ -97,40 +97,37 @@ class _Products(torch.autograd.Function):
 
 
 def products(
-    x: Tensor, operands: Sequence[Operand | Mix], multiply: Multiply, backend: str | None
+    x: Tensor, operands: Sequence[Operand], multiply: Multiply, backend: str | None
 ) -> list[Tensor]:
     """`multiply(x, operands)`, with gradients of x, for which `backend` decodes the weights."""
     leaves, spec = tree_flatten(list(operands))
     return list(_Products.apply(x, multiply, backend, spec, *leaves))
 
 
-def _operands(ctx: Any) -> list[Operand | Mix]:
+def _operands(ctx: Any) -> list[Operand]:
     leaves = list(ctx.others)
     for place, tensor in zip(ctx.places, ctx.saved_tensors, strict=True):
         leaves[place] = tensor
-    operands: list[Operand | Mix] = tree_unflatten(leaves, ctx.spec)
+    operands: list[Operand] = tree_unflatten(leaves, ctx.spec)
     return operands
 
 
-def _unrounded(operand: Operand | Mix) -> Operand | Mix:
-    if isinstance(operand, Operand):
-        return operand._replace(activation=None)
-    return operand._replace(operands=tuple(o._replace(activation=None) for o in operand.operands))
+def _unrounded(operand: Operand) -> Operand:
+    return operand._replace(parts=tuple(part._replace(activation=None) for part in operand.parts))
 
 
-def _back(gradient: Tensor, operand: Operand | Mix, columns: int, backend: str | None) -> Tensor:
+def _back(gradient: Tensor, operand: Operand, backend: str | None) -> Tensor:
     """dL/dx [M, K] of x that `operand` [N, K] has multiplied; `gradient` is dL/dy [M, N]."""
-    if isinstance(operand, Operand):
-        packed, fmt, _ = operand
-        return _back_part(gradient, packed, fmt, columns, backend)
-    pieces = [_back_part(gradient, *part, backend) for part in operand.parts]
+    pieces = [_back_piece(gradient, *piece, backend) for piece in operand.pieces]
+    if operand.is_plain:
+        return pieces[0]
     order = None if operand.order is None else operand.order.long()
     # The matrix of an arrangement is orthogonal up to a factor that the weight has been divided by,
     # so that its transpose is what restores a weight.
     return Arrangement(order, operand.rotated).restore(torch.cat(pieces, 1))
 
 
-def _back_part(
+def _back_piece(
     gradient: Tensor, packed: Packed, fmt: Format, columns: int, backend: str | None
 ) -> Tensor:
     arguments = (gradient, *packed, fmt.code, columns, backend)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..formats import reference
-from ..formats.pack import Packed, pack, unpack
+from ..formats.pack import Operand, Packed, pack, unpack
 from ..formats.schemes import Format
 
 fake_quantize = reference.fake_quantize
@@ -41,5 +41,6 @@ def gradient_statistics(weight: Tensor, gradient: Tensor, formats: Sequence[Form
     return reference.gradient_statistics(weight, gradient, formats)
 
 
-def packed_matmul(x: Tensor, packed: Packed, fmt: Format, activation: Format | None) -> Tensor:
+def packed_matmul(x: Tensor, operand: Operand) -> Tensor:
+    packed, fmt, activation = operand.parts[0]
     return reference.matmul(x, unpack(packed, fmt, x.shape[1]), fmt, activation)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ..formats.pack import Packed, Part
+from ..formats.pack import Packed, Piece
 from ..formats.schemes import Format
 
 SCRATCH_BYTES = 64 << 20
@@ -22,20 +22,20 @@ DequantizeInto = Callable[[Tensor, Packed, Format], None]
 
 
 def matmul_through_scratch(
-    x: Tensor, parts: Sequence[Part], dtype: torch.dtype, dequantize_into: DequantizeInto
+    x: Tensor, pieces: Sequence[Piece], dtype: torch.dtype, dequantize_into: DequantizeInto
 ) -> Tensor:
-    """x [M, K] times packed parts side by side, [N, K] in all -> [M, N] in `dtype`."""
+    """x [M, K] times packed weights side by side, [N, K] in all -> [M, N] in `dtype`."""
     x = x.detach()  # products into a given tensor have no gradient
     tokens, columns = x.shape
-    rows = parts[0][0].weight_packed.shape[0]
+    rows = pieces[0][0].weight_packed.shape[0]
     block = min(rows, max(1, SCRATCH_BYTES // (columns * x.element_size())))
     scratch = x.new_empty((block, columns))
     out = x.new_empty((tokens, rows))
     for first in range(0, rows, block):
         some = slice(first, min(first + block, rows))
         weight = scratch[: some.stop - first]
-        widths = [width for _, _, width in parts]
-        for (packed, fmt, _), target in zip(parts, weight.split(widths, 1), strict=True):
+        widths = [width for _, _, width in pieces]
+        for (packed, fmt, _), target in zip(pieces, weight.split(widths, 1), strict=True):
             dequantize_into(target, packed.rows(some), fmt)
         torch.mm(x, weight.T, out=out[:, some])
     return out.to(dtype)

@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..formats.pack import Mix, Packed, Part
+from ..formats.pack import Operand, Packed, Piece
 from ..formats.schemes import Format
 from .scratch import matmul_through_scratch
 
+TAKES_PARTS = True  # `packed_matmul`, of regular operands
 # Beyond, every tile of tokens would decode the weight once more; decoding it once is cheaper.
 MAX_FUSED_TOKENS = 256
 
@@ -87,23 +88,20 @@ def square_sums(x: Tensor, formats: Sequence[Format]) -> Tensor:
     return _kernels("statistics").square_sums(x, formats)
 
 
-def packed_matmul(x: Tensor, packed: Packed, fmt: Format, activation: Format | None) -> Tensor:
-    """x [M, K], fake-quantized to `activation` if given, times packed [N, K] -> [M, N]."""
-    if activation is not None:
-        x = fake_quantize(x, activation)
-    return _product(x, [(packed, fmt, x.shape[1])], x.dtype)
+def packed_matmul(x: Tensor, operand: Operand) -> Tensor:
+    """x [M, K] times a regular operand [N, K] -> [M, N]."""
+    activation = operand.parts[0].activation
+    if operand.is_plain and activation is not None:
+        arranged = fake_quantize(x, activation)
+    else:
+        arranged = _kernels("arrange").arrange(x, operand, operand.input_dtype(x.dtype))
+    return _product(arranged, operand.pieces, x.dtype)
 
 
-def mixed_matmul(x: Tensor, mix: Mix) -> Tensor:
-    """x [M, K] times a regular mix [N, K] -> [M, N]."""
-    arranged = _kernels("arrange").arrange(x, mix, mix.input_dtype(x.dtype))
-    return _product(arranged, mix.parts, x.dtype)
-
-
-def _product(x: Tensor, parts: Sequence[Part], dtype: torch.dtype) -> Tensor:
+def _product(x: Tensor, pieces: Sequence[Piece], dtype: torch.dtype) -> Tensor:
     if x.shape[0] > MAX_FUSED_TOKENS and x.numel():
-        return matmul_through_scratch(x, parts, dtype, _kernels("dequantize").dequantize_into)
-    return _kernels("gemm").packed_matmul(x, parts, dtype)
+        return matmul_through_scratch(x, pieces, dtype, _kernels("dequantize").dequantize_into)
+    return _kernels("gemm").packed_matmul(x, pieces, dtype)
 
 
 def explain_matmul(fmt: Format, m: int, n: int, k: int, dtype: torch.dtype) -> str:

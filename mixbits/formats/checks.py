@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .arrange import check_order
-from .pack import Mix, Operand, Packed, order_dtype, packed_spec
+from .pack import Operand, Packed, Part, order_dtype, packed_spec
 from .schemes import MAX_SEGMENTS, Format
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -185,40 +185,51 @@ def packed_in_memory(packed: Packed) -> Packed:
     return Packed(in_memory("weight_packed", codes), in_memory("weight_scale", scale), zero_point)
 
 
-def checked_operand(operand: Operand, in_features: int, device: torch.device) -> Operand:
-    """An operand of x [M, in_features] on `device`, its tensors in memory as kernels want them."""
-    check_packed(operand.packed, operand.format, in_features, device)
-    if operand.activation is not None:
-        check_format("activation", operand.activation)
+def _checked_part(part: Any, columns: int, device: torch.device) -> Part:
+    """A part of an operand, its tensors in memory as kernels want them."""
+    if not isinstance(part, Part):
+        raise TypeError(f"parts of an Operand must be Parts: got {type(part).__name__}")
+    check_packed(part.packed, part.format, columns, device)
+    if part.activation is not None:
+        check_format("activation", part.activation)
     if torch.compiler.is_compiling():  # then operators of torch.library look at the tensors
-        return operand
-    return operand._replace(packed=packed_in_memory(operand.packed))
+        return part
+    return part._replace(packed=packed_in_memory(part.packed))
 
 
-def checked_mix(mix: Mix, in_features: int, device: torch.device) -> Mix:
-    """The same for a `Mix`, whose parts must also fit each other."""
-    operands, columns, order, rotated = mix
-    for name, value in (("operands", operands), ("columns", columns)):
+def _check_columns(operand: Operand, in_features: int) -> None:
+    """That the parts share `in_features` columns; a weight without columns is one part."""
+    parts, columns, _, rotated = operand
+    for name, value in (("parts", parts), ("columns", columns)):
         if not isinstance(value, Sequence):
             raise TypeError(f"{name} must be a sequence: got {value!r:.80}")
-    whole = all(isinstance(n, int) and n > 0 for n in columns)
-    right = 0 < len(operands) <= MAX_SEGMENTS and len(operands) == len(columns)
+    least = 0 if len(columns) == 1 else 1
+    whole = all(isinstance(n, int | torch.SymInt) and n >= least for n in columns)
+    right = 0 < len(parts) <= MAX_SEGMENTS and len(parts) == len(columns)
     if not (whole and right and sum(columns) == in_features):
         raise ValueError(
-            f"1 to {MAX_SEGMENTS} operands, of at least a column each, must share {in_features} "
-            f"columns: got {tuple(columns)} for {len(operands)} operands"
+            f"1 to {MAX_SEGMENTS} parts, of at least a column each, must share {in_features} "
+            f"columns: got {tuple(columns)} for {len(parts)} parts"
         )
     if not isinstance(rotated, bool):
         raise TypeError(f"rotated must be True or False: got {rotated!r:.80}")
-    for one in operands:
-        if not isinstance(one, Operand):
-            raise TypeError(f"operands of a Mix must be Operands: got {type(one).__name__}")
-    pairs = zip(operands, columns, strict=True)
-    checked = tuple(checked_operand(one, width, device) for one, width in pairs)
-    rows = [one.out_features for one in checked]
+
+
+def checked_operand(operand: Any, in_features: int, device: torch.device) -> Operand:
+    """What x [M, in_features] on `device` can be multiplied with, as kernels want it.
+
+    Its parts must also fit each other.
+    """
+    if not isinstance(operand, Operand):
+        raise TypeError(f"operands must be Operands: got {type(operand).__name__}")
+    _check_columns(operand, in_features)
+    parts, columns, order, rotated = operand
+    pairs = zip(parts, columns, strict=True)
+    checked = tuple(_checked_part(part, width, device) for part, width in pairs)
+    rows = [part.out_features for part in checked]
     if len(set(rows)) > 1:
-        raise ValueError(f"operands of a Mix must have the same number of rows: got {rows}")
-    return Mix(checked, tuple(columns), _checked_order(order, in_features, device), rotated)
+        raise ValueError(f"parts of an Operand must have the same number of rows: got {rows}")
+    return Operand(checked, tuple(columns), _checked_order(order, in_features, device), rotated)
 
 
 def _checked_order(order: Any, in_features: int, device: torch.device) -> Tensor | None:
@@ -231,12 +242,3 @@ def _checked_order(order: Any, in_features: int, device: torch.device) -> Tensor
     order = in_memory("order", order)
     check_order(order, in_features)
     return order.to(order_dtype(in_features))
-
-
-def checked(operand: Operand | Mix, in_features: int, device: torch.device) -> Operand | Mix:
-    """Whatever x [M, in_features] on `device` can be multiplied with."""
-    if isinstance(operand, Mix):
-        return checked_mix(operand, in_features, device)
-    if not isinstance(operand, Operand):
-        raise TypeError(f"operands must be Operands or Mixes: got {type(operand).__name__}")
-    return checked_operand(operand, in_features, device)

@@ -47,7 +47,7 @@ class Packed(NamedTuple):
         return Packed(codes[which], scale[which], None if zero_point is None else zero_point[which])
 
 
-class Operand(NamedTuple):
+class Part(NamedTuple):
     """A packed weight [N, K], its format, and the format that x is rounded to (None: as it is)."""
 
     packed: Packed
@@ -59,29 +59,41 @@ class Operand(NamedTuple):
         return self.packed.weight_packed.shape[0]
 
 
-Part: TypeAlias = tuple[Packed, Format, int]  # a packed weight [N, K], its format, and K
+Piece: TypeAlias = tuple[Packed, Format, int]  # a packed weight [N, K], its format, and K
 
 
-class Mix(NamedTuple):
-    """Several `Operand`s side by side over the columns of one weight [N, K].
+class Operand(NamedTuple):
+    """What x [M, K] is multiplied with: 1 to 8 `Part`s side by side over the columns of [N, K].
 
     columns  how many each takes, K in all
     order    [K] of `order_dtype`, or None: place i holds column order[i] of x
     rotated  whether the ordered columns are rotated (`mixbits.formats.arrange`)
     """
 
-    operands: tuple[Operand, ...]
+    parts: tuple[Part, ...]
     columns: tuple[int, ...]
     order: Tensor | None = None
     rotated: bool = False
 
-    @property
-    def out_features(self) -> int:
-        return self.operands[0].out_features
+    @classmethod
+    def plain(
+        cls, packed: Packed, fmt: Format, in_features: int, activation: Format | None = None
+    ) -> Operand:
+        """One part of all `in_features` columns, as they come."""
+        return cls((Part(packed, fmt, activation),), (in_features,))
 
     @property
-    def parts(self) -> list[Part]:
-        pairs = zip(self.operands, self.columns, strict=True)
+    def is_plain(self) -> bool:
+        """Whether this is what `plain` makes."""
+        return len(self.parts) == 1 and self.order is None and not self.rotated
+
+    @property
+    def out_features(self) -> int:
+        return self.parts[0].out_features
+
+    @property
+    def pieces(self) -> list[Piece]:
+        pairs = zip(self.parts, self.columns, strict=True)
         return [(one.packed, one.format, columns) for one, columns in pairs]
 
     @property
@@ -92,7 +104,7 @@ class Mix(NamedTuple):
     @property
     def takes_input_as_is(self) -> bool:
         """Whether x is neither put in order, nor rotated, nor rounded."""
-        rounded = any(one.activation is not None for one in self.operands)
+        rounded = any(one.activation is not None for one in self.parts)
         return self.order is None and not self.rotated and not rounded
 
     def input_dtype(self, dtype: torch.dtype) -> torch.dtype:
@@ -101,7 +113,7 @@ class Mix(NamedTuple):
         That is `dtype`, unless x is rotated: rotated sums are float32. Rounded ones have at most 4
         digits, and a range that bfloat16 has and float16 has not.
         """
-        rounded = all(one.activation is not None for one in self.operands)
+        rounded = all(one.activation is not None for one in self.parts)
         if not self.rotated or (rounded and dtype == torch.bfloat16):
             return dtype
         return torch.float32

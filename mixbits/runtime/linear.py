@@ -23,7 +23,7 @@ from ..backends import gradients
 from ..errors import UsageError
 from ..formats import checks
 from ..formats.arrange import Arrangement, check_order
-from ..formats.pack import Mix, Operand, Packed, order_dtype, packed_spec
+from ..formats.pack import Operand, Packed, Part, order_dtype, packed_spec
 from ..formats.schemes import Mixed, Recipe, Scheme
 from ..model.experts import ExpertsLoop, expert_bias, expert_slice, is_experts, layout_of, loop_of
 from ..model.layout import FUSED_GROUPS, expert_parent, linear_weight
@@ -90,6 +90,7 @@ class PackedLinear(_Watched):
         if scheme.weight is None:
             raise ValueError(f"{scheme.name} does not pack weights")
         self.in_features, self.out_features, self.scheme = in_features, out_features, scheme
+        self.columns = (in_features,)
         self.backend: str | None = None
         self.int8_activations = False
         self.siblings: SharedInput | None = None
@@ -122,7 +123,8 @@ class PackedLinear(_Watched):
             codes, scale = self.weight_packed, self.weight_scale
         if zero_point is None:
             zero_point = self.weight_zero_point
-        return Operand(Packed(codes, scale, zero_point), self.scheme.weight, self.scheme.activation)
+        part = Part(Packed(codes, scale, zero_point), self.scheme.weight, self.scheme.activation)
+        return Operand((part,), self.columns)
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -135,11 +137,12 @@ class PackedLinear(_Watched):
         what they were. Raises ValueError or TypeError that says which is not as it must be.
         """
         operand = self.operand
-        place = _place(device, operand.packed)
+        packed = operand.parts[0].packed
+        place = _place(device, packed)
         if place is not None and place == self.__dict__.get("_place"):
             return operand
         found = checks.checked_operand(operand, self.in_features, device)
-        if all(map(is_, found.packed, operand.packed)) and checks.keep_size(found.packed):
+        if all(map(is_, found.parts[0].packed, packed)) and checks.keep_size(packed):
             self.__dict__["_place"] = place  # by this way it is no change
         return found
 
@@ -147,12 +150,12 @@ class PackedLinear(_Watched):
     def weight(self) -> Tensor:
         """float32 [N, K], made anew at every look: for models that look at their linears'."""
         assert self.scheme.weight is not None
-        return ops.dequantize(self.operand.packed, self.scheme.weight, self.in_features)
+        return ops.dequantize(self.operand.parts[0].packed, self.scheme.weight, self.in_features)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.row_scale is None or torch.compiler.is_compiling():
             return _forward(self, x)
-        packed, fmt, _ = self.operand
+        packed, fmt, _ = self.operand.parts[0]
         rows = x.reshape(-1, self.in_features)
         y = ops.packed_matmul_fp8(rows, packed, fmt, self.row_scale, self.backend)
         return _add_bias(self, y.reshape(*x.shape[:-1], self.out_features))
@@ -211,20 +214,20 @@ class MixedLinear(_Watched):
         return cast("list[PackedLinear]", list(self.segments))
 
     @property
-    def operand(self) -> Mix:
-        operands = tuple(part.operand for part in self.parts)
-        return Mix(operands, self.columns, self.order, self.recipe.rotated)
+    def operand(self) -> Operand:
+        parts = tuple(part.operand.parts[0] for part in self.parts)
+        return Operand(parts, self.columns, self.order, self.recipe.rotated)
 
-    def checked(self, device: torch.device) -> Mix:
+    def checked(self, device: torch.device) -> Operand:
         """As of `PackedLinear`. An order is gone through again when somebody has written to it."""
         mix, order = self.operand, self.order
-        tensors = [order, *itertools.chain.from_iterable(one.packed for one in mix.operands)]
+        tensors = [order, *itertools.chain.from_iterable(one.packed for one in mix.parts)]
         version = None if order is None or order.is_inference() else order._version
         place = _place(device, tensors), version
         if place[0] is not None and place == self.__dict__.get("_place"):
             return mix
-        found = checks.checked_mix(mix, self.in_features, device)
-        kept = [found.order, *itertools.chain.from_iterable(one.packed for one in found.operands)]
+        found = checks.checked_operand(mix, self.in_features, device)
+        kept = [found.order, *itertools.chain.from_iterable(one.packed for one in found.parts)]
         if all(map(is_, kept, tensors)) and checks.keep_size(kept):
             self.__dict__["_place"] = place
         return found
@@ -323,9 +326,10 @@ def allow_fp8_activations(model: nn.Module) -> None:
     """
     segments = {part for m in model.modules() if isinstance(m, MixedLinear) for part in m.parts}
     linears = [m for m in model.modules() if isinstance(m, PackedLinear) and m not in segments]
-    chosen = [m for m in linears if m.operand.format.element == "e2m1" and not m.operand.activation]
+    parts = {m: m.operand.parts[0] for m in linears}
+    chosen = [m for m, p in parts.items() if p.format.element == "e2m1" and not p.activation]
     for one in chosen:
-        packed, fmt, _ = one.operand
+        packed, fmt, _ = parts[one]
         row_scale = ops.fold_rows(packed, fmt, one.in_features)
         if row_scale is not None:
             del one.row_scale

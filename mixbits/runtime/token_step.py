@@ -228,12 +228,12 @@ class Plan:
             raise UnknownPart("a linear's tensors") from None
         for part in parts:
             _require(part.backend in (None, "cpu"), "a linear's backend")
-            for name in packed_spec(part.operand.format, *shape):
+            for name in packed_spec(part.operand.parts[0].format, *shape):
                 self._keep(part._buffers, name)
                 tensor = part.get_buffer(name)
                 self.parameters.append(tensor)
                 self._buffer(tensor)
-        numbers = cpu.linear_numbers(linear.operand, shape[1])
+        numbers = cpu.linear_numbers(linear.operand)
         return [bias, int(linear.int8_activations), *numbers]
 
     def _order(self, linear: MixedLinear) -> None:

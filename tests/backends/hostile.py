@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from mixbits import ops
 from mixbits.backends import cpu
-from mixbits.formats.pack import Mix, Operand, Packed, order_dtype
+from mixbits.formats.pack import Operand, Packed, Part, order_dtype
 from mixbits.formats.schemes import INT_GROUPS, INTEGERS, MINIFLOATS, SCALE_MODES, Format
 
 MXFP4, INT4 = Format("e2m1", 32), Format("int4", 32, symmetric=False)
@@ -183,8 +183,8 @@ def packed(rows: int = ROWS, columns: int = COLUMNS, fmt: Format = INT4) -> Pack
     return ops.quantize_pack(torch.randn(rows, columns), fmt, "reference")
 
 
-def operand(rows: int = ROWS, columns: int = COLUMNS, fmt: Format = MXFP4) -> Operand:
-    return Operand(packed(rows, columns, fmt), fmt)
+def part(rows: int = ROWS, columns: int = COLUMNS, fmt: Format = MXFP4) -> Part:
+    return Part(packed(rows, columns, fmt), fmt)
 
 
 def weights() -> dict[str, Tensor]:
@@ -194,8 +194,8 @@ def weights() -> dict[str, Tensor]:
 
 
 def mix(x: Tensor, codes: Tensor, scale: Tensor, order: Tensor, second: Packed) -> Tensor:
-    operands = Operand(Packed(codes, scale), MXFP4), Operand(second, MXFP4)
-    return ops.packed_matmuls(x, [Mix(operands, (COLUMNS, COLUMNS), order)])[0]
+    parts = Part(Packed(codes, scale), MXFP4), Part(second, MXFP4)
+    return ops.packed_matmuls(x, [Operand(parts, (COLUMNS, COLUMNS), order)])[0]
 
 
 def tensors_of(name: str) -> tuple[Callable[..., Any], dict[str, Any]]:
@@ -338,7 +338,7 @@ SECOND = packed(fmt=MXFP4)
 
 def mixes() -> dict[str, Any]:
     """Mixes for x [2, 64] that cannot be."""
-    half, order = (operand(8, 32), operand(8, 32)), torch.randperm(64)
+    half, order = (part(8, 32), part(8, 32)), torch.randperm(64)
     ordered: dict[str, Any] = {
         "too short": order[:-1],
         "too long": torch.cat([order, order[:1]]),
@@ -359,42 +359,43 @@ def mixes() -> dict[str, Any]:
         "shrunk": shrunk(order),
         "fake": fake(order),
     }
-    found = {f"an order {name}": Mix(half, (32, 32), one) for name, one in ordered.items()}
+    found = {f"an order {name}": Operand(half, (32, 32), one) for name, one in ordered.items()}
     return found | {
-        "second has fewer rows": Mix((operand(4000, 32), operand(1, 32)), (32, 32)),
-        "second has no rows": Mix((operand(8, 32), operand(0, 32)), (32, 32)),
-        "second has more rows": Mix((operand(1, 32), operand(64, 32)), (32, 32)),
-        "first has no rows": Mix((operand(0, 32), operand(8, 32)), (32, 32)),
-        "no columns, first": Mix((operand(8, 0), operand(8, 64)), (0, 64)),
-        "no columns, last": Mix((operand(8, 64), operand(8, 0)), (64, 0)),
-        "no columns at all": Mix((operand(8, 0),), (0,)),
-        "negative columns": Mix((operand(8, 96), operand(8, 32)), (96, -32)),
-        "columns of floats": Mix(half, (32.0, 32.0)),  # type: ignore[arg-type]
-        "columns beyond int64": Mix(half, (2**64 + 32, 32)),
-        "columns that are too few": Mix(half, (32, 31)),
-        "columns that are too many": Mix(half, (32, 64)),
-        "more columns than operands": Mix(half, (32, 16, 16)),
-        "fewer columns than operands": Mix(half, (64,)),
-        "no operands": Mix((), ()),
-        "nine operands": Mix((operand(8, 8),) * 9, (8,) * 8 + (0,)),
-        "operands of no type": Mix((1, 2), (32, 32)),  # type: ignore[arg-type]
-        "a mix in a mix": Mix((half[0], Mix((half[1],), (32,))), (32, 32)),  # type: ignore[arg-type]
-        "packed of another format": Mix((half[0], half[1]._replace(format=INT4)), (32, 32)),
-        "a format of no type": Mix((half[0], half[1]._replace(format=5)), (32, 32)),  # type: ignore[arg-type]
-        "an activation of no type": Mix(
+        "second has fewer rows": Operand((part(4000, 32), part(1, 32)), (32, 32)),
+        "second has no rows": Operand((part(8, 32), part(0, 32)), (32, 32)),
+        "second has more rows": Operand((part(1, 32), part(64, 32)), (32, 32)),
+        "first has no rows": Operand((part(0, 32), part(8, 32)), (32, 32)),
+        "no columns, first": Operand((part(8, 0), part(8, 64)), (0, 64)),
+        "no columns, last": Operand((part(8, 64), part(8, 0)), (64, 0)),
+        "no columns at all": Operand((part(8, 0),), (0,)),
+        "negative columns": Operand((part(8, 96), part(8, 32)), (96, -32)),
+        "columns of floats": Operand(half, (32.0, 32.0)),  # type: ignore[arg-type]
+        "columns beyond int64": Operand(half, (2**64 + 32, 32)),
+        "columns that are too few": Operand(half, (32, 31)),
+        "columns that are too many": Operand(half, (32, 64)),
+        "more columns than parts": Operand(half, (32, 16, 16)),
+        "fewer columns than parts": Operand(half, (64,)),
+        "no parts": Operand((), ()),
+        "nine parts": Operand((part(8, 8),) * 9, (8,) * 8 + (0,)),
+        "parts of no type": Operand((1, 2), (32, 32)),  # type: ignore[arg-type]
+        "an operand in an operand": Operand((half[0], Operand((half[1],), (32,))), (32, 32)),  # type: ignore[arg-type]
+        "packed of another format": Operand((half[0], half[1]._replace(format=INT4)), (32, 32)),
+        "a format of no type": Operand((half[0], half[1]._replace(format=5)), (32, 32)),  # type: ignore[arg-type]
+        "an activation of no type": Operand(
             (half[0], half[1]._replace(activation="MXFP4")),  # type: ignore[arg-type]
             (32, 32),
         ),
-        "rotated by a number": Mix(half, (32, 32), None, 7),  # type: ignore[arg-type]
+        "rotated by a number": Operand(half, (32, 32), None, 7),  # type: ignore[arg-type]
         "a tuple": (half, (32, 32)),
-        "an operand's parts": tuple(half[0]),
+        "a part": half[0],
+        "a part's members": tuple(half[0]),
         "nothing": None,
-        "packed as a tuple": Operand(tuple(half[0].packed), MXFP4),  # type: ignore[arg-type]
-        "one segment on the meta device": Mix(
+        "packed as a tuple": Operand((Part(tuple(half[0].packed), MXFP4),), (64,)),  # type: ignore[arg-type]
+        "one segment on the meta device": Operand(
             (half[0], half[1]._replace(packed=half[1].packed.to("meta"))), (32, 32)
         ),
-        "no zero points": Operand(packed()._replace(weight_zero_point=None), INT4),
-        "zero points without a use": Operand(packed(), Format("int4", 32)),
+        "no zero points": Operand.plain(packed()._replace(weight_zero_point=None), INT4, 64),
+        "zero points without a use": Operand.plain(packed(), Format("int4", 32), 64),
     }
 
 
@@ -512,14 +513,14 @@ def random_product(rng: random.Random) -> tuple[Callable[..., Any], dict[str, An
 
     def call(backend: str | None = None, **t: Any) -> Any:
         parts = tuple(
-            Operand(Packed(*(t[f"{name}.{i}"] for name in Packed._fields)), fmt, activation)
+            Part(Packed(*(t[f"{name}.{i}"] for name in Packed._fields)), fmt, activation)
             for i, (fmt, activation) in enumerate(operands)
         )
-        whole: Any = Mix(parts, widths, t["order"], rotated) if is_mix else parts[0]
+        whole = Operand(parts, widths, t["order"], rotated)
         return ops.packed_matmuls(t["x"], [whole], backend)[0]
 
     if not is_mix:
-        tensors["order"] = None
+        tensors["order"], rotated = None, False
     return call, tensors, "close"
 
 

@@ -7,12 +7,17 @@ import torch
 from conftest import FORMATS, INT_FORMATS, MX_FORMATS, format_id
 
 from mixbits.backends import cuda
-from mixbits.backends.cuda_choice import KERNELS, Choice, choose, choose_fp8, choose_mixed
+from mixbits.backends.cuda_choice import KERNELS, Choice, choose, choose_fp8
 from mixbits.errors import UsageError
 
 AMPERE, HOPPER, BLACKWELL = (8, 0), (9, 0), (10, 0)
 MXFP4 = MX_FORMATS[0]
 BF16 = torch.bfloat16
+
+
+def choose_one(capability, fmt, dtype, tokens, rows, columns, *more, **named) -> Choice:
+    """`choose` for a weight of one segment."""
+    return choose(capability, (fmt,), dtype, tokens, rows, (columns,), *more, **named)
 
 
 @pytest.mark.parametrize(
@@ -33,7 +38,7 @@ BF16 = torch.bfloat16
 )
 @pytest.mark.parametrize("fmt", [MXFP4, INT_FORMATS[0]], ids=format_id)
 def test_kernels_by_device_and_tokens(fmt, capability, tokens, kernel):
-    assert choose(capability, fmt, BF16, tokens, 8192, 8192).kernel == kernel
+    assert choose_one(capability, fmt, BF16, tokens, 8192, 8192).kernel == kernel
 
 
 def test_fp8_is_taken_where_it_is_allowed_and_gains(monkeypatch):
@@ -71,7 +76,7 @@ def test_fp8_is_taken_where_it_is_allowed_and_gains(monkeypatch):
     "formats", [(MX_FORMATS[3], MXFP4), (INT_FORMATS[-1], INT_FORMATS[0])], ids=str
 )
 def test_kernels_for_segments(formats, capability, tokens, kernel):
-    choice = choose_mixed(capability, formats, BF16, tokens, 8192, (2048, 6144))
+    choice = choose(capability, formats, BF16, tokens, 8192, (2048, 6144))
     assert choice.kernel == kernel
     assert (choice.row_tiles, choice.token_tiles) in {(0, 0), (1, 1), (4, 1)}
     assert choice.block_tokens in (0, 128)
@@ -80,31 +85,31 @@ def test_kernels_for_segments(formats, capability, tokens, kernel):
 def test_segments_that_no_matrix_kernel_takes():
     """A short last segment; float32; formats that wgmma has no common code for."""
     mx = (MX_FORMATS[3], MXFP4)
-    assert choose_mixed(HOPPER, mx, BF16, 3, 64, (32, 140)).kernel == "simple"
-    assert choose_mixed(HOPPER, mx, BF16, 40, 64, (32, 140)).kernel == "scratch"
-    assert choose_mixed(HOPPER, mx, torch.float32, 3, 64, (32, 64)).kernel == "simple"
+    assert choose(HOPPER, mx, BF16, 3, 64, (32, 140)).kernel == "simple"
+    assert choose(HOPPER, mx, BF16, 40, 64, (32, 140)).kernel == "scratch"
+    assert choose(HOPPER, mx, torch.float32, 3, 64, (32, 64)).kernel == "simple"
     for other in (INT_FORMATS[0], MX_FORMATS[6]):
-        assert choose_mixed(HOPPER, (other, MXFP4), BF16, 3, 64, (32, 64)).kernel == "mma"
-        assert choose_mixed(HOPPER, (other, MXFP4), BF16, 40, 64, (32, 64)).kernel == "scratch"
+        assert choose(HOPPER, (other, MXFP4), BF16, 3, 64, (32, 64)).kernel == "mma"
+        assert choose(HOPPER, (other, MXFP4), BF16, 40, 64, (32, 64)).kernel == "scratch"
     with pytest.raises(ValueError, match=r"'wgmma' .* e4m3\+e2m1 weights \[64, 172\] on compute"):
-        choose_mixed(HOPPER, mx, BF16, 40, 64, (32, 140), forced="wgmma")
+        choose(HOPPER, mx, BF16, 40, 64, (32, 140), forced="wgmma")
 
 
 def test_every_segment_gets_a_warp():
     for tokens, most in ((1, 16), (16, 12)):
-        choice = choose_mixed(HOPPER, (MXFP4,) * 8, BF16, tokens, 64, (32,) * 8)
+        choice = choose(HOPPER, (MXFP4,) * 8, BF16, tokens, 64, (32,) * 8)
         assert 8 <= choice.warps <= most
 
 
 def test_what_matrix_units_cannot_take():
     for refused in (
-        choose(HOPPER, MXFP4, torch.float32, 4, 64, 64),
-        choose(HOPPER, MXFP4, BF16, 4, 64, 72),
-        choose(HOPPER, MXFP4, BF16, 4, 64, 64, aligned=False),
+        choose_one(HOPPER, MXFP4, torch.float32, 4, 64, 64),
+        choose_one(HOPPER, MXFP4, BF16, 4, 64, 72),
+        choose_one(HOPPER, MXFP4, BF16, 4, 64, 64, aligned=False),
     ):
         assert refused.kernel == "simple"
-    assert choose(HOPPER, MXFP4, BF16, 40, 64, 72).kernel == "scratch"
-    assert choose(HOPPER, MXFP4, BF16, 40, 64, 64, has_wgmma=False).kernel == "mma"
+    assert choose_one(HOPPER, MXFP4, BF16, 40, 64, 72).kernel == "scratch"
+    assert choose_one(HOPPER, MXFP4, BF16, 40, 64, 64, has_wgmma=False).kernel == "mma"
 
 
 @pytest.mark.parametrize("fmt", FORMATS[::5], ids=format_id)
@@ -113,7 +118,7 @@ def test_every_choice_can_run(fmt, capability):
     """Sizes are among those that csrc/cuda instantiates, and within its limits."""
     for tokens in (1, 2, 3, 8, 9, 16, 17, 64, 65, 128, 129, 256, 300, 700, 1024, 5000):
         for rows, columns in ((8192, 8192), (1024, 4096), (28672, 8192), (17, 32), (4096, 14336)):
-            choice = choose(capability, fmt, BF16, tokens, rows, columns)
+            choice = choose_one(capability, fmt, BF16, tokens, rows, columns)
             if choice.kernel == "mma":
                 assert (choice.row_tiles, choice.token_tiles) in {(1, 1), (4, 1), (4, 2)}
                 most = {(1, 1): 16, (4, 1): 12, (4, 2): 8}[choice.row_tiles, choice.token_tiles]
@@ -127,7 +132,7 @@ def test_every_choice_can_run(fmt, capability):
 
 def test_columns_are_split_to_fill_the_device():
     def parts(rows: int, columns: int, processors: int) -> int:
-        return choose(HOPPER, MXFP4, BF16, 64, rows, columns, processors).parts
+        return choose_one(HOPPER, MXFP4, BF16, 64, rows, columns, processors).parts
 
     assert parts(8192, 8192, 132) == 2  # 64 blocks of rows
     assert parts(16384, 8192, 132) == 1
@@ -137,11 +142,11 @@ def test_columns_are_split_to_fill_the_device():
 
 def test_forced():
     sizes = (MXFP4, BF16, 16, 64, 64)
-    assert {choose(HOPPER, *sizes, forced=kernel).kernel for kernel in KERNELS} == set(KERNELS)
+    assert {choose_one(HOPPER, *sizes, forced=kernel).kernel for kernel in KERNELS} == set(KERNELS)
     with pytest.raises(ValueError, match=r"'wgmma' cannot take 16 tokens .* capability 8\.0"):
-        choose(AMPERE, *sizes, forced="wgmma")
+        choose_one(AMPERE, *sizes, forced="wgmma")
     with pytest.raises(ValueError, match="'simple' cannot take 17 tokens"):
-        choose(HOPPER, MXFP4, BF16, 17, 64, 64, forced="simple")
+        choose_one(HOPPER, MXFP4, BF16, 17, 64, 64, forced="simple")
 
 
 def test_forced_by_the_environment(monkeypatch):
@@ -159,16 +164,16 @@ def test_a_product_is_explained_without_tensors(monkeypatch):
     monkeypatch.setattr(cuda, "_device_facts", lambda device: (HOPPER, 132))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     for tokens in (1, 100):
-        expected = str(choose(HOPPER, MXFP4, BF16, tokens, 4096, 8192))
+        expected = str(choose_one(HOPPER, MXFP4, BF16, tokens, 4096, 8192))
         assert cuda.explain_matmul(MXFP4, tokens, 4096, 8192, BF16) == expected
 
 
 def test_choices_print():
     assert str(Choice("scratch")) == "scratch (dequantized, then cuBLAS)"
-    assert str(choose(HOPPER, MXFP4, BF16, 1, 8192, 8192)) == (
+    assert str(choose_one(HOPPER, MXFP4, BF16, 1, 8192, 8192)) == (
         "mma (16 rows x 8 tokens, 16 warps along K)"
     )
-    assert str(choose(HOPPER, MXFP4, BF16, 100, 8192, 8192)) == (
+    assert str(choose_one(HOPPER, MXFP4, BF16, 100, 8192, 8192)) == (
         "wgmma (128 rows x 128 tokens, 2 blocks along K)"
     )
     assert str(choose_fp8(HOPPER, MXFP4, BF16, 2048, 8192, 8192)) == (

@@ -153,8 +153,14 @@ WGMMA = [
 ]
 
 
+def plain(packed: pack.Packed, fmt: Format, activation: Format | None = None) -> pack.Operand:
+    """An operand of whole groups' columns."""
+    columns = packed.weight_packed.shape[1] * 8 // fmt.bits
+    return pack.Operand.plain(packed, fmt, columns, activation)
+
+
 def use(monkeypatch, choice: Choice) -> None:
-    monkeypatch.setattr(cuda, "explain", lambda x, packed, fmt: choice)
+    monkeypatch.setattr(cuda, "explain", lambda x, operand: choice)
     monkeypatch.setattr(checks, "DTYPES", HALVES)
 
 
@@ -184,7 +190,7 @@ MIXED = [*MMA[:2], *(Choice("wgmma", block_tokens=128, parts=parts) for parts in
 @pytest.mark.parametrize("segments", ["MX", "MX, inputs alone", "integers"])
 def test_emulated_mixed(emulated, segments, choice, monkeypatch):
     """Segments that fill no tile; rows and tokens likewise."""
-    monkeypatch.setattr(cuda, "explain_mixed", lambda x, mix: choice)
+    monkeypatch.setattr(cuda, "explain", lambda x, operand: choice)
     checks.check_mixed(emulated, CPU, segments, (17, 69), "ordered", [torch.bfloat16])
     checks.check_mixed(emulated, CPU, segments, (1, 1), dtypes=[torch.float16])
 
@@ -199,6 +205,18 @@ def test_emulated_mixed_as_chosen(emulated, segments, monkeypatch):
 
 
 @emulated_test
+@pytest.mark.parametrize("tokens", [12, 40, 130])
+def test_emulated_one_arranged_segment(emulated, tokens):
+    """It takes the kernels of a plain weight, in sizes that several segments do not have."""
+    for segments in ((("MXFP4", 160),), (("W4A16", 160),)):
+        checks.check_mixed(emulated, CPU, segments, (tokens, 69), "ordered", [torch.bfloat16])
+    mix, _ = checks.make_mix((("MXFP4", 160),), "ordered", 69)
+    choice = cuda.explain(torch.zeros(tokens, 160, dtype=torch.bfloat16), mix)
+    sizes = {12: (4, 2, 0), 40: (0, 0, 64), 130: (0, 0, 256)}[tokens]
+    assert (choice.row_tiles, choice.token_tiles, choice.block_tokens) == sizes
+
+
+@emulated_test
 def test_emulated_arrange(emulated):
     checks.check_arrange(cuda._stage, CPU)
 
@@ -208,14 +226,14 @@ def test_emulated_mixed_misaligned(emulated):
     """Codes that begin anywhere take narrower loads; an input that does is staged."""
     mix, _ = checks.make_mix(checks.MIXES["MX, inputs alone"], "natural", 5)
     x = torch.randn(3 * 224 + 1).bfloat16()[1:].view(3, 224)
-    expected = cuda.mixed_matmul(x, mix)
-    codes = mix.operands[1].packed.weight_packed
+    expected = cuda.packed_matmul(x, mix)
+    codes = mix.parts[1].packed.weight_packed
     shifted = torch.empty(codes.numel() + 1, dtype=torch.uint8)[1:].view(codes.shape).copy_(codes)
-    packed = mix.operands[1].packed._replace(weight_packed=shifted)
-    moved = mix._replace(operands=(mix.operands[0], mix.operands[1]._replace(packed=packed)))
-    assert cuda.explain_mixed(x, mix).kernel == "mma"
-    assert cuda.explain_mixed(x, moved).kernel == "simple"
-    torch.testing.assert_close(cuda.mixed_matmul(x, moved), expected)
+    packed = mix.parts[1].packed._replace(weight_packed=shifted)
+    moved = mix._replace(parts=(mix.parts[0], mix.parts[1]._replace(packed=packed)))
+    assert cuda.explain(x, mix).kernel == "mma"
+    assert cuda.explain(x, moved).kernel == "simple"
+    torch.testing.assert_close(cuda.packed_matmul(x, moved), expected)
 
 
 @emulated_test
@@ -228,14 +246,14 @@ def test_emulated_activations(emulated, fmt, choice, monkeypatch):
     w = emulated.quantize_pack(torch.randn(20, 160), fmt)
     for dtype in HALVES:
         x = hard_rows(160, dtype)
-        got = emulated.packed_matmul(x, w, fmt, fmt)
-        assert_same_bits(got, emulated.packed_matmul(emulated.fake_quantize(x, fmt), w, fmt, None))
+        got = emulated.packed_matmul(x, plain(w, fmt, fmt))
+        assert_same_bits(got, emulated.packed_matmul(emulated.fake_quantize(x, fmt), plain(w, fmt)))
 
 
 def dequantized(emulated, packed: pack.Packed, fmt: Format, columns: int, dtype) -> Tensor:
     """The weights [K, N] that a product uses: those of the identity."""
     eye = torch.eye(columns, dtype=dtype)
-    return emulated.packed_matmul(eye, packed, fmt, None)
+    return emulated.packed_matmul(eye, plain(packed, fmt))
 
 
 def is_nan_code(element: str) -> Tensor:
@@ -300,10 +318,10 @@ def test_emulated_misaligned_codes(emulated):
     shifted.copy_(part.weight_packed)
     x = torch.randn(3, 96, dtype=torch.bfloat16)
     part = pack.Packed(shifted, part.weight_scale)
-    assert emulated.explain(x, part, fmt).kernel == "simple"
-    got = emulated.packed_matmul(x, part, fmt, None)
+    assert emulated.explain(x, plain(part, fmt)).kernel == "simple"
+    got = emulated.packed_matmul(x, plain(part, fmt))
     aligned = pack.Packed(shifted.clone(), part.weight_scale)
-    torch.testing.assert_close(got, emulated.packed_matmul(x, aligned, fmt, None))
+    torch.testing.assert_close(got, emulated.packed_matmul(x, plain(aligned, fmt)))
 
 
 # --- activations in 8-bit floats -------------------------------------------------------------
@@ -434,7 +452,7 @@ def test_emulated_fp8_is_left_to_others_where_nothing_is_gained(emulated):
     row_scale = folding.fold_rows(packed)
     for x in (torch.randn(3, 96, dtype=torch.bfloat16), torch.randn(200, 96)):
         got = cuda_fp8.packed_matmul(x, packed, MXFP4, row_scale)
-        assert_same_bits(got, emulated.packed_matmul(x, packed, MXFP4, None))
+        assert_same_bits(got, emulated.packed_matmul(x, plain(packed, MXFP4)))
 
 
 @emulated_test
@@ -445,7 +463,9 @@ def test_emulated_fp8_linear(emulated, fp8, monkeypatch):
     linear = PackedLinear.from_weight(torch.randn(6, 96), parse_scheme("MXFP4A16"), bias)
     allow_fp8_activations(linear)
     x = torch.randn(2, 5, 96, dtype=torch.bfloat16)
-    expected = folding.matmul(x.view(10, 96), linear.operand.packed, linear.row_scale).view(2, 5, 6)
+    expected = folding.matmul(
+        x.view(10, 96), linear.operand.parts[0].packed, linear.row_scale
+    ).view(2, 5, 6)
     torch.testing.assert_close(linear(x), expected + bias, rtol=2.0**-7, atol=2.0**-7)
     assert linear(x[:, :0]).shape == (2, 0, 6)
 
@@ -512,7 +532,7 @@ def test_mixed_matmul(segments, arranged):
 @pytest.mark.parametrize("choice", MIXED, ids=str)
 def test_mixed_kernels(segments, choice, monkeypatch):
     skip_unless_it_runs(choice)
-    monkeypatch.setattr(cuda, "explain_mixed", lambda x, mix: choice)
+    monkeypatch.setattr(cuda, "explain", lambda x, operand: choice)
     checks.check_mixed(cuda, GPU, segments, (300, 257), "ordered", HALVES)
 
 
@@ -530,10 +550,10 @@ def test_same_bits_every_time(choice, monkeypatch):
     fmt = MX_FORMATS[0]
     packed = cuda.quantize_pack(torch.randn(4096, 4096, device=GPU), fmt)
     x = torch.randn(200, 4096, device=GPU, dtype=torch.bfloat16)
-    first = cuda.packed_matmul(x, packed, fmt, fmt)
+    first = cuda.packed_matmul(x, plain(packed, fmt, fmt))
     for _ in range(50):
-        assert torch.equal(first, cuda.packed_matmul(x, packed, fmt, fmt))
-    assert torch.equal(first, cuda.packed_matmul(cuda.fake_quantize(x, fmt), packed, fmt, None))
+        assert torch.equal(first, cuda.packed_matmul(x, plain(packed, fmt, fmt)))
+    assert torch.equal(first, cuda.packed_matmul(cuda.fake_quantize(x, fmt), plain(packed, fmt)))
 
 
 @needs_gpu
@@ -582,10 +602,10 @@ def test_graph_replay(tokens):
     fmt = MX_FORMATS[0]
     packed = cuda.quantize_pack(torch.randn(256, 512, device=GPU), fmt)
     x = torch.randn(tokens, 512, device=GPU, dtype=torch.bfloat16)
-    cuda.packed_matmul(x, packed, fmt, fmt)  # cuBLAS sets itself up outside of the capture
+    cuda.packed_matmul(x, plain(packed, fmt, fmt))  # cuBLAS sets itself up outside of the capture
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = cuda.packed_matmul(x, packed, fmt, fmt)
+        out = cuda.packed_matmul(x, plain(packed, fmt, fmt))
     x.copy_(torch.randn_like(x))
     graph.replay()
-    assert torch.equal(out, cuda.packed_matmul(x, packed, fmt, fmt))
+    assert torch.equal(out, cuda.packed_matmul(x, plain(packed, fmt, fmt)))

@@ -14,7 +14,7 @@ import mixbits
 from mixbits import ops, quantize
 from mixbits.backends import cuda
 from mixbits.formats import reference
-from mixbits.formats.pack import Mix, Operand, order_dtype
+from mixbits.formats.pack import Operand, Part, order_dtype
 from mixbits.formats.schemes import Format, parse_scheme
 from mixbits.measuring.sensitivity import measure
 from mixbits.model.layout import find_linears
@@ -137,13 +137,13 @@ def test_a_graph_replays_an_operation_to_the_bit(backend, name, tokens, rows):
 @pytest.mark.parametrize("tokens", [1, 16, 64, 300, 1100])
 def test_a_graph_replays_a_mix_to_the_bit(backend, schemes, tokens):
     columns = (384, 640)
-    operands = []
+    parts = []
     for name, width in zip(schemes, columns, strict=True):
         scheme = parse_scheme(name)
         packed = ops.quantize_pack(torch.randn(256, width, device="cuda"), scheme.weight, backend)
-        operands.append(Operand(packed, scheme.weight, scheme.activation))
+        parts.append(Part(packed, scheme.weight, scheme.activation))
     order = torch.randperm(1024, device="cuda").to(order_dtype(1024))
-    mix = Mix(tuple(operands), columns, order, rotated=operands[0].activation is not None)
+    mix = Operand(tuple(parts), columns, order, rotated=parts[0].activation is not None)
     x = torch.randn(tokens, 1024, device="cuda").bfloat16()
 
     def step():

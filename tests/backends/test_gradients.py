@@ -104,11 +104,12 @@ def test_a_weight_in_many_blocks_of_rows(monkeypatch):
 def operand_of(name):
     scheme = parse_scheme(name)
     packed = ops.quantize_pack(torch.randn(40, 172), scheme.weight)
-    return Operand(packed, scheme.weight, scheme.activation)
+    return Operand.plain(packed, scheme.weight, 172, scheme.activation)
 
 
 def value_of(operand):
-    return ops.dequantize(operand.packed, operand.format, 172)
+    packed, fmt, _ = operand.parts[0]
+    return ops.dequantize(packed, fmt, 172)
 
 
 @pytest.mark.parametrize("checked", [True, False])
@@ -142,7 +143,7 @@ def test_products_with_activations_in_8_bit_floats(monkeypatch):
     original = ops._module
     monkeypatch.setattr(ops, "require_fp8", lambda *_: None)
     monkeypatch.setattr(ops, "_module", lambda n: module if n == "cuda_fp8" else original(n))
-    packed, fmt, _ = operand
+    packed, fmt, _ = operand.parts[0]
     row_scale = ops.fold_rows(packed, fmt, 172)
     x, weights = torch.randn(3, 172), torch.randn(3, 40)
 
@@ -156,7 +157,8 @@ def test_products_with_activations_in_8_bit_floats(monkeypatch):
 
 @pytest.mark.parametrize("name", ["MXFP4", "W4A16ASYM"])
 def test_registered_ops(name):
-    packed, fmt, activation = operand_of(name)
+    operand = operand_of(name)
+    packed, fmt, activation = operand.parts[0]
     code = 0 if activation is None else activation.code
     x, weights = torch.randn(3, 172), torch.randn(3, 40)
 
@@ -164,7 +166,7 @@ def test_registered_ops(name):
         return torch.ops.mixbits.packed_matmul(x, *packed, fmt.code, code)
 
     got = gradient_of(multiply, x, weights)
-    torch.testing.assert_close(got, weights @ value_of(Operand(packed, fmt)), atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(got, weights @ value_of(operand), atol=1e-4, rtol=1e-5)
     assert torch.equal(gradient_of(lambda x: torch.ops.mixbits.fake_quantize(x, fmt.code), x, x), x)
     x.requires_grad_()
     torch.library.opcheck(torch.ops.mixbits.packed_matmul, (x, *packed, fmt.code, code))

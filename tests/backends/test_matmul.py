@@ -9,7 +9,7 @@ from conftest import DTYPES, MX_FORMATS, by_dtype, by_format, by_isa, format_id
 
 from mixbits import ops
 from mixbits.formats import reference
-from mixbits.formats.pack import Packed
+from mixbits.formats.pack import Operand, Packed
 from mixbits.formats.schemes import SCALE_MODES, Format, parse_scheme
 
 MXFP4 = Format("e2m1", 32)
@@ -107,7 +107,7 @@ def operands_of(names, columns):
     for number, name in enumerate(names):
         scheme = parse_scheme(name)
         packed = ops.quantize_pack(torch.randn(17 + number, columns), scheme.weight)
-        yield ops.Operand(packed, scheme.weight, scheme.activation)
+        yield Operand.plain(packed, scheme.weight, columns, scheme.activation)
 
 
 @by_dtype
@@ -117,7 +117,7 @@ def test_several_weights_in_one_call(isa, tokens, dtype):
     operands = list(operands_of([*MIXED, *MIXED[:3]], 192))
     together = ops.packed_matmuls(x, operands, "cpu")
     for operand, got in zip(operands, together, strict=True):
-        assert torch.equal(got, ops.packed_matmul(x, *operand, "cpu"))
+        assert torch.equal(got, ops.packed_matmul(x, *operand.parts[0], "cpu"))
     # Both sides round results to the dtype, by up to 2^-9 in bfloat16, and so may activations.
     for got, want in zip(ops.packed_matmuls(x[:3], operands, "reference"), together, strict=True):
         torch.testing.assert_close(got, want[:3], rtol=0.02, atol=0.02)

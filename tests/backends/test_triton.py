@@ -139,7 +139,7 @@ def check_matmul(
         rounded = x if activation is None else reference.fake_quantize(x, activation)
         exact = rounded.double() @ reference.dequantize(q, fmt).double().T
         plain = rounded.to(device) @ reference.dequantize(q, fmt, dtype).to(device).T
-        got = backend.packed_matmul(x.to(device), packed, fmt, activation)
+        got = backend.packed_matmul(x.to(device), pack.Operand.plain(packed, fmt, k, activation))
         assert (got.dtype, got.shape) == (dtype, (m, n))
         magnitude = rounded.double().abs() @ reference.dequantize(q, fmt).double().abs().T
         check_error(got, plain, exact, magnitude)
@@ -181,31 +181,31 @@ def check_mixed(
     m, n = shape
     mix, values = make_mix(MIXES.get(segments, segments), arranged, n)
     order = None if mix.order is None else mix.order.to(device)
-    operands = tuple(one._replace(packed=one.packed.to(device)) for one in mix.operands)
-    there = mix._replace(operands=operands, order=order)
+    parts = tuple(one._replace(packed=one.packed.to(device)) for one in mix.parts)
+    there = mix._replace(parts=parts, order=order)
     for dtype in dtypes:
         x = torch.randn(m, values.shape[1]).to(dtype)
         exact, magnitude, rounded = exact_product(x, mix, values)
         inner = mix.input_dtype(dtype)
         plain = (rounded.to(inner).to(device) @ values.to(inner).to(device).T).to(dtype)
-        got = backend.mixed_matmul(x.to(device), there)
+        got = backend.packed_matmul(x.to(device), there)
         assert (got.dtype, got.shape) == (dtype, (m, n))
         check_error(got, plain, exact, magnitude)
 
 
-def arranged_reference(x: torch.Tensor, mix: pack.Mix) -> torch.Tensor:
+def arranged_reference(x: torch.Tensor, mix: pack.Operand) -> torch.Tensor:
     """x as `mix` multiplies it, by mixbits.formats.arrange and mixbits.formats.reference."""
     order = None if mix.order is None else mix.order.int()
     pieces = Arrangement(order, mix.rotated).input(x).split(mix.columns, -1)
     rounded = [
         piece if one.activation is None else reference.fake_quantize(piece, one.activation)
-        for piece, one in zip(pieces, mix.operands, strict=True)
+        for piece, one in zip(pieces, mix.parts, strict=True)
     ]
     return torch.cat(rounded, 1).to(mix.input_dtype(x.dtype))
 
 
 def check_arrange(
-    arrange: Callable[[torch.Tensor, pack.Mix, torch.dtype], torch.Tensor], device: torch.device
+    arrange: Callable[[torch.Tensor, pack.Operand, torch.dtype], torch.Tensor], device: torch.device
 ) -> None:
     """To the bit: NaN, infinity, ties and subnormals go through an order, a rotation, a rounding.
 
@@ -226,16 +226,16 @@ def check_arrange(
 def check_empty(backend: ModuleType, device: torch.device, fmt: Format) -> None:
     for rows, tokens in ((3, 0), (0, 3)):
         packed = backend.quantize_pack(torch.ones(rows, 64, device=device), fmt)
-        mix = pack.Mix((pack.Operand(packed, fmt), pack.Operand(packed, fmt)), (64, 64))
+        mix = pack.Operand((pack.Part(packed, fmt), pack.Part(packed, fmt)), (64, 64))
         x = torch.ones(tokens, 128, device=device)
-        assert backend.mixed_matmul(x, mix).shape == (tokens, rows)
+        assert backend.packed_matmul(x, mix).shape == (tokens, rows)
     weight = torch.ones(3, 64, device=device)
     packed = backend.quantize_pack(weight, fmt)
     assert backend.fake_quantize(weight[:0], fmt).shape == (0, 64)
-    assert backend.packed_matmul(weight[:0], packed, fmt, None).shape == (0, 3)
+    assert backend.packed_matmul(weight[:0], pack.Operand.plain(packed, fmt, 64)).shape == (0, 3)
     none = backend.quantize_pack(weight[:0], fmt)
     assert backend.dequantize(none, fmt, 64, torch.float32).shape == (0, 64)
-    assert backend.packed_matmul(weight, none, fmt, None).shape == (3, 0)
+    assert backend.packed_matmul(weight, pack.Operand.plain(none, fmt, 64)).shape == (3, 0)
 
 
 # --- the operations, interpreted or on a GPU -------------------------------------------------

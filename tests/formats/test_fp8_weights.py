@@ -201,7 +201,7 @@ def test_refusals():
     allow_fp8_activations(linear)
     with pytest.raises(UsageError, match="the cuda backend is needed: got cpu on cpu"):
         linear[0](torch.randn(2, 64))
-    packed, fmt, _ = linear[1].operand
+    packed, fmt, _ = linear[1].operand.parts[0]
     with pytest.raises(UsageError, match="need weights in e2m1: got int4"):
         ops.fold_rows(packed, fmt, 64)
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mixbits import ops
 from mixbits.backends import cpu
-from mixbits.formats.pack import Mix, Operand, order_dtype
+from mixbits.formats.pack import Operand, order_dtype
 from mixbits.formats.schemes import parse_scheme
 from mixbits.model.layout import find_linears
 from mixbits.runtime.fake import fake_quantize_model
@@ -75,14 +75,14 @@ def with_outliers(x: Tensor, places: list[int], size: float, rest: float = 1.0) 
     return x
 
 
-def make_mix(scheme: str, weight: Tensor) -> tuple[Mix, Tensor]:
+def make_mix(scheme: str, weight: Tensor) -> tuple[Operand, Tensor]:
     """A packed weight [N, K] as a linear of one segment, and what it stands for, in float64."""
     parsed = parse_scheme(scheme)
     assert parsed.weight is not None
     packed = ops.quantize_pack(weight, parsed.weight, "reference")
     values = ops.dequantize(packed, parsed.weight, weight.shape[1], backend="reference")
-    operand = Operand(packed, parsed.weight, parsed.activation)
-    return Mix((operand,), (weight.shape[1],), None, False), values.double()
+    operand = Operand.plain(packed, parsed.weight, weight.shape[1], parsed.activation)
+    return operand, values.double()
 
 
 def check_promise(got: Tensor, exact: Tensor, magnitudes: Tensor, what: object) -> None:
@@ -92,7 +92,7 @@ def check_promise(got: Tensor, exact: Tensor, magnitudes: Tensor, what: object) 
     assert error <= allowed, (what, (error / allowed).item())
 
 
-def check_all(x: Tensor, mixes: list[tuple[Mix, Tensor]]) -> None:
+def check_all(x: Tensor, mixes: list[tuple[Operand, Tensor]]) -> None:
     """Products of x [40, K] and several linears in one call, for 1, 3 and 40 tokens."""
     expected = [exact_product(x, mix, values) for mix, values in mixes]
     for isa in isas():
@@ -164,9 +164,9 @@ def test_segments_of_an_input_with_large_values(arranged, dtype):
         segments, weight.split([columns for _, columns in segments], 1), strict=True
     ):
         mix, part = make_mix(scheme, piece.contiguous())
-        parts.append(mix.operands[0])
+        parts.append(mix.parts[0])
         values.append(part)
-    mix = Mix(
+    mix = Operand(
         tuple(parts),
         tuple(columns for _, columns in segments),
         None if order is None else order.to(order_dtype(COLUMNS)),
@@ -185,7 +185,7 @@ def test_int8_activations_beside_large_ones(isa, scheme):
     for tokens in TOKENS:
         x = with_outliers(torch.randn(tokens, 512), [37, 38, 300], 1e4)
         exact = x.double() @ values.T
-        got = ops.packed_matmul(x, *mix.operands[0][:2], backend="cpu", int8_activations=True)
+        got = ops.packed_matmul(x, *mix.parts[0][:2], backend="cpu", int8_activations=True)
         # 1/127 of the largest value, of about 2.3 standard deviations: see test_matmul.py.
         assert (got - exact).norm() < 1.2 * 2.3 / 127 / 12**0.5 * exact.norm()
 

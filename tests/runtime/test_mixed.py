@@ -11,7 +11,7 @@ import mixbits
 from mixbits import ops
 from mixbits.checkpoint import folder as checkpoint
 from mixbits.formats.arrange import Arrangement, arrangement_of
-from mixbits.formats.pack import Mix, Operand, order_dtype, recipe_tensors
+from mixbits.formats.pack import Operand, Part, order_dtype, recipe_tensors
 from mixbits.formats.schemes import MAX_SEGMENTS, Mixed, parse_scheme
 from mixbits.model.layout import find_linears
 from mixbits.rounding.nearest import pack_recipe
@@ -35,21 +35,21 @@ by_arrangement = pytest.mark.parametrize("arranged", ARRANGED)
 
 
 def make_mix(segments, arranged, rows):
-    """A `Mix` of random weights, and what it stands for: float64 [N, K].
+    """An `Operand` of random weights, and what it stands for: float64 [N, K].
 
     `segments` are schemes with their columns, or the name of some.
     """
     ordered, rotated = ARRANGED[arranged]
     segments = SEGMENTS.get(segments, segments)
-    operands, values = [], []
+    parts, values = [], []
     for name, columns in segments:
         scheme = parse_scheme(name)
         packed = ops.quantize_pack(torch.randn(rows, columns), scheme.weight, "reference")
-        operands.append(Operand(packed, scheme.weight, scheme.activation))
+        parts.append(Part(packed, scheme.weight, scheme.activation))
         values.append(ops.dequantize(packed, scheme.weight, columns, backend="reference"))
     columns = tuple(n for _, n in segments)
     order = torch.randperm(sum(columns)).to(order_dtype(sum(columns))) if ordered else None
-    return Mix(tuple(operands), columns, order, rotated), torch.cat(values, 1).double()
+    return Operand(tuple(parts), columns, order, rotated), torch.cat(values, 1).double()
 
 
 def exact_product(x, mix, values):
@@ -57,7 +57,7 @@ def exact_product(x, mix, values):
     order = None if mix.order is None else mix.order.long()
     pieces = []
     for piece, one in zip(
-        Arrangement(order, mix.rotated).input(x).split(mix.columns, -1), mix.operands, strict=True
+        Arrangement(order, mix.rotated).input(x).split(mix.columns, -1), mix.parts, strict=True
     ):
         rounded = piece
         if one.activation is not None:
@@ -75,7 +75,7 @@ def check_mix(x, mix, values, got):
     # Half a step of the integers that stand for a block of 32 of what has no format.
     half = 2.0**-23 if x.dtype == torch.float32 or mix.rotated else 2.0**-15
     start = 0
-    for one, columns in zip(mix.operands, mix.columns, strict=True):
+    for one, columns in zip(mix.parts, mix.columns, strict=True):
         if one.activation is None and one.format.element not in ("e4m3", "e5m2"):
             piece = rounded[:, start : start + columns].abs()
             blocks = torch.nn.functional.pad(piece, (0, -columns % 32)).unflatten(1, (-1, 32))
@@ -121,9 +121,8 @@ def test_company_and_threads_do_not_matter(isa, tokens):
     first, _ = make_mix("short end", "rotated", 40)
     copy = first._replace(order=first.order.clone())
     other, _ = make_mix("short end", "ordered", 17)
-    plain = Operand(
-        ops.quantize_pack(torch.randn(20, 172), (fmt := parse_scheme("MXFP4").weight)), fmt
-    )
+    fmt = parse_scheme("MXFP4").weight
+    plain = Operand.plain(ops.quantize_pack(torch.randn(20, 172), fmt), fmt, 172)
     operands = [first, copy, plain, other, first._replace(rotated=False), *[other, plain] * 4]
     x = torch.randn(tokens, 172).bfloat16()
     together = ops.packed_matmuls(x, operands, "cpu")
@@ -141,7 +140,7 @@ def test_orders_of_every_width(isa):
         order = torch.randperm(columns)
         fmt = parse_scheme("W8A16").weight
         packed = ops.quantize_pack(torch.randn(3, columns), fmt)
-        mix = Mix((Operand(packed, fmt),), (columns,), order)
+        mix = Operand((Part(packed, fmt),), (columns,), order)
         x = torch.randn(2, columns)
         stored = mix._replace(order=order.to(order_dtype(columns)))
         expected = ops.packed_matmul(x[:, order].contiguous(), packed, fmt, backend="cpu")
@@ -154,7 +153,7 @@ def test_a_mix_passes_nan_on(isa, tokens):
     mix, _ = make_mix("slabs", "ordered", 10)
     x = torch.randn(tokens, 160)
     x[0, 150] = torch.inf
-    mix.operands[1].packed.weight_scale[3, 1] = 255
+    mix.parts[1].packed.weight_scale[3, 1] = 255
     got = ops.packed_matmuls(x, [mix], "cpu")[0]
     expected = torch.zeros(tokens, 10, dtype=torch.bool)
     expected[:, 3] = True
@@ -170,10 +169,10 @@ def test_refused_mixes():
     with pytest.raises(ValueError, match="each of 160 columns once"):
         ops.packed_matmuls(x, [mix._replace(order=torch.zeros(160, dtype=torch.uint8))])
     with pytest.raises(ValueError, match="weight_packed of in_features=96"):
-        ops.packed_matmuls(x, [mix._replace(operands=mix.operands[:1] * 2)])
-    one = mix.operands[:1]
-    with pytest.raises(ValueError, match=f"1 to {MAX_SEGMENTS} operands"):
-        ops.packed_matmuls(x, [mix._replace(operands=one * 9, columns=(1,) * 9)])
+        ops.packed_matmuls(x, [mix._replace(parts=mix.parts[:1] * 2)])
+    one = mix.parts[:1]
+    with pytest.raises(ValueError, match=f"1 to {MAX_SEGMENTS} parts"):
+        ops.packed_matmuls(x, [mix._replace(parts=one * 9, columns=(1,) * 9)])
 
 
 # --- linears and models ---------------------------------------------------------------------------
