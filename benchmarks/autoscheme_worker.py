@@ -29,14 +29,14 @@ from torch import Tensor, nn
 
 from benchmarks.autoscheme import Job, Peer
 from benchmarks.meter import Meter
-from mixbits.formats.schemes import BF16, Scheme
+from mixbits.formats.schemes import BF16, Recipe, Scheme
 from mixbits.measuring.evaluate import compare, run_tasks
 from mixbits.model.layout import LinearInfo, find_linears
 from mixbits.model.streaming import StreamedModel
 from mixbits.planning.plan import average_bits
 from mixbits.report.tables import quiet
 from mixbits.runtime.fake import FakeLinear
-from mixbits.runtime.linear import swap_linears
+from mixbits.runtime.swap import swap_linears
 from mixbits.source.source import open_source
 
 
@@ -148,7 +148,7 @@ def fake_model(job: Job, weights: dict[str, Tensor], schemes: dict[str, Scheme])
     """The original model with `weights`, which are rounded already, and rounded inputs."""
 
     def make(name: str, weight: Tensor, bias: nn.Parameter | None) -> nn.Module:
-        inputs_only = replace(schemes[name], weight=None)
+        inputs_only = Recipe.plain(replace(schemes[name], weight=None))
         return FakeLinear(weights[name].to(weight), inputs_only, bias)
 
     model = open_source(job.model).load()

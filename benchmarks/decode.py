@@ -32,12 +32,13 @@ from benchmarks import llama_cpp
 from benchmarks.timing import machine, percentile, write_csv
 from mixbits.backends import cpu
 from mixbits.errors import first_line
-from mixbits.formats.schemes import Scheme, parse_scheme
+from mixbits.formats.schemes import Recipe, Scheme, parse_scheme
 from mixbits.model.layout import find_linears
 from mixbits.report.tables import table
 from mixbits.runtime.attention import use_grouped_attention
-from mixbits.runtime.linear import PackedLinear, share_inputs, swap_linears
+from mixbits.runtime.linear import PackedLinear, share_inputs
 from mixbits.runtime.pages import use_large_pages
+from mixbits.runtime.swap import swap_linears
 from mixbits.runtime.token_step import use_decode_step
 
 
@@ -83,7 +84,7 @@ def pack(model: LlamaForCausalLM, schemes: dict[str, Scheme]) -> None:
     swap_linears(
         model,
         list(schemes),
-        lambda name, weight, bias: PackedLinear.from_weight(weight, schemes[name], bias, name),
+        lambda n, w, b: PackedLinear.from_weight(w, Recipe.plain(schemes[n]), b, n),
     )
     share_inputs(model)
     use_grouped_attention(model)

@@ -21,14 +21,15 @@ from typing import Any
 import torch
 
 from mixbits.backends import cpu
-from mixbits.formats.schemes import Scheme, parse_scheme
+from mixbits.formats.schemes import Recipe, Scheme, parse_scheme
 from mixbits.measuring.text import load_sequences
 from mixbits.model.layout import find_linears
 from mixbits.model.streaming import StreamedModel
 from mixbits.report.tables import environment, quiet, table
 from mixbits.rounding.nearest import fake_input
 from mixbits.runtime.fake import FakeLinear, fake_quantize_model
-from mixbits.runtime.linear import PackedLinear, swap_linears
+from mixbits.runtime.linear import PackedLinear
+from mixbits.runtime.swap import swap_linears
 from mixbits.source.source import Source, open_source
 
 SCHEMES = "MXFP4,MXFP8,MXFP8E5M2,MXFP4A16,MXFP8A16,MXFP8E5M2A16,W2A16,W4A16,W8A16,W4A16ASYM"
@@ -39,14 +40,14 @@ def packed_model(source: Source, schemes: dict[str, Scheme]) -> torch.nn.Module:
     swap_linears(
         model,
         list(schemes),
-        lambda name, weight, bias: PackedLinear.from_weight(weight, schemes[name], bias, name),
+        lambda n, w, b: PackedLinear.from_weight(w, Recipe.plain(schemes[n]), b, n),
     )
     return model
 
 
 def fake_model(source: Source, schemes: dict[str, Scheme]) -> torch.nn.Module:
     model = source.load()
-    fake_quantize_model(model, schemes)
+    fake_quantize_model(model, {name: Recipe.plain(s) for name, s in schemes.items()})
     return model
 
 

@@ -37,8 +37,7 @@ def print_choices(device_type: str, rows: int, columns: int) -> None:
 
     print(f"products with a packed [{rows}, {columns}] on {device_type}")
     for name in _SCHEMES:
-        fmt = parse_scheme(name).weight
-        assert fmt is not None
+        fmt = parse_scheme(name).format
         for tokens in _TOKENS:
             way = explain_matmul(device_type, fmt, tokens, rows, columns)
             print(f"  {name:<6} M={tokens:<5} {way}")

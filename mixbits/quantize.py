@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from .command import exit_code
 from .errors import UsageError, first_line
-from .formats.schemes import parse_scheme
+from .formats.schemes import Recipe, parse_scheme
 from .pipeline import early
 from .pipeline.options import parse_arguments
 
@@ -187,7 +187,7 @@ def _dry_run(run: Run) -> None:
     print(table(rows) + "\n")
     rows = [["all linears in", "bits", "without scales", "weight files"]]
     for scheme in [*run.schemes, parse_scheme("BF16")]:
-        plan = {i.name: scheme for i in run.linears}
+        plan = dict.fromkeys((i.name for i in run.linears), Recipe.plain(scheme))
         bits = [f"{average_bits(run.linears, plan, ignore):.4f}" for ignore in (False, True)]
         rows.append([scheme.name, *bits, size(run.predicted_bytes(plan))])
     print(table(rows))

@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from mixbits.checkpoint.folder import save
 from mixbits.export.__main__ import main
-from mixbits.formats.schemes import Recipe, ScaleMode, parse_scheme
+from mixbits.formats.recipes import parse_recipe
+from mixbits.formats.schemes import Recipe, ScaleMode
 from mixbits.model.layout import find_linears
 from mixbits.runtime.fake import fake_quantize_model
 from mixbits.source.source import Source, open_source
@@ -41,7 +42,7 @@ def packed(
         _fill_biases(source.path)
     change(source.path)
     linears = find_linears(source.load(), include_head=head)
-    parsed = [parse_scheme(name, act_scale_mode=mode) for name in schemes.split(",")]
+    parsed = [parse_recipe(name, act_scale_mode=mode) for name in schemes.split(",")]
     assignment: dict[str, Recipe] = {
         info.name: parsed[i % len(parsed)] for i, info in enumerate(linears)
     }

@@ -167,10 +167,16 @@ def linear_numbers(operand: Operand) -> list[int]:
     """A packed linear as csrc/bindings.cpp reads it."""
     parts, widths, order, rotated = operand
     place, entry = (0, 0) if order is None else (order.data_ptr(), order.element_size())
-    numbers = [place, entry, int(rotated), parts[0].out_features, len(parts)]
-    for (packed, fmt, activation), width in zip(parts, widths, strict=True):
-        code = 0 if activation is None else activation.code
-        numbers += (*_pointers(packed), width, fmt.code, code)
+    numbers = [place, entry, int(rotated), operand.out_features, len(parts)]
+    for ((codes, scale, zero_point), fmt, activation), width in zip(parts, widths, strict=True):
+        numbers += (
+            codes.data_ptr(),
+            scale.data_ptr(),
+            0 if zero_point is None else zero_point.data_ptr(),
+            width,
+            fmt.code,
+            0 if activation is None else activation.code,
+        )
     return numbers
 
 

@@ -40,7 +40,7 @@ from torch import Tensor, nn
 from ..files.io import read_object
 from ..formats.pack import LAYOUT, Rounded, recipe_spec, recipe_tensors
 from ..formats.recipes import describe
-from ..formats.schemes import Assignment, Mixed
+from ..formats.schemes import Assignment
 from ..model.experts import expert_bias, expert_slice, layout_of
 from ..model.layout import (
     LinearInfo,
@@ -318,7 +318,7 @@ def _row_orders(assignment: Assignment) -> dict[str, Tensor]:
     """Linear -> order of its rows, where the order of another's columns is folded into them."""
     orders: dict[str, Tensor] = {}
     for name, recipe in assignment.items():
-        if isinstance(recipe, Mixed) and recipe.folded and recipe.order is not None:
+        if recipe.folded and recipe.order is not None:
             parent = name.rpartition(".")[0]
             order = torch.tensor(recipe.order)
             orders |= {f"{parent}.{leaf}": order for leaf in MAKERS}

@@ -31,7 +31,8 @@ from ..formats.pack import LAYOUT
 from ..formats.recipes import parse_recipe
 from ..formats.schemas import PackedConfig, check
 from ..formats.schemes import Recipe
-from ..runtime.linear import MixedLinear, PackedLinear, packed_linear, share_inputs, swap_linears
+from ..runtime.linear import PackedLinear, packed_linear, share_inputs
+from ..runtime.swap import swap_linears
 from ..source.model_files import check_folder
 from ..source.source import NOT_A_FILE
 from .folder import checksum, crc, kinds_of, require_mixbits
@@ -133,7 +134,7 @@ class MixbitsQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         for name, module in model.named_modules():
-            order = module.order if isinstance(module, MixedLinear) else None
+            order = module.order if isinstance(module, PackedLinear) else None
             if order is not None and not order.is_meta:  # on disk, where weights are offloaded
                 check_order(order, module.in_features, f"{name}.order", f" ({model.name_or_path})")
         self._fill(model)

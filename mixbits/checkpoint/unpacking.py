@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from ..errors import UsageError
 from ..model.experts import layout_of, make_stack
 from ..model.recognise import is_conv1d
-from ..runtime.linear import AnyPacked, Experts, PlainLinear
+from ..runtime.linear import PackedLinear
+from ..runtime.swap import Experts, PlainLinear
 
 
 @torch.no_grad()
@@ -63,12 +64,12 @@ def _outermost(model: nn.Module) -> dict[str, nn.Module]:
     found: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
         inside = name.startswith(tuple(f"{outer}." for outer in found))
-        if isinstance(module, Experts | AnyPacked) and not inside:
+        if isinstance(module, Experts | PackedLinear) and not inside:
             found[name] = module
     return found
 
 
-def _fill_linear(made: Any, linear: AnyPacked, dtype: torch.dtype, name: str) -> None:
+def _fill_linear(made: Any, linear: PackedLinear, dtype: torch.dtype, name: str) -> None:
     weight = linear.weight.to(dtype)
     weight = weight.T.contiguous() if is_conv1d(made) else weight
     made.weight, made.bias = nn.Parameter(weight, requires_grad=False), linear.bias

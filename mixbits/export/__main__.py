@@ -140,6 +140,7 @@ def export(args: argparse.Namespace) -> None:
 def _export(args: argparse.Namespace, place: Destination) -> None:
     import torch
 
+    from ..formats.schemes import Recipe
     from . import readme
     from .packed import Carrier, PackedModel
 
@@ -158,8 +159,8 @@ def _export(args: argparse.Namespace, place: Destination) -> None:
         writer.write(folder, carrier)
         text = json.dumps(_report(args, fits, carrier.losses), indent=2) + "\n"
         write_text(folder / REPORT, text)
-        schemes = {linear: found.scheme for linear, found in fits.items()}
-        write_text(folder / "README.md", readme.render(args.format, args.out, model, schemes))
+        held = {linear: Recipe.plain(found.scheme) for linear, found in fits.items()}
+        write_text(folder / "README.md", readme.render(args.format, args.out, model, held))
     if args.format == "plain":
         _print_plain(model, carrier.losses, dtype)
     else:

@@ -93,20 +93,18 @@ def _arguments(fmt: Format, dynamic: bool) -> dict[str, Any]:
 
 
 def _group(scheme: Scheme, names: list[str]) -> dict[str, Any]:
-    assert scheme.weight is not None
     inputs = scheme.activation
     return {
         "targets": names,
-        "format": _format_name(scheme.weight),
-        "weights": _arguments(scheme.weight, dynamic=False),
+        "format": _format_name(scheme.format),
+        "weights": _arguments(scheme.format, dynamic=False),
         "input_activations": None if inputs is None else _arguments(inputs, dynamic=True),
         "output_activations": None,
     }
 
 
 def _bits(scheme: Scheme) -> int:
-    assert scheme.weight is not None
-    return scheme.weight.bits
+    return scheme.format.bits
 
 
 def quantization_config(schemes: dict[str, Scheme], ignore: list[str]) -> dict[str, Any]:

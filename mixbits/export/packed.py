@@ -16,8 +16,8 @@ from ..checkpoint.stock import Stock, check_files, plain_dtype
 from ..checkpoint.transformers_quantizer import read_config
 from ..errors import UsageError
 from ..formats.arrange import arrangement_of
-from ..formats.pack import Packed
-from ..formats.schemes import Assignment, Format, Mixed, Recipe, Scheme
+from ..formats.pack import Packed, segment_prefixes
+from ..formats.schemes import Assignment, Format, Recipe
 from ..model.experts import STANDARD, expert_slice, layout_of
 from ..model.layout import CausalLM, LinearInfo, find_linears, split_expert_name
 from ..model.recognise import is_router_name
@@ -141,10 +141,8 @@ class PackedModel:
 
     def packed(self, name: str) -> list[Packed]:
         """The parts of a linear: one, or those of its segments."""
-        recipe, prefixes = self.recipes[name], [name]
-        if isinstance(recipe, Mixed):
-            prefixes = [f"{name}.segments.{i}" for i in range(len(recipe.segments))]
-        stored = [[(f, f"{p}.{f}") for f in Packed._fields] for p in prefixes]
+        prefixes = segment_prefixes(self.recipes[name])
+        stored = [[(f, f"{name}.{p}{f}") for f in Packed._fields] for p in prefixes]
         return [Packed(**{f: self.tensor(t) for f, t in s if t in self.specs}) for s in stored]
 
     def weight(self, name: str) -> Tensor:
@@ -175,7 +173,7 @@ class PackedModel:
 
     def _ordered(self, name: str) -> Recipe:
         recipe = self.recipes[name]
-        if not isinstance(recipe, Mixed) or recipe.order is None:
+        if recipe.order is None:
             return recipe
         order = self.tensor(f"{name}.order")
         return replace(recipe, order=tuple(order.tolist()))
@@ -209,11 +207,11 @@ class Carrier:
     def packed(self, name: str) -> Packed:
         """Codes and scales of a linear in its fit's format."""
         recipe, scheme = self.model.recipes[name], self.fits[name].scheme
-        if isinstance(recipe, Scheme) and recipe.weight == scheme.weight:
+        if recipe.scheme is not None and recipe.scheme.weight == scheme.weight:
             return self.model.packed(name)[0]
         weight = self.model.weight(name)
         packed = pack_weight(name, weight, scheme)
-        again = packed_values([packed], scheme, weight.shape[1])
+        again = packed_values([packed], Recipe.plain(scheme), weight.shape[1])
         self.losses[name] = relative_error(weight, again)
         return packed
 
@@ -250,9 +248,10 @@ class Carrier:
                     f"scales are float16, and would be rounded to the model's own dtype ({name}): "
                     "pass --dtype float16, or --lossy"
                 )
-            scheme, columns = self.fits[name].scheme, self.model.linears[name].in_features
+            recipe = Recipe.plain(self.fits[name].scheme)
+            columns = self.model.linears[name].in_features
             same = packed._replace(weight_scale=rounded.to(torch.float16))
-            values = (packed_values([p], scheme, columns) for p in (packed, same))
+            values = (packed_values([p], recipe, columns) for p in (packed, same))
             before = self.losses[name] if self.fits[name].why else 0.0
             self.losses[name] = before + relative_error(*values)
         return packed._replace(weight_scale=rounded)

@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING, Literal
 from ..errors import UsageError
 from ..formats.schemes import (
     BF16,
+    LEFT_ALONE,
     MX_GROUP,
     Assignment,
-    Mixed,
     Recipe,
     ScaleMode,
     Scheme,
@@ -56,20 +56,25 @@ class Target:
 
     def obstacle(self, recipe: Recipe, rows: int, columns: int) -> str | None:
         """Why a [rows, columns] weight cannot be held as it is; None where it can."""
-        if isinstance(recipe, Mixed):
+        scheme = recipe.scheme
+        if scheme is None:
             return "is rotated" if recipe.rotated else "is divided into slabs"
-        fmt = recipe.weight
+        return self.obstacle_of(scheme, rows, columns)
+
+    def obstacle_of(self, scheme: Scheme, rows: int, columns: int) -> str | None:
+        """The same of a [rows, columns] weight in one scheme."""
+        fmt = scheme.weight
         if fmt is None:
             return None
-        if recipe.name not in self._schemes():
-            return f"is {recipe.name}"
+        if scheme.name not in self._schemes():
+            return f"is {scheme.name}"
         width = MX_GROUP if self.name == "gguf" else fmt.group_size
         if columns % width:
             return f"has {columns} columns, which groups of {width} do not divide"
         if self.name == "auto-round" and rows % 32:
             return f"has {rows} rows, which 32 does not divide"
-        if recipe.activation is not None and self.act_scale_mode is not None:
-            mode = recipe.activation.scale_mode
+        if scheme.activation is not None and self.act_scale_mode is not None:
+            mode = scheme.activation.scale_mode
             if mode != self.act_scale_mode:
                 return f"rounds activations in scale mode {mode}, not {self.act_scale_mode}"
         return None
@@ -87,16 +92,16 @@ class Target:
     def substitute(self, recipe: Recipe, rows: int, columns: int) -> Scheme:
         """What to round a weight to that cannot be held: 8 bits where possible, else 16."""
         schemes = [scheme for scheme, _ in recipe.parts(columns)]
-        if self.act_scale_mode is not None and isinstance(recipe, Scheme):
-            same = _in_mode(recipe, self.act_scale_mode)
-            if self.obstacle(same, rows, columns) is None:
+        if self.act_scale_mode is not None and recipe.scheme is not None:
+            same = _in_mode(recipe.scheme, self.act_scale_mode)
+            if self.obstacle_of(same, rows, columns) is None:
                 return same
         quantized_inputs = all(s.activation is not None for s in schemes)
         names = ["MXFP8"] if quantized_inputs else []
         names += ["MXFP8A16"] if any(s.weight and s.weight.is_mx for s in schemes) else []
         for name in (*names, "W8A16G32"):
             scheme = parse_scheme(name, act_scale_mode=self.act_scale_mode or "even")
-            if self.obstacle(scheme, rows, columns) is None:
+            if self.obstacle_of(scheme, rows, columns) is None:
                 return scheme
         return BF16
 
@@ -141,7 +146,7 @@ def _obstructed(
     return [
         info
         for info in linears
-        if any(target.obstacle(s, info.out_features, info.in_features) for s in schemes)
+        if any(target.obstacle_of(s, info.out_features, info.in_features) for s in schemes)
     ]
 
 
@@ -179,14 +184,13 @@ def fit(
     """
     fits, obstacles = {}, {}
     for info in linears:
-        recipe = assignment.get(info.name, BF16)
+        recipe = assignment.get(info.name, LEFT_ALONE)
         if not recipe.packed:
             continue
         why = target.obstacle(recipe, info.out_features, info.in_features)
-        if why is None:
-            assert isinstance(recipe, Scheme)
-            fits[info.name] = Fit(recipe)
-        else:
+        if why is None and recipe.scheme is not None:
+            fits[info.name] = Fit(recipe.scheme)
+        elif why is not None:
             obstacles[info.name] = why
             other = target.substitute(recipe, info.out_features, info.in_features)
             fits[info.name] = Fit(other, why)
@@ -220,11 +224,11 @@ def _agree(
         # A GGUF has no activations' schemes.
         if len({s.weight if target.name == "gguf" else s for s in schemes}) == 1:
             continue
-        taken = sorted({assignment.get(i.name, BF16).name for i in members})
+        taken = sorted({assignment.get(i.name, LEFT_ALONE).name for i in members})
         obstacles[name] = f"takes one scheme for all experts, not {', '.join(taken)}"
         widest = max(schemes, key=lambda s: s.weight.bits if s.weight else 16)
         shapes = {(i.out_features, i.in_features) for i in members}
-        fitting = all(target.obstacle(widest, *shape) is None for shape in shapes)
+        fitting = all(target.obstacle_of(widest, *shape) is None for shape in shapes)
         other = widest if fitting else BF16
         fits |= {i.name: Fit(other, obstacles[name]) for i in members if i.name in fits}
     return obstacles
@@ -243,7 +247,7 @@ def check_together(target: Target, schemes: Sequence[Scheme]) -> None:
 def check_fused(target: Target, groups: Sequence[Sequence[str]], assignment: Assignment) -> None:
     """Raise UsageError where linears that are multiplied in one call take several schemes."""
     for names in groups if target.fuse else ():
-        schemes = {assignment.get(name, BF16).name for name in names}
+        schemes = {assignment.get(name, LEFT_ALONE).name for name in names}
         if len(schemes) > 1:
             raise UsageError(
                 f"{target.name} needs one scheme for linears that it fuses: "

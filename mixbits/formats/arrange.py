@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UsageError
-from .schemes import MX_GROUP, Recipe, Scheme
+from .schemes import MX_GROUP, Recipe
 
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
@@ -81,8 +81,6 @@ class Arrangement:
 
 
 def arrangement_of(recipe: Recipe, device: torch.device | str = "cpu") -> Arrangement:
-    """What a recipe does to the columns; nothing, for a `Scheme`."""
-    if isinstance(recipe, Scheme):
-        return Arrangement()
+    """What a recipe does to the columns."""
     order = None if recipe.order is None else torch.tensor(recipe.order, device=device)
     return Arrangement(order, recipe.rotated)

@@ -4,9 +4,9 @@
     weight_scale       uint8 (e8m0) or float16 [N, groups]
     weight_zero_point  uint8 [N, ceil(groups * bits / 8)], asymmetric formats only, packed alike
 
-A `Mixed` linear has these for each of its segments, of that segment's columns, under
-`segments.<number>.`, and beside them, where its columns have an order of their own that is not
-folded into the linears before it,
+A linear whose recipe is not plain has these for each of its segments, of that segment's columns,
+under `segments.<number>.`, and beside them, where its columns have an order of their own that is
+not folded into the linears before it,
 
     order              uint8 [K] up to 256 columns, int16 up to 32768, else int32
 
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..errors import UsageError
 from . import reference
-from .schemes import MX_GROUP, Format, Mixed, Recipe, order_bits
+from .schemes import MX_GROUP, Format, Recipe, order_bits
 
 LAYOUT = 1  # the number of this layout; a checkpoint records it
 
@@ -89,7 +89,7 @@ class Operand(NamedTuple):
 
     @property
     def out_features(self) -> int:
-        return self.parts[0].out_features
+        return self.parts[0].packed.weight_packed.shape[0]
 
     @property
     def pieces(self) -> list[Piece]:
@@ -140,16 +140,22 @@ def packed_spec(
 def recipe_spec(
     recipe: Recipe, out_features: int, in_features: int
 ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """`packed_spec` of a whole linear: of a scheme's one weight, or of every segment."""
+    """`packed_spec` of a whole linear, of every segment."""
     spec: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
-    if isinstance(recipe, Mixed) and recipe.order_bits:
+    if recipe.order_bits:
         spec["order"] = (order_dtype(in_features), (in_features,))
-    for number, (scheme, columns) in enumerate(recipe.parts(in_features)):
-        assert scheme.weight is not None
-        prefix = f"segments.{number}." if isinstance(recipe, Mixed) else ""
-        for name, entry in packed_spec(scheme.weight, out_features, columns).items():
+    parts = recipe.parts(in_features)
+    for prefix, (scheme, columns) in zip(segment_prefixes(recipe), parts, strict=True):
+        for name, entry in packed_spec(scheme.format, out_features, columns).items():
             spec[prefix + name] = entry
     return spec
+
+
+def segment_prefixes(recipe: Recipe) -> list[str]:
+    """What stands before the names of each segment's tensors."""
+    if recipe.is_plain:
+        return [""]
+    return [f"segments.{number}." for number in range(len(recipe.segments))]
 
 
 def order_dtype(in_features: int) -> torch.dtype:
@@ -185,10 +191,9 @@ def check_finite(name: str, tensor: Tensor) -> None:
 def recipe_tensors(recipe: Recipe, packed: Sequence[Packed]) -> dict[str, Tensor]:
     """The tensors to store, named as in `mixbits.formats.pack.recipe_spec`."""
     tensors: dict[str, Tensor] = {}
-    if isinstance(recipe, Mixed) and recipe.order is not None and not recipe.folded:
-        tensors["order"] = torch.tensor(recipe.order, dtype=order_dtype(recipe.in_features))
-    for number, part in enumerate(packed):
-        prefix = f"segments.{number}." if isinstance(recipe, Mixed) else ""
+    if recipe.order is not None and not recipe.folded:
+        tensors["order"] = torch.tensor(recipe.order, dtype=order_dtype(len(recipe.order)))
+    for prefix, part in zip(segment_prefixes(recipe), packed, strict=True):
         for name, value in part._asdict().items():
             if value is not None:
                 tensors[prefix + name] = value

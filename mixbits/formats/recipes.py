@@ -1,4 +1,4 @@
-"""Recipes as JSON, for config.json: a scheme's name, or the segments of a `Mixed`.
+"""Recipes as JSON, for config.json: a scheme's name if they are plain, else the segments.
 
     "MXFP4"
     {"segments": [["MXFP8", 64], ["MXFP4", 128]], "ordered": true, "rotated": false}
@@ -11,12 +11,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from .schemes import Mixed, Recipe, ScaleMode, parse_scheme
+from .schemes import Recipe, ScaleMode, parse_scheme
 
 
 def describe(recipe: Recipe) -> Any:
     """The JSON value of a recipe; `parse_recipe` reads it back, but for the order."""
-    if not isinstance(recipe, Mixed):
+    if recipe.is_plain:
         return recipe.name
     return {
         "segments": [[scheme.name, columns] for scheme, columns in recipe.segments],
@@ -25,14 +25,16 @@ def describe(recipe: Recipe) -> Any:
     }
 
 
-def parse_recipe(value: Any, weight_scale_mode: ScaleMode, act_scale_mode: ScaleMode) -> Recipe:
+def parse_recipe(
+    value: Any, weight_scale_mode: ScaleMode = "floor", act_scale_mode: ScaleMode = "floor"
+) -> Recipe:
     """The recipe that a `schemas.RecipeJson` describes; an order is a placeholder, the natural one.
 
     Raises UsageError for schemes that are not known.
     """
     modes = weight_scale_mode, act_scale_mode
     if isinstance(value, str):
-        return parse_scheme(value, *modes)
+        return Recipe.plain(parse_scheme(value, *modes))
     segments = tuple((parse_scheme(name, *modes), n) for name, n in value["segments"])
     order = range(sum(n for _, n in segments)) if value["ordered"] else None
-    return Mixed(segments, order, value["rotated"])
+    return Recipe(segments, order, value["rotated"])

@@ -12,7 +12,7 @@ A `Format` says how one tensor is quantized: rows are cut into groups of `group_
 
 A `Scheme` pairs the format of a linear's weight with that of its input activations; the names
 are those of compressed-tensors and AutoRound. `BF16` is the scheme that leaves a linear alone.
-A `Mixed` divides the input columns of one linear among several schemes.
+A `Recipe` divides the input columns of one linear among one to eight schemes.
 
 Sources: OCP Microscaling Formats v1.0 (MX); AutoRound's data_type/int.py and data_type/mxfp.py
 (symmetric integers have a signed scale over the full range, as in llama.cpp).
@@ -164,9 +164,12 @@ class Scheme:
     def packed(self) -> bool:
         return self.weight is not None
 
-    def parts(self, in_features: int) -> tuple[tuple[Scheme, int], ...]:
-        """Schemes with the number of columns that each takes, as of a `Mixed`."""
-        return ((self, in_features),)
+    @property
+    def format(self) -> Format:
+        """The weight's format. Raises ValueError for BF16, which has none."""
+        if self.weight is None:
+            raise ValueError(f"{self.name} does not pack weights")
+        return self.weight
 
     def storage_bits(
         self, out_features: int, in_features: int, ignore_scale_bits: bool = False
@@ -181,55 +184,77 @@ BF16 = Scheme("BF16", None)
 
 
 @dataclass(frozen=True)
-class Mixed:
-    """Several schemes in one linear, each for a run of its input columns.
+class Recipe:
+    """How one linear is stored: its input columns divided among 1 to 8 schemes.
 
-    segments  schemes with numbers of columns, in the order in which they are stored
+    segments  schemes with numbers of columns, in the order in which they are stored; all columns,
+              however many, have no number (None): `Recipe.plain`
     order     place i of that order holds input column order[i]; None: as they come. A range
               stands for an order that is known to be there, and is not known yet
     rotated   the ordered columns, 32 by 32, are stored in the basis of a Hadamard matrix
     folded    the linears that make the input make it in this order: their stored rows are
               ordered instead, and the order is not stored
-
-    One segment will do, where it is ordered or rotated.
     """
 
-    segments: tuple[tuple[Scheme, int], ...]
+    segments: tuple[tuple[Scheme, int | None], ...]
     order: tuple[int, ...] | range | None = None
     rotated: bool = False
     folded: bool = False
 
     def __post_init__(self) -> None:
-        if not self.segments or any(s.weight is None or n < 1 for s, n in self.segments):
+        if self.is_plain:
+            if len(self.segments) > 1 or self.order is not None or self.rotated or self.folded:
+                raise UsageError(f"the segments of {self.name} must have numbers of columns")
+            return
+        widths = [columns or 0 for _, columns in self.segments]
+        if not self.segments or any(s.weight is None for s, _ in self.segments) or min(widths) < 1:
             got = [(scheme.name, columns) for scheme, columns in self.segments]
             raise UsageError(f"segments must be packed schemes with columns: got {got}")
         if len(self.segments) > MAX_SEGMENTS:
             raise UsageError(
                 f"one linear is divided among at most {MAX_SEGMENTS} schemes: got {self.name}"
             )
-        natural = range(self.in_features)
+        natural = range(sum(widths))
         if self.order not in (None, natural) and sorted(self.order or ()) != list(natural):
-            raise UsageError(f"an order must hold each of {self.in_features} columns once")
+            raise UsageError(f"an order must hold each of {len(natural)} columns once")
 
-    packed = True
+    @classmethod
+    def plain(cls, scheme: Scheme) -> Recipe:
+        """All columns in one scheme, as they come."""
+        return cls(((scheme, None),))
 
     @property
-    def in_features(self) -> int:
-        return sum(columns for _, columns in self.segments)
+    def is_plain(self) -> bool:
+        """Whether this is what `plain` makes; its tensors are stored without a segment's number."""
+        return any(columns is None for _, columns in self.segments)
+
+    @property
+    def scheme(self) -> Scheme | None:
+        """The scheme of a plain recipe; None where columns are divided, ordered or rotated."""
+        return self.segments[0][0] if self.is_plain else None
+
+    @property
+    def packed(self) -> bool:
+        return self.segments[0][0].packed
 
     @property
     def name(self) -> str:
         return "+".join(dict.fromkeys(scheme.name for scheme, _ in self.segments))
 
     def parts(self, in_features: int) -> tuple[tuple[Scheme, int], ...]:
-        if in_features != self.in_features:
-            raise UsageError(f"segments of {self.in_features} columns: got {in_features} columns")
-        return self.segments
+        """The segments of a linear with `in_features` columns, all with numbers of columns.
+
+        Raises UsageError where they have another number.
+        """
+        found = tuple((s, in_features if n is None else n) for s, n in self.segments)
+        if (columns := sum(n for _, n in found)) != in_features:
+            raise UsageError(f"segments of {columns} columns: got {in_features} columns")
+        return found
 
     @property
     def order_bits(self) -> int:
         """Bits of one stored entry of `order`."""
-        return 0 if self.order is None or self.folded else order_bits(self.in_features)
+        return 0 if self.order is None or self.folded else order_bits(len(self.order))
 
     def storage_bits(
         self, out_features: int, in_features: int, ignore_scale_bits: bool = False
@@ -240,12 +265,14 @@ class Mixed:
         return bits if ignore_scale_bits else bits + self.order_bits * in_features
 
 
+LEFT_ALONE = Recipe.plain(BF16)  # of a linear that nobody has a recipe for
+
+
 def order_bits(in_features: int) -> int:
     """Bits of one entry of a stored order of columns."""
     return 8 if in_features <= 1 << 8 else 16 if in_features <= 1 << 15 else 32
 
 
-Recipe: TypeAlias = Scheme | Mixed  # how one linear is stored
 Assignment: TypeAlias = Mapping[str, Recipe]  # linear -> its recipe
 
 _MX_NAME = re.compile(r"MXFP(?P<bits>4|8)(?P<element>E4M3|E5M2)?(?P<a16>A16)?")

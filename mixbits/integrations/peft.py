@@ -19,7 +19,7 @@ from peft.tuners.lora import layer as lora
 from torch import nn
 
 from ..errors import UsageError
-from ..runtime.linear import MixedLinear, PackedLinear
+from ..runtime.linear import PackedLinear
 
 # Of `init_lora_weights`: those that leave the weight which they stand before as it is.
 INITS = (True, False, "gaussian", "orthogonal", "eva")
@@ -50,7 +50,7 @@ class LoraPackedLinear(lora.Linear):
 
 
 def is_target(module: nn.Module) -> bool:
-    return isinstance(module, PackedLinear | MixedLinear)
+    return isinstance(module, PackedLinear)
 
 
 def _all_linear(original: Any) -> Any:
@@ -68,11 +68,11 @@ def _all_linear(original: Any) -> Any:
 def _packed_names(model: Any) -> set[str]:
     """Packed linears but the head, and those that have an adapter already, as peft leaves out."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    wholes: Any = (MixedLinear, tuners_utils.BaseTunerLayer)
+    tuned: Any = tuners_utils.BaseTunerLayer
     inside = {
         part
         for module in model.modules()
-        if isinstance(module, wholes)
+        if isinstance(module, tuned)
         for part in module.modules()
         if part is not module
     }
@@ -87,8 +87,7 @@ def _with_ours(original: Any) -> Any:
     @functools.wraps(original)
     def post_init(config: Any) -> None:
         original(config)
-        ours = dict.fromkeys((PackedLinear, MixedLinear), LoraPackedLinear)
-        config._register_custom_module(ours)
+        config._register_custom_module({PackedLinear: LoraPackedLinear})
 
     return post_init
 

@@ -38,10 +38,11 @@ from ..checkpoint.transformers_quantizer import MixbitsConfig
 from ..errors import UsageError
 from ..formats.arrange import check_order
 from ..formats.pack import recipe_spec
-from ..formats.schemes import BF16, Assignment, Mixed, Recipe
+from ..formats.schemes import LEFT_ALONE, Assignment, Recipe
 from ..model.experts import ExpertsLoop, GatedActivation
 from ..ops import packed_matmuls_unchecked
-from ..runtime.linear import AnyPacked, Experts, MixedLinear, PackedLinear
+from ..runtime.linear import PackedLinear
+from ..runtime.swap import Experts
 
 _ALIGNMENT = 64  # bytes: kernels read whole vectors
 
@@ -120,13 +121,12 @@ def check_cut(prefix: str, recipe: Recipe, columns: int, part: int) -> None:
     """Raise UsageError if `part` of `columns` of a linear cannot be on a GPU of their own."""
     if part == columns or not recipe.packed:
         return
-    if isinstance(recipe, Mixed):
+    if recipe.scheme is None:
         raise UsageError(
             "slabs and rotated columns cannot be cut by tensor parallelism: got "
             f"{part} of {columns} columns on a GPU ({prefix}); quantize with --target vllm"
         )
-    fmt = recipe.weight
-    assert fmt is not None
+    fmt = recipe.scheme.format
     whole = part % max(fmt.group_size, 32) == 0
     if not whole or (not fmt.symmetric and part // fmt.group_size * fmt.bits % 8):
         raise UsageError(
@@ -147,22 +147,13 @@ def _register(layer: nn.Module, name: str, parameter: nn.Parameter) -> None:
 
 def _module(recipe: Recipe, rows: int, columns: int, tensors: Mapping[str, Tensor]) -> nn.Module:
     """The linear that stored tensors make."""
-    linear: nn.Module
     if not recipe.packed:
         linear = nn.Linear(columns, rows, bias=False, device="meta")
         linear.weight = nn.Parameter(tensors["weight"], requires_grad=False)
         return linear
-    if isinstance(recipe, Mixed):
-        order = tensors.get("order")
-        if order is not None:
-            check_order(order, columns)
-        linear = MixedLinear(rows, recipe, device="meta")
-    else:
-        linear = PackedLinear(columns, rows, recipe, device="meta")
-    for name, value in tensors.items():
-        path, _, leaf = name.rpartition(".")
-        setattr(linear.get_submodule(path), leaf, value)
-    return linear
+    if (order := tensors.get("order")) is not None:
+        check_order(order, columns)
+    return PackedLinear(columns, rows, recipe, device="meta").fill(tensors)
 
 
 @register_weight_loader_v2_supported_method
@@ -226,7 +217,7 @@ class MixbitsLinearMethod(LinearMethodBase):
         """x [..., K] -> [..., sum of rows], in x's dtype."""
         linears = layer.packed
         rows = x.reshape(-1, x.shape[-1])
-        if all(isinstance(linear, AnyPacked) for linear in linears):
+        if all(isinstance(linear, PackedLinear) for linear in linears):
             outs = packed_matmuls_unchecked(rows, [linear.operand for linear in linears])
         else:
             outs = [linear(rows) for linear in linears]
@@ -445,7 +436,7 @@ class MixbitsVllmConfig(QuantizationConfig):
         if "block_sparse_moe" in prefix:
             prefix = _take_names_of_transformers(prefix)
         names = [f"{e}.{p}" for e in range(layer.global_num_experts) for p in _SHARDS.values()]
-        recipes = {name: self.recipes.get(f"{prefix}.{name}", BF16) for name in names}
+        recipes = {name: self.recipes.get(f"{prefix}.{name}", LEFT_ALONE) for name in names}
         if not any(recipe.packed for recipe in recipes.values()):
             return None
         return MixbitsExpertsMethod(layer.moe_config, prefix, recipes)
@@ -460,7 +451,7 @@ class MixbitsVllmConfig(QuantizationConfig):
             return None
         parent, dot, leaf = prefix.rpartition(".")
         parts = self.packed_modules_mapping.get(leaf, [leaf])
-        recipes = [self.recipes.get(f"{parent}{dot}{part}", BF16) for part in parts]
+        recipes = [self.recipes.get(f"{parent}{dot}{part}", LEFT_ALONE) for part in parts]
         if not any(recipe.packed for recipe in recipes):
             return UnquantizedLinearMethod()
         return MixbitsLinearMethod(prefix, recipes)

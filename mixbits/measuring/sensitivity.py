@@ -385,9 +385,8 @@ class _DeltaLossLinear(torch.autograd.Function):
 
 
 def _rounded(x: Tensor, weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
-    assert scheme.weight is not None
     rounded_x = x if scheme.activation is None else ops.fake_quantize(x, scheme.activation)
-    return ops.fake_quantize(weight, scheme.weight), rounded_x
+    return ops.fake_quantize(weight, scheme.format), rounded_x
 
 
 def _next_token_loss(logits: Tensor, ids: Tensor) -> Tensor:

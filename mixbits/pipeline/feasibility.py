@@ -14,7 +14,7 @@ from pathlib import Path
 from ..checkpoint.stock import rehearse
 from ..errors import UsageError
 from ..files.atomic import check_room
-from ..formats.schemes import BF16, Assignment
+from ..formats.schemes import LEFT_ALONE, Assignment, Recipe
 from ..measuring.scores import Scores
 from ..model.layout import decoder_blocks, head_is_tied, output_head
 from ..planning.plan import unit_options
@@ -44,7 +44,9 @@ def cheapest(run: Run) -> Assignment:
         return given_plan(run).assignment
     options = unit_options(run.units, run.schemes, run.keep)
     return {
-        info.name: min(of, key=lambda s: s.storage_bits(info.out_features, info.in_features))
+        info.name: Recipe.plain(
+            min(of, key=lambda s: s.storage_bits(info.out_features, info.in_features))
+        )
         for unit, of in zip(run.units, options, strict=True)
         for info in unit.linears
     }
@@ -78,7 +80,7 @@ def check_head(run: Run) -> list[str]:
         return []
     plan = cheapest(run)
     head = output_head(run.shapes)[0]
-    if not plan.get(head, BF16).packed:
+    if not plan.get(head, LEFT_ALONE).packed:
         return []
     without = {name: recipe for name, recipe in plan.items() if name != head}
     more, scheme = run.predicted_bytes(plan) - run.predicted_bytes(without), plan[head].name

@@ -20,7 +20,7 @@ from ..errors import UsageError
 from ..export.targets import TARGETS, advice, check_fused, check_together, default_schemes, fit
 from ..files.io import last_part
 from ..formats.arrange import Arrangement
-from ..formats.schemes import Assignment, Scheme, parse_scheme
+from ..formats.schemes import Assignment, Recipe, Scheme, parse_scheme
 from ..measuring.scores import Scores
 from ..measuring.sensitivity import measure as measure_sensitivity
 from ..measuring.sensitivity import sorted_columns
@@ -94,7 +94,7 @@ class Run:
         for scheme in self.own.schemes:
             linears = [i for i in self.linears if self.own.is_free(i.name, scheme)]
             with suppress(UsageError):
-                fit(target, linears, dict.fromkeys((i.name for i in linears), scheme))
+                fit(target, linears, dict.fromkeys((i.name for i in linears), Recipe.plain(scheme)))
                 found.append(scheme)
         return found
 
@@ -190,7 +190,7 @@ def _check_target(run: Run) -> None:
         open_to = [u for u, of in zip(run.units, options, strict=True) if scheme in of]
         linears = [info for unit in open_to for info in unit.linears]
         try:
-            fit(target, linears, dict.fromkeys((info.name for info in linears), scheme))
+            fit(target, linears, dict.fromkeys((i.name for i in linears), Recipe.plain(scheme)))
         except UsageError as error:
             raise UsageError(f"{error}; try {instead[scheme.name]}") from None
 

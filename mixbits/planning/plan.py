@@ -35,10 +35,9 @@ from ..errors import UsageError
 from ..files.io import write_text
 from ..formats.schemas import PlanFile, check
 from ..formats.schemes import (
-    BF16,
+    LEFT_ALONE,
     MX_GROUP,
     Assignment,
-    Mixed,
     Recipe,
     Scheme,
     order_bits,
@@ -76,7 +75,9 @@ def average_bits(
 ) -> float:
     """Mean bits per weight over `linears`; those without a recipe count 16."""
     bits = sum(
-        assignment.get(i.name, BF16).storage_bits(i.out_features, i.in_features, ignore_scale_bits)
+        assignment.get(i.name, LEFT_ALONE).storage_bits(
+            i.out_features, i.in_features, ignore_scale_bits
+        )
         for i in linears
     )
     return bits / sum(info.numel for info in linears)
@@ -96,9 +97,9 @@ def unit_options(
 def slab_width(schemes: Sequence[Scheme]) -> int:
     """Columns of a slab that holds whole groups of every scheme. Raises UsageError for BF16."""
     for scheme in schemes:
-        if scheme.weight is None:
+        if not scheme.packed:
             raise UsageError(f"slabs must be of packed schemes: got {scheme.name}")
-    return max([MX_GROUP, *(s.weight.group_size for s in schemes if s.weight is not None)])
+    return max([MX_GROUP, *(scheme.format.group_size for scheme in schemes)])
 
 
 def format_ranges(numbers: Sequence[int]) -> str:
@@ -129,7 +130,7 @@ def parse_ranges(ranges: str, count: int) -> list[int]:
     return sorted(found)
 
 
-def mixed_recipe(
+def recipe_of_slabs(
     slabs: Sequence[tuple[Scheme, Sequence[int]]],
     width: int,
     columns: int,
@@ -158,10 +159,10 @@ def mixed_recipe(
         places += columns_of
     natural = places == list(range(columns))
     if natural and not rotated and len(segments) == 1:
-        return segments[0][0]
+        return Recipe.plain(segments[0][0])
     if natural:
-        return Mixed(tuple(segments), None, rotated)
-    return Mixed(tuple(segments), tuple(places), rotated, folded)
+        return Recipe(tuple(segments), None, rotated)
+    return Recipe(tuple(segments), tuple(places), rotated, folded)
 
 
 def is_foldable(info: LinearInfo, names: Container[str]) -> bool:
@@ -199,14 +200,12 @@ class Plan:
                 ]
                 order = unit.get("order")
                 folded = is_foldable(self.linears[name], self.linears)
-                recipes[name] = mixed_recipe(slabs, width, columns, order, rotated, folded)
+                recipes[name] = recipe_of_slabs(slabs, width, columns, order, rotated, folded)
             else:
                 scheme = parse_scheme(unit["scheme"], *modes)
-                whole = [(scheme, [0])]
-                plain = scheme.weight is None
-                recipes[name] = (
-                    scheme if plain else mixed_recipe(whole, columns, columns, None, rotated)
-                )
+                rotates = rotated and scheme.packed
+                segments = ((scheme, columns),)
+                recipes[name] = Recipe(segments, None, True) if rotates else Recipe.plain(scheme)
         return recipes
 
     @classmethod

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ..errors import printable
-from ..formats.schemes import BF16, Assignment
+from ..formats.schemes import LEFT_ALONE, Assignment
 from ..model.layout import LinearInfo
 from ..planning.plan import average_bits
 from ..progress import Progress, duration, say
@@ -126,7 +126,7 @@ def scheme_rows(linears: Sequence[LinearInfo], assignment: Assignment) -> list[l
     for info in linears:
         leaf = info.name.rpartition(".")[2]
         kinds.setdefault(f"experts.{leaf}" if info.is_expert else leaf, []).append(info)
-    parts = {i.name: assignment.get(i.name, BF16).parts(i.in_features) for i in linears}
+    parts = {i.name: assignment.get(i.name, LEFT_ALONE).parts(i.in_features) for i in linears}
     used = {s.name: s for p in parts.values() for s, _ in p}
     schemes = sorted(used, key=lambda name: (used[name].storage_bits(128, 4096), name))
     divided = any(len(p) > 1 for p in parts.values())

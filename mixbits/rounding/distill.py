@@ -86,9 +86,8 @@ class _Linear:
         self.recipe = recipe
         self.arrangement = arrangement_of(recipe, packed[0].weight_packed.device)
         self.parts = [
-            _Part(one, scheme.weight, count)
+            _Part(one, scheme.format, count)
             for one, (scheme, count) in zip(packed, recipe.parts(columns), strict=True)
-            if scheme.weight is not None
         ]
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:

@@ -32,9 +32,8 @@ def pack_weight(name: str, weight: Tensor, scheme: Scheme) -> Packed:
 
     Raises UsageError that names the tensor if it is not finite, or too large or small for scales.
     """
-    assert scheme.weight is not None
     check_finite(name, weight)
-    return check_packed(name, weight, scheme, ops.quantize_pack(weight, scheme.weight))
+    return check_packed(name, weight, scheme, ops.quantize_pack(weight, scheme.format))
 
 
 def pack_recipe(name: str, weight: Tensor, recipe: Recipe) -> list[Packed]:
@@ -48,11 +47,10 @@ def pack_recipe(name: str, weight: Tensor, recipe: Recipe) -> list[Packed]:
 
 def packed_values(packed: Sequence[Packed], recipe: Recipe, in_features: int) -> Tensor:
     """The float32 [N, K] that packed parts stand for, in the arranged order."""
-    parts = recipe.parts(in_features)
-    pieces = []
-    for one, (scheme, columns) in zip(packed, parts, strict=True):
-        assert scheme.weight is not None
-        pieces.append(ops.dequantize(one, scheme.weight, columns))
+    pieces = [
+        ops.dequantize(one, scheme.format, columns)
+        for one, (scheme, columns) in zip(packed, recipe.parts(in_features), strict=True)
+    ]
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
 
 
@@ -88,8 +86,7 @@ def fake_input(x: Tensor, recipe: Recipe, arrangement: Arrangement) -> Tensor:
 
 
 def rounds_activations(recipe: Recipe) -> bool:
-    parts = (recipe,) if isinstance(recipe, Scheme) else (s for s, _ in recipe.segments)
-    return any(scheme.activation is not None for scheme in parts)
+    return any(scheme.activation is not None for scheme, _ in recipe.segments)
 
 
 def round_weights(

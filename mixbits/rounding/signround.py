@@ -22,7 +22,7 @@ from ..errors import UsageError, first_line
 from ..formats.compensate import search
 from ..formats.pack import Packed, pack
 from ..formats.reference import Quantized, dequantize, encode
-from ..formats.schemes import MX_GROUP, Assignment, Format, Scheme
+from ..formats.schemes import LEFT_ALONE, MX_GROUP, Assignment, Format, Scheme
 from ..model.layout import CausalLM, LinearInfo, weight_of
 from .nearest import check_packed, pack_weight
 
@@ -56,11 +56,11 @@ def layer_option(name: str, scheme: Scheme) -> dict[str, Any]:
 def _options(linears: Sequence[LinearInfo], recipes: Assignment) -> dict[str, dict[str, Any]]:
     options = {}
     for info in linears:
-        recipe = recipes.get(info.name)
-        if info.is_expert or not (recipe is None or isinstance(recipe, Scheme)):
+        recipe = recipes.get(info.name, LEFT_ALONE)
+        if info.is_expert or recipe.scheme is None:
             what = "experts" if info.is_expert else "slabs and rotations"
             raise UsageError(f"--tune cannot have {what}: {info.name}")
-        option = UNQUANTIZED if recipe is None else layer_option(info.name, recipe)
+        option = layer_option(info.name, recipe.scheme)
         if option.get("data_type", "int") != "int" and info.in_features % MX_GROUP:
             raise UsageError(
                 f"--tune needs whole MX blocks of {MX_GROUP} columns: got {info.in_features} "
@@ -83,8 +83,7 @@ def _codes(module: Any, weight: Tensor, fmt: Format) -> Quantized:
 def _packed(name: str, model: nn.Module, scheme: Scheme) -> Packed:
     module: Any = model.get_submodule(name)
     module = getattr(module, "orig_layer", module)
-    fmt, weight = scheme.weight, module.weight.detach().float().cpu()
-    assert fmt is not None
+    fmt, weight = scheme.format, module.weight.detach().float().cpu()
     codes = _codes(module, weight, fmt)
     error = (dequantize(codes, fmt) - weight).abs().amax(1)
     if bool((error > TOLERANCE * weight.abs().amax(1)).any()):
@@ -111,10 +110,10 @@ def tune(
     Raises UsageError where auto-round is not installed, fails, or lacks what the plan has.
     """
     options = _options(linears, recipes)
+    schemes = {name: r.scheme for name, r in recipes.items() if r.scheme is not None and r.packed}
     for info in linears:  # what comes back may have lost what is too small for its scales
-        recipe = recipes.get(info.name)
-        if isinstance(recipe, Scheme) and recipe.packed:
-            pack_weight(info.name, weight_of(model, info).detach(), recipe)
+        if info.name in schemes:
+            pack_weight(info.name, weight_of(model, info).detach(), schemes[info.name])
     try:
         from auto_round import AutoRound
     except ImportError:
@@ -141,5 +140,4 @@ def tune(
         tuned, _ = rounding.quantize()
     except Exception as error:
         raise UsageError(f"auto-round failed: {first_line(error)}") from error
-    chosen = {n: s for n, s in recipes.items() if isinstance(s, Scheme) and s.packed}
-    return {name: [_packed(name, tuned, scheme)] for name, scheme in chosen.items()}
+    return {name: [_packed(name, tuned, scheme)] for name, scheme in schemes.items()}

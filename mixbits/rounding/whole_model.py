@@ -25,7 +25,7 @@ from ..errors import UsageError
 from ..formats.arrange import arrangement_of
 from ..formats.compensate import search
 from ..formats.pack import Packed, Rounded, check_finite, pack
-from ..formats.schemes import Assignment, Mixed, Recipe
+from ..formats.schemes import Assignment, Recipe
 from ..model.layout import LinearInfo, output_head, weight_of
 from ..model.probing import probed
 from ..model.streaming import StreamedModel, patched
@@ -40,8 +40,7 @@ def _searched(name: str, weight: Tensor, recipe: Recipe) -> list[Packed]:
     pieces = arrangement_of(recipe, weight.device).weight(weight).float()
     packed = []
     for piece, (scheme, _) in zip(pieces.split([n for _, n in parts], 1), parts, strict=True):
-        assert scheme.weight is not None
-        codes = pack(search(piece, scheme.weight), scheme.weight)
+        codes = pack(search(piece, scheme.format), scheme.format)
         packed.append(check_packed(name, piece, scheme, codes))
     return packed
 
@@ -90,7 +89,7 @@ class _Compensation:
         if inputs.cross is not None:
             arranged = retarget(arranged, inputs.curvature, inputs.cross, self.shares[name])
         parts = recipe.parts(weight.shape[1])
-        formats = [(s.weight, n) for s, n in parts if s.weight is not None]
+        formats = [(scheme.format, columns) for scheme, columns in parts]
         codes = gptq(arranged, inputs.curvature, formats, ops.compensate_group)
         pieces = arranged.split([columns for _, columns in parts], 1)
         return [
@@ -126,10 +125,8 @@ def _version(x: Tensor) -> int | None:
 
 def _preparation(recipe: Recipe) -> object:
     """What two recipes must agree on for their inputs to be prepared alike."""
-    if isinstance(recipe, Mixed):
-        formats = tuple((scheme.activation, columns) for scheme, columns in recipe.segments)
-        return formats, recipe.order, recipe.rotated
-    return recipe.activation
+    formats = tuple((scheme.activation, columns) for scheme, columns in recipe.segments)
+    return formats, recipe.order, recipe.rotated
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..formats.arrange import arrangement_of
 from ..formats.schemes import Assignment, Recipe
 from ..rounding.nearest import fake_input, fake_weight, rounds_activations
-from .linear import swap_linears
+from .swap import swap_linears
 
 
 class FakeLinear(nn.Module):

@@ -28,7 +28,8 @@ from transformers.cache_utils import StaticLayer
 
 from ..errors import first_line
 from ..model.experts import is_experts
-from .linear import Experts, PackedLinear
+from .linear import PackedLinear
+from .swap import Experts
 
 WARM_UP = 2  # steps before the capture: kernels are compiled and chosen, workspaces allocated
 

@@ -1,7 +1,7 @@
-"""Linears that hold packed weights, and experts made of them.
+"""Linears that hold packed weights, and share the preparation of an input.
 
-`PackedLinear` keeps codes and scales and calls the kernels; `MixedLinear` is made of several, each
-for some of its columns.
+`PackedLinear` keeps codes and scales, of one to eight segments of its columns, and calls the
+kernels.
 What they must equal, up to the order of summation, is in `mixbits.runtime.fake`.
 """
 
@@ -11,9 +11,9 @@ import ctypes
 import itertools
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from operator import is_
-from typing import Any, TypeAlias, cast
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -23,10 +23,9 @@ from ..backends import gradients
 from ..errors import UsageError
 from ..formats import checks
 from ..formats.arrange import Arrangement, check_order
-from ..formats.pack import Operand, Packed, Part, order_dtype, packed_spec
-from ..formats.schemes import Mixed, Recipe, Scheme
-from ..model.experts import ExpertsLoop, expert_bias, expert_slice, is_experts, layout_of, loop_of
-from ..model.layout import FUSED_GROUPS, expert_parent, linear_weight
+from ..formats.pack import Operand, Packed, Part, order_dtype, packed_spec, recipe_tensors
+from ..formats.schemes import Format, Recipe, Scheme
+from ..model.layout import FUSED_GROUPS
 
 
 def check_loaded(linear: nn.Module, state: Mapping[str, Any], prefix: str) -> None:
@@ -61,108 +60,42 @@ class _Watched(nn.Module):
         PackedLinear.changes += 1
 
 
-class PackedLinear(_Watched):
-    """y = x Q(W)^T + bias from packed weights; x [..., K] -> y [..., N] in x's dtype.
+class Segment(_Watched):
+    """Some columns of a packed linear, in one scheme: what is stored of them.
 
-    Buffers as in `mixbits.formats.pack`, empty until a checkpoint or `PackedLinear.from_weight`
-    fills them. `backend` forces one of `mixbits.ops.backends()`; `int8_activations` is explained at
-    `mixbits.ops.packed_matmul`, and `row_scale`, which says that activations may be 8-bit floats,
-    at `mixbits.ops.packed_matmul_fp8`.
+    Buffers as in `mixbits.formats.pack`, empty until somebody fills them.
     """
 
     weight_packed: Tensor
     weight_scale: Tensor
     weight_zero_point: Tensor | None
-    row_scale: Tensor | None
-    # How often anything has been set on any packed linear: who remembers addresses and settings
-    # of all those of a model sees in one look that they still hold.
-    changes = 0
+    format: Format
+    activation: Format | None
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        scheme: Scheme,
-        bias: nn.Parameter | None = None,
-        device: torch.device | str | None = None,
+    def _hold(
+        self, scheme: Scheme, rows: int, columns: int, device: torch.device | str | None
     ) -> None:
-        super().__init__()
-        if scheme.weight is None:
-            raise ValueError(f"{scheme.name} does not pack weights")
-        self.in_features, self.out_features, self.scheme = in_features, out_features, scheme
-        self.columns = (in_features,)
-        self.backend: str | None = None
-        self.int8_activations = False
-        self.siblings: SharedInput | None = None
-        # No buffers as long as they are None: accelerate moves buffers, and takes all for tensors.
-        self.weight_zero_point = self.row_scale = None
-        for name, (dtype, shape) in packed_spec(scheme.weight, out_features, in_features).items():
+        self.format, self.activation = scheme.format, scheme.activation
+        # No buffer as long as it is None: accelerate moves buffers, and takes all for tensors.
+        self.weight_zero_point = None
+        for name, (dtype, shape) in packed_spec(scheme.format, rows, columns).items():
             vars(self).pop(name, None)
             self.register_buffer(name, torch.empty(shape, dtype=dtype, device=device))
-        self.bias = bias
-
-    @classmethod
-    def from_weight(
-        cls, weight: Tensor, scheme: Scheme, bias: nn.Parameter | None = None, name: str = "weight"
-    ) -> PackedLinear:
-        """Pack `weight` [N, K]."""
-        linear = cls(weight.shape[1], weight.shape[0], scheme, bias)
-        from ..rounding.nearest import pack_weight  # what only loads needs none of it
-
-        for buffer, value in pack_weight(name, weight, scheme)._asdict().items():
-            if value is not None:
-                setattr(linear, buffer, value)
-        return linear
 
     @property
-    def operand(self) -> Operand:
-        assert self.scheme.weight is not None
+    def part(self) -> Part:
         found = self._buffers.get  # at once, where torch would look in three places
         codes, scale, zero_point = map(found, Packed._fields)
         if codes is None or scale is None:
             codes, scale = self.weight_packed, self.weight_scale
         if zero_point is None:
             zero_point = self.weight_zero_point
-        part = Part(Packed(codes, scale, zero_point), self.scheme.weight, self.scheme.activation)
-        return Operand((part,), self.columns)
+        return Part(Packed(codes, scale, zero_point), self.format, self.activation)
 
-    @property
-    def tensors(self) -> list[Tensor]:
-        return [tensor for tensor in self._buffers.values() if tensor is not None]
-
-    def checked(self, device: torch.device) -> Operand:
-        """`operand`, as kernels on `device` can have it.
-
-        Buffers are anybody's to replace, to resize and to move: every call looks whether they are
-        what they were. Raises ValueError or TypeError that says which is not as it must be.
-        """
-        operand = self.operand
-        packed = operand.parts[0].packed
-        place = _place(device, packed)
-        if place is not None and place == self.__dict__.get("_place"):
-            return operand
-        found = checks.checked_operand(operand, self.in_features, device)
-        if all(map(is_, found.parts[0].packed, packed)) and checks.keep_size(packed):
-            self.__dict__["_place"] = place  # by this way it is no change
-        return found
-
-    @property
-    def weight(self) -> Tensor:
-        """float32 [N, K], made anew at every look: for models that look at their linears'."""
-        assert self.scheme.weight is not None
-        return ops.dequantize(self.operand.parts[0].packed, self.scheme.weight, self.in_features)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.row_scale is None or torch.compiler.is_compiling():
-            return _forward(self, x)
-        packed, fmt, _ = self.operand.parts[0]
-        rows = x.reshape(-1, self.in_features)
-        y = ops.packed_matmul_fp8(rows, packed, fmt, self.row_scale, self.backend)
-        return _add_bias(self, y.reshape(*x.shape[:-1], self.out_features))
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Segment:
         # `.to(bfloat16)` must not round float16 scales: they travel as integers.
-        is_float = self.weight_scale is not None and self.weight_scale.is_floating_point()
+        scale = getattr(self, "weight_scale", None)
+        is_float = scale is not None and scale.is_floating_point()
         if is_float:
             self.weight_scale = self.weight_scale.view(torch.int16)
         super()._apply(fn, recurse)
@@ -171,91 +104,129 @@ class PackedLinear(_Watched):
         PackedLinear.changes += 1
         return self
 
-    def extra_repr(self) -> str:
-        mode = "" if self.row_scale is None else ", activations may be fp8"
-        sizes = f"in_features={self.in_features}, out_features={self.out_features}"
-        return f"{sizes}, {self.scheme.name}{mode}"
+
+class _Siblings(Protocol):
+    """Linears of one input: `SharedInput`."""
+
+    def product(self, linear: PackedLinear, x: Tensor) -> Tensor | None: ...
 
 
-class MixedLinear(_Watched):
-    """y = x' Q(W')^T + bias from segments, each packed in a scheme of its own; x' and W' are x and
-    W arranged (`mixbits.formats.arrange`).
+class PackedLinear(Segment):
+    """y = x' Q(W')^T + bias from packed weights; x [..., K] -> y [..., N] in x's dtype.
 
-    Buffers as in `mixbits.formats.pack`. `segments` are `PackedLinear`s, whose settings hold for
-    the whole linear: all of them must have the same.
+    x' and W' are x and W as the recipe arranges them (`mixbits.formats.arrange`). A linear with a
+    plain recipe is its own only segment; others have theirs in `segments`, and `order` where that
+    is stored. `backend` forces one of `mixbits.ops.backends()`; `int8_activations` is explained at
+    `mixbits.ops.packed_matmul`, and `row_scale`, which says that activations may be 8-bit floats,
+    at `mixbits.ops.packed_matmul_fp8`.
     """
 
     order: Tensor | None
+    row_scale: Tensor | None
+    # How often anything has been set on any packed linear of the process: who remembers addresses
+    # and settings of all those of a model sees in one look that they still hold.
+    changes = 0
 
     def __init__(
         self,
+        in_features: int,
         out_features: int,
-        recipe: Mixed,
+        recipe: Recipe,
         bias: nn.Parameter | None = None,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        self.in_features, self.out_features, self.recipe = recipe.in_features, out_features, recipe
-        self.columns = tuple(columns for _, columns in recipe.segments)
-        self.siblings: SharedInput | None = None
-        if recipe.order is None or recipe.folded:
-            self.order = None  # no buffer: accelerate takes all for tensors
-        else:
-            dtype = order_dtype(self.in_features)
+        self.in_features, self.out_features, self.recipe = in_features, out_features, recipe
+        parts = recipe.parts(in_features)
+        self.columns = tuple(columns for _, columns in parts)
+        self.rotated, self.has_segments = recipe.rotated, not recipe.is_plain
+        self.backend: str | None = None
+        self.int8_activations = False
+        self.siblings: _Siblings | None = None
+        self.order = self.row_scale = None  # no buffers, as above
+        if recipe.order is not None and not recipe.folded:
+            dtype = order_dtype(in_features)
+            del self.order
             self.register_buffer("order", torch.tensor(recipe.order, dtype=dtype, device=device))
-        self.segments = nn.ModuleList(
-            PackedLinear(columns, out_features, scheme, device=device)
-            for scheme, columns in recipe.segments
-        )
+        holders: list[Segment] = [self]
+        if self.has_segments:
+            holders = [Segment() for _ in parts]
+            self.segments = nn.ModuleList(holders)
+        for holder, (scheme, columns) in zip(holders, parts, strict=True):
+            holder._hold(scheme, out_features, columns, device)
         self.bias = bias
 
+    @classmethod
+    def from_weight(
+        cls, weight: Tensor, recipe: Recipe, bias: nn.Parameter | None = None, name: str = "weight"
+    ) -> PackedLinear:
+        """Pack `weight` [N, K]."""
+        from ..rounding.nearest import pack_recipe  # what only loads needs none of it
+
+        linear = cls(weight.shape[1], weight.shape[0], recipe, bias)
+        return linear.fill(recipe_tensors(recipe, pack_recipe(name, weight, recipe)))
+
+    def fill(self, tensors: Mapping[str, Tensor]) -> PackedLinear:
+        """Take tensors, named as in `mixbits.formats.pack.recipe_spec`, as the buffers."""
+        for name, value in tensors.items():
+            path, _, leaf = name.rpartition(".")
+            setattr(self.get_submodule(path), leaf, value)
+        return self
+
     @property
-    def parts(self) -> list[PackedLinear]:
-        return cast("list[PackedLinear]", list(self.segments))
+    def parts(self) -> list[Segment]:
+        """What holds each segment's tensors."""
+        if not self.has_segments:
+            return [self]
+        segments: Any = self._modules["segments"]
+        return list(segments._modules.values())
 
     @property
     def operand(self) -> Operand:
-        parts = tuple(part.operand.parts[0] for part in self.parts)
-        return Operand(parts, self.columns, self.order, self.recipe.rotated)
-
-    def checked(self, device: torch.device) -> Operand:
-        """As of `PackedLinear`. An order is gone through again when somebody has written to it."""
-        mix, order = self.operand, self.order
-        tensors = [order, *itertools.chain.from_iterable(one.packed for one in mix.parts)]
-        version = None if order is None or order.is_inference() else order._version
-        place = _place(device, tensors), version
-        if place[0] is not None and place == self.__dict__.get("_place"):
-            return mix
-        found = checks.checked_operand(mix, self.in_features, device)
-        kept = [found.order, *itertools.chain.from_iterable(one.packed for one in found.parts)]
-        if all(map(is_, kept, tensors)) and checks.keep_size(kept):
-            self.__dict__["_place"] = place
-        return found
+        if not self.has_segments:
+            return Operand((self.part,), self.columns)
+        return Operand(tuple(s.part for s in self.parts), self.columns, self.order, self.rotated)
 
     @property
     def tensors(self) -> list[Tensor]:
-        parts = [tensor for part in self.parts for tensor in part.tensors]
-        return parts if self.order is None else [self.order, *parts]
+        holders = [self, *self.parts] if self.has_segments else [self]
+        return [x for holder in holders for x in holder._buffers.values() if x is not None]
+
+    def checked(self, device: torch.device) -> Operand:
+        """`operand`, as kernels on `device` can have it.
+
+        Buffers are anybody's to replace, to resize and to move: every call looks whether they are
+        what they were. An order is gone through again when somebody has written to it. Raises
+        ValueError or TypeError that says which is not as it must be.
+        """
+        operand = self.operand
+        place = _place(device, operand)
+        if place is not None and place == self.__dict__.get("_place"):
+            return operand
+        found = checks.checked_operand(operand, self.in_features, device)
+        tensors = _tensors(operand)
+        if all(map(is_, _tensors(found), tensors)) and checks.keep_size(tensors):
+            self.__dict__["_place"] = place  # by this way it is no change
+        return found
 
     @property
     def weight(self) -> Tensor:
-        """As of `PackedLinear`, its columns as x has them."""
-        arranged = torch.cat([part.weight for part in self.parts], 1)
-        order = None if self.order is None else self.order.long()
-        return Arrangement(order, self.recipe.rotated).restore(arranged)
-
-    @property
-    def backend(self) -> str | None:
-        return self.parts[0].backend
-
-    @property
-    def int8_activations(self) -> bool:
-        return self.parts[0].int8_activations
+        """float32 [N, K], made anew at every look: for models that look at their linears'."""
+        operand = self.operand
+        pieces = [ops.dequantize(*piece) for piece in operand.pieces]
+        arranged = pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
+        order = None if operand.order is None else operand.order.long()
+        return Arrangement(order, operand.rotated).restore(arranged)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.parts[0].weight_packed.is_meta:
+        if self.has_segments and self.parts[0].weight_packed.is_meta:
             return self._forward_offloaded(x)
-        return _forward(self, x)
+        if self.row_scale is None or torch.compiler.is_compiling():
+            return _forward(self, x)
+        packed, fmt, _ = self.part
+        rows = x.reshape(-1, self.in_features)
+        y = ops.packed_matmul_fp8(rows, packed, fmt, self.row_scale, self.backend)
+        return _add_bias(self, y.reshape(*x.shape[:-1], self.out_features))
 
     def _forward_offloaded(self, x: Tensor) -> Tensor:
         """accelerate brings a module's weights when that is called, and segments never are."""
@@ -271,39 +242,50 @@ class MixedLinear(_Watched):
                 hook.post_forward(part, None)
 
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}"
+        mode = "" if self.row_scale is None else ", activations may be fp8"
+        sizes = f"in_features={self.in_features}, out_features={self.out_features}"
+        return f"{sizes}, {self.recipe.name}{mode}"
 
 
-AnyPacked: TypeAlias = PackedLinear | MixedLinear
+def _tensors(operand: Operand) -> list[Tensor | None]:
+    """What an operand is made of."""
+    return [operand.order, *itertools.chain.from_iterable(part.packed for part in operand.parts)]
 
 
-def _place(device: torch.device, tensors: Iterable[Tensor | None]) -> object:
+def _place(device: torch.device, operand: Operand) -> object:
     """Where tensors lie in memory, and how much they take there; None if that has no answer.
 
-    What has been checked, and `checks.keep_size`d, and lies where it lay, can be read as it was.
+    What has been checked, and `checks.keep_size`d, and lies where it lay, can be read as it was; an
+    order, if nobody has written to it.
     """
+    order = operand.order
     try:
-        places = [
+        places: list[object] = [
             None if x is None else (x.data_ptr(), x.nbytes, x.is_contiguous(), x.is_neg())
-            for x in tensors
+            for part in operand.parts
+            for x in part.packed
         ]
+        if order is not None:
+            version = None if order.is_inference() else order._version
+            places += (order.data_ptr(), order.nbytes, order.is_contiguous(), order.is_neg())
+            places.append(version)
     except (AttributeError, NotImplementedError, RuntimeError):  # no tensor, or a strange one
         return None
     return PackedLinear.changes, device, places
 
 
-def _forward(linear: AnyPacked, x: Tensor) -> Tensor:
+def _forward(linear: PackedLinear, x: Tensor) -> Tensor:
     y = None if linear.siblings is None else linear.siblings.product(linear, x)
     if y is None:
         y = _products([linear], x)[0]
     return _add_bias(linear, y)
 
 
-def _add_bias(linear: AnyPacked, y: Tensor) -> Tensor:
+def _add_bias(linear: PackedLinear, y: Tensor) -> Tensor:
     return y if linear.bias is None else y + linear.bias.to(y.dtype)
 
 
-def _products(linears: Sequence[AnyPacked], x: Tensor) -> list[Tensor]:
+def _products(linears: Sequence[PackedLinear], x: Tensor) -> list[Tensor]:
     """x [..., K] times the weights of linears that see it, in the way the first is told to."""
     first, columns = linears[0], linears[0].in_features
     if not x.dim() or x.shape[-1] != columns:
@@ -324,28 +306,24 @@ def allow_fp8_activations(model: nn.Module) -> None:
     whose block scales do not lie within 15 binades (`mixbits.formats.fp8_weights`). Weights must
     be there, and stay. Raises UsageError if no linear is left.
     """
-    segments = {part for m in model.modules() if isinstance(m, MixedLinear) for part in m.parts}
-    linears = [m for m in model.modules() if isinstance(m, PackedLinear) and m not in segments]
-    parts = {m: m.operand.parts[0] for m in linears}
+    packed_ones = [m for m in model.modules() if isinstance(m, PackedLinear)]
+    parts = {m: m.part for m in packed_ones if not m.has_segments}
     chosen = [m for m, p in parts.items() if p.format.element == "e2m1" and not p.activation]
     for one in chosen:
-        packed, fmt, _ = parts[one]
-        row_scale = ops.fold_rows(packed, fmt, one.in_features)
+        row_scale = ops.fold_rows(parts[one].packed, parts[one].format, one.in_features)
         if row_scale is not None:
             del one.row_scale
             one.register_buffer("row_scale", row_scale, persistent=False)
     if all(one.row_scale is None for one in chosen):
         raise UsageError(
             f"fp8_activations needs MXFP4A16 linears with block scales within 15 binades per row: "
-            f"got {len(chosen)} MXFP4A16 linears of {len(linears)} packed in one scheme"
+            f"got {len(chosen)} MXFP4A16 linears of {len(parts)} packed in one scheme"
         )
 
 
-def packed_linear(weight: Tensor, recipe: Recipe, bias: nn.Parameter | None = None) -> AnyPacked:
+def packed_linear(weight: Tensor, recipe: Recipe, bias: nn.Parameter | None = None) -> PackedLinear:
     """An empty linear for what `recipe` makes of a weight like this one [N, K], on its device."""
     rows, columns = weight.shape
-    if isinstance(recipe, Mixed):
-        return MixedLinear(rows, recipe, bias, weight.device)
     return PackedLinear(columns, rows, recipe, bias, weight.device)
 
 
@@ -356,12 +334,12 @@ class _Waiting:
     or through which of its views: a tensor knows its address and a version, and neither tells.
     """
 
-    def __init__(self, x: Tensor, products: dict[AnyPacked, Tensor]) -> None:
+    def __init__(self, x: Tensor, products: dict[PackedLinear, Tensor]) -> None:
         self.content, self.products, self.left = content_of(x), products, len(products)
         self.states = {linear: _state(linear) for linear in products}
         self.end = weakref.ref(x, lambda _: products.clear())
 
-    def take(self, linear: AnyPacked, x: Tensor) -> Tensor | None:
+    def take(self, linear: PackedLinear, x: Tensor) -> Tensor | None:
         """The product of a linear with x; None if there is none of this x."""
         if self.states.get(linear) != _state(linear) or self.content != content_of(x):
             return None
@@ -375,7 +353,7 @@ def content_of(x: Tensor) -> object:
     return x.shape, x.dtype, ctypes.string_at(x.data_ptr(), x.nbytes)
 
 
-def _state(linear: AnyPacked) -> object:
+def _state(linear: PackedLinear) -> object:
     """What a product depends on besides its input, and whether autograd may use it later."""
     versions = [(tensor.data_ptr(), tensor._version) for tensor in linear.tensors]
     return PackedLinear.changes, torch.is_inference_mode_enabled(), versions
@@ -395,7 +373,7 @@ class SharedInput:
     MAX_TOKENS = 64
     MISSES = 3
 
-    def __init__(self, linears: list[AnyPacked]) -> None:
+    def __init__(self, linears: list[PackedLinear]) -> None:
         self.linears = linears
         self.misses_left = self.MISSES
         self._thread = threading.local()
@@ -406,7 +384,7 @@ class SharedInput:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["linears"])  # type: ignore[misc]
 
-    def product(self, linear: AnyPacked, x: Tensor) -> Tensor | None:
+    def product(self, linear: PackedLinear, x: Tensor) -> Tensor | None:
         """x times the weight of `linear`, without its bias; None to leave it to the linear."""
         waiting: _Waiting | None = self._thread.__dict__.pop("waiting", None)
         if (
@@ -445,90 +423,8 @@ def share_inputs(model: nn.Module) -> None:
     for module in model.modules():
         for names in FUSED_GROUPS:
             linears = [getattr(module, name, None) for name in names]
-            group = [linear for linear in linears if isinstance(linear, AnyPacked)]
+            group = [linear for linear in linears if isinstance(linear, PackedLinear)]
             if len(group) > 1 and len({linear.in_features for linear in group}) == 1:
                 shared = SharedInput(group)
                 for linear in group:
                     linear.siblings = shared
-
-
-class PlainLinear(nn.Module):
-    """y = x W^T + bias: an expert that was left alone among packed ones.
-
-    Its parameter is not called `weight`, or transformers would fold it into a 3-D parameter.
-    """
-
-    def __init__(self, weight: Tensor, bias: nn.Parameter | None = None) -> None:
-        super().__init__()
-        # A copy: a view would keep the weights of all experts.
-        copied = weight.detach().clone(memory_format=torch.contiguous_format)
-        self.weight_plain = nn.Parameter(copied, requires_grad=False)
-        self.bias = bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return torch.nn.functional.linear(x, self.weight_plain.to(x.dtype), bias)
-
-
-class Experts(nn.Module):
-    """Experts as modules of their own, named `<expert>.<projection>`, in place of 3-D weights."""
-
-    def __init__(self, loop: ExpertsLoop, linears: dict[str, nn.Module]) -> None:
-        super().__init__()
-        self.loop = loop
-        for name, linear in linears.items():
-            expert, projection = name.split(".")
-            if expert not in self._modules:
-                self.add_module(expert, nn.Module())
-            self.get_submodule(expert).add_module(projection, linear)
-
-    @property
-    def num_experts(self) -> int:
-        return self.loop.num_experts
-
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """As of the module whose place it takes: hidden [T, H], and mostly where tokens go."""
-
-        def linear(expert: int, projection: str, x: Tensor) -> Tensor:
-            out: Tensor = self.get_submodule(f"{expert}.{projection}")(x)
-            return out
-
-        return self.loop(linear, *args, **kwargs)
-
-
-# (linear's name, weight [N, K], bias) -> the module that takes its place
-MakeLinear = Callable[[str, Tensor, "nn.Parameter | None"], nn.Module]
-
-
-def swap_linears(model: nn.Module, names: list[str], make: MakeLinear) -> None:
-    """Replace the linears called `names` in place; experts modules become `Experts`.
-
-    Names of experts' linears may be some of a module's; the others become `PlainLinear`.
-    """
-    experts: dict[str, set[str]] = {}
-    for name in names:
-        parent = expert_parent(name)
-        if parent is not None and is_experts(model.get_submodule(parent)):
-            experts.setdefault(parent, set()).add(name)
-            continue
-        linear: Any = model.get_submodule(name)
-        weight = linear_weight(linear)
-        assert weight is not None
-        model.set_submodule(name, make(name, weight, linear.bias))
-    for parent, chosen in experts.items():
-        model.set_submodule(parent, _as_modules(model.get_submodule(parent), parent, chosen, make))
-
-
-def _as_modules(module: Any, parent: str, chosen: set[str], make: MakeLinear) -> Experts:
-    linears: dict[str, nn.Module] = {}
-    loop, layout = loop_of(module, keep=True), layout_of(module)
-    assert layout is not None
-    for expert in range(loop.num_experts):
-        for projection in layout.projections:
-            weight, bias = (f(module, expert, projection) for f in (expert_slice, expert_bias))
-            assert weight is not None
-            own = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
-            name = f"{parent}.{expert}.{projection}"
-            linear = make(name, weight, own) if name in chosen else PlainLinear(weight, own)
-            linears[f"{expert}.{projection}"] = linear
-    return Experts(loop, linears)

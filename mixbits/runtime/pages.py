@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from .linear import PackedLinear
+from .linear import Segment
 
 _PAGE = 2 << 20
 _LINE = 64
@@ -21,7 +21,7 @@ _LINE = 64
 
 def _weights(model: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
     for module in model.modules():
-        if isinstance(module, PackedLinear):
+        if isinstance(module, Segment):
             yield from ((module, name, x) for name, x in module._buffers.items() if x is not None)
         elif isinstance(module, nn.Linear):
             yield module, "weight", module.weight
@@ -46,7 +46,7 @@ def use_large_pages(model: nn.Module) -> None:
             x.shape
         )
         moved.copy_(x.detach())
-        if isinstance(module, PackedLinear):
+        if isinstance(module, Segment):
             setattr(module, name, moved)
         else:
             module.weight.data = moved

@@ -34,7 +34,7 @@ from ..formats import checks
 from ..formats.pack import packed_spec
 from . import attention
 from .cache import growing_layers
-from .linear import MixedLinear, PackedLinear, content_of
+from .linear import PackedLinear, Segment, content_of
 
 KINDS = ("Llama", "Mistral", "Qwen2", "Qwen3")  # transformers' <kind>ForCausalLM
 _LINEARS = (
@@ -218,17 +218,17 @@ class Plan:
         if type(linear) is nn.Linear:
             self._tensor(linear._parameters, "weight", shape)
             return [bias, 0, *cpu.plain_numbers(linear.weight)]
-        if type(linear) is MixedLinear:
+        _require(type(linear) is PackedLinear, "a linear's class")
+        if linear.has_segments:
             self._order(linear)
-        parts = linear.parts if type(linear) is MixedLinear else [linear]
-        _require(all(type(part) is PackedLinear for part in parts), "a linear's class")
+            _require(all(type(part) is Segment for part in linear.parts), "a linear's class")
+        _require(linear.backend in (None, "cpu"), "a linear's backend")
         try:  # what is wrong is said where a linear is called
             linear.checked(torch.device("cpu"))
         except (TypeError, ValueError):
             raise UnknownPart("a linear's tensors") from None
-        for part in parts:
-            _require(part.backend in (None, "cpu"), "a linear's backend")
-            for name in packed_spec(part.operand.parts[0].format, *shape):
+        for part in linear.parts:
+            for name in packed_spec(part.format, *shape):
                 self._keep(part._buffers, name)
                 tensor = part.get_buffer(name)
                 self.parameters.append(tensor)
@@ -236,7 +236,7 @@ class Plan:
         numbers = cpu.linear_numbers(linear.operand)
         return [bias, int(linear.int8_activations), *numbers]
 
-    def _order(self, linear: MixedLinear) -> None:
+    def _order(self, linear: PackedLinear) -> None:
         self._keep(vars(linear) if linear.order is None else linear._buffers, "order")
         if linear.order is not None:
             self.parameters.append(linear.order)

@@ -87,7 +87,7 @@ class OwnCodes:
         return [
             name
             for name, recipe in chosen.items()
-            if isinstance(recipe, Scheme) and _is_format(recipe, self.formats[name])
+            if recipe and recipe.scheme and _is_format(recipe.scheme, self.formats[name])
         ]
 
     def rounded(self, assignment: Assignment) -> dict[str, list[Packed]]:

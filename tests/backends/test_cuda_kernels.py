@@ -28,7 +28,8 @@ from mixbits.backends import cuda, cuda_fp8, scratch
 from mixbits.backends.cuda_choice import Choice
 from mixbits.formats import fp8_weights as folding
 from mixbits.formats import pack, reference
-from mixbits.formats.schemes import INTEGERS, MINIFLOATS, MX_GROUP, Format, parse_scheme
+from mixbits.formats.recipes import parse_recipe
+from mixbits.formats.schemes import INTEGERS, MINIFLOATS, MX_GROUP, Format
 from mixbits.runtime.linear import PackedLinear, allow_fp8_activations
 
 TESTS = Path(__file__).resolve().parent
@@ -460,7 +461,7 @@ def test_emulated_fp8_linear(emulated, fp8, monkeypatch):
     """A linear that allows it, with a bias, for x of three dimensions."""
     monkeypatch.setattr(ops, "choose_backend", lambda device_type, requested: "cuda")
     bias = torch.nn.Parameter(torch.randn(6, dtype=torch.bfloat16), requires_grad=False)
-    linear = PackedLinear.from_weight(torch.randn(6, 96), parse_scheme("MXFP4A16"), bias)
+    linear = PackedLinear.from_weight(torch.randn(6, 96), parse_recipe("MXFP4A16"), bias)
     allow_fp8_activations(linear)
     x = torch.randn(2, 5, 96, dtype=torch.bfloat16)
     expected = folding.matmul(

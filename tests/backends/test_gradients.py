@@ -19,23 +19,25 @@ from mixbits import ops
 from mixbits.backends import gradients
 from mixbits.errors import UsageError
 from mixbits.formats.pack import Operand
-from mixbits.formats.schemes import Mixed, parse_scheme
+from mixbits.formats.recipes import parse_recipe
+from mixbits.formats.schemes import Recipe, parse_scheme
 from mixbits.model.layout import find_linears
 from mixbits.runtime.attention import use_grouped_attention
 from mixbits.runtime.fake import FakeLinear, fake_quantize_model
-from mixbits.runtime.linear import MixedLinear, PackedLinear, share_inputs, swap_linears
+from mixbits.runtime.linear import PackedLinear, share_inputs
+from mixbits.runtime.swap import swap_linears
 from mixbits.runtime.token_step import use_decode_step
 from mixbits.source.source import open_source
 
 BACKENDS = [name for name, why in ops.backends().items() if why is None]
 SCHEMES = ["W4A16", "W2A16G64ASYM", "W8A16", "MXFP4A16", "MXFP8E5M2A16", "MXFP4", "MXFP8"]
 RECIPES = {
-    **{name: parse_scheme(name) for name in SCHEMES},
+    **{name: parse_recipe(name) for name in SCHEMES},
     "slabs": slab_recipe(172, "W4A16", "W8A16"),
     "slabs, activations": slab_recipe(172),
     "rotated": slab_recipe(172, rotated=True),
     "rotated weights": slab_recipe(172, "MXFP4A16", "MXFP8A16", rotated=True),
-    "across blocks": Mixed(
+    "across blocks": Recipe(
         ((parse_scheme("MXFP4"), 33), (parse_scheme("W8A16"), 139)), tuple(range(171, -1, -1)), True
     ),
 }
@@ -316,7 +318,7 @@ def packed_and_fake(folder, kind="llama", names=("W4A16", "W8A16"), **overrides)
     recipes = {
         info.name: slab_recipe(info.in_features, *names, rotated="down_proj" in info.name)
         if "q_proj" not in info.name
-        else parse_scheme(names[0])
+        else parse_recipe(names[0])
         for info in linears
     }
     swap_linears(models[0], list(recipes), lambda n, w, b: filled(w, recipes[n], b))
@@ -392,7 +394,7 @@ def as_plain(model):
     """The dequantized model: linears of torch."""
     model = copy.deepcopy(model)
     for name, module in list(model.named_modules()):
-        if isinstance(module, PackedLinear | MixedLinear) and ".segments." not in name:
+        if isinstance(module, PackedLinear):
             linear = torch.nn.Linear(module.in_features, module.out_features, bias=False)
             linear.weight.data, linear.bias = module.weight, module.bias
             model.set_submodule(name, linear)

@@ -18,10 +18,12 @@ import mixbits
 from mixbits.checkpoint import folder as checkpoint
 from mixbits.checkpoint.folder import make_shards, predicted_bytes, save, tensor_specs
 from mixbits.errors import UsageError
-from mixbits.formats.schemes import Mixed, parse_scheme
+from mixbits.formats.recipes import parse_recipe
+from mixbits.formats.schemes import Recipe, parse_scheme
 from mixbits.model.layout import LinearInfo, find_linears, meta_model, weight_of
 from mixbits.runtime.fake import FakeLinear
-from mixbits.runtime.linear import PackedLinear, swap_linears
+from mixbits.runtime.linear import PackedLinear
+from mixbits.runtime.swap import swap_linears
 from mixbits.source.source import Source, open_source
 
 MIX = ["MXFP4", "MXFP8", "W4A16", "BF16", "W2A16G32ASYM", "MXFP8E5M2A16", "W8A16G64ASYM"]
@@ -29,7 +31,7 @@ MIX = ["MXFP4", "MXFP8", "W4A16", "BF16", "W2A16G32ASYM", "MXFP8E5M2A16", "W8A16
 
 def mixed(linears: list[LinearInfo]) -> dict[str, Any]:
     """Every scheme in turn."""
-    return {info.name: parse_scheme(MIX[i % len(MIX)]) for i, info in enumerate(linears)}
+    return {info.name: parse_recipe(MIX[i % len(MIX)]) for i, info in enumerate(linears)}
 
 
 def saved(
@@ -53,7 +55,7 @@ def on_disk(folder: Path) -> int:
 
 def packed_in_place(model: Any, assignment: dict[str, Any]) -> Any:
     """The model with packed linears, never saved."""
-    names = [n for n, s in assignment.items() if s.weight is not None]
+    names = [n for n, s in assignment.items() if s.packed]
 
     def make(name: str, weight: Tensor, bias: Any) -> PackedLinear:
         return PackedLinear.from_weight(weight, assignment[name], bias, name)
@@ -102,7 +104,7 @@ def test_size_tensors_and_logits_are_as_said(
 def test_experts_left_alone_beside_packed_ones(tmp_path: Path) -> None:
     source, _, linears, assignment, folder = saved(tmp_path, "qwen3_moe")
     stored = load_file(folder / "model.safetensors")
-    plain = [i for i in linears if i.is_expert and assignment[i.name].weight is None]
+    plain = [i for i in linears if i.is_expert and not assignment[i.name].packed]
     assert plain
     reference = source.load()
     for info in plain:
@@ -115,7 +117,7 @@ def test_a_block_of_experts_left_alone(kind: str, tmp_path: Path) -> None:
     source = open_source(str(make_model(tmp_path / "model", kind)))
     model = source.load()
     linears = find_linears(model)
-    assignment = {i.name: parse_scheme("MXFP8") for i in linears if not i.is_expert}
+    assignment = {i.name: parse_recipe("MXFP8") for i in linears if not i.is_expert}
     save(tmp_path, source, model, linears, assignment, {})
     assert on_disk(tmp_path) == predicted_bytes(model, linears, assignment, source.dtype)
     ids = torch.arange(24)[None]
@@ -159,8 +161,8 @@ def test_config_and_companions(tmp_path: Path) -> None:
     assert quantization["quant_method"] == "mixbits"
     assert quantization["mixbits_version"] == mixbits.__version__
     assert quantization["layout"] == 1 and quantization["note"] == "kept"
-    assert quantization["modules"] == {n: s.name for n, s in assignment.items() if s.weight}
-    assert config["tie_word_embeddings"] is (assignment["lm_head"].weight is None)
+    assert quantization["modules"] == {n: s.name for n, s in assignment.items() if s.packed}
+    assert config["tie_word_embeddings"] is (not assignment["lm_head"].packed)
     assert config["dtype"] == "bfloat16" and config["hidden_size"] == 64
     for name in ("generation_config.json", "tokenizer.json", "tokenizer_config.json"):
         assert (folder / name).read_bytes() == (source.path / name).read_bytes()
@@ -298,7 +300,7 @@ def test_a_damaged_order_of_columns_is_refused(tmp_path: Path) -> None:
     linears = find_linears(model)
     order = tuple(reversed(range(64)))
     low, high = parse_scheme("MXFP4"), parse_scheme("MXFP8")
-    recipe = Mixed(((high, 32), (low, 32)), order)
+    recipe = Recipe(((high, 32), (low, 32)), order)
     (tmp_path / "out").mkdir()
     save(tmp_path / "out", source, model, linears, {PACKED: recipe}, {})
     x = torch.randn(3, 64)

@@ -27,9 +27,11 @@ from mixbits.checkpoint import transformers_quantizer
 from mixbits.checkpoint.folder import save
 from mixbits.errors import UsageError
 from mixbits.export.__main__ import main as export
-from mixbits.formats.schemes import Mixed, Recipe, parse_scheme
+from mixbits.formats.recipes import parse_recipe
+from mixbits.formats.schemes import Recipe, parse_scheme
 from mixbits.model.layout import LinearInfo, find_linears
-from mixbits.runtime.linear import Experts, MixedLinear, PackedLinear
+from mixbits.runtime.linear import PackedLinear
+from mixbits.runtime.swap import Experts
 from mixbits.source.source import open_source
 
 SCHEMES = ["MXFP4", "MXFP8", "W4A16", "W2A16G32ASYM", "BF16", "MXFP8E5M2A16", "W8A16G64ASYM"]
@@ -37,7 +39,7 @@ SCHEMES = ["MXFP4", "MXFP8", "W4A16", "W2A16G32ASYM", "BF16", "MXFP8E5M2A16", "W
 
 def whole(linears: list[LinearInfo]) -> dict[str, Recipe]:
     """Every scheme in turn."""
-    return {info.name: parse_scheme(SCHEMES[i % 7]) for i, info in enumerate(linears)}
+    return {info.name: parse_recipe(SCHEMES[i % 7]) for i, info in enumerate(linears)}
 
 
 def slabs(linears: list[LinearInfo]) -> dict[str, Recipe]:
@@ -49,7 +51,7 @@ def slabs(linears: list[LinearInfo]) -> dict[str, Recipe]:
         order = tuple(numbers.sample(range(info.in_features), info.in_features))
         segments = ((high, 32), (low, info.in_features - 32))
         folded = info.name.endswith("down_proj") and i % 2 == 0
-        recipes[info.name] = Mixed(segments, order if i % 3 else None, i % 4 == 1, folded)
+        recipes[info.name] = Recipe(segments, order if i % 3 else None, i % 4 == 1, folded)
     return recipes
 
 
@@ -246,7 +248,7 @@ def test_modules_may_be_reloaded(llama: Path, monkeypatch: pytest.MonkeyPatch) -
     importlib.reload(transformers_quantizer)
     assert auto.AUTO_QUANTIZER_MAPPING["mixbits"] is transformers_quantizer.MixbitsQuantizer
     model = AutoModelForCausalLM.from_pretrained(llama)
-    assert any(isinstance(m, PackedLinear | MixedLinear) for m in model.modules())
+    assert any(isinstance(m, PackedLinear) for m in model.modules())
     importlib.reload(importlib.import_module("transformers.quantizers"))
     assert "mixbits" in auto.AUTO_QUANTIZER_MAPPING
 

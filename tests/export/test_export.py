@@ -24,7 +24,8 @@ from mixbits.export.packed import Carrier, PackedModel
 from mixbits.export.targets import TARGETS, fit
 from mixbits.formats import reference
 from mixbits.formats.pack import pack
-from mixbits.formats.schemes import Format, Mixed, Scheme, parse_scheme
+from mixbits.formats.recipes import parse_recipe
+from mixbits.formats.schemes import Format, Recipe, Scheme, parse_scheme
 from mixbits.source.weights import Files
 
 FORMATS = [
@@ -169,11 +170,11 @@ def test_what_does_not_fit_is_converted_and_the_loss_told(
     a16 = {name: parse_scheme(name) for name in ("MXFP4A16", "MXFP8A16", "MXFP8E5M2A16")}
     order = tuple(torch.arange(160).unflatten(0, (5, 32))[[4, 0, 3, 1, 2]].flatten().tolist())
     mlp = "model.layers.0.mlp"
-    slabs = Mixed(((a16["MXFP8A16"], 96), (a16["MXFP4A16"], 64)), order)
+    slabs = Recipe(((a16["MXFP8A16"], 96), (a16["MXFP4A16"], 64)), order)
     recipes: dict[str, Any] = {
         f"{mlp}.down_proj": slabs,
-        f"{mlp}.up_proj": a16["MXFP8E5M2A16"],
-        "model.layers.0.self_attn.o_proj": Mixed(((a16["MXFP8A16"], 64),), rotated=True),
+        f"{mlp}.up_proj": Recipe.plain(a16["MXFP8E5M2A16"]),
+        "model.layers.0.self_attn.o_proj": Recipe(((a16["MXFP8A16"], 64),), rotated=True),
     }
     source, _, folder = packed(tmp_path, "MXFP4A16", recipes=recipes)
     argv = [str(folder), "--format", "compressed-tensors", "--out", str(tmp_path / "out")]
@@ -365,10 +366,7 @@ def test_activations_of_another_mode_are_refused_or_converted(
     assert main(argv) == 2
     assert "scale mode floor, not even" in capsys.readouterr().err
     model = loaded(export(folder, "compressed-tensors", "--lossy"))
-    even = {
-        n: replace(s, activation=replace(s.activation, scale_mode="even"))
-        for n, s in assignment.items()
-    }  # type: ignore[type-var, union-attr, arg-type]
+    even = dict.fromkeys(assignment, parse_recipe("MXFP4", act_scale_mode="even"))
     assert torch.equal(logits(model), logits(fake_model(source, even)))
     assert not torch.equal(logits(model), logits(fake_model(source, assignment)))
 

@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM, AutoRoundConfig
 from mixbits.export.__main__ import main
 from mixbits.export.packed import STORED_NAMES
 from mixbits.formats import reference
-from mixbits.formats.schemes import Recipe, Scheme, parse_scheme
+from mixbits.formats.recipes import parse_recipe
+from mixbits.formats.schemes import Recipe
 from mixbits.model.experts import EXPERT_PROJECTIONS
 from mixbits.model.layout import find_linears, weight_of
 from mixbits.source.source import Source
@@ -39,7 +40,7 @@ def experts(*layers: str | Sequence[str]) -> dict[str, Recipe]:
     for layer, names in enumerate(layers):
         schemes = [names] * 3 if isinstance(names, str) else names
         for name, scheme in zip(EXPERT_PROJECTIONS, schemes, strict=True):
-            parsed = parse_scheme(scheme, act_scale_mode="even")
+            parsed = parse_recipe(scheme, act_scale_mode="even")
             recipes |= {f"model.layers.{layer}.mlp.experts.{e}.{name}": parsed for e in range(4)}
     return recipes
 
@@ -64,9 +65,9 @@ def rounded(source: Source, assignment: dict[str, Recipe]) -> dict[str, Tensor]:
     """Every expert's weight as it should be, float32."""
     plain, found = source.load(), {}
     for info in find_linears(plain):
-        scheme = assignment[info.name]
+        scheme = assignment[info.name].scheme
         if info.is_expert:
-            assert isinstance(scheme, Scheme)
+            assert scheme is not None
             weight = weight_of(plain, info).detach().float()
             fmt = scheme.weight
             found[info.name] = weight if fmt is None else reference.fake_quantize(weight, fmt)
@@ -129,8 +130,8 @@ def test_a_stack_has_one_type(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     gguf = pytest.importorskip("gguf", reason="gguf is not installed")
     stack = "model.layers.0.mlp.experts"
     one = {
-        f"{stack}.2.up_proj": parse_scheme("W8A16G32"),
-        f"{stack}.1.down_proj": parse_scheme("BF16"),
+        f"{stack}.2.up_proj": parse_recipe("W8A16G32"),
+        f"{stack}.1.down_proj": parse_recipe("BF16"),
     }
     *_, folder = model(tmp_path, "qwen3_moe", "BF16", experts("MXFP4A16") | one)
     argv = [str(folder), "--format", "gguf", "--out", str(tmp_path / "out")]

@@ -20,7 +20,7 @@ from mixbits.checkpoint import folder as checkpoint
 from mixbits.checkpoint.folder import save
 from mixbits.errors import UsageError
 from mixbits.export.__main__ import main
-from mixbits.formats.schemes import Mixed, Recipe, parse_scheme
+from mixbits.formats.schemes import Recipe, parse_scheme
 from mixbits.model.layout import find_linears
 from mixbits.source.source import open_source
 from mixbits.source.weights import Files
@@ -46,7 +46,7 @@ def slabs(source: Path, head: bool) -> dict[str, Recipe]:
         order = tuple(numbers.sample(range(info.in_features), info.in_features))
         segments = ((high, 32), (low, info.in_features - 32))
         folded = info.name.endswith("down_proj") and i % 2 == 0
-        found[info.name] = Mixed(segments, order if i % 3 else None, i % 4 == 1, folded)
+        found[info.name] = Recipe(segments, order if i % 3 else None, i % 4 == 1, folded)
     return found
 
 
@@ -139,8 +139,8 @@ def test_experts_towers_and_what_was_quantized_before(maker: str, tmp_path: Path
     getattr(published, maker)(tmp_path / "model")
     source = open_source(str(tmp_path / "model"))
     linears = find_linears(source.load())
-    scheme = parse_scheme("W8A16G32")
-    recipes = {info.name: scheme for info in linears if (info.block or 0) % 2 == 0}
+    recipe = Recipe.plain(parse_scheme("W8A16G32"))
+    recipes = {info.name: recipe for info in linears if (info.block or 0) % 2 == 0}
     (tmp_path / "packed").mkdir()
     save(tmp_path / "packed", source, source.load(), linears, recipes, {"act_scale_mode": "even"})
     out = export(tmp_path / "packed", "plain", "--dtype", "float32")

@@ -11,7 +11,8 @@ from mixbits import quantize
 from mixbits.errors import UsageError
 from mixbits.export.__main__ import main as export
 from mixbits.export.targets import TARGETS, check_fused, check_together, fit
-from mixbits.formats.schemes import BF16, Mixed, Recipe, parse_scheme
+from mixbits.formats.recipes import parse_recipe
+from mixbits.formats.schemes import BF16, Recipe, parse_scheme
 from mixbits.model.experts import EXPERT_PROJECTIONS as PROJECTIONS
 from mixbits.model.layout import LinearInfo
 
@@ -21,7 +22,7 @@ def linear(name: str = "a.q_proj", rows: int = 64, columns: int = 128) -> Linear
 
 
 def scheme(name: str, mode: str = "even") -> Recipe:
-    return parse_scheme(name, act_scale_mode=mode)  # type: ignore[arg-type]
+    return parse_recipe(name, act_scale_mode=mode)  # type: ignore[arg-type]
 
 
 HELD = {
@@ -54,7 +55,7 @@ def test_what_it_does_not_hold_is_named_or_converted(target: str) -> None:
             fit(TARGETS[target], linears, plan)
         found = fit(TARGETS[target], linears, plan, lossy=True)["layer.0"]
         assert found.why and found.scheme.weight is not None
-        again = {info.name: found.scheme for info in linears}
+        again = {info.name: Recipe.plain(found.scheme) for info in linears}
         assert fit(TARGETS[target], linears, again)["layer.0"].why is None
 
 
@@ -67,12 +68,12 @@ def test_auto_round_rounds_activations_by_floor() -> None:
     with pytest.raises(UsageError, match="scale mode even, not floor"):
         fit(TARGETS["auto-round"], [info], plan)
     converted = fit(TARGETS["auto-round"], [info], plan, lossy=True)[info.name].scheme
-    assert converted == scheme("MXFP4", "floor")  # the same weights
+    assert converted == scheme("MXFP4", "floor").scheme  # the same weights
 
 
 def test_slabs_and_rotations_become_eight_bits() -> None:
-    slabs = Mixed(((parse_scheme("MXFP4A16"), 64), (parse_scheme("MXFP8A16"), 64)))
-    rotated = Mixed(((parse_scheme("MXFP4"), 128),), rotated=True)
+    slabs = Recipe(((parse_scheme("MXFP4A16"), 64), (parse_scheme("MXFP8A16"), 64)))
+    rotated = Recipe(((parse_scheme("MXFP4"), 128),), rotated=True)
     info = linear()
     for target, recipe, instead in (
         ("vllm", slabs, "MXFP8A16"),
@@ -171,12 +172,12 @@ def test_schemes_that_cannot_stand_together() -> None:
     with pytest.raises(UsageError, match="MXFP4 and W4A16"):
         check_together(TARGETS["auto-round"], both)
     check_together(TARGETS["vllm"], both)
-    groups, plan = [["a", "b"]], {"a": both[0], "b": both[1]}
+    groups, plan = [["a", "b"]], {"a": Recipe.plain(both[0]), "b": Recipe.plain(both[1])}
     with pytest.raises(UsageError, match="a, b take MXFP4, W4A16"):
         check_fused(TARGETS["vllm"], groups, plan)
     check_fused(TARGETS["compressed-tensors"], groups, plan)
     with pytest.raises(UsageError, match="a, b take BF16, MXFP4"):
-        check_fused(TARGETS["vllm"], groups, {"a": both[0]})
+        check_fused(TARGETS["vllm"], groups, {"a": plan["a"]})
 
 
 # --- python -m mixbits.quantize --target ---------------------------------------------------------

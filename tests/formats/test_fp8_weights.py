@@ -10,7 +10,8 @@ from mixbits import ops
 from mixbits.errors import UsageError
 from mixbits.formats import fp8_weights as folding
 from mixbits.formats import pack, reference
-from mixbits.formats.schemes import MINIFLOATS, Format, parse_scheme
+from mixbits.formats.recipes import parse_recipe
+from mixbits.formats.schemes import MINIFLOATS, Format
 from mixbits.runtime.linear import PackedLinear, allow_fp8_activations
 
 MXFP4 = Format("e2m1", 32)
@@ -180,7 +181,7 @@ def test_host_arithmetic(tmp_path):
 def packed_model(*schemes: str) -> torch.nn.Sequential:
     weight = torch.randn(16, 64, generator=torch.Generator().manual_seed(2))
     return torch.nn.Sequential(
-        *(PackedLinear.from_weight(weight, parse_scheme(name)) for name in schemes)
+        *(PackedLinear.from_weight(weight, parse_recipe(name)) for name in schemes)
     )
 
 

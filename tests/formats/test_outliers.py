@@ -20,10 +20,12 @@ from torch import Tensor
 from mixbits import ops
 from mixbits.backends import cpu
 from mixbits.formats.pack import Operand, order_dtype
+from mixbits.formats.recipes import parse_recipe
 from mixbits.formats.schemes import parse_scheme
 from mixbits.model.layout import find_linears
 from mixbits.runtime.fake import fake_quantize_model
-from mixbits.runtime.linear import PackedLinear, share_inputs, swap_linears
+from mixbits.runtime.linear import PackedLinear, share_inputs
+from mixbits.runtime.swap import swap_linears
 from mixbits.runtime.token_step import use_decode_step
 from mixbits.source.source import open_source
 
@@ -214,7 +216,7 @@ def outlier_model(folder, scheme, dtype):
             mlp.down_proj.weight.data[:, 7] = 0
         model.to(dtype)
     packed, rounded, exact = models
-    recipes = {info.name: parse_scheme(scheme) for info in find_linears(packed)}
+    recipes = {info.name: parse_recipe(scheme) for info in find_linears(packed)}
     swap_linears(packed, list(recipes), lambda n, w, b: PackedLinear.from_weight(w, recipes[n], b))
     for plain in (rounded, exact):
         fake_quantize_model(plain, recipes)
@@ -253,6 +255,6 @@ def test_steps_and_prefill_of_a_model_with_large_activations(tmp_path, scheme, d
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.int64, torch.int8, torch.complex64])
 def test_inputs_of_other_dtypes_are_refused(dtype):
-    linear = PackedLinear.from_weight(torch.randn(8, 64), parse_scheme("W4A16"))
+    linear = PackedLinear.from_weight(torch.randn(8, 64), parse_recipe("W4A16"))
     with pytest.raises(TypeError, match="must be bfloat16, float16 or float32: got torch"):
         linear(torch.ones(2, 64, dtype=dtype))

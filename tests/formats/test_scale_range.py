@@ -15,7 +15,7 @@ from mixbits.errors import UsageError
 from mixbits.formats.compensate import search
 from mixbits.formats.pack import pack
 from mixbits.formats.reference import e8m0_to_float
-from mixbits.formats.schemes import Mixed, parse_scheme
+from mixbits.formats.schemes import Recipe, parse_scheme
 from mixbits.rounding.gptq import Curvature, gptq
 from mixbits.rounding.nearest import check_packed, pack_recipe, packed_values
 
@@ -153,9 +153,9 @@ def test_each_segment_of_a_linear_is_judged() -> None:
     weight[:, 128:] *= 2.0**-24
     order = tuple(range(255, -1, -1))
     parts = (parse_scheme("MXFP4A16"), 128), (parse_scheme("W4A16"), 128)
-    pack_recipe("w", weight, Mixed(parts, order))  # the small half has scales small enough
+    pack_recipe("w", weight, Recipe(parts, order))  # the small half has scales small enough
     with pytest.raises(UsageError, match="W4A16 needs group scales of at least"):
-        pack_recipe("w", weight, Mixed(parts))
+        pack_recipe("w", weight, Recipe(parts))
 
 
 @pytest.mark.parametrize("rounding", ["rtn", "search", "gptq"])

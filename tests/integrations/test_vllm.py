@@ -19,7 +19,8 @@ from tiny import read
 from torch import Tensor
 
 from mixbits.errors import UsageError
-from mixbits.formats.schemes import Mixed, Recipe, parse_scheme
+from mixbits.formats.recipes import parse_recipe
+from mixbits.formats.schemes import Recipe, parse_scheme
 
 os.environ.setdefault("VLLM_TARGET_DEVICE", "cpu")
 pytest.importorskip("vllm", reason="vllm is not installed")
@@ -185,15 +186,15 @@ def test_columns_on_several_gpus(tmp_path: Path, ranks: Any, scheme: str, size: 
     close(total, checkpoint.expected(f"{MLP}.down_proj", x))
 
 
-def slabs(rotated: bool = False) -> Mixed:
+def slabs(rotated: bool = False) -> Recipe:
     order = tuple(torch.randperm(HIDDEN, generator=torch.Generator().manual_seed(0)).tolist())
     parts = (parse_scheme("MXFP8A16"), 32), (parse_scheme("MXFP4A16"), 32)
-    return Mixed(parts, order, rotated)
+    return Recipe(parts, order, rotated)
 
 
 def test_slabs_are_cut_by_rows_only(tmp_path: Path, ranks: Any) -> None:
     eight, four = (parse_scheme(name, act_scale_mode="even") for name in ("MXFP8", "MXFP4"))
-    down = Mixed(((eight, 128), (four, 128)), rotated=True)
+    down = Recipe(((eight, 128), (four, 128)), rotated=True)
     recipes: dict[str, Recipe] = {f"{ATTENTION}.{n}": slabs() for n in ("q_proj", "v_proj")}
     recipes |= {f"{MLP}.up_proj": slabs(rotated=True), f"{MLP}.down_proj": down}
     checkpoint = Checkpoint(tmp_path, "MXFP4A16,MXFP8A16", recipes)
@@ -215,8 +216,8 @@ def test_slabs_are_cut_by_rows_only(tmp_path: Path, ranks: Any) -> None:
 def test_columns_are_cut_at_whole_groups(tmp_path: Path, ranks: Any) -> None:
     for scheme, size, part in (("W4A16", 4, 64), ("W4A16G64ASYM", 4, 64), ("MXFP4A16", 16, 16)):
         with pytest.raises(UsageError, match=f"{part} of {INNER} columns"):
-            plugin.check_cut("down_proj", parse_scheme(scheme), INNER, INNER // size)
-    plugin.check_cut("down_proj", parse_scheme("W4A16G64ASYM"), INNER, INNER // 2)
+            plugin.check_cut("down_proj", parse_recipe(scheme), INNER, INNER // size)
+    plugin.check_cut("down_proj", parse_recipe("W4A16G64ASYM"), INNER, INNER // 2)
 
 
 def test_a_head_fills_up_its_vocabulary(tmp_path: Path, ranks: Any) -> None:
@@ -243,7 +244,7 @@ def test_a_head_fills_up_its_vocabulary(tmp_path: Path, ranks: Any) -> None:
 
 
 def test_what_is_not_packed_is_left_to_vllm(tmp_path: Path, ranks: Any) -> None:
-    checkpoint = Checkpoint(tmp_path, "BF16", {f"{MLP}.down_proj": parse_scheme("MXFP4A16")})
+    checkpoint = Checkpoint(tmp_path, "BF16", {f"{MLP}.down_proj": parse_recipe("MXFP4A16")})
     layer = linear.ColumnParallelLinear(
         HIDDEN, 32, bias=False, quant_config=checkpoint.config, prefix=f"{ATTENTION}.o_proj"
     )
@@ -333,7 +334,7 @@ def test_experts_on_several_gpus(tmp_path: Path, ranks: Any, schemes: str, size:
 
 def test_whole_experts_on_several_gpus(tmp_path: Path, ranks: Any) -> None:
     # The one with zero points is on the last GPU only.
-    recipes: dict[str, Recipe] = {f"{MLP}.experts.4.up_proj": parse_scheme("W4A16G32ASYM")}
+    recipes: dict[str, Recipe] = {f"{MLP}.experts.4.up_proj": parse_recipe("W4A16G32ASYM")}
     checkpoint = ExpertsCheckpoint(tmp_path, "MXFP4A16,MXFP8A16,W4A16G32,BF16", recipes)
     x, weights, choices = routed()
     total, config = torch.zeros_like(x), VllmConfig()
@@ -359,7 +360,7 @@ def test_slabs_of_experts(tmp_path: Path, ranks: Any) -> None:
         total += checkpoint.layer(2).forward_modular(x, weights, choices)
     with torch.no_grad():
         close(total, checkpoint.fake.get_submodule(f"{MLP}.experts")(x, choices, weights))
-    down = Mixed(((parse_scheme("MXFP8A16"), 128), (parse_scheme("MXFP4A16"), 128)))
+    down = Recipe(((parse_scheme("MXFP8A16"), 128), (parse_scheme("MXFP4A16"), 128)))
     checkpoint.config.recipes = {f"{MLP}.experts.1.down_proj": down}
     with pytest.raises(UsageError, match=r"cannot be cut.*128 of 256 columns.*experts\.1\.down"):
         checkpoint.layer(2)
@@ -380,7 +381,7 @@ def test_experts_that_do_not_run_are_refused(tmp_path: Path, ranks: Any) -> None
 
 
 def test_experts_that_are_left_alone(tmp_path: Path, ranks: Any) -> None:
-    recipes: dict[str, Recipe] = {f"{ATTENTION}.q_proj": parse_scheme("MXFP4A16")}
+    recipes: dict[str, Recipe] = {f"{ATTENTION}.q_proj": parse_recipe("MXFP4A16")}
     checkpoint = ExpertsCheckpoint(tmp_path, "BF16", recipes)
     layer = SimpleNamespace(global_num_experts=EXPERTS)
     assert checkpoint.config._experts(layer, f"{MLP}.experts") is None
@@ -415,7 +416,7 @@ def test_vllm_loads_a_whole_model(tmp_path: Path, one_process: None, kind: str) 
     plugin.register()
     eight = parse_scheme("MXFP8A16")
     recipes: dict[str, Recipe] = {f"{ATTENTION}.{n}": slabs() for n in ("q_proj", "k_proj")}
-    recipes |= {f"{MLP}.down_proj": Mixed(((eight, 160),), rotated=True)}
+    recipes |= {f"{MLP}.down_proj": Recipe(((eight, 160),), rotated=True)}
     source, assignment, folder = packed(tmp_path, "MXFP4A16,MXFP8A16,BF16", kind, recipes=recipes)
     model = load_in_vllm(folder)
     fake, x = fake_model(source, assignment), torch.randn(5, HIDDEN).bfloat16()
@@ -485,7 +486,7 @@ def test_vllm_reads_experts_of_compressed_tensors(
 ) -> None:
     """Its kernels for them want a GPU."""
     recipes: dict[str, Recipe] = {
-        f"{MLP}.experts.{e}.{p}": parse_scheme("MXFP4A16")
+        f"{MLP}.experts.{e}.{p}": parse_recipe("MXFP4A16")
         for e in range(4)
         for p in ("gate_proj", "up_proj", "down_proj")
     }
@@ -506,7 +507,7 @@ def test_vllm_reads_experts_that_are_left_alone(
     tmp_path: Path, one_process: None, kind: str
 ) -> None:
     plugin.register()
-    recipes: dict[str, Recipe] = {f"{ATTENTION}.q_proj": parse_scheme("MXFP4A16")}
+    recipes: dict[str, Recipe] = {f"{ATTENTION}.q_proj": parse_recipe("MXFP4A16")}
     source, _, folder = packed(tmp_path, "BF16", kind, recipes=recipes, **SMALL)
     found, wanted = experts_of(folder, kind), source.load().model.layers[0].mlp.experts
     assert torch.equal(found["w13_weight"], wanted.gate_up_proj)

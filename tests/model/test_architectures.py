@@ -15,7 +15,7 @@ from mixbits.model.layout import find_linears
 from mixbits.model.probing import probed
 from mixbits.quantize import main
 from mixbits.rounding.nearest import fake_input
-from mixbits.runtime.linear import MixedLinear, PackedLinear
+from mixbits.runtime.linear import PackedLinear
 
 if not (Path(__file__).parents[2] / "benchmarks").is_dir():
     pytest.skip("installed without its benchmarks", allow_module_level=True)
@@ -49,7 +49,7 @@ def make(folder: Path, kind: str) -> torch.nn.Module:
 
 
 def packed_names(model: torch.nn.Module) -> list[str]:
-    return [n for n, m in model.named_modules() if isinstance(m, PackedLinear | MixedLinear)]
+    return [n for n, m in model.named_modules() if isinstance(m, PackedLinear)]
 
 
 def twin_logits(model: torch.nn.Module, packed: torch.nn.Module, ids: Tensor) -> Tensor:
@@ -59,7 +59,7 @@ def twin_logits(model: torch.nn.Module, packed: torch.nn.Module, ids: Tensor) ->
         one = packed.get_submodule(name)
         if not isinstance(one, PackedLinear):
             return torch.nn.functional.linear(x, weight, bias)
-        rounded = fake_input(x, one.scheme, Arrangement()).to(x.dtype)
+        rounded = fake_input(x, one.recipe, Arrangement()).to(x.dtype)
         return torch.nn.functional.linear(rounded, one.weight.to(x.dtype), bias)
 
     with probed(model, find_linears(model), probe):

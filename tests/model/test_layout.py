@@ -31,7 +31,8 @@ from mixbits.model.streaming import StreamedModel
 from mixbits.quantize import main
 from mixbits.report.coverage import Coverage
 from mixbits.runtime.fake import fake_quantize_model
-from mixbits.runtime.linear import PackedLinear, PlainLinear, swap_linears
+from mixbits.runtime.linear import PackedLinear
+from mixbits.runtime.swap import PlainLinear, swap_linears
 from mixbits.source.source import open_source
 
 SIZES = {

@@ -10,7 +10,7 @@ import torch
 from tiny import make_model
 from torch import nn
 
-from mixbits.formats.schemes import Mixed, parse_scheme
+from mixbits.formats.schemes import Recipe, parse_scheme
 from mixbits.measuring.evaluate import sequence_kl
 from mixbits.measuring.sensitivity import measure as measure_sensitivity
 from mixbits.measuring.text import Sequences
@@ -59,8 +59,8 @@ def test_a_unit_alone_is_the_model_with_that_unit_quantized(
             scheme = parse_scheme(row["scheme"], *run.scale_modes)
             order, rotated = (f(info.name) for f in (problem.scores.order, problem.scores.rotated))
             places = None if order is None else tuple(order)
-            mixed = Mixed(((scheme, info.in_features),), places, rotated)
-            recipes[info.name] = mixed if places or rotated else scheme
+            mixed = Recipe(((scheme, info.in_features),), places, rotated)
+            recipes[info.name] = mixed if places or rotated else Recipe.plain(scheme)
         fake_quantize_model(fake, recipes)
         kl = sequence_kl(StreamedModel(model), StreamedModel(fake), IDS).mean()
         assert row["measured"] == pytest.approx(float(kl), rel=1e-3)

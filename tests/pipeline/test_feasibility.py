@@ -18,7 +18,7 @@ import mixbits
 from mixbits.checkpoint.stock import rehearse
 from mixbits.errors import UsageError
 from mixbits.files import atomic
-from mixbits.formats.schemes import parse_scheme
+from mixbits.formats.recipes import parse_recipe
 from mixbits.pipeline import feasibility, stages
 from mixbits.pipeline.options import parse_arguments
 from mixbits.source.source import open_source
@@ -196,7 +196,7 @@ def test_blocks_that_share_linears(same: bool, zamba: Path, tmp_path: Path) -> N
 def test_what_the_loader_would_refuse_is_refused_first(tmp_path: Path) -> None:
     """A plan for a linear that only the model in hand has, and a layout that was changed."""
     run = prepared(make_model(tmp_path / "model"), "--schemes", "W8A16G32", "--size", "1GB")
-    plan = {info.name: parse_scheme("W8A16G32") for info in run.linears}
+    plan = {info.name: parse_recipe("W8A16G32") for info in run.linears}
     rehearse(run.source, run.shapes, run.linears, plan)
     run.shapes.model.layers[0].mlp.register_buffer("extra", torch.empty(3, device="meta"))
     with pytest.raises(UsageError, match=r"layers.0.mlp.extra must be none: got BF16 \[3\]"):

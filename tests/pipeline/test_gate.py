@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny import make_model
 
-from mixbits.formats.schemes import parse_scheme
+from mixbits.formats.recipes import parse_recipe
 from mixbits.measuring.evaluate import sequence_kl
 from mixbits.model.layout import find_linears
 from mixbits.model.streaming import StreamedModel
@@ -94,4 +94,4 @@ def test_equals_are_settled_for_the_first(subject: Any) -> None:
     assert choice.winner.name == "first"
     assert choice.rows[0].keys() == {"name", "kl"}
     assert (choice.rows[1]["behind"], choice.rows[1]["interval"]) == (0.0, 0.0)
-    assert parse_scheme("MXFP8", "floor", "floor") in choice.winner.plan.assignment.values()
+    assert parse_recipe("MXFP8", "floor", "floor") in choice.winner.plan.assignment.values()

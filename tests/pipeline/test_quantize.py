@@ -20,7 +20,7 @@ import mixbits
 from mixbits import quantize
 from mixbits.checkpoint import folder as checkpoint
 from mixbits.files.manifest import foreign
-from mixbits.formats.schemes import parse_scheme
+from mixbits.formats.recipes import parse_recipe
 from mixbits.model.layout import find_linears, make_units
 from mixbits.pipeline import stages
 from mixbits.pipeline.options import parse_arguments
@@ -55,7 +55,7 @@ def test_everything_is_written_and_the_report_tells_it(
     source = open_source(str(shared / "llama"))
     linears = find_linears(source.load())
     plan = {
-        name: parse_scheme(unit["scheme"])
+        name: parse_recipe(unit["scheme"])
         for unit in read(out / "plan.json")["units"]
         for name in unit["linears"]
     }
@@ -262,7 +262,7 @@ def test_a_size_is_never_exceeded_and_well_used(
     def size(plan: dict[str, Any]) -> int:
         return checkpoint.predicted_bytes(model, linears, plan, source.dtype)
 
-    four, eight = ({i.name: parse_scheme(s) for i in linears} for s in ("MXFP4", "MXFP8"))
+    four, eight = ({i.name: parse_recipe(s) for i in linears} for s in ("MXFP4", "MXFP8"))
     lowest, highest = size(four), size(eight)
     sizes = [lowest, highest, *(lowest + (highest - lowest) * i // 7 for i in range(1, 7))]
     # One byte less than a plan's size, so that the header's own length decides.
@@ -270,11 +270,11 @@ def test_a_size_is_never_exceeded_and_well_used(
     for limit in [*sizes, highest - 1, highest + 10_000]:
         assert run("--size", limit, *scores) == 0
         data = read(tmp_path / "out" / "plan.json")
-        plan = {n: parse_scheme(u["scheme"]) for u in data["units"] for n in u["linears"]}
+        plan = {n: parse_recipe(u["scheme"]) for u in data["units"] for n in u["linears"]}
         assert size(plan) <= limit
         for info in linears:
             if plan[info.name].name == "MXFP4":  # no room for one more, but for a header's length
-                assert size({**plan, info.name: parse_scheme("MXFP8")}) > limit - 64
+                assert size({**plan, info.name: parse_recipe("MXFP8")}) > limit - 64
     assert size(plan) == highest
 
 
@@ -291,7 +291,7 @@ def test_dry_run_needs_config_json_only(
     rows = [line.split() for line in out.splitlines()]
     assert ["down_proj", "2", "64", "172"] in rows
     for name in ("MXFP4", "W8A16", "BF16"):
-        plan = {i.name: parse_scheme(name) for i in linears}
+        plan = {i.name: parse_recipe(name) for i in linears}
         bits = [f"{average_bits(linears, plan, ignore):.4f}" for ignore in (False, True)]
         assert [name, *bits] in [row[:3] for row in rows]
 

@@ -15,7 +15,8 @@ from transformers import AutoConfig
 
 from mixbits.errors import UsageError
 from mixbits.formats.arrange import Arrangement
-from mixbits.formats.schemes import BF16, Mixed, parse_scheme
+from mixbits.formats.recipes import parse_recipe
+from mixbits.formats.schemes import BF16, Recipe, parse_scheme
 from mixbits.measuring.scores import Scores
 from mixbits.model.layout import LinearInfo, Unit, find_linears, make_units, meta_model
 from mixbits.pipeline.options import parse_keep
@@ -25,8 +26,8 @@ from mixbits.planning.plan import (
     Problem,
     average_bits,
     format_ranges,
-    mixed_recipe,
     parse_ranges,
+    recipe_of_slabs,
     slab_width,
     solve,
     unit_options,
@@ -34,6 +35,7 @@ from mixbits.planning.plan import (
 
 MODES = ("floor", "floor")
 MX = [parse_scheme("MXFP4"), parse_scheme("MXFP8")]
+PLAIN = [Recipe.plain(scheme) for scheme in MX]
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +113,7 @@ ROWS = 3
 def test_everything_stored_is_counted(name: str, columns: int, bytes_per_row: float) -> None:
     info = LinearInfo("a", ROWS, columns, 0)
     assert parse_scheme(name).storage_bits(ROWS, columns) == 8 * ROWS * bytes_per_row
-    average = average_bits([info], {"a": parse_scheme(name)})
+    average = average_bits([info], {"a": parse_recipe(name)})
     assert average == pytest.approx(8 * bytes_per_row / columns, rel=1e-15)
 
 
@@ -125,8 +127,8 @@ def test_without_scale_bits_elements_are_counted(name: str, bits: int) -> None:
 
 def test_the_average_is_weighted_by_size_and_linears_without_a_scheme_count_16() -> None:
     linears = [LinearInfo("a", 1, 256, 0), LinearInfo("b", 3, 256, 0)]
-    assert average_bits(linears, {"a": MX[0]}) == (4.25 + 3 * 16) / 4
-    assert average_bits(linears, {"a": MX[0]}, ignore_scale_bits=True) == (4 + 3 * 16) / 4
+    assert average_bits(linears, {"a": PLAIN[0]}) == (4.25 + 3 * 16) / 4
+    assert average_bits(linears, {"a": PLAIN[0]}, ignore_scale_bits=True) == (4 + 3 * 16) / 4
 
 
 # -------------------------------------------------------------------------------------- solving
@@ -139,21 +141,21 @@ def test_the_budget_is_kept_and_used(llama: list[LinearInfo]) -> None:
             reached = average_bits(llama, plan.assignment, ignore)
             assert reached <= bits
             for info in llama:  # no room for any one linear more
-                if plan.assignment[info.name] == MX[0]:
-                    more = {**plan.assignment, info.name: MX[1]}
+                if plan.assignment[info.name] == PLAIN[0]:
+                    more = {**plan.assignment, info.name: PLAIN[1]}
                     assert average_bits(llama, more, ignore) > bits
 
 
 def test_the_two_ways_of_counting_give_the_published_tables_plans(llama: list[LinearInfo]) -> None:
-    assert set(solved(llama, Budget(8, ignore_scale_bits=True)).assignment.values()) == {MX[1]}
-    assert set(solved(llama, Budget(4, ignore_scale_bits=True)).assignment.values()) == {MX[0]}
-    assert set(solved(llama, Budget(8)).assignment.values()) == set(MX)
+    assert set(solved(llama, Budget(8, ignore_scale_bits=True)).assignment.values()) == {PLAIN[1]}
+    assert set(solved(llama, Budget(4, ignore_scale_bits=True)).assignment.values()) == {PLAIN[0]}
+    assert set(solved(llama, Budget(8)).assignment.values()) == set(PLAIN)
 
 
 def test_a_budget_that_is_exactly_a_scheme_buys_that_scheme() -> None:
     linears = [LinearInfo(f"l{i}", 7, 96, i) for i in range(3)]
     for scheme in ("MXFP4", "MXFP8"):
-        bits = average_bits(linears, {i.name: parse_scheme(scheme) for i in linears})
+        bits = average_bits(linears, {i.name: parse_recipe(scheme) for i in linears})
         chosen = {s.name for s in solved(linears, Budget(bits)).assignment.values()}
         assert chosen == {scheme}
 
@@ -224,7 +226,7 @@ def test_experts_of_a_block_agree_unless_freed(moe: list[LinearInfo]) -> None:
 def test_a_single_scheme_says_its_bits_and_takes_them(llama: list[LinearInfo]) -> None:
     with pytest.raises(UsageError, match=r"between 4\.2565 and 4\.2565 for these schemes: got 5"):
         solved(llama, Budget(5.0), ("MXFP4",))
-    assert set(solved(llama, Budget(4.2565), ("MXFP4",)).assignment.values()) == {MX[0]}
+    assert set(solved(llama, Budget(4.2565), ("MXFP4",)).assignment.values()) == {PLAIN[0]}
 
 
 def test_uniform_takes_one_scheme(llama: list[LinearInfo]) -> None:
@@ -254,8 +256,8 @@ def test_scale_modes_travel_with_the_plan(tmp_path: Path, llama: list[LinearInfo
     scores = made_up_scores(llama, ["MXFP4"], modes=modes)
     schemes = [[parse_scheme("MXFP4", *modes)]]
     solve(units, schemes, scores, Budget(4.2565), "optimal").write(tmp_path / "plan.json")
-    scheme = Plan.read(tmp_path / "plan.json", llama).assignment["lm_head"]
-    assert scheme.weight and scheme.weight.scale_mode == "rceil"
+    scheme = Plan.read(tmp_path / "plan.json", llama).assignment["lm_head"].scheme
+    assert scheme and scheme.weight and scheme.weight.scale_mode == "rceil"
     assert scheme.activation and scheme.activation.scale_mode == "even"
 
 
@@ -370,7 +372,7 @@ def test_slabs_keep_the_budget_with_their_orders_counted(
             reached = average_bits(llama, plan.assignment, ignore)
             assert bits - 0.4 < reached <= bits
             chosen = plan.assignment.values()
-            mixed = [r for r in chosen if isinstance(r, Mixed) and len(r.segments) == 2]
+            mixed = [r for r in chosen if len(r.segments) == 2]
             assert mixed or slab_width(schemes) > 32  # a slab may be a whole linear then
 
 
@@ -398,7 +400,7 @@ def test_the_dearer_scheme_goes_where_the_loss_is(llama: list[LinearInfo]) -> No
         low = parse_ranges(unit["slabs"]["MXFP4"], 99)
         assert sorted(high + low) == list(range(len(scores.slab_scores(names[0], MX[0], 32))))
         recipe = plan.assignment[names[0]]
-        assert isinstance(recipe, Mixed) and recipe.order is not None
+        assert recipe.order is not None
         first, columns = recipe.segments[0]
         slabs = high if first.name == "MXFP8" else low
         order = scores.order(names[0]) or []
@@ -422,22 +424,21 @@ def test_ranges_of_slabs() -> None:
 
 def test_a_short_slab_ends_its_linear() -> None:
     """172 columns: the last slab has 12, and blocks after it would begin amid a group."""
-    recipe = mixed_recipe([(MX[1], [0, 5]), (MX[0], [1, 2, 3, 4])], 32, 172, None, False)
-    assert isinstance(recipe, Mixed)
+    recipe = recipe_of_slabs([(MX[1], [0, 5]), (MX[0], [1, 2, 3, 4])], 32, 172, None, False)
     assert recipe.segments == ((MX[0], 128), (MX[1], 44))
     assert recipe.order == (*range(32, 160), *range(32), *range(160, 172))
 
 
 def test_one_scheme_in_the_natural_order_is_no_mixture() -> None:
-    assert mixed_recipe([(MX[0], range(3))], 32, 96, None, False) == MX[0]
-    rotated = mixed_recipe([(MX[0], range(3))], 32, 96, None, True)
-    assert rotated == Mixed(((MX[0], 96),), None, True)
+    assert recipe_of_slabs([(MX[0], range(3))], 32, 96, None, False) == PLAIN[0]
+    rotated = recipe_of_slabs([(MX[0], range(3))], 32, 96, None, True)
+    assert rotated == Recipe(((MX[0], 96),), None, True)
 
 
 @pytest.mark.parametrize("slabs", [[0, 1], [0, 1, 1], [0, 1, 2, 3]])
 def test_every_slab_is_there_once(slabs: list[int]) -> None:
     with pytest.raises(UsageError, match="each of 0-2 once"):
-        mixed_recipe([(MX[0], slabs)], 32, 96, None, False)
+        recipe_of_slabs([(MX[0], slabs)], 32, 96, None, False)
 
 
 def test_slabs_of_bf16_are_refused() -> None:
@@ -460,7 +461,7 @@ def test_a_plan_of_slabs_is_read_back_and_can_be_edited(
     (tmp_path / "plan.json").write_text(json.dumps(data))
     chosen = Plan.read(tmp_path / "plan.json", llama).assignment
     recipe = chosen["model.layers.0.self_attn.q_proj"]
-    assert isinstance(recipe, Mixed) and recipe.segments == ((MX[0], 64),)
+    assert recipe.segments == ((MX[0], 64),)
     for slabs in ({"MXFP4": "0"}, {"MXFP4": "0-1", "MXFP8": "1"}, {"MXFP4": "0-2"}):
         data["units"][0]["slabs"] = slabs
         (tmp_path / "plan.json").write_text(json.dumps(data))

@@ -14,8 +14,9 @@ from tiny import add_tokenizer, make_model, read
 from mixbits import ops
 from mixbits.errors import UsageError
 from mixbits.formats.pack import pack
+from mixbits.formats.recipes import parse_recipe
 from mixbits.formats.reference import Quantized, dequantize, encode, quantize
-from mixbits.formats.schemes import Format, parse_scheme
+from mixbits.formats.schemes import Format
 from mixbits.measuring.evaluate import sequence_kl
 from mixbits.model import streaming
 from mixbits.model.streaming import StreamedModel
@@ -107,7 +108,7 @@ def test_blocks_one_at_a_time_learn_the_same(
 
 def test_experts_that_no_token_reached_stay(tmp_path: Path) -> None:
     _, model, linears, _, _ = opened(tmp_path, "qwen3_moe")
-    chosen = {i.name: parse_scheme("MXFP4", *MODES) for i in linears}
+    chosen = {i.name: parse_recipe("MXFP4", *MODES) for i in linears}
     streamed = StreamedModel(model)
     rounded = round_model(streamed, linears, chosen, "rtn")
     one_token = torch.zeros(1, 2, dtype=torch.int64)

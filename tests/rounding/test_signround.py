@@ -12,7 +12,7 @@ from tiny import VOCAB, add_tokenizer, make_model, read
 pytest.importorskip("auto_round")
 
 from mixbits.errors import UsageError
-from mixbits.formats.schemes import parse_scheme
+from mixbits.formats.recipes import parse_recipe
 from mixbits.measuring.evaluate import sequence_kl
 from mixbits.model.layout import find_linears
 from mixbits.model.streaming import StreamedModel
@@ -28,7 +28,7 @@ def test_tuned_weights_are_packed_and_better_than_nearest(tmp_path: Path) -> Non
     make_model(add_tokenizer(tmp_path), hidden_size=128, intermediate_size=192)
     source = open_source(str(tmp_path))
     linears = find_linears(source.load())
-    recipes = {i.name: parse_scheme(SCHEMES[k % 8]) for k, i in enumerate(linears)}
+    recipes = {i.name: parse_recipe(SCHEMES[k % 8]) for k, i in enumerate(linears)}
     ids = torch.randint(VOCAB, (8, 32), generator=torch.Generator().manual_seed(3))
     tuned = tune(source.load(), source.tokenizer(), linears, recipes, ids, iterations=30)
     assert set(tuned) == {n for n, s in recipes.items() if s.packed}
@@ -61,7 +61,7 @@ def test_tuned_weights_are_packed_and_better_than_nearest(tmp_path: Path) -> Non
 def test_what_auto_round_cannot_have(tmp_path: Path, kind: str, scheme: str, what: str) -> None:
     source = open_source(str(make_model(tmp_path, kind)))
     linears = find_linears(source.load())
-    recipes = {i.name: parse_scheme(scheme) for i in linears}
+    recipes = {i.name: parse_recipe(scheme) for i in linears}
     with pytest.raises(UsageError, match=what):
         tune(source.load(), None, linears, recipes, torch.zeros(2, 8, dtype=torch.int64), 1)
 

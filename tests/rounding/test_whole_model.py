@@ -12,7 +12,8 @@ from tiny import KINDS, MOE_KINDS, make_model
 import mixbits
 from mixbits.checkpoint import folder as checkpoint
 from mixbits.errors import UsageError
-from mixbits.formats.schemes import BF16, Mixed, Recipe, parse_scheme
+from mixbits.formats.recipes import parse_recipe
+from mixbits.formats.schemes import LEFT_ALONE, Recipe, parse_scheme
 from mixbits.measuring.evaluate import sequence_kl
 from mixbits.model.layout import LinearInfo, find_linears
 from mixbits.model.streaming import StreamedModel
@@ -33,14 +34,16 @@ def recipes(linears: list[Any]) -> dict[str, Recipe]:
         columns = info.in_features
         order = tuple(reversed(range(columns)))
         found[info.name] = [
-            mxfp4,
-            Mixed(((mxfp8, 32), (mxfp4, columns - 32)), order),
-            w4,
-            Mixed(((mxfp4, columns),), None, rotated=True),
-            Mixed(((parse_scheme("W8A16G32"), 32), (w4, columns - 32)), order, rotated=True),
+            Recipe.plain(mxfp4),
+            Recipe(((mxfp8, 32), (mxfp4, columns - 32)), order),
+            Recipe.plain(w4),
+            Recipe(((mxfp4, columns),), None, rotated=True),
+            Recipe(((parse_scheme("W8A16G32"), 32), (w4, columns - 32)), order, rotated=True),
         ][number % 5]
         if info.name.endswith("down_proj"):  # its order goes into the rows of gate and up
-            found[info.name] = Mixed(((mxfp8, 32), (mxfp4, columns - 32)), order, True, folded=True)
+            found[info.name] = Recipe(
+                ((mxfp8, 32), (mxfp4, columns - 32)), order, True, folded=True
+            )
     return found
 
 
@@ -96,9 +99,9 @@ def test_a_folded_order_changes_no_logit(kind: str, left_alone: str, tmp_path: P
         for info in linears:
             order = orders[info.name]
             if info.name.endswith("down_proj"):
-                chosen[info.name] = Mixed(((mxfp8, info.in_features),), order, folded=folded)
+                chosen[info.name] = Recipe(((mxfp8, info.in_features),), order, folded=folded)
             elif not (left_alone and info.name.endswith(left_alone)):
-                chosen[info.name] = mxfp8
+                chosen[info.name] = Recipe.plain(mxfp8)
         folder = tmp_path / f"folded {folded}"
         folder.mkdir()
         checkpoint.save(folder, source, model, linears, chosen, {})
@@ -114,7 +117,7 @@ def test_compensation_brings_the_model_nearer_to_the_original(scheme: str, tmp_p
     source = open_source(str(make_model(tmp_path, num_hidden_layers=3)))
     model = StreamedModel(source.load())
     linears = find_linears(model.model)
-    chosen = {i.name: parse_scheme(scheme, *MODES) for i in linears}
+    chosen = {i.name: parse_recipe(scheme, *MODES) for i in linears}
     ids = torch.randint(0, 130, (96, 32))
     fresh = torch.randint(0, 130, (32, 32))
     kl = {}
@@ -139,7 +142,7 @@ def test_linears_without_a_recipe_are_left_alone(tmp_path: Path) -> None:
     _, model, linears, chosen, ids = opened(tmp_path / "model", "qwen3_moe")
     expert = next(i.name for i in linears if i.is_expert)
     del chosen[expert]
-    chosen[linears[0].name] = BF16
+    chosen[linears[0].name] = LEFT_ALONE
     before = {name: value.clone() for name, value in model.state_dict().items()}
     rounded = round_model(StreamedModel(model), linears, chosen, "gptq", ids)
     assert set(rounded) == {i.name for i in linears} - {expert, linears[0].name}
@@ -151,7 +154,7 @@ def test_linears_without_a_recipe_are_left_alone(tmp_path: Path) -> None:
 def test_inputs_that_change_in_place_are_looked_at_again() -> None:
     """A module may write to what it has given to a linear, and give it to the next."""
     infos = [LinearInfo(name, 8, 32, 0) for name in ("q", "k")]
-    recipes = {info.name: parse_scheme("W4A16", *MODES) for info in infos}
+    recipes = {info.name: parse_recipe("W4A16", *MODES) for info in infos}
     weight = torch.randn(8, 32)
     found = []
     for write in (lambda x: x.mul_(-2).add_(1), lambda x: 1 - 2 * x):

@@ -12,10 +12,11 @@ from tiny import make_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
-from mixbits.formats.schemes import parse_scheme
+from mixbits.formats.recipes import parse_recipe
 from mixbits.model.layout import find_linears
 from mixbits.runtime import graphs
-from mixbits.runtime.linear import PackedLinear, share_inputs, swap_linears
+from mixbits.runtime.linear import PackedLinear, share_inputs
+from mixbits.runtime.swap import swap_linears
 
 NEW = 9
 OPTIONS = {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
@@ -51,7 +52,7 @@ def packed_model(folder, kind="llama", device="cpu", scheme="MXFP4A16"):
         model,
         [info.name for info in find_linears(model)],
         lambda name, weight, bias: PackedLinear.from_weight(
-            weight, parse_scheme(scheme), bias, name
+            weight, parse_recipe(scheme), bias, name
         ),
     )
     share_inputs(model)

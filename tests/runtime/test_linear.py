@@ -15,11 +15,13 @@ from tiny import KINDS, make_model
 from mixbits import ops
 from mixbits.backends import cpu
 from mixbits.errors import UsageError
-from mixbits.formats.schemes import parse_scheme
+from mixbits.formats.recipes import parse_recipe
+from mixbits.formats.schemes import Recipe, parse_scheme
 from mixbits.model.layout import find_linears, weight_of
 from mixbits.rounding.nearest import pack_weight, round_weights
 from mixbits.runtime.fake import FakeLinear, fake_quantize_model
-from mixbits.runtime.linear import PackedLinear, share_inputs, swap_linears
+from mixbits.runtime.linear import PackedLinear, share_inputs
+from mixbits.runtime.swap import swap_linears
 from mixbits.source.source import open_source
 
 SCHEMES = ["MXFP4", "MXFP8", "MXFP8E5M2", "MXFP4A16", "MXFP8A16", "MXFP8E5M2A16"]
@@ -70,8 +72,8 @@ def test_packed_linear_equals_fake_linear(isa, name):
     weight = torch.randn(100, 172, generator=generator).bfloat16()
     bias = torch.nn.Parameter(torch.randn(100, generator=generator))
     x = torch.randn(2, 5, 172, generator=generator)
-    packed = PackedLinear.from_weight(weight, scheme, bias)(x)
-    fake = FakeLinear(weight, scheme, bias)
+    packed = PackedLinear.from_weight(weight, Recipe.plain(scheme), bias)(x)
+    fake = FakeLinear(weight, Recipe.plain(scheme), bias)
     exact = fake(x).double()
     rows, rounded = x.double(), fake.weight_fake.double()
     if scheme.activation is not None:
@@ -90,7 +92,7 @@ def test_packed_linear_equals_fake_linear(isa, name):
 def test_packed_model_equals_fake_model(tmp_path, kind, name, dtype):
     make_model(tmp_path, kind)
     ids = torch.arange(24).reshape(2, 12)
-    gap, own = logit_gap(tmp_path, parse_scheme(name), dtype, ids)
+    gap, own = logit_gap(tmp_path, parse_recipe(name), dtype, ids)
     assert own > 0
     # Both stray from float64 by about `own`, independently: twice that separates them at most.
     assert gap <= 2 * own
@@ -100,7 +102,7 @@ def shared_pair(schemes=("MXFP4", "W4A16")):
     parent = torch.nn.Module()
     for name, scheme in zip(("gate_proj", "up_proj"), schemes, strict=True):
         bias = torch.nn.Parameter(torch.randn(24), requires_grad=False)
-        linear = PackedLinear.from_weight(torch.randn(24, 64), parse_scheme(scheme), bias)
+        linear = PackedLinear.from_weight(torch.randn(24, 64), parse_recipe(scheme), bias)
         parent.add_module(name, linear)
     alone = [(linear, linear(torch.ones(1, 2, 64))) for linear in parent.children()]
     share_inputs(parent)
@@ -313,7 +315,7 @@ def test_offloaded_weights(recipe, buffers):
     from accelerate import cpu_offload
     from test_mixed import filled, slab_recipe
 
-    recipe = slab_recipe(64) if recipe == "slabs" else parse_scheme(recipe)
+    recipe = slab_recipe(64) if recipe == "slabs" else parse_recipe(recipe)
     parent = torch.nn.Module()
     for name in ("gate_proj", "up_proj"):
         parent.add_module(name, filled(torch.randn(24, 64), recipe))
@@ -327,7 +329,7 @@ def test_offloaded_weights(recipe, buffers):
 
 
 def test_to_bfloat16_keeps_scales():
-    linear = PackedLinear.from_weight(torch.randn(32, 128), parse_scheme("W4A16"))
+    linear = PackedLinear.from_weight(torch.randn(32, 128), parse_recipe("W4A16"))
     scale = linear.weight_scale.clone()
     linear.to(torch.bfloat16).half().float()
     assert linear.weight_scale.dtype == torch.float16
@@ -351,7 +353,7 @@ def test_weights_beyond_float16_scales_are_refused_by_name():
 
 def test_bf16_does_not_pack():
     with pytest.raises(ValueError, match="BF16 does not pack"):
-        PackedLinear(32, 32, parse_scheme("BF16"))
+        PackedLinear(32, 32, parse_recipe("BF16"))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -359,7 +361,7 @@ def test_every_linear_is_swapped(tmp_path, kind):
     make_model(tmp_path, kind)
     model = open_source(str(tmp_path)).load()
     linears = find_linears(model)
-    packed_copy(model, {i.name: parse_scheme("MXFP4") for i in linears})
+    packed_copy(model, {i.name: parse_recipe("MXFP4") for i in linears})
     assert all(isinstance(model.get_submodule(i.name), PackedLinear) for i in linears)
     with torch.no_grad():
         out = model.generate(torch.arange(4)[None], max_new_tokens=4, do_sample=False)
@@ -373,7 +375,7 @@ def test_round_weights_rounds_in_place_and_spares_a_tied_embedding(tmp_path, kin
     model, before = source.load(), source.load()
     linears = find_linears(model, include_head=True)
     scheme = parse_scheme("MXFP4")
-    round_weights(model, linears, {i.name: scheme for i in linears})
+    round_weights(model, linears, {i.name: Recipe.plain(scheme) for i in linears})
     from mixbits.formats.reference import fake_quantize
 
     for info in linears:

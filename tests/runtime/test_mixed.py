@@ -11,12 +11,13 @@ import mixbits
 from mixbits import ops
 from mixbits.checkpoint import folder as checkpoint
 from mixbits.formats.arrange import Arrangement, arrangement_of
-from mixbits.formats.pack import Operand, Part, order_dtype, recipe_tensors
-from mixbits.formats.schemes import MAX_SEGMENTS, Mixed, parse_scheme
+from mixbits.formats.pack import Operand, Part, order_dtype
+from mixbits.formats.recipes import parse_recipe
+from mixbits.formats.schemes import MAX_SEGMENTS, Recipe, parse_scheme
 from mixbits.model.layout import find_linears
-from mixbits.rounding.nearest import pack_recipe
 from mixbits.runtime.fake import FakeLinear, fake_quantize_model
-from mixbits.runtime.linear import MixedLinear, packed_linear, share_inputs, swap_linears
+from mixbits.runtime.linear import PackedLinear, packed_linear, share_inputs
+from mixbits.runtime.swap import swap_linears
 from mixbits.source.source import open_source
 
 # Names of segments' schemes, with columns: whole blocks, blocks across a boundary, a short end.
@@ -179,11 +180,7 @@ def test_refused_mixes():
 
 
 def filled(weight, recipe, bias=None):
-    linear = packed_linear(weight, recipe, bias)
-    for name, value in recipe_tensors(recipe, pack_recipe("weight", weight, recipe)).items():
-        owner, _, leaf = name.rpartition(".")
-        setattr(linear.get_submodule(owner), leaf, value)
-    return linear
+    return PackedLinear.from_weight(weight, recipe, bias)
 
 
 def slab_recipe(columns, low="MXFP4", high="MXFP8", rotated=False, seed=0, folded=False):
@@ -194,7 +191,7 @@ def slab_recipe(columns, low="MXFP4", high="MXFP8", rotated=False, seed=0, folde
     order = (*shuffled, *range(len(shuffled), columns))
     first = max(32, columns // 96 * 32)
     segments = ((parse_scheme(high), first), (parse_scheme(low), columns - first))
-    return Mixed(segments, order, rotated, folded)
+    return Recipe(segments, order, rotated, folded)
 
 
 @pytest.mark.parametrize("rotated", [False, True])
@@ -267,7 +264,7 @@ def test_folding_changes_no_bfloat16_logit_beyond_rounding(isa, tmp_path):
         recipes = {
             info.name: slab_recipe(info.in_features, rotated=True, folded=folded)
             if info.name.endswith("down_proj")
-            else parse_scheme("MXFP8")
+            else parse_recipe("MXFP8")
             for info in linears
         }
         folder = tmp_path / f"folded {folded}"
@@ -319,7 +316,7 @@ def test_linears_of_one_order_are_multiplied_in_one_call(monkeypatch):
         ops, "packed_matmuls_unchecked", lambda *a: calls.append(len(a[1])) or original(*a)
     )
     for linear, expected in alone:
-        assert isinstance(linear, MixedLinear) and torch.equal(linear(x), expected)
+        assert torch.equal(linear(x), expected)
     assert calls == [3]
 
 

@@ -10,7 +10,7 @@ import torch
 from test_linear import packed_copy
 from tiny import make_model
 
-from mixbits.formats.schemes import parse_scheme
+from mixbits.formats.recipes import parse_recipe
 from mixbits.model.layout import find_linears
 from mixbits.runtime.linear import PackedLinear
 from mixbits.runtime.pages import use_large_pages
@@ -24,7 +24,7 @@ def tensors(model):
 def make(folder, kind="qwen2", **sizes):
     model = open_source(str(make_model(folder, kind, **sizes))).load().requires_grad_(False)
     names = [info.name for info in find_linears(model)][1:]  # one is left alone, as is the head
-    return packed_copy(model, dict.fromkeys(names, parse_scheme("W4A16ASYM")))
+    return packed_copy(model, dict.fromkeys(names, parse_recipe("W4A16ASYM")))
 
 
 def test_weights_move_and_stay_what_they_are(tmp_path):

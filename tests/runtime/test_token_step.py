@@ -17,11 +17,12 @@ from transformers import AutoTokenizer, DynamicCache, StaticCache
 import mixbits
 from mixbits import demo
 from mixbits.backends import cpu
-from mixbits.formats.schemes import parse_scheme
+from mixbits.formats.recipes import parse_recipe
 from mixbits.model.layout import find_linears
 from mixbits.runtime.cache import GrowingLayer
 from mixbits.runtime.fake import fake_quantize_model
-from mixbits.runtime.linear import share_inputs, swap_linears
+from mixbits.runtime.linear import share_inputs
+from mixbits.runtime.swap import swap_linears
 from mixbits.runtime.token_step import Angles, use_decode_step
 from mixbits.source.source import open_source
 
@@ -61,7 +62,7 @@ def recipes_of(model, mix):
             for info in linears
         }
     turns = itertools.cycle(MIXES[mix])
-    return {info.name: parse_scheme(next(turns)) for info in linears}
+    return {info.name: parse_recipe(next(turns)) for info in linears}
 
 
 def make(folder, kind="llama", mix="weights", dtype=torch.float32, **overrides):
@@ -152,7 +153,7 @@ def test_steps_do_not_depend_on_threads(tmp_path, mix):
 def test_generate_gives_the_tokens_that_the_modules_give(steps, monkeypatch):
     source = open_source(str(demo.MODEL_DIR))
     model = source.load().float().eval().requires_grad_(False)
-    packed_copy(model, {n: s for n, s in recipes_of(model, "weights").items() if s.weight})
+    packed_copy(model, {n: s for n, s in recipes_of(model, "weights").items() if s.packed})
     tokenizer = AutoTokenizer.from_pretrained(demo.MODEL_DIR)
     inputs = tokenizer("def main(arguments):", return_tensors="pt")
     modules = model.generate(**inputs, max_new_tokens=200, do_sample=False)

@@ -26,7 +26,7 @@ from transformers import AutoTokenizer
 import mixbits
 from mixbits import demo, serve
 from mixbits.checkpoint import folder as checkpoint
-from mixbits.formats.schemes import parse_scheme
+from mixbits.formats.recipes import parse_recipe
 from mixbits.model.layout import find_linears
 from mixbits.runtime.token_step import DecodeStep
 from mixbits.server.jobs import Done
@@ -48,7 +48,7 @@ def pack_demo(out: Path) -> Path:
     source = open_source(str(demo.MODEL_DIR))
     model = source.load()
     linears = find_linears(model, include_head=True)
-    schemes = [parse_scheme(name) for name in ("MXFP4", "MXFP8")]
+    schemes = [parse_recipe(name) for name in ("MXFP4", "MXFP8")]
     assignment = {info.name: schemes[i % 2] for i, info in enumerate(linears)}
     checkpoint.save(out, source, model, linears, assignment, {})
     return out

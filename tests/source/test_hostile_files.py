@@ -30,7 +30,8 @@ from mixbits.checkpoint.folder import quantization_config
 from mixbits.checkpoint.transformers_quantizer import MixbitsConfig, read_config
 from mixbits.errors import UsageError
 from mixbits.files.io import check_file, read_json, read_object
-from mixbits.formats.schemes import Mixed, parse_scheme
+from mixbits.formats.recipes import parse_recipe
+from mixbits.formats.schemes import Recipe, parse_scheme
 from mixbits.measuring.scores import Scores, _digest
 from mixbits.model.layout import LinearInfo
 from mixbits.planning.plan import Plan, average_bits
@@ -300,8 +301,8 @@ def test_tensors_have_names_for_a_sentence(name: str, tmp_path: Path) -> None:
 
 
 def packed_config() -> dict[str, Any]:
-    mixed = Mixed(((parse_scheme("MXFP8"), 32), (parse_scheme("MXFP4"), 32)), tuple(range(64)))
-    modules = {"a": parse_scheme("W4A16"), "b": mixed}
+    mixed = Recipe(((parse_scheme("MXFP8"), 32), (parse_scheme("MXFP4"), 32)), tuple(range(64)))
+    modules = {"a": parse_recipe("W4A16"), "b": mixed}
     told = {**quantization_config(modules, {}), "checksum": "00000000"}
     return {"model_type": "llama", "quantization_config": told}
 

@@ -21,7 +21,7 @@ import mixbits
 from mixbits.errors import UsageError
 from mixbits.model.layout import find_linears, weight_of
 from mixbits.quantize import main
-from mixbits.runtime.linear import MixedLinear, PackedLinear
+from mixbits.runtime.linear import PackedLinear
 from mixbits.source import source as source_module
 from mixbits.source.source import Source, open_source
 
@@ -118,7 +118,7 @@ def twin(source: Source, packed: Any) -> Any:
     modules = dict(packed.named_modules())
     for info in find_linears(model):
         one = modules.get(info.name)
-        if isinstance(one, PackedLinear | MixedLinear):
+        if isinstance(one, PackedLinear):
             weight_of(model, info).copy_(one.weight)
     return model
 
@@ -158,7 +158,7 @@ def test_a_published_folder_is_quantized(
     for one in source.weights.carried:
         assert all(same_bits(out[part], before[part]) for part in one.parts)
     packed = mixbits.load(tmp_path / "out", dtype=torch.float32)
-    names = {n for n, m in packed.named_modules() if isinstance(m, PackedLinear | MixedLinear)}
+    names = {n for n, m in packed.named_modules() if isinstance(m, PackedLinear)}
     split = {name.rsplit(".", 2)[0] for name in names}
     for name, group in source.weights.groups.items():  # what is left is what it was
         owner = name.rpartition(".")[0]
@@ -233,7 +233,7 @@ def test_a_format_of_ours_is_not_rounded_twice(
     found = quantized(tmp_path, maker, schemes, bits, "--rounding", "gptq")
     packed = mixbits.load(tmp_path / "out")
     linears = [m for m in packed.named_modules() if isinstance(m[1], PackedLinear)]
-    assert {m.scheme.name for _, m in linears} == {kept}
+    assert {m.recipe.name for _, m in linears} == {kept}
     for name, linear in linears:
         if (value := found.plain.get(f"{name}.weight")) is not None:  # others are experts
             torch.testing.assert_close(linear.weight, value, rtol=1e-6, atol=0)
