@@ -19,14 +19,11 @@ from ..export.targets import DEFAULT_SCHEMES
 from ..files.atomic import check_destination
 from ..files.io import read_object
 from ..formats.schemes import parse_scheme
-from ..measuring.hub_data import _OTHERS, check_dataset
+from ..measuring.hub_data import check_dataset
 from ..report.charts import check_plotting
 from ..source.model_files import already_quantized, check_name
 from .options import parse_keep
 
-_OTHERS |= {".pkl", ".pickle", ".safetensors", ".gguf", ".h5", ".hdf5", ".tfrecord", ".msgpack"}
-_OTHERS |= {".gz", ".bz2", ".xz", ".zst", ".zip", ".7z", ".tar", ".tgz", ".rar", ".lz4", ".sqlite"}
-_OTHERS |= {".db", ".xls", ".xlsx", ".pdf", ".doc", ".docx", ".odt", ".epub"}
 _TASKS = Path(__file__).parent.parent / "demo" / "tasks"
 _SIZES = {"hidden_size", "intermediate_size", "moe_intermediate_size", "head_dim"}
 _KEYS = re.compile(r"(?:task|group|tag)s?\s*:|-\s")  # of a YAML line that may name a task
