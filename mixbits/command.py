@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from .errors import UsageError, first_line, printable
+from .progress import printed
 
 
 class Parser(argparse.ArgumentParser):
@@ -41,7 +42,8 @@ def exit_code(run: Callable[[], object], argv: Sequence[str] | None = None) -> i
     `--traceback` among `argv` (the command line's own by default) all of it is printed.
     """
     try:
-        run()
+        with printed():
+            run()
         return 0
     except SystemExit as error:  # of a signal
         if notes := _notes(error):

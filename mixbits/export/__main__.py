@@ -180,10 +180,12 @@ def _export(args: argparse.Namespace, place: Destination) -> None:
 
 def _command(argv: list[str] | None) -> None:
     args = make_parser().parse_args(argv)
+    from ..files.system import ended_by_signals
     from ..report.tables import quiet
 
     quiet()
-    export(args)
+    with ended_by_signals():
+        export(args)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError, first_line
+from ..progress import say
 from .gguf_special import read_json, special_vocab
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER, _UNUSED, _BYTE = range(1, 7)  # llama.cpp's token types
@@ -166,7 +167,7 @@ def _convert(data: dict[str, Any], ids: Mapping[str, int], rows: int, lossy: boo
             "--lossy takes GPT-2's"
         )
     if cut is None:
-        print("text is cut by GPT-2's expression, not by the tokenizer's own: tokens may differ")
+        say("text is cut by GPT-2's expression, not by the tokenizer's own: tokens may differ")
     return _byte_level(data, ids, rows, cut or "gpt-2")
 
 
