@@ -57,13 +57,11 @@ def _add(group: Any, name: str) -> None:
         options["action"] = "store_true"
     elif default == () and "metavar" in how:
         options["action"] = "append"
-    elif "kind" in how:
-        options["type"] = how["kind"]
     group.add_argument(how.get("off", spelt(name)), **options)
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """Of all settings, without defaults: what it parses is what was given."""
+    """Of all settings, as text and without defaults: `Settings.of` makes of it what it is."""
     parser = Parser(
         prog="python -m mixbits.quantize",
         description="Quantize a language model to mixed precision, pack it, and score it.",

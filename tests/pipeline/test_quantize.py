@@ -22,8 +22,9 @@ from mixbits.checkpoint import folder as checkpoint
 from mixbits.files.manifest import foreign
 from mixbits.formats.schemes import parse_scheme
 from mixbits.model.layout import find_linears, make_units
-from mixbits.pipeline import stages
+from mixbits.pipeline import process
 from mixbits.pipeline.options import parse_arguments
+from mixbits.pipeline.texts import text_read
 from mixbits.planning.plan import average_bits
 from mixbits.source.source import open_source
 
@@ -66,7 +67,7 @@ def test_everything_is_written_and_the_report_tells_it(
     weights = (out / "model.safetensors").stat().st_size
     assert reached["predicted_bytes"] == report["bytes_after"] == weights
     assert report["bytes_before"] == (shared / "llama" / "model.safetensors").stat().st_size
-    assert [row["stage"] for row in report["stages"]] == list(quantize.STAGES)
+    assert [row["stage"] for row in report["stages"]] == list(process.STAGES)
     assert all(row["seconds"] >= 0 for row in report["stages"])
     assert all(row["peak_memory_bytes"] > 1e7 for row in report["stages"])
     held = report["evaluation"]["held_out"]
@@ -94,8 +95,8 @@ def test_everything_is_written_and_the_report_tells_it(
     assert verdict["advice"] in printed and verdict["advice"] in page
     assert "4 bits" in verdict["advice"]  # that of MXFP4's activations
     assert not re.search(r"[\x00-\x08\x0b-\x1f]|%\|", printed)  # no bar without a terminal
-    for number, stage in enumerate(quantize.STAGES, 1):
-        assert f"[{number}/{len(quantize.STAGES)}] {stage}" in printed
+    for number, stage in enumerate(process.STAGES, 1):
+        assert f"[{number}/{len(process.STAGES)}] {stage}" in printed
     assert f"{reached['avg_bits']:.4f} bits per weight with everything counted" in printed
 
 
@@ -510,4 +511,4 @@ def test_what_is_read_is_what_is_announced() -> None:
         (["--scores", "s", "--rounding", "rtn", "--gate", "0", "--eval-dataset", "b"], "b"),
         (["--effort", "quick"], "modules of Python's standard library"),
     ):
-        assert stages.text_read(parse_arguments(["m", *words])) == told
+        assert text_read(parse_arguments(["m", *words])) == told

@@ -25,6 +25,7 @@ from mixbits import quantize
 from mixbits.checkpoint import folder as checkpoint
 from mixbits.files.atomic import atomic_folder
 from mixbits.files.manifest import foreign
+from mixbits.pipeline import process
 from mixbits.planning import curve
 
 KILLS = int(os.environ.get("MIXBITS_TEST_KILLS", "4"))
@@ -386,13 +387,13 @@ def test_a_disk_that_is_full_when_the_scores_are_to_be_reported(
     def full(number: int) -> None:
         raise OSError(28, "No space left on device")
 
-    score = quantize._evaluate
+    score = process.evaluate
 
     def scored(*args: Any) -> None:
         score(*args)
         monkeypatch.setattr(os, "fsync", full)
 
-    monkeypatch.setattr(quantize, "_evaluate", scored)
+    monkeypatch.setattr(process, "evaluate", scored)
     message = refused(run("--avg-bits", 5), capsys)
     assert "the disk is full" in message and "is complete, but its report" in message
     assert entries(tmp_path) == ["out"] and foreign(tmp_path / "out") is None

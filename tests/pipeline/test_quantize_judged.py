@@ -11,7 +11,7 @@ import pytest
 from tiny import entries, read
 
 from mixbits.model.layout import find_linears
-from mixbits.pipeline import gate
+from mixbits.pipeline import roundings
 from mixbits.report.html import render
 from mixbits.rounding.whole_model import round_model
 from mixbits.source.source import open_source
@@ -111,7 +111,7 @@ def test_the_smallest_model_of_a_quality(
         plans.append({name: recipe.name for name, recipe in recipes.items()})
         return round_model(model, linears, recipes, *args)
 
-    monkeypatch.setattr(gate, "round_model", noted)
+    monkeypatch.setattr(roundings, "round_model", noted)
     assert run("--max-kl", limit, *rest) == 0
     assert len(plans) > 3 and all(plan not in plans[:i] for i, plan in enumerate(plans))
     report = read(tmp_path / "out" / "report.json")

@@ -18,7 +18,7 @@ from mixbits.formats.arrange import Arrangement
 from mixbits.formats.schemes import BF16, Mixed, parse_scheme
 from mixbits.measuring.scores import Scores
 from mixbits.model.layout import LinearInfo, Unit, find_linears, make_units, meta_model
-from mixbits.pipeline.options import parse_keep
+from mixbits.pipeline.settings import parse_keep
 from mixbits.planning.plan import (
     Budget,
     Plan,

@@ -16,7 +16,7 @@ from mixbits.formats.schemes import BF16, Mixed, Recipe, parse_scheme
 from mixbits.measuring.evaluate import sequence_kl
 from mixbits.model.layout import LinearInfo, find_linears
 from mixbits.model.streaming import StreamedModel
-from mixbits.pipeline import options
+from mixbits.pipeline import settings
 from mixbits.rounding.gptq import METHODS
 from mixbits.rounding.whole_model import RoundedModel, _Compensation, round_model
 from mixbits.runtime.fake import fake_quantize_model
@@ -168,7 +168,7 @@ def test_inputs_that_change_in_place_are_looked_at_again() -> None:
 def test_bad_arguments(tmp_path: Path) -> None:
     _, model, linears, chosen, ids = opened(tmp_path / "model", "llama")
     streamed = StreamedModel(model)
-    assert options.ROUNDINGS == METHODS
+    assert settings.ROUNDINGS == METHODS
     with pytest.raises(UsageError, match="rtn, search, gptq: got 'best'"):
         round_model(streamed, linears, chosen, "best", ids)
     with pytest.raises(UsageError, match="needs calibration text"):
