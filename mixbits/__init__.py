@@ -13,17 +13,33 @@ import sys
 from typing import TYPE_CHECKING, Any, ClassVar
 
 __version__ = "0.1.0"
-__all__ = ["UsageError", "__version__", "load", "parse_scheme"]
+__all__ = [
+    "Plan",
+    "Result",
+    "Scores",
+    "UsageError",
+    "__version__",
+    "allocate",
+    "apply",
+    "load",
+    "measure",
+    "parse_scheme",
+    "quantize_model",
+]
 
 if TYPE_CHECKING:
     from importlib.machinery import ModuleSpec
     from types import ModuleType
 
+    from .api import Plan, Result, Scores, allocate, apply, measure, quantize_model
     from .checkpoint.loading import load
     from .errors import UsageError
     from .formats.schemes import parse_scheme
 
 _HOME = {"load": "checkpoint.loading", "UsageError": "errors", "parse_scheme": "formats.schemes"}
+_HOME |= dict.fromkeys(
+    ("Plan", "Result", "Scores", "allocate", "apply", "measure", "quantize_model"), "api"
+)
 
 
 def __getattr__(name: str) -> Any:

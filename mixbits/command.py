@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import shlex
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -33,6 +34,12 @@ class Parser(argparse.ArgumentParser):
         near = [difflib.get_close_matches(word, self._option_string_actions, 1) for word in words]
         found = dict.fromkeys(name for names in near for name in names)
         return f" ({', '.join(found)}?)" if found else " (--help has them all)"
+
+
+def typed(module: str, argv: Sequence[str] | None = None) -> str:
+    """What was typed, as a shell takes it."""
+    words = sys.argv[1:] if argv is None else argv
+    return shlex.join(["python", "-m", module, *words])
 
 
 def exit_code(run: Callable[[], object], argv: Sequence[str] | None = None) -> int:

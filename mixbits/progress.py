@@ -226,3 +226,23 @@ def numbered(things: Sequence[T], what: str) -> Iterator[T]:
             ahead = took * (len(things) - index - 1)
             progress.rounds = 1
             progress.work[progress.name] = progress.done[progress.name] + ahead
+
+
+class Bar:
+    """Watches a run's progress as a bar of `tqdm.auto`: in a notebook, or on stderr."""
+
+    def __init__(self) -> None:
+        self.bar: Any = None
+
+    def __call__(self, share: float, line: str) -> None:
+        """So much is done, and what there is to tell of it."""
+        if self.bar is None:
+            from tqdm.auto import tqdm as auto
+
+            self.bar = auto(total=1.0, bar_format="{bar:16} {desc}")
+        self.bar.n = min(1.0, share)
+        self.bar.set_description_str(line)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()

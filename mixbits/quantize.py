@@ -8,28 +8,16 @@ from __future__ import annotations
 import os
 import sys
 
-from .command import exit_code
-from .pipeline import early
-from .pipeline.options import parse_arguments
+from .api import quantize_model
+from .command import exit_code, typed
+from .files.system import ended_by_signals
+from .pipeline.options import given
 
 
 def _command(argv: list[str] | None) -> None:
-    settings = parse_arguments(argv)
-    early.check(settings)  # before torch is imported: a wrong option should be told at once
-    from .files.system import ended_by_signals
-    from .pipeline import process, telling
-    from .progress import say
-    from .report.tables import quiet
-
-    quiet()
+    command = typed("mixbits.quantize", argv)
     with ended_by_signals():
-        run, lines = process.start(settings)
-        if settings.dry_run:
-            telling.sizes(run)
-        for line in lines:
-            say(f"  {line}")
-        if not settings.dry_run:
-            process.quantize(run)
+        quantize_model(**given(argv), command=command, progress=None, quiet=True)
 
 
 def main(argv: list[str] | None = None) -> int:

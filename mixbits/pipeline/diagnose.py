@@ -72,9 +72,8 @@ def swaps(solved: Solved, dearer: bool) -> list[dict[str, Any]]:
     ]
 
 
-def curve_rows(run: Run, planned: Planned) -> list[dict[str, Any]]:
+def frontier_rows(run: Run, problem: Problem, points: int = POINTS) -> list[dict[str, Any]]:
     """What every budget buys; both ways of counting, and bytes, only where --curve asks for it."""
-    problem = next(iter(planned.solved.values())).problem
 
     def describe(allocation: Allocation) -> dict[str, Any]:
         assignment = problem.plan(allocation, "optimal", Budget()).assignment
@@ -82,7 +81,7 @@ def curve_rows(run: Run, planned: Planned) -> list[dict[str, Any]]:
             return run.reached(assignment)
         return {"avg_bits": average_bits(run.linears, assignment)}
 
-    return curve.rows(curve.frontier(problem.items, run.settings.curve or POINTS), describe)
+    return curve.rows(curve.frontier(problem.items, points), describe)
 
 
 def _thinned(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import shlex
-import sys
 from typing import Any
 
-from ..command import Parser
+from ..command import Parser, typed
 from ..formats.schemes import SCHEME_NAMES
 from .settings import GROUPS, KNOWN, Settings, spelt
 
@@ -80,9 +78,12 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def given(argv: list[str] | None = None) -> dict[str, Any]:
+    """The settings that were typed, as text. Raises UsageError for options that there are not."""
+    found = vars(make_parser().parse_args(argv))
+    return {name: value for name, value in found.items() if name in KNOWN}
+
+
 def parse_arguments(argv: list[str] | None = None) -> Settings:
     """Parse and check. Raises UsageError; `command` is what was typed."""
-    given = vars(make_parser().parse_args(argv))
-    given = {name: value for name, value in given.items() if name in KNOWN}
-    words = sys.argv[1:] if argv is None else argv
-    return Settings.of(given, shlex.join(["python", "-m", "mixbits.quantize", *words]))
+    return Settings.of(given(argv), typed("mixbits.quantize", argv))

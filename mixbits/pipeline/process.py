@@ -26,7 +26,7 @@ from ..report.tables import Stages, diagnosis, refinement
 from ..source.source import Source
 from . import early, feasibility, telling
 from .candidates import Candidate, candidates
-from .diagnose import circumstances, curve_rows, diagnose, report
+from .diagnose import POINTS, circumstances, diagnose, frontier_rows, report
 from .evaluation import check_evaluation, evaluate
 from .gate import Choice, choose
 from .output import Reports, write
@@ -178,7 +178,8 @@ def _planned(
             place.set_aside(".scores.json", dump(scores.data))
     with clock.run("allocate", settings.strategy):
         planned = make_plans(run, subject, scores, text)
-        planned.curve = curve_rows(run, planned)
+        problem = next(iter(planned.solved.values())).problem
+        planned.curve = frontier_rows(run, problem, settings.curve or POINTS)
     if settings.refine:
         what = f"units in their other schemes, up to {settings.refine} rounds"
         with clock.run("refine", what):
