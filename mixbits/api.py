@@ -283,13 +283,13 @@ def quantize_model(
     as the command does. Raises UsageError; leaves a complete folder or none.
     """
     from .pipeline import early
-    from .pipeline.settings import Settings
+    from .pipeline.rules import settled
 
     with tempfile.TemporaryDirectory(prefix="mixbits-") as scratch:
         given = {**settings, "out": out}
         given |= _inputs(model, tokenizer, dataset, Path(scratch))
         told = _called(model, given) if command is None else command
-        asked = Settings.of(given, told)
+        asked = settled(given, told)
         early.check(asked)
         from .pipeline import process, telling
         from .progress import say
@@ -389,10 +389,10 @@ def _open(
 
 def _run(given: Mapping[str, Any], source: Any = None) -> Run:
     from .pipeline.process import with_device
+    from .pipeline.rules import settled
     from .pipeline.run import prepare
-    from .pipeline.settings import Settings
 
-    return prepare(with_device(Settings.of(given)), source)
+    return prepare(with_device(settled(given)), source)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from typing import Any
 
 from ..command import Parser, typed
 from ..formats.schemes import SCHEME_NAMES
+from .rules import settled
 from .settings import GROUPS, KNOWN, Settings, spelt
 
 _EXAMPLES = f"""\
@@ -59,7 +60,7 @@ def _add(group: Any, name: str) -> None:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """Of all settings, as text and without defaults: `Settings.of` makes of it what it is."""
+    """Of all settings, as text and without defaults: `rules.settled` makes of it what it is."""
     parser = Parser(
         prog="python -m mixbits.quantize",
         description="Quantize a language model to mixed precision, pack it, and score it.",
@@ -86,4 +87,4 @@ def given(argv: list[str] | None = None) -> dict[str, Any]:
 
 def parse_arguments(argv: list[str] | None = None) -> Settings:
     """Parse and check. Raises UsageError; `command` is what was typed."""
-    return Settings.of(given(argv), typed("mixbits.quantize", argv))
+    return settled(given(argv), typed("mixbits.quantize", argv))
