@@ -23,10 +23,13 @@ from mixbits.formats.schemes import MINIFLOATS
 
 TESTS = Path(__file__).resolve().parent
 CSRC = TESTS.parents[1] / "csrc"
-SOURCES = sorted(CSRC.glob("cuda/*.cu"))
+SOURCES = {
+    "_".join(path.relative_to(CSRC / "cuda").with_suffix("").parts): path
+    for path in sorted(CSRC.glob("cuda/**/*.cu"))
+}
 # Registers per thread of files whose kernels want more than 64, which let two thirds of an SM's
 # warps be resident. What the matrix kernels may have follows from their launch bounds.
-MAX_REGISTERS = {"matmul": 128, "matmul_mma": 255, "matmul_wgmma": 168, "matmul_e4m3": 168}
+MAX_REGISTERS = {"matmul_simple": 128, "matmul_mma": 255, "matmul_wgmma": 168, "matmul_e4m3": 168}
 HOPPER = ("matmul_wgmma", "matmul_e4m3")
 BUDGETS = TESTS / "cuda_budgets.csv"
 
@@ -40,11 +43,11 @@ needs_cuobjdump = pytest.mark.skipif(
 # --- compile ---------------------------------------------------------------------------------
 
 
-def architectures(source: Path) -> list[str]:
-    return ["90a"] if source.stem in HOPPER else ["80", "90a", "100a", "120a"]
+def architectures(name: str) -> list[str]:
+    return ["90a"] if name in HOPPER else ["80", "90a", "100a", "120a"]
 
 
-BUILDS = [(source.stem, arch) for source in SOURCES for arch in architectures(source)]
+BUILDS = [(name, arch) for name in SOURCES for arch in architectures(name)]
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +59,8 @@ def builds(tmp_path_factory):
         target = folder / f"{name}.{arch}.o"
         # The host's half of a file is the same for all architectures: one of them compiles it.
         output = "-c" if arch == "90a" else "-cubin"
-        command = ["nvcc", "-std=c++17", "-O3", "-Xptxas", "-v", output, f"{CSRC}/cuda/{name}.cu"]
+        command = ["nvcc", "-std=c++17", "-O3", "-Xptxas", "-v", f"-I{CSRC}", output]
+        command += [str(SOURCES[name])]
         command += ["-gencode", f"arch=compute_{arch},code=sm_{arch}", "-o", str(target)]
         result = subprocess.run(command, capture_output=True, text=True, check=False)
         return target, result.returncode, result.stdout + result.stderr
@@ -291,7 +295,7 @@ def test_host_numerics(tmp_path):
 
 FRAGMENTS_PROGRAM = r"""
 #include <stdio.h>
-#include "cuda/fragments.h"
+#include "cuda/codes/fragments.h"
 using namespace mixbits::cuda;
 int main() {
   for (int bits = 2; bits <= 8; bits *= 2) {

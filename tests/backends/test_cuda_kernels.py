@@ -57,7 +57,7 @@ def build_emulation(folder: Path) -> Path:
     command = ["g++", "-std=c++17", "-O1", "-ffp-contract=off", "-fPIC", "-w", "-DMB_WGMMA"]
     command += [f"-I{path}" for path in include]
     sources = [folder / "csrc/bindings_cuda.cpp"]
-    for path in sorted((folder / "csrc/cuda").glob("*.cu")):
+    for path in sorted((folder / "csrc/cuda").rglob("*.cu")):
         text = LAUNCH.sub(r"emulate::launch(\2,\3, [=] { \1(\5); });", path.read_text())
         text = DYNAMIC.sub(r"\1* \2 = emulate::shared<\1>();", text)
         sources.append(path.with_suffix(".cpp"))

@@ -6,7 +6,7 @@
 // anyway.
 #pragma once
 
-#include "simd.h"
+#include "cpu/simd/simd.h"
 
 namespace mixbits {
 namespace MB_ISA {

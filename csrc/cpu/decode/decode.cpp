@@ -12,9 +12,9 @@
 #include <time.h>
 
 #include "attention.h"
-#include "matmul.h"
-#include "ops.h"
-#include "team.h"
+#include "cpu/matmul/matmul.h"
+#include "cpu/ops.h"
+#include "cpu/simd/team.h"
 
 namespace mixbits {
 namespace MB_ISA {

@@ -5,7 +5,7 @@
 // holds is always a number of that dtype.
 #pragma once
 
-#include "simd.h"
+#include "cpu/simd/simd.h"
 
 namespace mixbits {
 namespace MB_ISA {

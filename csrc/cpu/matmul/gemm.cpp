@@ -15,7 +15,7 @@
 //
 // Integers are summed within a block of 32 columns and then meet the scales of rows and token.
 // bfloat16 tokens have no scale, so that a sum may go on while the rows' scales last, and int8
-// weights are unsigned (see matmul_dot.cpp).
+// weights are unsigned (see dot.cpp).
 //
 // Scales of MX blocks are powers of two. For very many tokens they are multiplied into a bfloat16
 // panel, which is exact, and the sum goes on through all of it.

@@ -6,8 +6,8 @@
 
 #include <omp.h>
 
-#include "ops.h"
-#include "team.h"
+#include "cpu/ops.h"
+#include "cpu/simd/team.h"
 
 namespace mixbits {
 namespace MB_ISA {

@@ -17,8 +17,8 @@
 // The order of additions depends on the path and the shape, and never on the number of threads.
 #pragma once
 
-#include "group.h"
-#include "kernels.h"
+#include "cpu/codes/group.h"
+#include "cpu/kernels.h"
 
 namespace mixbits {
 namespace MB_ISA {

@@ -1,4 +1,4 @@
-// What the gemm path (matmul_gemm.cpp) multiplies with: three kinds of arithmetic, and how a dword
+// What the gemm path (gemm.cpp) multiplies with: three kinds of arithmetic, and how a dword
 // of packed codes becomes dwords of each kind.
 #pragma once
 

@@ -1,7 +1,7 @@
 // Tokens as a segment of a linear sees them: columns in order, rotated where the linear says so.
 //
-// mixbits/formats/arrange.py is the slow twin. Every segment takes its own columns straight from x, so that
-// those of several segments are gathered once in all.
+// mixbits/formats/arrange.py is the slow twin. Every segment takes its own columns straight from x,
+// so that those of several segments are gathered once in all.
 #include "matmul.h"
 
 namespace mixbits {

@@ -5,9 +5,9 @@
 // operation by operation, so that results are equal to the bit.
 #include <omp.h>
 
-#include "group.h"
-#include "kernels.h"
-#include "ops.h"
+#include "cpu/codes/group.h"
+#include "cpu/kernels.h"
+#include "cpu/ops.h"
 
 namespace mixbits {
 namespace MB_ISA {

@@ -3,9 +3,9 @@
 // Memory-bound: elements are read twice, the second time from L1, and written once. An output
 // larger than the caches is written past them: it would be gone before anyone reads it, and
 // stores to lines that are not there would read them first, half as much traffic again.
-#include "group.h"
-#include "kernels.h"
-#include "ops.h"
+#include "cpu/codes/group.h"
+#include "cpu/kernels.h"
+#include "cpu/ops.h"
 
 namespace mixbits {
 namespace MB_ISA {

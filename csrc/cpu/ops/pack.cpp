@@ -1,9 +1,9 @@
 // quantize_pack and dequantize: between float rows and the stored layout (layout.h).
 #include <omp.h>
 
-#include "group.h"
-#include "kernels.h"
-#include "ops.h"
+#include "cpu/codes/group.h"
+#include "cpu/kernels.h"
+#include "cpu/ops.h"
 
 namespace mixbits {
 namespace MB_ISA {

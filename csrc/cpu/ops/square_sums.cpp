@@ -5,9 +5,9 @@
 // is the same for any number of threads. It takes as many as its sums stay in L1 for.
 #include <omp.h>
 
-#include "group.h"
-#include "kernels.h"
-#include "ops.h"
+#include "cpu/codes/group.h"
+#include "cpu/kernels.h"
+#include "cpu/ops.h"
 
 namespace mixbits {
 namespace MB_ISA {

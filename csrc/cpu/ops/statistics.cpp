@@ -19,9 +19,9 @@
 // computed from fake_quantize's result but with fewer instructions.
 #include <omp.h>
 
-#include "group.h"
-#include "kernels.h"
-#include "ops.h"
+#include "cpu/codes/group.h"
+#include "cpu/kernels.h"
+#include "cpu/ops.h"
 
 namespace mixbits {
 namespace MB_ISA {

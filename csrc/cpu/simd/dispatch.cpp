@@ -3,7 +3,7 @@
 // Compiled for the baseline, like everything that is not in a namespace of its own.
 #include <string.h>
 
-#include "kernels.h"
+#include "cpu/kernels.h"
 
 namespace mixbits {
 

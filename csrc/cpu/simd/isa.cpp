@@ -1,8 +1,8 @@
 // The table of one instruction set's operations.
 #include <string.h>
 
-#include "kernels.h"
-#include "ops.h"
+#include "cpu/kernels.h"
+#include "cpu/ops.h"
 
 #define MB_JOIN_(a, b) a##b
 #define MB_JOIN(a, b) MB_JOIN_(a, b)

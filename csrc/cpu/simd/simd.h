@@ -18,8 +18,8 @@
 #include <immintrin.h>
 #endif
 
-#include "../formats.h"
-#include "../layout.h"
+#include "formats.h"
+#include "layout.h"
 
 namespace mixbits {
 namespace MB_ISA {

@@ -12,8 +12,8 @@
 #pragma once
 
 #include "common.cuh"
+#include "cuda/ptx.cuh"
 #include "fragments.h"
-#include "ptx.cuh"
 
 namespace mixbits {
 namespace cuda {

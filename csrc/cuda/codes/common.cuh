@@ -10,9 +10,9 @@
 
 #include <type_traits>
 
-#include "../layout.h"
-#include "ops.cuh"
-#include "ptx.cuh"
+#include "cuda/ops.cuh"
+#include "cuda/ptx.cuh"
+#include "layout.h"
 
 namespace mixbits {
 namespace cuda {

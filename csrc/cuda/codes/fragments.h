@@ -17,7 +17,7 @@
 // warp.
 #pragma once
 
-#include "../layout.h"
+#include "layout.h"
 
 namespace mixbits {
 namespace cuda {
@@ -52,7 +52,7 @@ MB_HD static inline constexpr int staged_byte(int block_tokens, int token, int p
   return row + piece * 16 + position % 8 * 2;
 }
 
-// e2m1 folded to 8 bits (../fold.h) goes in steps of 32 values, whose registers hold four each:
+// e2m1 folded to 8 bits (fold.h) goes in steps of 32 values, whose registers hold four each:
 // step s takes word s of each lane's chunk, its codes 0-3 as a0 (a1 of the row 8 below) and 4-7 as
 // a2 (a3) of the PTX manual's m16n8k32, which wgmma's m64k32 repeats. 128 values of a token are one
 // row of 128 bytes, tokens follow each other, and the swizzle is the same.

@@ -1,9 +1,9 @@
 // MXFP4 weights folded to e4m3 times activations rounded to e4m3, on Hopper's warpgroup matrix
 // units (sm_90a), which take 8-bit floats at twice the rate of 16-bit ones. The weights stay exact
-// (../fold.h); of the activations 4 digits are left, and one scale per token.
+// (fold.h); of the activations 4 digits are left, and one scale per token.
 //
 // `stage_e4m3` reads a token twice, the second time from a cache: its largest magnitude comes
-// first. The product is built as that of matmul_wgmma.cu, and differs in this:
+// first. The product is built as that of wgmma.cu, and differs in this:
 //
 // A step is 32 columns. A block scale is added to the exponents of 8 magnitudes, once per chunk,
 // and the codes choose among them: 10 instructions for 8 weights, and no multiplication.
@@ -18,9 +18,9 @@
 // In those cycles a block on its own would want 24 KB from L2, 48 bytes per cycle: two blocks of
 // 128 rows share the activations that they copy, which leaves 32. A block goes through all columns:
 // this is for many tokens, where there are blocks enough.
-#include "../fold.h"
-#include "chunk.cuh"
-#include "group.cuh"
+#include "cuda/codes/chunk.cuh"
+#include "cuda/codes/group.cuh"
+#include "fold.h"
 #include "warpgroups.cuh"
 
 namespace mixbits {

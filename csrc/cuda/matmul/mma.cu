@@ -11,7 +11,7 @@
 //
 // The warps' sums are added in shared memory in the order of the warps: the same input gives the
 // same bits, and nothing is shared between blocks. fp32 sums, as torch's.
-#include "chunk.cuh"
+#include "cuda/codes/chunk.cuh"
 
 namespace mixbits {
 namespace cuda {

@@ -9,7 +9,7 @@
 //
 // This is the version for few tokens, where reading the weight is the cost. More tokens are
 // multiplied by cuBLAS after `dequantize` (mixbits/backends/cuda.py).
-#include "group.cuh"
+#include "cuda/codes/group.cuh"
 
 namespace mixbits {
 namespace cuda {

@@ -1,10 +1,10 @@
 // Activations -> what the matrix kernels multiply, in one pass: columns put in order, rotated, and
-// fake-quantized where the scheme wants it; mixbits/formats/arrange.py is the slow twin. One warp per token
-// and 128 columns of one segment. Reads x once and writes it once: as rows, or as the tiles that
-// matmul_wgmma.cu reads, padded with zeros to whole tiles. In 16 bits fake-quantized values are
-// exact (codes of at most 4 digits times a power of two, as fake_quantize writes them).
-#include "fragments.h"
-#include "group.cuh"
+// fake-quantized where the scheme wants it; mixbits/formats/arrange.py is the slow twin. One warp
+// per token and 128 columns of one segment. Reads x once and writes it once: as rows, or as the
+// tiles that wgmma.cu reads, padded with zeros to whole tiles. In 16 bits fake-quantized
+// values are exact (codes of at most 4 digits times a power of two, as fake_quantize writes them).
+#include "cuda/codes/fragments.h"
+#include "cuda/codes/group.cuh"
 
 namespace mixbits {
 namespace cuda {
@@ -45,8 +45,8 @@ __device__ inline int ordered_column(const StageShape& shape, int column) {
   return static_cast<const int*>(shape.order)[column];
 }
 
-// The sums and differences of mixbits.formats.arrange.hadamard, in its order: the lower two bits of a
-// column's number are within a lane, the others are lanes.
+// The sums and differences of mixbits.formats.arrange.hadamard, in its order: the lower two bits of
+// a column's number are within a lane, the others are lanes.
 __device__ inline void rotate_lanes(float (&v)[kLaneColumns]) {
   static_assert(kLaneColumns == 4, "two rounds");
   const float a[4] = {v[0] + v[1], v[0] - v[1], v[2] + v[3], v[2] - v[3]};

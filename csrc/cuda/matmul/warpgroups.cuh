@@ -7,7 +7,7 @@
 // when the warps of all blocks have read theirs, so each warp tells all blocks.
 #pragma once
 
-#include "ptx.cuh"
+#include "cuda/ptx.cuh"
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL) || !defined(__CUDA_ARCH__)
 #define MB_HAS_WGMMA 1

@@ -20,7 +20,7 @@
 //
 // Registers are given out per warpgroup: 3 x 168 at the start; the copying one gives its own away.
 // After that its code may use 24, so all that follows is inside the branch of either role.
-#include "chunk.cuh"
+#include "cuda/codes/chunk.cuh"
 #include "warpgroups.cuh"
 
 namespace mixbits {

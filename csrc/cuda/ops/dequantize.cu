@@ -1,7 +1,7 @@
 // Packed weight -> floats: one warp per run of 256 columns, 8 adjacent columns per lane, so that
 // 16-bit values are written 16 bytes at a time. Per weight, bits / 8 bytes and a share of a scale
 // are read and one value is written: 2.53 bytes for MXFP4 in 16 bits.
-#include "group.cuh"
+#include "cuda/codes/group.cuh"
 
 namespace mixbits {
 namespace cuda {

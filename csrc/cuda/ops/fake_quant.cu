@@ -1,6 +1,6 @@
 // Fake quantization: every group goes through its codes and back. One warp per run of 128
 // columns; x is read once and written once.
-#include "group.cuh"
+#include "cuda/codes/group.cuh"
 
 namespace mixbits {
 namespace cuda {

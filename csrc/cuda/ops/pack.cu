@@ -2,7 +2,7 @@
 //
 // A warp owns a chunk of a row: one run of 128 columns, or as many as fill a byte of packed zero
 // points, so that no two warps write to the same byte.
-#include "group.cuh"
+#include "cuda/codes/group.cuh"
 
 namespace mixbits {
 namespace cuda {

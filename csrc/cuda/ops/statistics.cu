@@ -10,7 +10,7 @@
 //
 // The running sums of a thread are in shared memory, one per format, because the loop over the
 // formats is not unrolled: six kinds of elements times the number of formats would be.
-#include "group.cuh"
+#include "cuda/codes/group.cuh"
 
 namespace mixbits {
 namespace cuda {
