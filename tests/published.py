@@ -25,7 +25,7 @@ from torch import Tensor
 if not (Path(__file__).parents[1] / "benchmarks").is_dir():
     pytest.skip("installed without its benchmarks", allow_module_level=True)
 
-from benchmarks.tiny_models import save_model, small_config, small_seeing_config
+from benchmarks.tools.tiny_models import save_model, small_config, small_seeing_config
 
 E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
 BLOCK = 128
@@ -292,7 +292,7 @@ def gemma3(folder: Path) -> Published:
 
 
 def seeing(folder: Path, kind: str) -> Published:
-    """Another of benchmarks.tiny_models.SEEING, by the names that transformers saves."""
+    """Another of benchmarks.tools.tiny_models.SEEING, by the names that transformers saves."""
     tensors = _base(folder, small_seeing_config(kind), image_text=True)
     _write(folder, tensors)
     _companions(folder, "LlavaProcessor", "CLIPImageProcessor")

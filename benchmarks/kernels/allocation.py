@@ -1,4 +1,4 @@
-"""The allocation of a 70B model's slabs: `python -m benchmarks.allocation`.
+"""The allocation of a 70B model's slabs: `python -m benchmarks.kernels.allocation`.
 
 One item is what decides about 32 input columns: of every linear on its own (194,560 items), or of
 all linears that read one input (133,120). Costs are those of the model's shapes in MX formats,
@@ -77,7 +77,7 @@ def solve(items: Items, share: float) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.allocation")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels.allocation")
     parser.add_argument("--odd", action="store_true", help="costs without a common divisor")
     parser.add_argument("--points", type=int, default=33, help="of the curve (%(default)s)")
     args = parser.parse_args()

@@ -1,4 +1,4 @@
-"""CPU kernels against everybody else's: `python -m benchmarks.cpu`.
+"""CPU kernels against everybody else's: `python -m benchmarks.kernels.cpu`.
 
 Sections (--sections, all by default):
 
@@ -30,15 +30,15 @@ from typing import Any
 
 import torch
 
-from benchmarks.contender import Peer, Rotation, mixbits_peer, nbytes
-from benchmarks.peers import (
+from benchmarks.peers.contender import Peer, Rotation, mixbits_peer, nbytes
+from benchmarks.peers.cpu import (
     available_fake_quantizers,
     available_peers,
     dequantize_then_torch,
     torch_linear,
 )
-from benchmarks.shapes import parse_shapes
-from benchmarks.timing import (
+from benchmarks.tools.shapes import parse_shapes
+from benchmarks.tools.timing import (
     copy_bandwidth,
     interleave,
     keep_freed_memory,
@@ -329,7 +329,7 @@ def run(args: argparse.Namespace) -> list[Row]:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.cpu",
+        prog="python -m benchmarks.kernels.cpu",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -360,7 +360,7 @@ def main() -> None:
     if args.csv:
         write_csv(args.csv, rows)
     if args.png:
-        from benchmarks.roofline import plot
+        from benchmarks.tools.roofline import plot
 
         plot([row for row in rows if "gflop_per_s" in row], args.png, machine())
 

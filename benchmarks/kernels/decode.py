@@ -1,4 +1,4 @@
-"""Tokens per second of a whole model: `python -m benchmarks.decode`.
+"""Tokens per second of a whole model: `python -m benchmarks.kernels.decode`.
 
 A Llama of about 1B parameters (the shape of Llama-3.2-1B) with random weights, run by
 transformers: in bfloat16, in float32, and packed in mixed precision, the output head included.
@@ -28,8 +28,8 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks import llama_cpp
-from benchmarks.timing import machine, percentile, write_csv
+from benchmarks.peers import llama_cpp
+from benchmarks.tools.timing import machine, percentile, write_csv
 from mixbits.backends import cpu
 from mixbits.errors import first_line
 from mixbits.formats.schemes import Scheme, parse_scheme
@@ -253,7 +253,7 @@ def print_rows(rows: list[dict[str, Any]]) -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.decode")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels.decode")
     parser.add_argument("--prefill", type=int, default=512, help="tokens of the prompt")
     parser.add_argument("--decode", type=int, default=128, help="greedy steps after it")
     parser.add_argument("--rounds", type=int, default=3)

@@ -1,4 +1,4 @@
-"""GPU kernels and models against torch's bfloat16 in the same run: `python -m benchmarks.gpu`.
+"""GPU kernels and models against torch's bfloat16: `python -m benchmarks.kernels.gpu`.
 
 Sections (--sections, all by default):
 
@@ -25,10 +25,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.contender import Rotation
-from benchmarks.cpu import rounding_calls
-from benchmarks.gpu_peers import BASELINE, contenders
-from benchmarks.gpu_timing import (
+from benchmarks.kernels.cpu import rounding_calls
+from benchmarks.kernels.gpu_timing import (
     AppendedRows,
     Budget,
     Timer,
@@ -37,8 +35,10 @@ from benchmarks.gpu_timing import (
     interleaved,
     spread,
 )
-from benchmarks.shapes import SHAPES, parse_shapes
-from benchmarks.timing import percentile
+from benchmarks.peers.contender import Rotation
+from benchmarks.peers.gpu import BASELINE, contenders
+from benchmarks.tools.shapes import SHAPES, parse_shapes
+from benchmarks.tools.timing import percentile
 from mixbits import ops
 from mixbits.report.tables import table
 
@@ -193,7 +193,7 @@ def rounding(args: argparse.Namespace, out: AppendedRows, budget: Budget) -> Non
 
 def plot(rows: Sequence[Row], path: Path, title: str) -> None:
     """The roofline of all that was multiplied."""
-    from benchmarks.roofline import plot as draw
+    from benchmarks.tools.roofline import plot as draw
 
     chosen = [row for row in rows if row["section"] == "matmul"]
     if chosen:
@@ -201,7 +201,7 @@ def plot(rows: Sequence[Row], path: Path, title: str) -> None:
 
 
 def sections() -> dict[str, Any]:
-    from benchmarks.gpu_model import generate, sensitivity
+    from benchmarks.kernels.gpu_model import generate, sensitivity
 
     return {
         "matmul": matmul,
@@ -213,7 +213,7 @@ def sections() -> dict[str, Any]:
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.gpu",
+        prog="python -m benchmarks.kernels.gpu",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -245,7 +245,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_arguments(argv)
     device = torch.device(args.device)
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("no GPU: benchmarks.gpu measures one (--device cpu tries the program)")
+        raise SystemExit(
+            "no GPU: benchmarks.kernels.gpu measures one (--device cpu tries the program)"
+        )
     known = ops.backends()
     for name in args.backends:
         if known[name] is not None:

@@ -1,7 +1,7 @@
-"""The sections of `benchmarks.gpu` that take a whole model, of random weights and a real shape.
+"""The sections of `benchmarks.kernels.gpu` that take a whole model: random weights, a real shape.
 
-The weights repeat one another (benchmarks.decode.random_model): values do not change how long a
-step takes, and nothing is downloaded.
+The weights repeat one another (benchmarks.kernels.decode.random_model): values do not change how
+long a step takes, and nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, StaticCache
 
-from benchmarks.decode import choose, pack, random_model, weight_bytes
-from benchmarks.gpu_timing import WARM_UP, AppendedRows, Budget, spread
-from benchmarks.timing import percentile
+from benchmarks.kernels.decode import choose, pack, random_model, weight_bytes
+from benchmarks.kernels.gpu_timing import WARM_UP, AppendedRows, Budget, spread
+from benchmarks.tools.timing import percentile
 from mixbits.formats.schemes import parse_scheme
 from mixbits.measuring.sensitivity import measure
 from mixbits.model.layout import find_linears

@@ -1,6 +1,6 @@
 """Every GPU kernel once, on awkward shapes: a small program for compute-sanitizer.
 
-    compute-sanitizer --tool racecheck python -m benchmarks.gpu_smoke cuda
+    compute-sanitizer --tool racecheck python -m benchmarks.kernels.gpu_smoke cuda
 
 Results are compared with mixbits.formats.reference on the CPU, so that it also says whether they
 are right.
@@ -125,7 +125,9 @@ def _mixed_checks(backend: str, device: str) -> Iterator[tuple[str, bool]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_smoke", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.kernels.gpu_smoke", description=__doc__
+    )
     parser.add_argument("backend", choices=ops.BACKENDS)
     parser.add_argument("--device", default="cuda")
     args = parser.parse_args()

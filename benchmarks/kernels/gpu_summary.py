@@ -1,8 +1,8 @@
-"""What was asked of the GPU kernels, and what a run gave: `python -m benchmarks.gpu_summary`.
+"""What was asked of the GPU kernels, and found: `python -m benchmarks.kernels.gpu_summary`.
 
-Reads the rows of benchmarks.gpu, and the stages of gpu_check.sh, and prints a line per target:
-PASS, FAIL, or MISSING where nothing was measured. A ratio is to cuBLAS bfloat16 in the same run,
-the worst over the shapes with N and K of 8192 or more, of the backend that is used by default.
+Reads the rows of benchmarks.kernels.gpu, and the stages of gpu_check.sh, and prints a line per
+target: PASS, FAIL, or MISSING where nothing was measured. A ratio is to cuBLAS bfloat16 in the same
+run, the worst over the shapes with N and K of 8192 or more, of the backend that is used by default.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.contender import FP8
+from benchmarks.peers.contender import FP8
 from mixbits.report.tables import table
 
 LARGE = 8192
@@ -176,8 +176,10 @@ def summary(rows: Sequence[Row], stages: Sequence[Row]) -> list[Line]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_summary", description=__doc__)
-    parser.add_argument("csv", nargs="*", type=Path, help="written by benchmarks.gpu")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.kernels.gpu_summary", description=__doc__
+    )
+    parser.add_argument("csv", nargs="*", type=Path, help="written by benchmarks.kernels.gpu")
     parser.add_argument("--stages", type=Path, help="written by gpu_check.sh: stage,code,seconds")
     args = parser.parse_args(argv)
     rows = read(args.csv)

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from benchmarks.timing import percentile
+from benchmarks.tools.timing import percentile
 from mixbits import __version__
 
 Case = TypeVar("Case")

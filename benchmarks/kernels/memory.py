@@ -1,4 +1,4 @@
-"""Peak memory of the sensitivity measurement against depth: `python -m benchmarks.memory`.
+"""Peak memory of the sensitivity measurement against depth: `python -m benchmarks.kernels.memory`.
 
 Makes random Llamas of a few depths, measures each as `python -m mixbits.quantize` would, and
 prints the largest anonymous memory above what the process held with the model open. Weights stay
@@ -73,7 +73,7 @@ def measure_one(folder: Path, method: str, batch_size: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.memory")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels.memory")
     parser.add_argument("--layers", default="4,16")
     parser.add_argument("--batch-size", type=int, default=8, help="sequences of 256 tokens")
     parser.add_argument("--one", type=Path, help=argparse.SUPPRESS)  # a child measures one model
@@ -88,7 +88,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             make_model(Path(folder), layers)
             for method in METHODS:
-                command = [sys.executable, "-m", "benchmarks.memory", "--one", folder]
+                command = [sys.executable, "-m", "benchmarks.kernels.memory", "--one", folder]
                 options = ["--method", method, "--batch-size", str(args.batch_size)]
                 done = subprocess.run(
                     command + options, check=True, stdout=subprocess.PIPE, text=True

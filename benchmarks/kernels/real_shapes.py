@@ -1,4 +1,4 @@
-"""Every stage on the shapes of real models: `python -m benchmarks.real_shapes`.
+"""Every stage on the shapes of real models: `python -m benchmarks.kernels.real_shapes`.
 
 The widths, heads and vocabularies are those of the models; the weights are random and there are
 --layers decoder blocks instead of the model's 28 to 64, because memory does not grow with depth
@@ -19,9 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.random_llama import SHAPES, write_model
-from benchmarks.records import Records
-from benchmarks.runs import quantize
+from benchmarks.tools.random_llama import SHAPES, write_model
+from benchmarks.tools.records import Records
+from benchmarks.tools.runs import quantize
 from mixbits.report.tables import table
 
 MODELS = [name for name in SHAPES if name != "llama-100m"]
@@ -93,7 +93,7 @@ def run(args: argparse.Namespace, records: Records) -> list[dict[str, Any]]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.real_shapes")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels.real_shapes")
     _add_options(parser)
     parser.add_argument("--seqlen", type=int, default=256)
     parser.add_argument("--batch-size", type=int, default=8)

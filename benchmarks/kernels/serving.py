@@ -1,4 +1,4 @@
-"""What serving costs beside `generate`: `python -m benchmarks.serving DIR`.
+"""What serving costs beside `generate`: `python -m benchmarks.kernels.serving DIR`.
 
 DIR is an output of mixbits.quantize, such as mixbits-demo. The same greedy tokens come from
 `generate` in this process, and over loopback from `python -m mixbits.serve`, as one answer and as a
@@ -28,11 +28,11 @@ import torch
 from transformers import AutoTokenizer
 
 import mixbits
-from benchmarks.records import Records
-from benchmarks.timing import machine, percentile
+from benchmarks.tools.records import Records
+from benchmarks.tools.timing import machine, percentile
 from mixbits.report.tables import table
 
-RESULTS = Path(__file__).parent / "results" / "serving.csv"
+RESULTS = Path(__file__).parents[1] / "results" / "serving.csv"
 KEY = ("model", "way")
 COLUMNS = (*KEY, "tokens", "ms_per_token", "ms_p20", "ms_p80", "first_ms", "more_than_generate_ms")
 PROMPT = "def read(path):\n    "
@@ -147,7 +147,7 @@ def measure(ways: dict[str, Way], tokens: int, rounds: int) -> list[dict[str, An
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.serving")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels.serving")
     parser.add_argument("folder", type=Path, metavar="DIR")
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=20)

@@ -9,7 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.contender import Multiplication, Peer, codes_and_scale, decode, nbytes, pack_all
+from benchmarks.peers.contender import (
+    Multiplication,
+    Peer,
+    codes_and_scale,
+    decode,
+    nbytes,
+    pack_all,
+)
 from mixbits import ops
 from mixbits.formats.schemes import Format, parse_scheme
 

@@ -1,6 +1,6 @@
 """auto-round's own AutoScheme on our tokens, judged by our evaluator.
 
-    python -m benchmarks.autoscheme MODEL --dataset text.txt --bits 4.25,4.5,5,6,7
+    python -m benchmarks.peers.autoscheme MODEL --dataset text.txt --bits 4.25,4.5,5,6,7
 
 MODEL is a folder, or `demo` for the bundled model and its text. Every budget is allocated once by
 the installed package, which then rounds the model in three ways of its own:
@@ -9,7 +9,7 @@ the installed package, which then rounds the model in three ways of its own:
     opt     its search of scales (opt-RTN, the default of iters=0)
     tuned   SignRound, --iters steps per block
 
-The package runs in a process of its own with private caches (benchmarks/autoscheme_worker.py
+The package runs in a process of its own with private caches (benchmarks/peers/autoscheme_worker.py
 says how it is given token ids). Rows are appended to the CSV as they are made, and rows that are
 there already are skipped. `measure_*` is what scoring and solving took, without imports and
 loading of the model; scores are measured once per run and cached for its other budgets.
@@ -113,7 +113,7 @@ def run_worker(job: Job, log: Path | None = None) -> Iterator[dict[str, Any]]:
         path = log or Path(home) / "log"
         with path.open("w") as errors:
             process = subprocess.Popen(
-                [sys.executable, "-m", "benchmarks.autoscheme_worker"],
+                [sys.executable, "-m", "benchmarks.peers.autoscheme_worker"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
@@ -136,7 +136,7 @@ def run_worker(job: Job, log: Path | None = None) -> Iterator[dict[str, Any]]:
 
 
 def add_text_options(parser: argparse.ArgumentParser) -> None:
-    """The options that say which tokens are used; `benchmarks.text.make_text` reads them."""
+    """The options that say which tokens are used; `benchmarks.tools.text.make_text` reads them."""
     parser.add_argument("model", help="a model folder, or `demo` for the bundled one")
     parser.add_argument("--dataset", help="text, .jsonl, .npy or .json of token ids, or a name")
     parser.add_argument("--marker", help="what separates documents in the text, such as </s>")
@@ -147,7 +147,7 @@ def add_text_options(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, folder: Path, records: Any) -> list[dict[str, str]]:
     """Every budget and rounding of the arguments; rows of `records`, old and new."""
-    from benchmarks.text import make_text
+    from benchmarks.tools.text import make_text
 
     counts = args.nsamples, args.eval_nsamples
     text = make_text(args.model, folder, args.dataset, counts, args.seqlen, args.marker)
@@ -194,9 +194,9 @@ def result_table(rows: Sequence[dict[str, str]], bits: Sequence[str]) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    from benchmarks.records import Records
+    from benchmarks.tools.records import Records
 
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.autoscheme")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.peers.autoscheme")
     add_text_options(parser)
     parser.add_argument("--schemes", default="MXFP4,MXFP8")
     parser.add_argument("--scale-modes", default="floor/floor", help="of weights/activations")

@@ -1,4 +1,4 @@
-"""The process in which auto-round's own AutoScheme runs: `benchmarks.autoscheme` starts it.
+"""The process in which auto-round's own AutoScheme runs: `benchmarks.peers.autoscheme` starts it.
 
 Reads a job (JSON) from standard input and writes one JSON object per result to standard output;
 what the libraries print goes to standard error. The environment must give it a private HOME and
@@ -27,8 +27,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from benchmarks.autoscheme import Job, Peer
-from benchmarks.meter import Meter
+from benchmarks.peers.autoscheme import Job, Peer
+from benchmarks.tools.meter import Meter
 from mixbits.formats.schemes import BF16, Scheme
 from mixbits.measuring.evaluate import compare, run_tasks
 from mixbits.model.layout import LinearInfo, find_linears

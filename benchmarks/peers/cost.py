@@ -1,4 +1,4 @@
-"""What measuring costs, against AutoScheme: `python -m benchmarks.cost`.
+"""What measuring costs, against AutoScheme: `python -m benchmarks.peers.cost`.
 
 The same random Llama of 100 million parameters, the same token ids, the same schemes. Both run
 in processes of their own, in turns, and are timed without imports and without opening the model:
@@ -23,7 +23,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # inherited by both contend
 
 import numpy as np
 
-from benchmarks.autoscheme import METERS, Job, run_worker
+from benchmarks.peers.autoscheme import METERS, Job, run_worker
 
 SCHEMES = ("MXFP4,MXFP8", "MXFP4,MXFP8,W4A16,W8A16")
 BUDGET = 5.0
@@ -37,7 +37,7 @@ def measure_ours(model: str, ids_path: str, schemes: str, batch_size: int) -> di
     """What `python -m mixbits.quantize --solve-only` does between reading and writing."""
     import torch
 
-    from benchmarks.meter import Meter
+    from benchmarks.tools.meter import Meter
     from mixbits.formats.schemes import parse_scheme
     from mixbits.measuring.scores import Scores
     from mixbits.measuring.sensitivity import measure
@@ -63,7 +63,7 @@ def measure_ours(model: str, ids_path: str, schemes: str, batch_size: int) -> di
 
 def ours(job: Job) -> dict[str, Any]:
     words = [job.model, job.calibration, job.schemes, str(job.batch_size)]
-    command = [sys.executable, "-m", "benchmarks.cost", "--ours", *words]
+    command = [sys.executable, "-m", "benchmarks.peers.cost", "--ours", *words]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return result
@@ -79,7 +79,7 @@ CONTENDERS = {"mixbits": ours, "autoscheme": theirs}
 
 def run(args: argparse.Namespace, folder: Path, records: Any) -> dict[str, dict[str, Any]]:
     """{schemes: {system: medians}}; every single run becomes a row of `records`."""
-    from benchmarks.random_llama import SHAPES, write_model
+    from benchmarks.tools.random_llama import SHAPES, write_model
 
     model = write_model(folder / "model", args.shape, args.layers)
     # auto-round does not start without a tokenizer, which the ids make useless
@@ -140,10 +140,10 @@ def main(argv: list[str] | None = None) -> None:
         model, ids, schemes, batch_size = sys.argv[2:]
         print(json.dumps(measure_ours(model, ids, schemes, int(batch_size))))
         return
-    from benchmarks.records import Records
+    from benchmarks.tools.records import Records
 
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.cost")
-    parser.add_argument("--shape", default="llama-100m", help="of benchmarks.random_llama")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.peers.cost")
+    parser.add_argument("--shape", default="llama-100m", help="of benchmarks.tools.random_llama")
     parser.add_argument("--layers", type=int, help="instead of the shape's own")
     parser.add_argument("--schemes", default=";".join(SCHEMES), help="sets, between semicolons")
     parser.add_argument("--nsamples", type=int, default=16, help="AutoScheme's default")

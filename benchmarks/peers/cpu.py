@@ -25,9 +25,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from benchmarks import ggml
-from benchmarks.auto_round_peers import auto_round_layer, auto_round_lib, auto_round_mxfp4
-from benchmarks.contender import (
+from benchmarks.peers import ggml
+from benchmarks.peers.auto_round import auto_round_layer, auto_round_lib, auto_round_mxfp4
+from benchmarks.peers.contender import (
     FakeQuantizer,
     Multiplication,
     Peer,

@@ -1,4 +1,4 @@
-"""One model through every loader: `python -m benchmarks.exports [MODEL ...] --csv exports.csv`.
+"""One model through every loader: `python -m benchmarks.peers.exports [MODEL ...] --csv FILE`.
 
 Linears take the schemes in turn, rounded to nearest. A figure is the largest difference of a logit
 from the fake-quantized model, which is computed by torch in the same dtype, on text that the model
@@ -25,13 +25,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import mixbits.transformers_quantizer
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import mixbits
-from benchmarks.records import Records
+import mixbits.checkpoint.transformers_quantizer
+from benchmarks.tools.records import Records
 from mixbits.checkpoint.folder import save
 from mixbits.demo import MODEL_DIR
 from mixbits.export.__main__ import main as export
@@ -246,7 +246,7 @@ def measure(case: Case, formats: tuple[str, ...]) -> Iterator[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.exports")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.peers.exports")
     parser.add_argument("models", nargs="*", default=[str(MODEL_DIR)], help="the demo's")
     parser.add_argument("--csv", type=Path, required=True)
     args = parser.parse_args()

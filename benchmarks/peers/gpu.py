@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.contender import (
+from benchmarks.peers.contender import (
     FP8,
     Multiplication,
     Peer,
@@ -20,7 +20,7 @@ from benchmarks.contender import (
     nbytes,
     pack_all,
 )
-from benchmarks.peers import torch_linear
+from benchmarks.peers.cpu import torch_linear
 from mixbits import ops
 from mixbits.errors import first_line
 from mixbits.formats.pack import unpack

@@ -1,4 +1,4 @@
-"""Tokens per second of llama.cpp on a random Llama: `python -m benchmarks.llama_cpp --type MXFP4`.
+"""llama.cpp on a random Llama, tokens per second: `python -m benchmarks.peers.llama_cpp`.
 
 Writes a GGUF of the given shape with random weights, runs it in a process of its own, and removes
 it. All linears and the output head are of one type. Where the embedding is not tied to the head
@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig
 
-from benchmarks import ggml
+from benchmarks.peers import ggml
 from mixbits.errors import first_line
 
 _TILE = 256  # rows of a weight that are quantized; the others repeat them
@@ -236,7 +236,7 @@ def measure(
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.gguf"
         write_gguf(path, config, type_name)
-        command = [sys.executable, "-m", "benchmarks.llama_cpp", "--run", str(path)]
+        command = [sys.executable, "-m", "benchmarks.peers.llama_cpp", "--run", str(path)]
         sizes = ["--threads", threads, "--prefill", prefill, "--decode", decode]
         done = subprocess.run(
             [*command, *map(str, sizes)], capture_output=True, text=True, env=environment
@@ -259,7 +259,7 @@ def measure(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.llama_cpp")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.peers.llama_cpp")
     parser.add_argument("--type", choices=tuple(ggml.TYPES), default="MXFP4")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--prefill", type=int, default=512, help="tokens of the prompt")

@@ -1,4 +1,4 @@
-"""A packed folder in vLLM, on a machine with GPUs: `python -m benchmarks.vllm_gpu DIR`.
+"""A packed folder in vLLM, on a machine with GPUs: `python -m benchmarks.peers.vllm_gpu DIR`.
 
 In an environment with vllm and mixbits. Prompts are continued greedily, all at once; then
 `mixbits.load` scores the same tokens on the CPU. Printed: the largest difference of a token's log
@@ -59,7 +59,7 @@ def continue_in_vllm(args: argparse.Namespace) -> tuple[list[tuple[list[int], li
 
 @torch.no_grad()
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.vllm_gpu")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.peers.vllm_gpu")
     parser.add_argument("folder", type=Path, help="a folder from mixbits.quantize")
     parser.add_argument("--tensor-parallel", type=int, default=1)
     parser.add_argument("--tokens", type=int, default=64)

@@ -1,12 +1,12 @@
-"""What each part gains, beside AutoScheme: `python -m benchmarks.ablation MODEL --dataset TEXT`.
+"""What each part gains, beside AutoScheme: `python -m benchmarks.quality.ablation MODEL`.
 
-    python -m benchmarks.ablation stories3m --dataset tinystories.txt --csv ablation.csv
-    python -m benchmarks.ablation demo --variants everything --bits 4.5
+    python -m benchmarks.quality.ablation stories3m --dataset tinystories.txt --csv ablation.csv
+    python -m benchmarks.quality.ablation demo --variants everything --bits 4.5
 
 MODEL is a folder, or `demo` for the bundled model and its text. Variants go from AutoRound's
 numerics (scales of the OCP rule, nearest rounding, one scheme for a linear) to everything on. All
 are measured on the same tokens as AutoScheme's rows in `benchmarks/results/autoscheme.csv`
-(`python -m benchmarks.autoscheme`), rounded in memory and compared on the same held-out
+(`python -m benchmarks.peers.autoscheme`), rounded in memory and compared on the same held-out
 sequences; the bits are of elements only, as there. Printed are KL divergences in 1e-3 nats per
 token, and each variant's ratios to AutoScheme with plain rounding, with its opt rounding, and
 tuned. `--skip N` calibrates on other text: N sequences further on.
@@ -32,9 +32,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.autoscheme import add_text_options
-from benchmarks.records import Records
-from benchmarks.text import Text, make_text
+from benchmarks.peers.autoscheme import add_text_options
+from benchmarks.tools.records import Records
+from benchmarks.tools.text import Text, make_text
 from mixbits.formats.arrange import Arrangement
 from mixbits.formats.pack import Rounded
 from mixbits.formats.schemes import Assignment, parse_scheme
@@ -54,7 +54,7 @@ from mixbits.rounding.whole_model import RoundedModel, round_model
 from mixbits.source.source import open_source
 
 ROUNDINGS = ("plain", "opt", "tuned")  # of AutoScheme's rows
-AUTOSCHEME = Path(__file__).parent / "results" / "autoscheme.csv"
+AUTOSCHEME = Path(__file__).parents[1] / "results" / "autoscheme.csv"
 
 
 @dataclass(frozen=True)
@@ -238,7 +238,7 @@ def print_table(records: Records, model: str, sha256: str, bits: Sequence[str]) 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.ablation")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.quality.ablation")
     add_text_options(parser)
     parser.add_argument("--bits", default="4.25,4.5,5,6,7")
     parser.add_argument(

@@ -1,6 +1,6 @@
-"""KL on held-out text for every strategy and budget: `python -m benchmarks.accuracy MODEL`.
+"""KL on held-out text for every strategy and budget: `python -m benchmarks.quality.accuracy MODEL`.
 
-    python -m benchmarks.accuracy MODEL --dataset text.txt --bits 4.25,4.5,5,6
+    python -m benchmarks.quality.accuracy MODEL --dataset text.txt --bits 4.25,4.5,5,6
 
 Measures once per method, allocates every budget from it, packs each plan to disk, loads it back
 and compares with the original. Prints a table in 1e-3 nats per token and appends to a CSV, with
@@ -92,7 +92,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.accuracy")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.quality.accuracy")
     parser.add_argument("model")
     parser.add_argument("--dataset", required=True)
     parser.add_argument("--schemes", default="MXFP4,MXFP8")

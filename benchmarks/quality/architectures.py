@@ -1,4 +1,4 @@
-"""Every language model class of transformers, tiny: `python -m benchmarks.architectures`.
+"""Every language model class of transformers, tiny: `python -m benchmarks.quality.architectures`.
 
 A model of each kind is saved with random weights, quantized by the command line to 8 bits (W8A16G32
 and MXFP8A16, rounded to nearest), loaded, and exported where it can be. One row says what came of
@@ -54,8 +54,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.records import Records
-from benchmarks.tiny_models import (
+from benchmarks.tools.records import Records
+from benchmarks.tools.tiny_models import (
     SEEING,
     auto_class,
     picture_inputs,

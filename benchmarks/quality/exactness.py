@@ -1,4 +1,4 @@
-"""Packed against fake: `python -m benchmarks.exactness MODEL --dataset text.txt`.
+"""Packed against fake: `python -m benchmarks.quality.exactness MODEL --dataset text.txt`.
 
 For every scheme and instruction set: the largest logit difference between the packed model and
 the fake-quantized one, and, as a yardstick, that between torch's own float32 (and bfloat16) and
@@ -103,7 +103,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.exactness")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.quality.exactness")
     parser.add_argument("model")
     parser.add_argument("--dataset", required=True)
     parser.add_argument("--schemes", default=SCHEMES)

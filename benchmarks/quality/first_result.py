@@ -1,4 +1,4 @@
-"""What a newcomer gets first, and what llama.cpp gives: `python -m benchmarks.first_result MODEL`.
+"""A newcomer's first result, and llama.cpp's: `python -m benchmarks.quality.first_result MODEL`.
 
     default   python -m mixbits.quantize MODEL, calibrated on --dataset
     quick     the same with --effort quick
@@ -22,9 +22,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.exports import LlamaCpp
-from benchmarks.records import Records
-from benchmarks.runs import quantize
+from benchmarks.peers.exports import LlamaCpp
+from benchmarks.tools.records import Records
+from benchmarks.tools.runs import quantize
 from mixbits.measuring.evaluate import compare
 from mixbits.measuring.text import prefix_tokens, read_sequences
 from mixbits.model.layout import find_linears
@@ -90,7 +90,7 @@ def run_peer(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.first_result")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.quality.first_result")
     parser.add_argument("model")
     parser.add_argument("--dataset", required=True, help="text to calibrate with")
     parser.add_argument("--eval-dataset", required=True, help="text to judge by")

@@ -1,6 +1,6 @@
-"""What every budget buys, beside the baselines: `python -m benchmarks.frontier DIR`.
+"""What every budget buys, beside the baselines: `python -m benchmarks.quality.frontier DIR`.
 
-    python -m benchmarks.frontier mixbits-demo --svg docs/allocation.svg
+    python -m benchmarks.quality.frontier mixbits-demo --svg docs/allocation.svg
 
 DIR holds the scores.json and plan.json of `python -m mixbits.quantize`; no model is read. Every
 linear is an item of its own, as without --fuse and --granularity slab. The drawing has the
@@ -78,7 +78,7 @@ def draw(items: list[Item], plan: tuple[int, float], weights: int, method: str, 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.frontier")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.quality.frontier")
     parser.add_argument("folder", type=Path, metavar="DIR")
     parser.add_argument("--svg", type=Path, default=Path("allocation.svg"))
     args = parser.parse_args()

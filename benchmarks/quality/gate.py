@@ -1,6 +1,6 @@
-"""Does the gate keep its promise on other text? `python -m benchmarks.gate demo MODEL...`
+"""Does the gate keep its promise on other text? `python -m benchmarks.quality.gate demo MODEL...`
 
-    python -m benchmarks.gate demo stories3m --dataset tinystories.txt --csv gate.csv
+    python -m benchmarks.quality.gate demo stories3m --dataset tinystories.txt --csv gate.csv
 
 Every seed draws a model, a budget, a way of rounding and allocating, and the sequences that score,
 round, compare and judge. The gate then chooses as `python -m mixbits.quantize` does, and what it
@@ -26,9 +26,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import torch
 from torch import Tensor
 
-from benchmarks.ablation import VARIANTS, Subject
-from benchmarks.records import Records
-from benchmarks.text import DEMO, GATE, make_text
+from benchmarks.quality.ablation import VARIANTS, Subject
+from benchmarks.tools.records import Records
+from benchmarks.tools.text import DEMO, GATE, make_text
 from mixbits.errors import UsageError
 from mixbits.measuring.evaluate import sequence_kl
 from mixbits.pipeline.gate import Candidate, behind, candidates, choose, judge
@@ -126,7 +126,7 @@ def _subjects(args: argparse.Namespace, folder: Path) -> list[Subject]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gate")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.quality.gate")
     parser.add_argument("models", nargs="+", help="model folders, or `demo` for the bundled one")
     parser.add_argument("--dataset", help="text, .jsonl, .npy or .json of token ids, or a name")
     parser.add_argument("--marker", help="what separates documents in the text, such as </s>")

@@ -1,8 +1,8 @@
-"""The published experiment, and AutoScheme beside it: `python -m benchmarks.tables MODEL`.
+"""The published experiment, and AutoScheme beside it: `python -m benchmarks.quality.tables MODEL`.
 
-    python -m benchmarks.tables ./Llama-3.1-8B-Instruct --dataset text.jsonl --add-bos-token \\
-        --tasks lambada_openai,hellaswag,piqa,winogrande,mmlu --csv tables.csv
-    python -m benchmarks.tables demo --sections mx,int
+    python -m benchmarks.quality.tables ./Llama-3.1-8B-Instruct --dataset text.jsonl \\
+        --add-bos-token --tasks lambada_openai,hellaswag,piqa,winogrande,mmlu --csv tables.csv
+    python -m benchmarks.quality.tables demo --sections mx,int
 
 Sections:
 
@@ -22,13 +22,13 @@ line and makes rows of their own, so that any option can be compared:
 
 The gate has 32 sequences of its own, beside those to calibrate with and those held out.
 AutoScheme's rows come from the installed package, with the same tokens and judged by the same
-functions (benchmarks/autoscheme.py). Tasks are scored where their data can be had; `--lambada
+functions (benchmarks/peers/autoscheme.py). Tasks are scored where their data can be had; `--lambada
 FILE` scores LAMBADA from a local jsonl. Rows go to the CSV as they are made, and rows that are
 there are not made again.
 
-`python -m benchmarks.cost` compares what measuring costs, and `python -m benchmarks.real_shapes`
-runs every stage on the shapes of real models; as sections `cost` and `shapes` they run here too,
-on models of their own, into CSVs beside this one's.
+`python -m benchmarks.peers.cost` compares what measuring costs, and
+`python -m benchmarks.kernels.real_shapes` runs every stage on the shapes of real models; as
+sections `cost` and `shapes` they run here too, on models of their own, into CSVs beside this one's.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("USE_HUB_KERNELS", "NO")  # no RMSNorm of a hub in transformers
 
-from benchmarks.autoscheme import FIGURES, METERS, Job, add_text_options, run_worker
-from benchmarks.records import Records
-from benchmarks.runs import average_accuracy, costs, figures, quantize
-from benchmarks.text import Text, make_text
+from benchmarks.peers.autoscheme import FIGURES, METERS, Job, add_text_options, run_worker
+from benchmarks.tools.records import Records
+from benchmarks.tools.runs import average_accuracy, costs, figures, quantize
+from benchmarks.tools.text import Text, make_text
 
 PUBLISHED_TASKS = "lambada_openai,hellaswag,piqa,winogrande,mmlu"
 KEY = (
@@ -341,14 +341,15 @@ def print_section(tables: Tables, section: str) -> None:
 
 def run_without_model(section: str, args: argparse.Namespace) -> None:
     """`cost` and `shapes`, with their defaults."""
-    from benchmarks import cost, real_shapes
+    from benchmarks.kernels import real_shapes
+    from benchmarks.peers import cost
 
     module = {"cost": cost, "shapes": real_shapes}[section]
     module.main(["--csv", str(args.csv.with_name(f"{args.csv.stem}_{section}.csv"))])
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.tables")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.quality.tables")
     add_text_options(parser)
     parser.add_argument("--sections", default="mx,mx-counted,mx-rceil,int")
     parser.add_argument("--options", action="append", default=[], help="words for mixbits.quantize")

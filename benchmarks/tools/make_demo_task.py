@@ -1,6 +1,6 @@
 """Writes the questions of the bundled lm-eval task ``stdlib_next_line``.
 
-    python benchmarks/make_demo_task.py
+    python benchmarks/tools/make_demo_task.py
 
 A question shows a dozen consecutive lines of a held-out standard-library file and four lines that
 might come next: the one that does, and three others from elsewhere in the same file with about
@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass
 from difflib import SequenceMatcher
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from mixbits import demo
 

@@ -1,4 +1,4 @@
-"""The roofline plot of `benchmarks.cpu`: GFLOP/s over operations per byte of weights."""
+"""The roofline plot of `benchmarks.kernels.cpu`: GFLOP/s over operations per byte of weights."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.autoscheme import FIGURES
+from benchmarks.peers.autoscheme import FIGURES
 
 
 def quantize(model: str, out: Path, words: Sequence[str], only: bool = False) -> dict[str, Any]:

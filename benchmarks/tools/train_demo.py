@@ -2,7 +2,7 @@
 
 The command that made ``mixbits/demo/model`` (two cores, CPython 3.11):
 
-    python benchmarks/train_demo.py --minutes 53
+    python benchmarks/tools/train_demo.py --minutes 53
 
 It trains a byte-level BPE tokenizer on the training text, packs the files into one token stream
 with a bos token before each, and trains a small Llama on random windows of it.  Four choices
@@ -36,7 +36,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from mixbits import demo
 

@@ -13,7 +13,7 @@ from published import BLOCK, COMPRESSED, Published
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-from benchmarks.tiny_models import SEEING, picture_inputs, text_ids
+from benchmarks.tools.tiny_models import SEEING, picture_inputs, text_ids
 
 Maker = Callable[[Path], Published]
 QUANTIZED: dict[str, Maker] = {

@@ -33,7 +33,7 @@ import published
 from published import Published
 from test_published import PLAIN, QUANTIZED, Maker
 
-from benchmarks.tiny_models import picture_inputs
+from benchmarks.tools.tiny_models import picture_inputs
 
 
 def in_fp8(found: Published) -> Published:
