@@ -16,13 +16,13 @@ from pathlib import Path
 import pytest
 import sass
 import torch
+from compiled import CSRC, needs_gpp, output_of
 from conftest import assert_same_bits
 
 from mixbits.formats import reference
 from mixbits.formats.schemes import MINIFLOATS
 
 TESTS = Path(__file__).resolve().parent
-CSRC = TESTS.parents[1] / "csrc"
 SOURCES = {
     "_".join(path.relative_to(CSRC / "cuda").with_suffix("").parts): path
     for path in sorted(CSRC.glob("cuda/**/*.cu"))
@@ -34,7 +34,6 @@ HOPPER = ("matmul_wgmma", "matmul_e4m3")
 BUDGETS = TESTS / "cuda_budgets.csv"
 
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on the PATH")
-needs_gpp = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not on the PATH")
 needs_cuobjdump = pytest.mark.skipif(
     sass.find_cuobjdump() is None, reason="Triton, which ships cuobjdump, is not installed"
 )
@@ -264,15 +263,6 @@ int main() {
   }
 }
 """
-
-
-def output_of(program: str, folder: Path) -> bytes:
-    """What a C++ program that includes our headers prints."""
-    source, binary = folder / "program.cpp", folder / "program"
-    source.write_text(program)
-    command = ["g++", "-std=c++17", "-O2", "-ffp-contract=off", f"-I{CSRC}"]
-    subprocess.run([*command, str(source), "-o", str(binary)], check=True)
-    return subprocess.run([str(binary)], capture_output=True, check=True).stdout
 
 
 @needs_gpp
