@@ -21,7 +21,7 @@ ROOT = Path(mixbits.__file__).resolve().parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *PAGES]
 FENCE = re.compile(r"^```.*?\n(.*?)^```", re.MULTILINE | re.DOTALL)
-COMMAND = re.compile(r"python3? -m ((?:mixbits|benchmarks)\.\w+)([^&|\n]*)")
+COMMAND = re.compile(r"python3? -m ((?:mixbits|benchmarks)(?:\.\w+)+)([^&|\n]*)")
 SPAN = re.compile(r"(?<!`)`([^`\n]+(?:\n[^`\n]+)?)`(?!`)")
 
 
@@ -96,7 +96,7 @@ def test_a_wrong_command_is_noticed(command, monkeypatch):
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 def test_modules_exist(path):
-    for module in re.findall(r"python3? -m ((?:mixbits|benchmarks)\.\w+)", path.read_text()):
+    for module in re.findall(r"python3? -m ((?:mixbits|benchmarks)(?:\.\w+)+)", path.read_text()):
         assert importlib.util.find_spec(module), module
 
 

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_serve import pack_demo
+from served import pack_demo
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mixbits

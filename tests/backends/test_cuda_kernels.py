@@ -17,10 +17,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 
+import checks
 import pytest
-import test_triton as checks
 import torch
 from conftest import FORMATS, INT_FORMATS, MX_FORMATS, assert_same_bits, format_id, hard_rows
+from mixes import ARRANGED, make_mix
 from torch import Tensor
 
 from mixbits import ops
@@ -57,7 +58,7 @@ def build_emulation(folder: Path) -> Path:
     command = ["g++", "-std=c++17", "-O1", "-ffp-contract=off", "-fPIC", "-w", "-DMB_WGMMA"]
     command += [f"-I{path}" for path in include]
     sources = [folder / "csrc/bindings_cuda.cpp"]
-    for path in sorted((folder / "csrc/cuda").glob("*.cu")):
+    for path in sorted((folder / "csrc/cuda").rglob("*.cu")):
         text = LAUNCH.sub(r"emulate::launch(\2,\3, [=] { \1(\5); });", path.read_text())
         text = DYNAMIC.sub(r"\1* \2 = emulate::shared<\1>();", text)
         sources.append(path.with_suffix(".cpp"))
@@ -194,7 +195,7 @@ def test_emulated_mixed(emulated, segments, choice, monkeypatch):
 def test_emulated_mixed_as_chosen(emulated, segments, monkeypatch):
     """All ways but wgmma's occur, and scratch in several blocks."""
     monkeypatch.setattr(scratch, "SCRATCH_BYTES", 8 * 320 * 4)
-    for shape, arranged in zip(((1, 15), (3, 100), (17, 17)), checks.ARRANGED, strict=True):
+    for shape, arranged in zip(((1, 15), (3, 100), (17, 17)), ARRANGED, strict=True):
         checks.check_mixed(emulated, CPU, segments, shape, arranged)
 
 
@@ -206,7 +207,7 @@ def test_emulated_arrange(emulated):
 @emulated_test
 def test_emulated_mixed_misaligned(emulated):
     """Codes that begin anywhere take narrower loads; an input that does is staged."""
-    mix, _ = checks.make_mix(checks.MIXES["MX, inputs alone"], "natural", 5)
+    mix, _ = make_mix(checks.MIXES["MX, inputs alone"], "natural", 5)
     x = torch.randn(3 * 224 + 1).bfloat16()[1:].view(3, 224)
     expected = cuda.mixed_matmul(x, mix)
     codes = mix.operands[1].packed.weight_packed
@@ -500,7 +501,7 @@ def test_matrix_units(fmt, choice, monkeypatch):
 
 
 @needs_gpu
-@pytest.mark.parametrize("arranged", checks.ARRANGED)
+@pytest.mark.parametrize("arranged", ARRANGED)
 @pytest.mark.parametrize("segments", checks.MIXES)
 def test_mixed_matmul(segments, arranged):
     for shape in ((1, 15), (3, 257), (17, 100), (118, 17), (1100, 100)):

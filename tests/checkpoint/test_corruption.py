@@ -20,8 +20,8 @@ from typing import Any
 
 import pytest
 import torch
+from recipes import slabs, whole
 from safetensors.torch import load_file, save_file
-from test_hub import slabs, whole
 from tiny import add_tokenizer, make_model
 from transformers import AutoModelForCausalLM
 

@@ -6,7 +6,6 @@ import copy
 import importlib
 import json
 import pickle
-import random
 import shutil
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import assert_same_bits
+from recipes import slabs, whole
 from safetensors.torch import load_file
 from tiny import VOCAB, make_model, read
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -27,31 +27,9 @@ from mixbits.checkpoint import transformers_quantizer
 from mixbits.checkpoint.folder import save
 from mixbits.errors import UsageError
 from mixbits.export.__main__ import main as export
-from mixbits.formats.schemes import Mixed, Recipe, parse_scheme
-from mixbits.model.layout import LinearInfo, find_linears
+from mixbits.model.layout import find_linears
 from mixbits.runtime.linear import Experts, MixedLinear, PackedLinear
 from mixbits.source.source import open_source
-
-SCHEMES = ["MXFP4", "MXFP8", "W4A16", "W2A16G32ASYM", "BF16", "MXFP8E5M2A16", "W8A16G64ASYM"]
-
-
-def whole(linears: list[LinearInfo]) -> dict[str, Recipe]:
-    """Every scheme in turn."""
-    return {info.name: parse_scheme(SCHEMES[i % 7]) for i, info in enumerate(linears)}
-
-
-def slabs(linears: list[LinearInfo]) -> dict[str, Recipe]:
-    """Two schemes in each linear: with and without an order, folded or stored, and rotated."""
-    numbers = random.Random(0)
-    low, high = parse_scheme("MXFP4"), parse_scheme("MXFP8")
-    recipes: dict[str, Recipe] = {}
-    for i, info in enumerate(linears):
-        order = tuple(numbers.sample(range(info.in_features), info.in_features))
-        segments = ((high, 32), (low, info.in_features - 32))
-        folded = info.name.endswith("down_proj") and i % 2 == 0
-        recipes[info.name] = Mixed(segments, order if i % 3 else None, i % 4 == 1, folded)
-    return recipes
-
 
 # (kind, recipes, quantize the head, overrides)
 CASES: dict[str, tuple[str, Any, bool, dict[str, Any]]] = {

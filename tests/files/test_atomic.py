@@ -447,7 +447,7 @@ def test_two_runs_never_share_a_destination(
 HOLDS = """
 import sys
 from pathlib import Path
-from mixbits.atomic import reserved, scratch_folder
+from mixbits.files.atomic import reserved, scratch_folder
 scratch = scratch_folder(Path(sys.argv[1]).parent, 0)
 with reserved(Path(sys.argv[1]), overwrite=True) as place, place.folder() as folder:
     (folder / "half").write_text("half")

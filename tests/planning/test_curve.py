@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_allocate import random_items
+from knapsacks import random_items
 
 from mixbits.errors import UsageError
 from mixbits.planning import curve, knapsack

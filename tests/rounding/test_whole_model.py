@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from recipes import MODES, opened
 from tiny import KINDS, MOE_KINDS, make_model
 
 import mixbits
@@ -21,35 +21,6 @@ from mixbits.rounding.gptq import METHODS
 from mixbits.rounding.whole_model import RoundedModel, _Compensation, round_model
 from mixbits.runtime.fake import fake_quantize_model
 from mixbits.source.source import open_source
-
-MODES = "floor", "even"
-
-
-def recipes(linears: list[Any]) -> dict[str, Recipe]:
-    """Every kind of recipe in turn; columns of some are ordered and rotated."""
-    mxfp4, mxfp8, w4 = (parse_scheme(s, *MODES) for s in ("MXFP4", "MXFP8", "W4A16G32"))
-    found: dict[str, Recipe] = {}
-    for number, info in enumerate(linears):
-        columns = info.in_features
-        order = tuple(reversed(range(columns)))
-        found[info.name] = [
-            mxfp4,
-            Mixed(((mxfp8, 32), (mxfp4, columns - 32)), order),
-            w4,
-            Mixed(((mxfp4, columns),), None, rotated=True),
-            Mixed(((parse_scheme("W8A16G32"), 32), (w4, columns - 32)), order, rotated=True),
-        ][number % 5]
-        if info.name.endswith("down_proj"):  # its order goes into the rows of gate and up
-            found[info.name] = Mixed(((mxfp8, 32), (mxfp4, columns - 32)), order, True, folded=True)
-    return found
-
-
-def opened(folder: Path, kind: str) -> tuple[Any, Any, list[Any], dict[str, Recipe], torch.Tensor]:
-    source = open_source(str(make_model(folder, kind)))
-    model = source.load()
-    linears = find_linears(model, include_head=True)
-    ids = torch.randint(0, 130, (12, 32))
-    return source, model, linears, recipes(linears), ids
 
 
 @pytest.mark.parametrize("kind", KINDS)
