@@ -22,7 +22,6 @@ import os
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,164 +29,124 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from benchmarks.peers.autoscheme import add_text_options
 from benchmarks.tools.records import Records
 from benchmarks.tools.text import Text, make_text
-from mixbits.formats.arrange import Arrangement
-from mixbits.formats.pack import Rounded
-from mixbits.formats.schemes import Assignment, parse_scheme
+from mixbits.command import quiet
 from mixbits.measuring.evaluate import sequence_kl
 from mixbits.measuring.scores import Scores
-from mixbits.measuring.sensitivity import measure, sorted_columns
-from mixbits.model.layout import find_linears, make_units
-from mixbits.model.streaming import StreamedModel, gradient_dtype
-from mixbits.pipeline.options import DISTILL_STEPS, REFINE_ROUNDS
-from mixbits.pipeline.refine import Options, halves, refine
-from mixbits.planning.allocate import Allocation, Item, total
-from mixbits.planning.plan import Budget, Problem, average_bits, unit_options
-from mixbits.report.tables import quiet, table
-from mixbits.rounding.distill import distill, enough_text
-from mixbits.rounding.signround import tune
-from mixbits.rounding.whole_model import RoundedModel, round_model
+from mixbits.measuring.text import Sequences
+from mixbits.pipeline import texts
+from mixbits.pipeline.candidates import candidates
+from mixbits.pipeline.plans import Planned, make_plans, refine_plan
+from mixbits.pipeline.process import make_subject, with_device
+from mixbits.pipeline.roundings import Subject as Rounded
+from mixbits.pipeline.rules import settled
+from mixbits.pipeline.run import Run, prepare
+from mixbits.pipeline.scoring import measure
+from mixbits.pipeline.settings import DISTILL_STEPS, REFINE_ROUNDS, TUNE_STEPS
+from mixbits.planning.plan import average_bits
+from mixbits.report.tables import table
+from mixbits.rounding.whole_model import RoundedModel
 from mixbits.source.source import open_source
 
 ROUNDINGS = ("plain", "opt", "tuned")  # of AutoScheme's rows
 AUTOSCHEME = Path(__file__).parents[1] / "results" / "autoscheme.csv"
 
 
-@dataclass(frozen=True)
-class Variant:
-    """Scale mode of activations, how columns are divided and arranged, how weights are rounded.
-
-    `refined`: the plan is improved by measured KL (`--refine`).
-    """
-
-    act_scale_mode: str = "even"
-    slabs: str = ""  # "", "shared" by the readers of one input, or "free"
-    rotated: bool = False
-    rounding: str = "rtn"
-    correction: float = 0.0
-    distilled: int = 0  # steps
-    refined: bool = False
-
-
-VARIANTS = {
-    "layers, floor": Variant("floor"),
-    "layers, floor, refined": Variant("floor", refined=True),
-    "layers": Variant(),
-    "layers, search": Variant(rounding="search"),
-    "layers, gptq": Variant(rounding="gptq"),
-    "layers, gptq corrected": Variant(rounding="gptq", correction=0.5),
-    "layers, tuned": Variant(rounding="tuned"),  # by auto-round itself
-    "layers, rotated, gptq corrected": Variant(rotated=True, rounding="gptq", correction=0.5),
-    "slabs, floor": Variant("floor", "shared"),
-    "free slabs, floor": Variant("floor", "free"),
-    "slabs": Variant(slabs="shared"),
-    "slabs, rotated": Variant(slabs="shared", rotated=True),
-    "slabs, gptq corrected": Variant(slabs="shared", rounding="gptq", correction=0.5),
-    "everything": Variant("even", "shared", True, "gptq", 0.5),
-    "everything, free slabs": Variant("even", "free", True, "gptq", 0.5),
-    "layers, distilled": Variant(rounding="gptq", correction=0.5, distilled=DISTILL_STEPS),
-    "everything, distilled": Variant("even", "shared", True, "gptq", 0.5, DISTILL_STEPS),
-    "everything, free slabs, distilled": Variant("even", "free", True, "gptq", 0.5, DISTILL_STEPS),
-    "everything, free slabs, distilled twice as long": Variant(
-        "even", "free", True, "gptq", 0.5, 2 * DISTILL_STEPS
-    ),
+# Settings of `python -m mixbits.quantize`, beside schemes, a budget and text.
+NEAREST = {"rounding": "rtn", "act_scale_mode": "even"}
+FLOOR = {**NEAREST, "act_scale_mode": "floor"}
+SLABS = {"granularity": "slab"}
+FREE = {**SLABS, "free_slabs": True}
+ROTATED = {"rotate": "ffn"}
+GPTQ = {"rounding": "gptq", "correction": 0.5}
+EVERYTHING = {**GPTQ, **SLABS, **ROTATED}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "layers, floor": FLOOR,
+    "layers, floor, refined": {**FLOOR, "refine": REFINE_ROUNDS},
+    "layers": NEAREST,
+    "layers, search": {"rounding": "search"},
+    "layers, gptq": {"rounding": "gptq", "correction": 0.0},
+    "layers, gptq corrected": GPTQ,
+    "layers, tuned": {**NEAREST, "tune": TUNE_STEPS},  # by auto-round itself
+    "layers, rotated, gptq corrected": {**GPTQ, **ROTATED},
+    "slabs, floor": {**FLOOR, **SLABS},
+    "free slabs, floor": {**FLOOR, **FREE},
+    "slabs": {**NEAREST, **SLABS},
+    "slabs, rotated": {**NEAREST, **SLABS, **ROTATED},
+    "slabs, gptq corrected": {**GPTQ, **SLABS},
+    "everything": EVERYTHING,
+    "everything, free slabs": {**EVERYTHING, **FREE},
+    "layers, distilled": {**GPTQ, "distill": DISTILL_STEPS},
+    "everything, distilled": {**EVERYTHING, "distill": DISTILL_STEPS},
+    "everything, free slabs, distilled": {**EVERYTHING, **FREE, "distill": DISTILL_STEPS},
+    "everything, free slabs, distilled twice as long": {
+        **EVERYTHING,
+        **FREE,
+        "distill": 2 * DISTILL_STEPS,
+    },
 }
 KEY = ("model", "variant", "asked", "calibration_sha256")
 COLUMNS = (*KEY, "kl", "kl_stderr", "bits_without_scales", "bits", "predicted", "round_seconds")
 
 
 class Subject:
-    """One model with its tokens."""
+    """One model with its tokens: sequences to calibrate with, to choose by, and to judge by."""
 
     def __init__(self, name: str, text: Text, skip: int) -> None:
-        self.name, self.text = name, text
+        self.name = name
         self.source = open_source(text.model)
-        model = self.source.load()
-        self.model, self.linears = StreamedModel(model), find_linears(model)
+        self.model = self.source.load()
         dataset = torch.from_numpy(np.load(text.dataset).astype(np.int64))
         count = len(np.load(text.calibration))
         self.ids = dataset[skip : skip + count]
+        self.gate = self.ids[:0]
         self.held_out = torch.from_numpy(np.load(text.held_out).astype(np.int64))
         self._scores: dict[Any, Scores] = {}
-        self._enough: dict[int, Tensor] = {}
 
-    def calibrated_on(self, ids: Tensor) -> Subject:
-        """The same model, scored and rounded with other sequences."""
+    def with_text(self, ids: torch.Tensor, gate: torch.Tensor, held_out: torch.Tensor) -> Subject:
+        """The same model with other sequences."""
         other = copy.copy(self)
-        other.ids, other._scores, other._enough = ids, {}, {}
+        other.ids, other.gate, other.held_out, other._scores = ids, gate, held_out, {}
         return other
 
-    def scores(self, variant: Variant) -> tuple[Scores, list[Any], list[Any]]:
-        """Scores for a variant's arrangement of columns, measured once, its units and options."""
-        modes: Any = ("floor", variant.act_scale_mode)
-        schemes = [parse_scheme(name, *modes) for name in ("MXFP4", "MXFP8")]
-        divided = bool(variant.slabs)
-        units = make_units(self.linears, variant.slabs == "shared", by_input=divided)
-        key = variant.act_scale_mode, variant.slabs, variant.rotated
+    def run(self, **settings: Any) -> Run:
+        """A run of the product's, of MXFP4 and MXFP8."""
+        given = {"model": str(self.source.path), "schemes": "MXFP4,MXFP8", "gate": len(self.gate)}
+        made = with_device(settled({**given, "out": "none", **settings}))
+        return prepare(made, self.source)
+
+    def planned(self, run: Run) -> tuple[Rounded, texts.Text, Planned]:
+        """Its plans; scores are measured once for all that arrange columns alike."""
+        settings, parts = run.settings, (self.ids, self.gate, self.held_out)
+        text = texts.Text(*(Sequences(ids, "ids") for ids in parts))
+        text.correction = settings.correction or 0.0
+        subject = make_subject(run, self.model, text)
+        key = settings.scale_modes, settings.granularity, settings.free_slabs, settings.rotate
         if key not in self._scores:
-            found: dict[str, Arrangement] = {}
-            if divided:
-                readers = [unit.linears for unit in units]
-                found = sorted_columns(self.model, self.linears, readers, schemes[0], self.ids)
-            for name in (i.name for i in self.linears if i.name.endswith(".down_proj")):
-                if variant.rotated:
-                    found[name] = Arrangement(found[name].order if divided else None, True)
-            slabs = measure(self.model, self.linears, schemes, self.ids, arrangements=found)
-            about: tuple[Any, Any] = {"name": self.name, "sha256": ""}, {}
-            self._scores[key] = Scores.build(slabs, self.linears, "fisher", modes, *about, found)
-        return self._scores[key], units, unit_options(units, schemes, [])
+            self._scores[key] = measure(run, self.model, text.calibration, "")
+        planned = make_plans(run, subject, self._scores[key], text)
+        if settings.refine:
+            refine_plan(run, subject, planned, text)
+        return subject, text, planned
 
-    def refined(self, problem: Problem, start: Allocation, budget: Budget) -> Allocation:
-        """A plan that is no worse on the second half of the sequences."""
-
-        def solved(items: Sequence[Item]) -> Options:
-            return replace(problem, items=items).allocate(budget, "optimal").choice
-
-        meters = halves(self.model, problem, self.ids)
-        found = refine(problem.items, start.choice, *meters, solved, REFINE_ROUNDS)
-        return Allocation(found.plan, *total(problem.items, found.plan), start.lower_bound)
-
-    def rounded(self, recipes: Assignment, variant: Variant) -> Rounded:
-        """The linears' packed weights."""
-        if variant.rounding == "tuned":
-            model, tokenizer = self.source.load(), self.source.tokenizer()
-            return tune(model, tokenizer, self.linears, recipes, self.ids)
-        how = variant.rounding, self.ids, variant.correction
-        rounded = round_model(self.model, self.linears, recipes, *how)
-        return self.distilled(recipes, rounded, variant) if variant.distilled else rounded
-
-    def distilled(self, recipes: Assignment, rounded: Rounded, variant: Variant) -> Rounded:
-        """With the calibration text, and more that the model has written after it."""
-        steps = variant.distilled
-        if steps not in self._enough:
-            self._enough[steps] = enough_text(self.source.load(), self.ids, steps)
-        model = self.source.load()
-        streamed = StreamedModel(model, gradient_dtype(self.source.dtype, "cpu"))
-        return distill(streamed, self.linears, recipes, rounded, self._enough[steps], steps)
-
-    def figures(self, variant: Variant, bits: float) -> dict[str, Any]:
-        scores, units, options = self.scores(variant)
-        budget = Budget(avg_bits=bits, ignore_scale_bits=True)
-        problem = Problem.build(units, options, scores, True, bool(variant.slabs))
-        allocation = problem.allocate(budget, "optimal")
-        if variant.refined:
-            allocation = self.refined(problem, allocation, budget)
-        plan = problem.plan(allocation, "optimal", budget)
-        recipes, start = plan.assignment, time.perf_counter()
-        rounded = self.rounded(recipes, variant)
+    def figures(self, variant: str, bits: float) -> dict[str, Any]:
+        run = self.run(**VARIANTS[variant], avg_bits=bits, ignore_scale_bits=True)
+        subject, text, planned = self.planned(run)
+        (candidate,) = candidates(run.settings, planned.plans, text.correction)
+        recipes, start = candidate.plan.assignment, time.perf_counter()
+        rounded = candidate.rounded(subject).weights
         seconds = time.perf_counter() - start
-        quantized = RoundedModel(self.model, self.linears, recipes, rounded)
-        kl = sequence_kl(self.model, quantized, self.held_out)
+        quantized = RoundedModel(subject.streamed, run.linears, recipes, rounded)
+        kl = sequence_kl(subject.streamed, quantized, self.held_out)
         return {
             "kl": float(kl.mean()),
             "kl_stderr": float(kl.std()) / math.sqrt(len(kl)),
-            "bits_without_scales": average_bits(self.linears, recipes, True),
-            "bits": average_bits(self.linears, recipes),
-            "predicted": plan.data["predicted_loss"],
+            "bits_without_scales": average_bits(run.linears, recipes, True),
+            "bits": average_bits(run.linears, recipes),
+            "predicted": candidate.plan.data["predicted_loss"],
             "round_seconds": round(seconds, 2),
         }
 
@@ -248,7 +207,7 @@ def main() -> None:
     parser.add_argument("--csv", type=Path, default=Path("ablation.csv"))
     args = parser.parse_args()
     quiet()
-    quick = [n for n, v in VARIANTS.items() if v.rounding != "tuned" and not v.distilled]
+    quick = [n for n, v in VARIANTS.items() if not ("tune" in v or "distill" in v)]
     names = args.variants.split(";") if args.variants else quick
     names = [name.strip() for name in names]
     if unknown := set(names) - set(VARIANTS):
@@ -265,7 +224,7 @@ def main() -> None:
         for b in bits:
             key = {"model": model, "variant": name, "asked": b, "calibration_sha256": sha256}
             if records.find(**key) is None:
-                row = records.append({**key, **subject.figures(VARIANTS[name], float(b))})
+                row = records.append({**key, **subject.figures(name, float(b))})
                 print(f"{name:<34} {b:>5} {float(row['kl']) * 1e3:8.1f}", flush=True)
     print_table(records, model, sha256, bits)
 

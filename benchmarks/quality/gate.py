@@ -16,7 +16,6 @@ import os
 import random
 import tempfile
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,15 +23,15 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
-from torch import Tensor
 
 from benchmarks.quality.ablation import VARIANTS, Subject
 from benchmarks.tools.records import Records
 from benchmarks.tools.text import DEMO, GATE, make_text
-from mixbits.errors import UsageError
 from mixbits.measuring.evaluate import sequence_kl
-from mixbits.pipeline.gate import Candidate, behind, candidates, choose, judge
-from mixbits.planning.plan import Budget, Plan, average_bits, solve
+from mixbits.pipeline.candidates import Candidate, candidates
+from mixbits.pipeline.gate import behind, choose, judge
+from mixbits.pipeline.roundings import plain
+from mixbits.planning.plan import average_bits
 from mixbits.report.tables import quiet, table
 from mixbits.rounding.whole_model import RoundedModel
 
@@ -47,13 +46,11 @@ COLUMNS = (
 
 @dataclass
 class Trial:
-    """What a seed stands for: a model, a variant, a budget, and who sees which sequences."""
+    """What a seed stands for: a model with its text, a variant, and a budget."""
 
     subject: Subject
     variant: str
     bits: float
-    gate: Tensor
-    fresh: Tensor
 
     @classmethod
     def draw(cls, seed: int, subjects: Sequence[Subject], calibrated: int) -> Trial:
@@ -61,42 +58,31 @@ class Trial:
         subject, variant = rng.choice(subjects), rng.choice(VARIED)
         ids = torch.cat([subject.ids, subject.held_out])
         ids = ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))]
-        calibration, gate, fresh = ids.tensor_split([calibrated, calibrated + GATE])
-        bits = round(rng.uniform(4.5, 7.5), 2)
-        return cls(subject.calibrated_on(calibration), variant, bits, gate, fresh)
-
-    def plans(self) -> dict[str, Plan]:
-        """The plan to ship first, and those that it is compared with."""
-        scores, units, options = self.subject.scores(VARIANTS[self.variant])
-        budget, plans = Budget(avg_bits=self.bits), {}
-        if VARIANTS[self.variant].slabs:
-            plans["slabs"] = solve(units, options, scores, budget, "optimal", slabs=True)
-        for strategy in ("optimal", *BASELINES):
-            with suppress(UsageError):  # no single scheme may fit
-                plans[strategy] = solve(units, options, scores, budget, strategy)
-        return plans
+        parts = ids.tensor_split([calibrated, calibrated + GATE])
+        return cls(subject.with_text(*parts), variant, round(rng.uniform(4.5, 7.5), 2))
 
     def run(self) -> list[dict[str, Any]]:
         """A row for every baseline."""
-        variant, subject = VARIANTS[self.variant], self.subject
-        plans, how = self.plans(), (variant.rounding, subject.ids)
-        found = candidates(plans, variant.rounding, variant.correction)
-        choice = choose(subject.model, subject.linears, found, *how, self.gate)
-        recipes = choice.winner.plan.assignment
-        winner = RoundedModel(subject.model, subject.linears, recipes, choice.rounded)
-        kl = sequence_kl(subject.model, winner, self.fresh)
+        run = self.subject.run(**VARIANTS[self.variant], avg_bits=self.bits)
+        subject, text, planned = self.subject.planned(run)
+        found = candidates(run.settings, planned.plans, text.correction)
+        choice = choose(subject, found, text.gate.ids)
+        recipes, fresh = choice.winner.plan.assignment, self.subject.held_out
+        winner = RoundedModel(subject.streamed, run.linears, recipes, choice.outcome.weights)
+        kl = sequence_kl(subject.streamed, winner, fresh)
         common = {
-            "model": subject.name,
+            "model": self.subject.name,
             "variant": self.variant,
             "asked": self.bits,
-            "bits": average_bits(subject.linears, recipes),
+            "bits": average_bits(run.linears, recipes),
             "winner": choice.winner.name,
             "kl": float(kl.mean()),
         }
         rows = []
-        for name in (name for name in BASELINES if name in plans):
-            other = Candidate(name, plans[name], variant.correction)
-            other_kl = judge(subject.model, subject.linears, other, *how, self.fresh)[1]
+        for name in (name for name in BASELINES if name in planned.plans):
+            how = plain(run.settings.rounding, text.correction)
+            other = Candidate(name, planned.plans[name], how)
+            other_kl = judge(subject, other, fresh)[1]
             about = {"baseline": name, "baseline_kl": float(other_kl.mean())}
             rows.append({**common, **about, **behind(kl - other_kl)})
         return rows

@@ -1,4 +1,4 @@
-"""From what was given to `Settings`: presets, kinds of values, what cannot go together, what follows.
+"""From what was given to `Settings`: presets, kinds, what cannot go together, and what follows.
 
 `settled` is the one way to make them. Every sentence names options as the command line spells them.
 """
