@@ -35,6 +35,7 @@ from torch import Tensor
 from benchmarks.autoscheme import add_text_options
 from benchmarks.records import Records
 from benchmarks.text import Text, make_text
+from mixbits.command import quiet
 from mixbits.formats.arrange import Arrangement
 from mixbits.formats.pack import Rounded
 from mixbits.formats.schemes import Assignment, parse_scheme
@@ -47,7 +48,7 @@ from mixbits.pipeline.options import DISTILL_STEPS, REFINE_ROUNDS
 from mixbits.pipeline.refine import Options, halves, refine
 from mixbits.planning.allocate import Allocation, Item, total
 from mixbits.planning.plan import Budget, Problem, average_bits, unit_options
-from mixbits.report.tables import quiet, table
+from mixbits.report.tables import table
 from mixbits.rounding.distill import distill, enough_text
 from mixbits.rounding.signround import tune
 from mixbits.rounding.whole_model import RoundedModel, round_model

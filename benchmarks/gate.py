@@ -29,11 +29,12 @@ from torch import Tensor
 from benchmarks.ablation import VARIANTS, Subject
 from benchmarks.records import Records
 from benchmarks.text import DEMO, GATE, make_text
+from mixbits.command import quiet
 from mixbits.errors import UsageError
 from mixbits.measuring.evaluate import sequence_kl
 from mixbits.pipeline.gate import Candidate, behind, candidates, choose, judge
 from mixbits.planning.plan import Budget, Plan, average_bits, solve
-from mixbits.report.tables import quiet, table
+from mixbits.report.tables import table
 from mixbits.rounding.whole_model import RoundedModel
 
 BASELINES = ("uniform", "head", "tail")

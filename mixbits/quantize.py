@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .command import exit_code
+from .command import exit_code, quiet
 from .errors import UsageError, first_line
 from .formats.schemes import parse_scheme
 from .pipeline import early
@@ -31,7 +31,7 @@ if TYPE_CHECKING:  # torch is imported by functions only: a wrong option should 
     from .model.layout import CausalLM, LeftAlone
     from .pipeline.gate import Choice
     from .pipeline.stages import Planned, Run, Text
-    from .report.tables import Stages
+    from .report.clock import Clock
     from .report.verdict import Circumstances
 
 STAGES = ("open", "calibrate", "measure", "allocate", "round", "write", "evaluate")
@@ -316,7 +316,7 @@ def _stage_names(args: argparse.Namespace) -> list[str]:
 
 
 def _planned(
-    run: Run, clock: Stages, place: Destination, model: CausalLM, sha256: str, text: Text
+    run: Run, clock: Clock, place: Destination, model: CausalLM, sha256: str, text: Text
 ) -> Planned:
     """The plan that is given, or those that are measured for and solved."""
     from .measuring.scores import dump
@@ -348,7 +348,7 @@ def _planned(
     return planned
 
 
-def _rounded(run: Run, clock: Stages, model: CausalLM, planned: Planned, text: Text) -> Choice:
+def _rounded(run: Run, clock: Clock, model: CausalLM, planned: Planned, text: Text) -> Choice:
     """The plan that ships: the best of those that are compared, or the only one."""
     from .pipeline import stages
     from .pipeline.gate import Candidate, Choice
@@ -395,12 +395,12 @@ def _quantize(run: Run, place: Destination) -> None:
     from .pipeline import diagnose as findings
     from .pipeline import stages
     from .progress import Progress, duration, planned_work, say
-    from .report.tables import Stages
+    from .report.clock import Clock
     from .report.verdict import verdict
 
     blocks = len(decoder_blocks(run.shapes)[1])
     progress = Progress(planned_work(run.args, blocks, len(run.units)))
-    args, clock = run.args, Stages(_stage_names(run.args), progress)
+    args, clock = run.args, Clock(_stage_names(run.args), progress)
     with clock.run("open", run.source.name):
         model, sha256, tokenizer = _open(run)
     _print_findings(run)
@@ -463,7 +463,6 @@ def _command(argv: list[str] | None) -> None:
     early.check(args)
     from .pipeline import feasibility, stages
     from .progress import Progress
-    from .report.tables import quiet
 
     quiet()
     _check_device(args)

@@ -28,7 +28,7 @@ from ..planning.plan import Budget, Plan, Problem, average_bits
 from ..planning.stability import next_swaps, spearman, stability
 from ..progress import steps
 from ..report import charts
-from ..report.tables import environment
+from ..report.clock import environment
 from ..report.verdict import Circumstances
 from ..rounding.whole_model import RoundedModel, round_model
 from .gate import Choice
