@@ -32,6 +32,7 @@ if TYPE_CHECKING:  # torch is imported by functions only: a wrong option should 
     from .pipeline.gate import Choice
     from .pipeline.stages import Planned, Run, Text
     from .report.clock import Clock
+    from .report.report import Report
     from .report.verdict import Circumstances
 
 STAGES = ("open", "calibrate", "measure", "allocate", "round", "write", "evaluate")
@@ -69,7 +70,7 @@ def _write(
     model: CausalLM,
     choice: Choice,
     planned: Planned,
-    report: dict[str, Any],
+    report: Report,
 ) -> int | None:
     """Write all but the report into `folder`; returns the bytes of the weight files, if any."""
     from .checkpoint import folder as checkpoint
@@ -88,7 +89,7 @@ def _write(
         return checkpoint.save_fake(*common, choice.rounded)
     provenance = {
         **{k: plan.data[k] for k in ("weight_scale_mode", "act_scale_mode")},
-        **{k: report[k] for k in ("rounding", "source", "calibration")},
+        **{k: report.data()[k] for k in ("rounding", "source", "calibration")},
     }
     return checkpoint.save(*common, provenance, choice.rounded)
 
@@ -229,18 +230,18 @@ def _of_how_much(run: Run) -> str:
     return f" (of {share:.1%} of the decoder blocks' weights)" if share < 0.99 else ""
 
 
-def _print_plan(run: Run, choice: Choice, reached: dict[str, Any]) -> None:
+def _print_plan(run: Run, choice: Choice, report: Report) -> None:
     from .progress import say
-    from .report.tables import gate_table, scheme_rows, size, table
+    from .report.tables import gate_rows, number, scheme_rows, size, table
 
-    if choice.rows:
-        say(gate_table(choice.rows))
+    reached = report.reached
+    if report.candidates:
+        say(table(gate_rows(report.candidates)))
     say(table(scheme_rows(run.linears, choice.winner.plan.assignment)))
     say(
-        f"  {reached['avg_bits']:.4f} bits per weight with everything counted"
-        f"{_of_how_much(run)}, "
-        f"{reached['avg_bits_without_scales']:.4f} without scales; "
-        f"weight files {size(reached['predicted_bytes'])}"
+        f"  {number(reached.avg_bits, '.4f')} bits per weight with everything counted"
+        f"{_of_how_much(run)}, {number(reached.avg_bits_without_scales, '.4f')} without scales; "
+        f"weight files {size(reached.predicted_bytes or 0)}"
     )
 
 
@@ -253,7 +254,7 @@ class _Reports:
 
     NAMES = ("report.json", "report.html", "README.md")
 
-    def __init__(self, run: Run, choice: Choice, report: dict[str, Any], folder: Path) -> None:
+    def __init__(self, run: Run, choice: Choice, report: Report, folder: Path) -> None:
         self.run, self.choice, self.report = run, choice, report
         self.plan, self.scores = (
             json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
@@ -263,15 +264,15 @@ class _Reports:
     def texts(
         self, evaluation: dict[str, Any] | None, stages: list[dict[str, Any]]
     ) -> dict[str, str]:
-        from .measuring.scores import dump
         from .report import card
         from .report.html import render
+        from .report.report import Evaluation, Stage
         from .report.tables import scheme_rows
 
         run = self.run
-        self.report.update(evaluation=evaluation, stages=stages)
-        told = dump(self.report)
-        texts = [told, render(json.loads(told), self.plan, self.scores)]
+        self.report.evaluation = None if evaluation is None else Evaluation.of(evaluation)
+        self.report.stages = [Stage.of(row) for row in stages]
+        texts = [self.report.text(), render(self.report, self.plan, self.scores)]
         if not run.args.solve_only:
             rows = scheme_rows(run.linears, self.choice.winner.plan.assignment)
             how = self.report, run.args.fake
@@ -279,27 +280,27 @@ class _Reports:
         return dict(zip(self.NAMES, texts, strict=False))
 
 
-def _print_results(report: dict[str, Any], evaluation: dict[str, Any]) -> None:
+def _print_results(report: Report) -> None:
     from .progress import say
     from .report.tables import result_rows, search_line, table, task_rows
     from .report.verdict import lines
 
-    sizes = report["bytes_before"], report["bytes_after"]
-    say("\n" + table(result_rows(*sizes, evaluation)) + "\n")
+    evaluation = report.evaluation
+    say("\n" + table(result_rows(report)) + "\n")
     for line in [*lines(evaluation), *search_line(report)]:
         say(f"  {line}")
-    if "tasks" in evaluation:
+    if evaluation and evaluation.tasks:
         say("\n" + table(task_rows(evaluation)))
-    if "sample" in evaluation:
+    if evaluation and evaluation.sample is not None:
         say("\n  the quantized model writes:\n")
-        say("\n".join("    " + line for line in evaluation["sample"].expandtabs(4).splitlines()))
+        say("\n".join("    " + line for line in evaluation.sample.expandtabs(4).splitlines()))
 
 
 def _print_curve(args: argparse.Namespace) -> None:
     from .progress import say
 
     if args.curve:
-        say(f"  what every budget buys is in {args.out}/curve.png and curve.csv")
+        say(f"  what every budget buys is in {args.out}/curve.svg and curve.csv")
 
 
 def _open(run: Run) -> tuple[Any, str, Any]:
@@ -323,6 +324,7 @@ def _planned(
     from .pipeline import diagnose as findings
     from .pipeline import stages
     from .progress import say
+    from .report.report import Report
     from .report.tables import diagnosis, refinement
 
     args = run.args
@@ -344,7 +346,7 @@ def _planned(
     if args.diagnose:
         with clock.run("diagnose", "units one by one, the text in halves"):
             planned.found |= findings.diagnose(run, model, planned, text)
-        say(diagnosis(planned.found))
+        say(diagnosis(Report.of(planned.found)))
     return planned
 
 
@@ -413,12 +415,12 @@ def _quantize(run: Run, place: Destination) -> None:
     planned = _planned(run, clock, place, model, sha256, text)
     choice = _rounded(run, clock, model, planned, text)
     report = findings.report(run, sha256, planned, choice, text)
-    _print_plan(run, choice, report["reached"])
-    needs = 0 if args.solve_only else report["reached"]["predicted_bytes"]
+    _print_plan(run, choice, report)
+    needs = 0 if args.solve_only else report.reached.predicted_bytes or 0
     later = () if args.solve_only else _Reports.NAMES
     with place.folder(needs, later) as folder:
         with clock.run("write", str(args.out)):
-            report["bytes_after"] = _write(run, folder, model, choice, planned, report)
+            report.bytes_after = _write(run, folder, model, choice, planned, report)
         reports = _Reports(run, choice, report, folder)
         for name, content in reports.texts(None, clock.rows).items():
             write_text(folder / name, content)
@@ -428,7 +430,7 @@ def _quantize(run: Run, place: Destination) -> None:
         _print_curve(args)
         return
     evaluation: dict[str, Any] = {"verdict": verdict(None)}
-    circumstances = findings.circumstances(run, choice, report["rounding"])
+    circumstances = findings.circumstances(run, choice, report.rounding)
     judges = ["held-out text"] * bool(args.eval_nsamples) + [args.tasks] * bool(args.tasks)
     try:
         with clock.run("evaluate", ", ".join(judges) or "nothing asked for"):
@@ -441,7 +443,7 @@ def _quantize(run: Run, place: Destination) -> None:
             _evaluate(run, model, quantized, *texts, circumstances, evaluation)
     finally:  # a task that fails takes nothing else with it
         place.rewrite(reports.texts(evaluation, clock.rows))
-    _print_results(report, evaluation)
+    _print_results(report)
     took = duration(sum(row["seconds"] for row in clock.rows))
     say(f"\n  everything is in {args.out} after {took}; what it came to in {args.out}/report.html")
     _print_curve(args)

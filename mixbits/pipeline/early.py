@@ -20,7 +20,6 @@ from ..files.atomic import check_destination
 from ..files.io import read_object
 from ..formats.schemes import parse_scheme
 from ..measuring.hub_data import _OTHERS, check_dataset
-from ..report.charts import check_plotting
 from ..source.model_files import already_quantized, check_name
 from .options import parse_keep
 
@@ -48,8 +47,6 @@ def check(args: argparse.Namespace) -> None:
     if not args.dry_run:
         check_destination(args.out, args.overwrite, inputs(args))
         _check_inputs(args)
-    if args.curve:
-        check_plotting()
     _check_config(args)
     if args.tasks and not (args.dry_run or args.solve_only):
         _check_tasks(args.tasks.split(","), args.include_path)

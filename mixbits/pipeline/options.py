@@ -287,7 +287,7 @@ def _report_options(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         const=33,
         metavar="POINTS",
-        help="write curve.csv and curve.png: what every budget buys (33 points; matplotlib)",
+        help="write curve.csv and curve.svg: what every budget buys (33 points)",
     )
     group.add_argument(
         "--diagnose",
