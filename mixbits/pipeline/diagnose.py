@@ -18,7 +18,7 @@ from ..files.io import last_part, without_folders, write_text
 from ..formats.arrange import Arrangement
 from ..formats.schemes import BF16, Assignment
 from ..measuring.evaluate import logits_kl
-from ..measuring.scores import Scores
+from ..measuring.scores import VERSION, Scores
 from ..measuring.text import Sequences
 from ..model.layout import CausalLM, LinearInfo
 from ..model.streaming import StreamedModel
@@ -29,7 +29,7 @@ from ..planning.stability import next_swaps, spearman, stability
 from ..progress import steps
 from ..report import frontier, style
 from ..report.clock import environment
-from ..report.report import VERSION, Baseline, Report, Rounding
+from ..report.report import Baseline, Report, Rounding
 from ..report.verdict import Circumstances
 from ..rounding.whole_model import RoundedModel, round_model
 from .gate import Choice

@@ -21,6 +21,8 @@ class Block:
 
 @dataclass(frozen=True)
 class Note(Block):
+    """A paragraph."""
+
     tag = "note"
     text: str
 
@@ -57,6 +59,8 @@ class Code(Block):
 
 @dataclass(frozen=True)
 class Facts(Block):
+    """Names and what they are: a list of definitions."""
+
     tag = "facts"
     facts: Mapping[str, Any]
 
@@ -73,6 +77,8 @@ class Group(Block):
 
 @dataclass(frozen=True)
 class Section:
+    """Blocks under a heading of the page."""
+
     title: str
     blocks: Sequence[Block]
 

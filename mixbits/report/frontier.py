@@ -48,7 +48,7 @@ def of_rows(rows: Sequence[Mapping[str, Any]], plans: Sequence[Baseline] = (), *
     """
     known = bool(rows) and "avg_bits" in rows[0]
     line = [(row["avg_bits" if known else "cost_bits"], row["predicted_loss"]) for row in rows]
-    names = ["optimal", *(name for name, *_ in _drawn(plans))]
+    names = ["frontier", *(name for name, *_ in _drawn(plans))]
     kinds = [plan_kind(""), *map(plan_kind, names[1:])]
     legend = list(zip(kinds, map(printable, names), strict=True))
     return frontier(line, plans, BITS if known else "bits", dots=True, legend=legend, **look)

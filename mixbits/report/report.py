@@ -25,12 +25,8 @@ from pydantic import (
 )
 from pydantic.functional_validators import ModelWrapValidatorHandler
 
-from ..errors import UsageError
-from ..files.io import DATA_BYTES, read_object
 from ..formats.schemas import check
-from ..measuring.scores import dump
-
-VERSION = 1
+from ..measuring.scores import VERSION, dump, read_json
 
 Number = int | float
 Figure = Number | None
@@ -283,11 +279,7 @@ class Report(Part):
     @classmethod
     def read(cls, path: Path) -> Report:
         """Raises UsageError if the file is no report, or one of a later version."""
-        data = read_object(path, DATA_BYTES)
-        if data.get("mixbits_report") != VERSION:
-            got = data.get("mixbits_report")
-            raise UsageError(f"{path} must hold 'mixbits_report': {VERSION}: got {got!r:.60}")
-        return cls.of(data, path)
+        return cls.of(read_json(path, "mixbits_report"), path)
 
     def text(self) -> str:
         """The file's content."""

@@ -26,6 +26,7 @@ def is_number(value: Any) -> TypeGuard[float]:
 
 
 def number(value: Any, digits: str = ".4g") -> str:
+    """A figure in a format; "-" where it is not known."""
     return f"{value:{digits}}" if is_number(value) else "-"
 
 

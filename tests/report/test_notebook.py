@@ -98,7 +98,7 @@ def test_a_frontier_as_a_chart(described: Any) -> None:
     table = rows(frontier(THREE), described)
     fragment = frontier_chart(table)
     text = check_alone(fragment)
-    assert ("bits per weight" in text) == (described is not None) and "optimal" in text
+    assert ("bits per weight" in text) == (described is not None) and "frontier" in text
     points = re.search(r'<polyline points="([^"]+)"', fragment)
     drawn = [row for row in table if row["predicted_loss"] > 0]
     assert points and len(points[1].split()) == len(drawn) == fragment.count("<circle")
@@ -118,6 +118,6 @@ def test_the_frontier_is_a_file_that_anything_can_show(described: Any) -> None:
     assert picture.tag == "{http://www.w3.org/2000/svg}svg"
     assert float(picture.attrib["width"]) >= 500
     told = [text.strip() for text in picture.itertext()]
-    assert {"three <items>\ufffd", "this plan", "optimal", "loss (fisher)"} <= set(told)
+    assert {"three <items>\ufffd", "this plan", "frontier", "loss (fisher)"} <= set(told)
     assert "perfect" not in told and "var(" not in file and file.count("http") == 1
     assert svg_file(drawing.of_rows([]), "nothing") != file
