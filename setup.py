@@ -133,7 +133,11 @@ libraries += ["mixbits._cuda"] if wants_cuda() else []
 setup(
     packages=[*find_packages(include=["mixbits", "mixbits.*"]), "mixbits.kernels"],
     package_dir={"mixbits.kernels": "kernels/triton"},
-    package_data={"mixbits": ["py.typed"], "mixbits.demo": ["model/*", "tasks/*"]},
+    package_data={
+        "mixbits": ["py.typed"],
+        "mixbits.demo": ["model/*", "tasks/*"],
+        "mixbits.report": ["templates/*"],
+    },
     ext_modules=[Extension(name, sources=[]) for name in libraries],
     cmdclass={"build_ext": NinjaBuild},
 )

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from .measuring.scores import Scores as Table
     from .pipeline.run import Run
     from .planning.plan import Plan as Allocated
+    from .report.report import Report
 
 Model: TypeAlias = Any  # a folder, a hub name, or a transformers model
 Text: TypeAlias = Any  # a name for --dataset, texts, conversations, or token ids
@@ -84,7 +85,7 @@ class Scores:
         return frontier_rows(self.run, problem, points)
 
     def _repr_html_(self) -> str:
-        from .report.fragments import frontier_chart
+        from .report.notebook import frontier_chart
 
         return frontier_chart(self.frontier())
 
@@ -124,7 +125,7 @@ class Plan:
         return cls(Allocated.read(Path(path), run.linears), run, holds)
 
     def _repr_html_(self) -> str:
-        from .report.fragments import bits_map
+        from .report.notebook import bits_map
 
         return bits_map(self.data)
 
@@ -134,12 +135,13 @@ class Result:
     """An output folder, and its report.json."""
 
     folder: Path
-    report: dict[str, Any] = field(repr=False)
+    report: Report | None = field(repr=False)
 
     @property
     def verdict(self) -> str:
         """What it came to, in a word (docs/budget.md)."""
-        return str((self.report.get("evaluation") or {}).get("verdict", {}).get("word", ""))
+        found = self.report and self.report.evaluation and self.report.evaluation.verdict
+        return str(found.word) if found else ""
 
     def load(self, **how: Any) -> Any:
         """The packed model, as `mixbits.load`."""
@@ -162,9 +164,9 @@ class Result:
         return self._json("scores.json")
 
     def _repr_html_(self) -> str:
-        from .report.fragments import bits_map, frontier_chart
+        from .report.notebook import bits_map, frontier_chart
 
-        curve = self.report.get("curve")
+        curve = [point.data() for point in (self.report and self.report.curve) or ()]
         return bits_map(self.plan or {}) + (frontier_chart(curve) if curve else "")
 
 
@@ -291,9 +293,9 @@ def quantize_model(
         told = _called(model, given) if command is None else command
         asked = settled(given, told)
         early.check(asked)
+        from .command import quiet as silence
         from .pipeline import process, telling
         from .progress import say
-        from .report.tables import quiet as silence
 
         if quiet:
             silence()
@@ -303,7 +305,7 @@ def quantize_model(
         for line in lines:
             say(f"  {line}")
         with _watching(progress) as watch:
-            report = {} if asked.dry_run else process.quantize(run, watch)
+            report = None if asked.dry_run else process.quantize(run, watch)
     return Result(asked.folder, report)
 
 

@@ -80,3 +80,17 @@ def _sentence(error: Exception) -> str:
     kind, said = type(error).__name__, first_line(error)
     what = kind if said == kind else f"{kind}: {said}"
     return f"the model, a file of it, or mixbits itself failed: {what} (--traceback says where)"
+
+
+def quiet() -> None:
+    """Our own progress bars only; warnings of loaders that our checks make superfluous."""
+    import logging
+    import warnings
+
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    for name in ("lm_eval", "lm-eval", "datasets", "httpx"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="(transformers|lm_eval|datasets|torch).*")

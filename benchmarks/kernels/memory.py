@@ -20,11 +20,13 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from mixbits.command import quiet
 from mixbits.formats.schemes import parse_scheme
 from mixbits.measuring.sensitivity import METHODS, measure
 from mixbits.model.layout import find_linears
 from mixbits.model.streaming import StreamedModel
-from mixbits.report.tables import environment, quiet, table
+from mixbits.report.clock import environment
+from mixbits.report.tables import table
 from mixbits.source.source import open_source
 
 

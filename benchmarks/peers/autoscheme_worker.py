@@ -29,12 +29,12 @@ from torch import Tensor, nn
 
 from benchmarks.peers.autoscheme import Job, Peer
 from benchmarks.tools.meter import Meter
+from mixbits.command import quiet
 from mixbits.formats.schemes import BF16, Scheme
 from mixbits.measuring.evaluate import compare, run_tasks
 from mixbits.model.layout import LinearInfo, find_linears
 from mixbits.model.streaming import StreamedModel
 from mixbits.planning.plan import average_bits
-from mixbits.report.tables import quiet
 from mixbits.runtime.fake import FakeLinear
 from mixbits.runtime.linear import swap_linears
 from mixbits.source.source import open_source

@@ -33,11 +33,12 @@ import mixbits
 import mixbits.checkpoint.transformers_quantizer
 from benchmarks.tools.records import Records
 from mixbits.checkpoint.folder import save
+from mixbits.command import quiet
 from mixbits.demo import MODEL_DIR
 from mixbits.export.__main__ import main as export
 from mixbits.formats.schemes import Assignment, ScaleMode, parse_scheme
 from mixbits.model.layout import find_linears
-from mixbits.report.tables import quiet, table
+from mixbits.report.tables import table
 from mixbits.runtime.fake import FakeLinear, fake_quantize_model
 from mixbits.source.source import Source, open_source
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import mixbits
 from mixbits.checkpoint import folder as checkpoint
+from mixbits.command import quiet
 from mixbits.formats.schemes import Scheme, parse_scheme
 from mixbits.measuring.evaluate import compare
 from mixbits.measuring.scores import Scores
@@ -27,7 +28,8 @@ from mixbits.measuring.text import Sequences, load_sequences
 from mixbits.model.layout import LinearInfo, Unit, find_linears, make_units
 from mixbits.model.streaming import StreamedModel
 from mixbits.planning.plan import Budget, Plan, average_bits, solve, unit_options
-from mixbits.report.tables import environment, quiet, table
+from mixbits.report.clock import environment
+from mixbits.report.tables import table
 from mixbits.source.source import Source, open_source
 
 BASELINES = ("uniform", "head", "tail", "random")

@@ -64,7 +64,8 @@ from benchmarks.tools.tiny_models import (
     small_seeing_config,
     text_ids,
 )
-from mixbits.report.tables import quiet, table
+from mixbits.command import quiet
+from mixbits.report.tables import table
 
 COLUMNS = ("kind", "model_class", "result", "exports", "packed_share", "gap", "effect", "seconds")
 COLUMNS = (*COLUMNS, "reason")

@@ -21,11 +21,13 @@ from typing import Any
 import torch
 
 from mixbits.backends import cpu
+from mixbits.command import quiet
 from mixbits.formats.schemes import Scheme, parse_scheme
 from mixbits.measuring.text import load_sequences
 from mixbits.model.layout import find_linears
 from mixbits.model.streaming import StreamedModel
-from mixbits.report.tables import environment, quiet, table
+from mixbits.report.clock import environment
+from mixbits.report.tables import table
 from mixbits.rounding.nearest import fake_input
 from mixbits.runtime.fake import FakeLinear, fake_quantize_model
 from mixbits.runtime.linear import PackedLinear, swap_linears

@@ -25,11 +25,12 @@ from typing import Any
 from benchmarks.peers.exports import LlamaCpp
 from benchmarks.tools.records import Records
 from benchmarks.tools.runs import quantize
+from mixbits.command import quiet
 from mixbits.measuring.evaluate import compare
 from mixbits.measuring.text import prefix_tokens, read_sequences
 from mixbits.model.layout import find_linears
 from mixbits.model.streaming import StreamedModel
-from mixbits.report.tables import quiet, table
+from mixbits.report.tables import table
 from mixbits.report.verdict import verdict
 from mixbits.source.source import open_source
 

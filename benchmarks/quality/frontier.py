@@ -18,7 +18,6 @@ from mixbits.formats.schemes import Scheme, parse_scheme
 from mixbits.measuring.scores import read_json
 from mixbits.planning.allocate import Item, allocate
 from mixbits.planning.curve import frontier
-from mixbits.report.charts import check_plotting
 
 POINTS = 65
 # Line, marker and colour (Okabe and Ito's) of each baseline, so that they differ without colour.
@@ -46,8 +45,10 @@ def chosen(plan: dict[str, Any], items: list[Item], schemes: list[str]) -> tuple
 
 
 def draw(items: list[Item], plan: tuple[int, float], weights: int, method: str, path: Path) -> None:
-    check_plotting()
-    import matplotlib
+    try:
+        import matplotlib
+    except ImportError:
+        raise SystemExit("drawing needs matplotlib: pip install matplotlib") from None
 
     matplotlib.use("Agg")
     matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "mixbits"})

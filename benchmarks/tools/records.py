@@ -35,7 +35,7 @@ def _cpu_name() -> str:
 @functools.cache
 def provenance() -> dict[str, str]:
     """Date, commit, machine and versions: what a figure was measured with."""
-    from mixbits.report.tables import environment
+    from mixbits.report.clock import environment
 
     where = environment()
     run = functools.partial(subprocess.run, capture_output=True, text=True)

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from mixbits.backends import cpu
-from mixbits.report.tables import environment
+from mixbits.report.clock import environment
 
 
 def machine() -> str:

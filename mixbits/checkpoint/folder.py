@@ -5,7 +5,7 @@
     model.safetensors.index.json      where more than one shard is needed
     config.json                       the model's own, with `quantization_config`
     plan.json, scores.json            how it came about
-    report.json, report.html          what it is worth (mixbits.report.tables, report_html)
+    report.json, report.html          what it is worth (mixbits.report.report, html)
     README.md                         the model's card (mixbits.report.card)
     mixbits-manifest.json             which files are ours (mixbits.files.manifest)
     tokenizer, processor and others   copied

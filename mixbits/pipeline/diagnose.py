@@ -18,7 +18,7 @@ from ..files.io import last_part, without_folders, write_text
 from ..formats.arrange import Arrangement
 from ..formats.schemes import BF16, Assignment
 from ..measuring.evaluate import logits_kl
-from ..measuring.scores import Scores
+from ..measuring.scores import VERSION, Scores
 from ..measuring.text import Sequences
 from ..model.layout import LinearInfo
 from ..model.streaming import StreamedModel
@@ -27,8 +27,9 @@ from ..planning.allocate import Allocation
 from ..planning.plan import Budget, Plan, Problem, average_bits
 from ..planning.stability import next_swaps, spearman, stability
 from ..progress import steps
-from ..report import charts
-from ..report.tables import environment
+from ..report import frontier, style
+from ..report.clock import environment
+from ..report.report import Baseline, Report, Rounding
 from ..report.verdict import Circumstances
 from ..rounding.whole_model import RoundedModel, round_model
 from .gate import Choice
@@ -110,7 +111,7 @@ def _describe(run: Run, plan: Plan, planned: Planned) -> dict[str, Any]:
     return found
 
 
-def report(run: Run, sha256: str, planned: Planned, choice: Choice, text: Text) -> dict[str, Any]:
+def report(run: Run, sha256: str, planned: Planned, choice: Choice, text: Text) -> Report:
     """report.json as far as it is known before anything is packed."""
     plan, scores = choice.winner.plan, planned.scores
     rounding = dict(choice.outcome.told)
@@ -118,8 +119,8 @@ def report(run: Run, sha256: str, planned: Planned, choice: Choice, text: Text) 
         rounding["notes"] = text.notes
     if choice.winner.rounding.uses_text:
         rounding |= text.calibration.describe()
-    return {
-        "mixbits_report": 1,
+    data = {
+        "mixbits_report": VERSION,
         "command": without_folders(run.settings.command),
         "environment": environment(),
         "source": {"name": last_part(run.source.name), "sha256": sha256},
@@ -137,15 +138,18 @@ def report(run: Run, sha256: str, planned: Planned, choice: Choice, text: Text) 
         **planned.found,
         **_describe(run, plan, planned),
     }
+    return Report.of(data, "what this run found")
 
 
-def circumstances(run: Run, choice: Choice, rounding: dict[str, Any]) -> Circumstances:
+def circumstances(run: Run, choice: Choice, rounding: Rounding | None) -> Circumstances:
     """What advice on a bad verdict goes by; `rounding` is that of report.json."""
     plan = choice.winner.plan.assignment
     parts = [p for i in run.linears if i.name in plan for p in plan[i.name].parts(i.in_features)]
     used = {scheme.name: scheme for scheme, _ in parts}
     offered = [*used.values(), *([] if run.settings.plan else run.schemes)]
-    seen = rounding["nsamples"] * rounding["seqlen"] if "nsamples" in rounding else None
+    seen = None
+    if rounding and rounding.nsamples is not None:
+        seen = rounding.nsamples * (rounding.seqlen or 0)
     return Circumstances(
         schemes=list(used.values()),
         avg_bits=average_bits(run.linears, plan),
@@ -157,14 +161,15 @@ def circumstances(run: Run, choice: Choice, rounding: dict[str, Any]) -> Circums
 
 
 def write_curve(
-    run: Run, folder: Path, plan: Plan, report: dict[str, Any], rows: list[dict[str, Any]]
+    run: Run, folder: Path, plan: Plan, report: Report, rows: list[dict[str, Any]]
 ) -> None:
-    """curve.csv and curve.png, the latter with the plan and those it was compared with."""
+    """curve.csv and curve.svg, the latter with the plan and those it was compared with."""
     write_text(folder / "curve.csv", curve.to_csv(rows))
-    marks = [_mark(run, "this plan", plan), *report.get("baselines", [])]
+    plans = [Baseline.of(_mark(run, "this plan", plan)), *(report.baselines or [])]
     title = f"{Path(run.source.name).name}, {run.settings.comma('schemes')}"
-    loss_name = f"predicted loss ({plan.data['method']})"
-    charts.plot(rows, folder / "curve.png", title, marks, loss_name)
+    look = {"loss_name": f"predicted loss ({plan.data['method']})", "width": 720, "height": 400}
+    plot = frontier.of_rows(rows, plans, **look)
+    write_text(folder / "curve.svg", style.svg_file(plot, title))
 
 
 def fidelity(

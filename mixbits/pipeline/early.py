@@ -19,7 +19,6 @@ from ..files.atomic import check_destination, recover
 from ..files.io import read_object
 from ..formats.schemes import parse_scheme
 from ..measuring.hub_data import check_dataset
-from ..report.charts import check_plotting
 from ..source.model_files import already_quantized, check_name
 from .settings import Settings
 
@@ -50,8 +49,6 @@ def check(settings: Settings) -> None:
     if not settings.dry_run:
         check_destination(settings.folder, settings.overwrite, inputs(settings))
         _check_inputs(settings)
-    if settings.curve:
-        check_plotting()
     _check_config(settings)
     if settings.tasks and not (settings.dry_run or settings.solve_only):
         _check_tasks(list(settings.tasks), settings.include_path)

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint import folder as checkpoint
-from ..measuring.scores import dump
 from ..model.layout import CausalLM
 from ..report import card
 from ..report.html import render
+from ..report.report import Evaluation, Report, Stage
 from ..report.tables import scheme_rows
 from .diagnose import write_curve
 from .gate import Choice
@@ -19,7 +19,7 @@ from .run import Run
 
 
 def write(
-    run: Run, folder: Path, model: CausalLM, choice: Choice, planned: Planned, told: dict[str, Any]
+    run: Run, folder: Path, model: CausalLM, choice: Choice, planned: Planned, told: Report
 ) -> int | None:
     """Write all but the report into `folder`; returns the bytes of the weight files, if any."""
     settings, plan = run.settings, choice.winner.plan
@@ -37,7 +37,7 @@ def write(
         )
     provenance = {
         **{k: plan.data[k] for k in ("weight_scale_mode", "act_scale_mode")},
-        **{k: told[k] for k in ("rounding", "source", "calibration")},
+        **{k: told.data()[k] for k in ("rounding", "source", "calibration")},
     }
     return checkpoint.save(
         folder, run.source, model, run.linears, plan.assignment, provenance, weights
@@ -53,7 +53,7 @@ class Reports:
 
     NAMES = ("report.json", "report.html", "README.md")
 
-    def __init__(self, run: Run, choice: Choice, report: dict[str, Any], folder: Path) -> None:
+    def __init__(self, run: Run, choice: Choice, report: Report, folder: Path) -> None:
         self.run, self.choice, self.report = run, choice, report
         self.plan, self.scores = (
             json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
@@ -64,9 +64,9 @@ class Reports:
         self, evaluation: dict[str, Any] | None, stages: list[dict[str, Any]]
     ) -> dict[str, str]:
         settings = self.run.settings
-        self.report.update(evaluation=evaluation, stages=stages)
-        told = dump(self.report)
-        texts = [told, render(json.loads(told), self.plan, self.scores)]
+        self.report.evaluation = None if evaluation is None else Evaluation.of(evaluation)
+        self.report.stages = [Stage.of(row) for row in stages]
+        texts = [self.report.text(), render(self.report, self.plan, self.scores)]
         if not settings.solve_only:
             rows = scheme_rows(self.run.linears, self.choice.winner.plan.assignment)
             how = self.report, settings.fake

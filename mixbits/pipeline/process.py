@@ -22,7 +22,9 @@ from ..measuring.scores import dump
 from ..model.layout import decoder_blocks
 from ..ops import choose_backend
 from ..progress import Progress, duration, say
-from ..report.tables import Stages, diagnosis, refinement
+from ..report.clock import Clock
+from ..report.report import Report
+from ..report.tables import diagnosis, refinement
 from ..source.source import Source
 from . import early, feasibility, telling
 from .candidates import Candidate, candidates
@@ -67,7 +69,7 @@ def with_device(settings: Settings) -> Settings:
     return replace(settings, device=device)
 
 
-def quantize(run: Run, watch: Callable[[float, str], None] | None = None) -> dict[str, Any]:
+def quantize(run: Run, watch: Callable[[float, str], None] | None = None) -> Report:
     """All stages, in order; report.json. Leaves a complete output folder or none.
 
     What was measured for an output that did not come about lies beside it. `watch` is told of the
@@ -91,13 +93,11 @@ def _told_of_scores(place: Destination) -> Iterator[None]:
         raise
 
 
-def _quantize(
-    run: Run, place: Destination, watch: Callable[[float, str], None] | None
-) -> dict[str, Any]:
+def _quantize(run: Run, place: Destination, watch: Callable[[float, str], None] | None) -> Report:
     settings, source = run.settings, run.source
     blocks = len(decoder_blocks(run.shapes)[1])
     progress = Progress(planned_work(settings, blocks, len(run.units)), watch=watch)
-    clock = Stages(stage_names(settings), progress)
+    clock = Clock(stage_names(settings), progress)
     with clock.run("open", source.name):
         model, sha256, tokenizer = source.load(), source.sha256(), source.tokenizer()
     telling.source(run)
@@ -108,11 +108,11 @@ def _quantize(
     planned = _planned(run, clock, place, subject, sha256, text)
     choice = _rounded(run, clock, subject, planned, text)
     told = report(run, sha256, planned, choice, text)
-    telling.plan(run, choice, told["reached"])
-    needs = 0 if settings.solve_only else told["reached"]["predicted_bytes"]
+    telling.plan(run, choice, told)
+    needs = 0 if settings.solve_only else told.reached.predicted_bytes or 0
     with place.folder(needs, () if settings.solve_only else Reports.NAMES) as folder:
         with clock.run("write", str(settings.out)):
-            told["bytes_after"] = write(run, folder, model, choice, planned, told)
+            told.bytes_after = write(run, folder, model, choice, planned, told)
         reports = Reports(run, choice, told, folder)
         for name, content in reports.texts(None, clock.rows).items():
             write_text(folder / name, content)
@@ -125,12 +125,12 @@ def _quantize(
     judges = ["held-out text"] * bool(settings.eval_nsamples) + [settings.comma("tasks")]
     try:
         with clock.run("evaluate", ", ".join(filter(None, judges)) or "nothing asked for"):
-            about = circumstances(run, choice, told["rounding"])
+            about = circumstances(run, choice, told.rounding)
             plan = choice.winner.plan
             evaluate(run, place, model, tokenizer, text.held_out, plan, about, evaluation)
     finally:  # a task that fails takes nothing else with it
         place.rewrite(reports.texts(evaluation, clock.rows))
-    telling.results(told, evaluation)
+    telling.results(told)
     took = duration(sum(row["seconds"] for row in clock.rows))
     out = settings.out
     say(f"\n  everything is in {out} after {took}; what it came to in {out}/report.html")
@@ -164,7 +164,7 @@ def stage_names(settings: Settings) -> list[str]:
 
 
 def _planned(
-    run: Run, clock: Stages, place: Destination, subject: Subject, sha256: str, text: Text
+    run: Run, clock: Clock, place: Destination, subject: Subject, sha256: str, text: Text
 ) -> Planned:
     """The plan that is given, or those that are measured for and solved."""
     settings = run.settings
@@ -188,11 +188,11 @@ def _planned(
     if settings.diagnose:
         with clock.run("diagnose", "units one by one, the text in halves"):
             planned.found |= diagnose(run, subject, planned, text)
-        say(diagnosis(planned.found))
+        say(diagnosis(Report.of(planned.found)))
     return planned
 
 
-def _rounded(run: Run, clock: Stages, subject: Subject, planned: Planned, text: Text) -> Choice:
+def _rounded(run: Run, clock: Clock, subject: Subject, planned: Planned, text: Text) -> Choice:
     """The plan that ships: the best of those that are compared, or the only one."""
     settings, plans = run.settings, planned.plans
     if not settings.is_gated:

@@ -218,7 +218,7 @@ class ReportSettings:
 
     curve: int | None = _option(
         None,
-        "write curve.csv and curve.png: what every budget buys (33 points; matplotlib)",
+        "write curve.csv and curve.svg: what every budget buys (33 points)",
         kind=whole,
         const=CURVE_POINTS,
         metavar="POINTS",

@@ -10,8 +10,10 @@ from ..formats.schemes import parse_scheme
 from ..model.layout import LeftAlone
 from ..planning.plan import Plan, average_bits
 from ..progress import say
+from ..report.report import Report
 from ..report.tables import (
-    gate_table,
+    gate_rows,
+    number,
     result_rows,
     scheme_rows,
     search_line,
@@ -60,16 +62,16 @@ def text(found: Text, tokenizer: Any) -> None:
         say(f"      every sequence begins with {tokenizer.decode(prefix)}")
 
 
-def plan(run: Run, choice: Choice, reached: dict[str, Any]) -> None:
+def plan(run: Run, choice: Choice, report: Report) -> None:
     """What ships, and what it was compared with."""
-    if choice.rows:
-        say(gate_table(choice.rows))
+    reached = report.reached
+    if report.candidates:
+        say(table(gate_rows(report.candidates)))
     say(table(scheme_rows(run.linears, choice.winner.plan.assignment)))
     say(
-        f"  {reached['avg_bits']:.4f} bits per weight with everything counted"
-        f"{_of_how_much(run)}, "
-        f"{reached['avg_bits_without_scales']:.4f} without scales; "
-        f"weight files {size(reached['predicted_bytes'])}"
+        f"  {number(reached.avg_bits, '.4f')} bits per weight with everything counted"
+        f"{_of_how_much(run)}, {number(reached.avg_bits_without_scales, '.4f')} without scales; "
+        f"weight files {size(reached.predicted_bytes or 0)}"
     )
 
 
@@ -79,23 +81,23 @@ def _of_how_much(run: Run) -> str:
     return f" (of {share:.1%} of the decoder blocks' weights)" if share < 0.99 else ""
 
 
-def results(report: dict[str, Any], evaluation: dict[str, Any]) -> None:
+def results(report: Report) -> None:
     """What the run came to."""
-    sizes = report["bytes_before"], report["bytes_after"]
-    say("\n" + table(result_rows(*sizes, evaluation)) + "\n")
+    evaluation = report.evaluation
+    say("\n" + table(result_rows(report)) + "\n")
     for line in [*lines(evaluation), *search_line(report)]:
         say(f"  {line}")
-    if "tasks" in evaluation:
+    if evaluation and evaluation.tasks:
         say("\n" + table(task_rows(evaluation)))
-    if "sample" in evaluation:
+    if evaluation and evaluation.sample is not None:
         say("\n  the quantized model writes:\n")
-        say("\n".join("    " + line for line in evaluation["sample"].expandtabs(4).splitlines()))
+        say("\n".join("    " + line for line in evaluation.sample.expandtabs(4).splitlines()))
 
 
 def curve(settings: Settings) -> None:
     """Where the curve is."""
     if settings.curve:
-        say(f"  what every budget buys is in {settings.out}/curve.png and curve.csv")
+        say(f"  what every budget buys is in {settings.out}/curve.svg and curve.csv")
 
 
 def next_step(settings: Settings) -> None:

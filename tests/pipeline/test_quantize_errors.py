@@ -26,7 +26,6 @@ from mixbits.checkpoint import folder as checkpoint
 from mixbits.files.atomic import atomic_folder
 from mixbits.files.manifest import foreign
 from mixbits.pipeline import process
-from mixbits.planning import curve
 
 KILLS = int(os.environ.get("MIXBITS_TEST_KILLS", "4"))
 
@@ -211,17 +210,6 @@ def test_bad_options(
     code = run(*(word.format(tmp_path) for word in options))
     assert expected in refused(code, capsys)
     assert set(entries(tmp_path)) == set(before)
-
-
-def test_a_missing_matplotlib_is_said_before_any_work(
-    run: Callable[..., int],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.setattr(curve.importlib.util, "find_spec", lambda name: None)
-    assert "needs matplotlib" in refused(run("--curve"), capsys)
-    assert entries(tmp_path) == []
 
 
 def test_no_model(
