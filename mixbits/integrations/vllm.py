@@ -39,7 +39,8 @@ from ..errors import UsageError
 from ..formats.arrange import check_order
 from ..formats.pack import recipe_spec
 from ..formats.schemes import BF16, Assignment, Mixed, Recipe
-from ..model.experts import ExpertsLoop, GatedActivation
+from ..model.experts import EXPERT_PROJECTIONS, ExpertsLoop, GatedActivation
+from ..model.families import FAMILIES
 from ..ops import packed_matmuls_unchecked
 from ..runtime.linear import AnyPacked, Experts, MixedLinear, PackedLinear
 
@@ -275,7 +276,7 @@ class MixbitsHeadMethod(LinearMethodBase):
         return y if bias is None else y + bias
 
 
-_SHARDS = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}  # vLLM's names of projections
+_SHARDS = dict(zip(("w1", "w3", "w2"), EXPERT_PROJECTIONS, strict=True))  # vLLM's names of them
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": nn.functional.silu,
     "gelu": nn.functional.gelu,
@@ -404,10 +405,17 @@ def _take_names_of_transformers(prefix: str) -> str:
     """Let vLLM's Mixtral, which expects those of Mistral's checkpoints, load them."""
     from vllm.model_executor.models.mixtral import MixtralModel
 
+    family = FAMILIES["mixtral"]
     renamed: Any = MixtralModel.hf_to_vllm_mapper.orig_to_new_substr
-    renamed[".mlp."] = ".block_sparse_moe."
-    renamed |= {".experts.gate_up_proj": ".experts.w13", ".experts.down_proj": ".experts.w2"}
-    return prefix.replace(".block_sparse_moe.", ".mlp.")
+    renamed |= family.vllm_names
+    experts = family.experts
+    renamed |= {
+        f".experts.{experts.joined}": ".experts.w13",
+        f".experts.{experts.down}": ".experts.w2",
+    }
+    for ours, theirs in family.vllm_names.items():
+        prefix = prefix.replace(theirs, ours)
+    return prefix
 
 
 class MixbitsVllmConfig(QuantizationConfig):
@@ -442,7 +450,7 @@ class MixbitsVllmConfig(QuantizationConfig):
         return cls(MixbitsConfig(**config).recipes())
 
     def _experts(self, layer: Any, prefix: str) -> MixbitsExpertsMethod | None:
-        if "block_sparse_moe" in prefix:
+        if any(theirs in f"{prefix}." for theirs in FAMILIES["mixtral"].vllm_names.values()):
             prefix = _take_names_of_transformers(prefix)
         names = [f"{e}.{p}" for e in range(layer.global_num_experts) for p in _SHARDS.values()]
         recipes = {name: self.recipes.get(f"{prefix}.{name}", BF16) for name in names}

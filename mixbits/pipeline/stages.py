@@ -168,10 +168,11 @@ def _take_part(args: argparse.Namespace, found: Survey) -> tuple[list[LinearInfo
     coverage = Coverage(found, args.ignore)
     if not (args.dry_run or args.allow_partial or args.plan):
         coverage.check("a budget")
-    if args.rotate == "ffn" and not any(i.name.endswith(".down_proj") for i in linears):
+    if args.rotate == "ffn" and not any(info.ffn_output for info in linears):
         leaves = ", ".join(dict.fromkeys(i.name.rpartition(".")[2] for i in linears))
         raise UsageError(
-            f"--rotate ffn rotates what linears called down_proj read: the model has {leaves}"
+            "--rotate ffn rotates what the last linear of an FFN reads, made number by number by "
+            f"the linears before it: got none among {leaves}"
         )
     return linears, coverage
 
@@ -361,7 +362,7 @@ def _arrangements(run: Run, model: StreamedModel, sequences: Sequences) -> dict[
         options = sequences.ids, args.batch_size, args.seed
         arrangements = sorted_columns(model, run.linears, readers, cheapest, *options)
     for info in run.linears if args.rotate == "ffn" else ():
-        if info.name.endswith(".down_proj"):
+        if info.ffn_output:
             order = arrangements[info.name].order if info.name in arrangements else None
             arrangements[info.name] = Arrangement(order, rotated=True)
     return arrangements
@@ -369,8 +370,9 @@ def _arrangements(run: Run, model: StreamedModel, sequences: Sequences) -> dict[
 
 def _input(info: LinearInfo) -> str:
     """What a linear reads, told apart as far as orders of columns need it."""
-    is_down = info.is_expert and info.name.endswith(".down_proj")
-    return info.name if is_down else ""  # an expert's intermediate is its own
+    return (
+        info.name if info.is_expert and info.ffn_output else ""
+    )  # an expert's intermediate is its own
 
 
 def measure(run: Run, model: CausalLM, sequences: Sequences, sha256: str) -> Scores:
