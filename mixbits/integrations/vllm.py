@@ -40,7 +40,7 @@ from ..formats.arrange import check_order
 from ..formats.pack import recipe_spec
 from ..formats.schemes import BF16, Assignment, Mixed, Recipe
 from ..model.experts import EXPERT_PROJECTIONS, ExpertsLoop, GatedActivation
-from ..model.families import FAMILIES
+from ..model.families import FAMILIES, name_from_vllm
 from ..ops import packed_matmuls_unchecked
 from ..runtime.linear import AnyPacked, Experts, MixedLinear, PackedLinear
 
@@ -401,21 +401,15 @@ def _expert_loader(layer: Any) -> Any:
     return load
 
 
-def _take_names_of_transformers(prefix: str) -> str:
+def _take_names_of_transformers() -> None:
     """Let vLLM's Mixtral, which expects those of Mistral's checkpoints, load them."""
     from vllm.model_executor.models.mixtral import MixtralModel
 
     family = FAMILIES["mixtral"]
     renamed: Any = MixtralModel.hf_to_vllm_mapper.orig_to_new_substr
     renamed |= family.vllm_names
-    experts = family.experts
-    renamed |= {
-        f".experts.{experts.joined}": ".experts.w13",
-        f".experts.{experts.down}": ".experts.w2",
-    }
-    for ours, theirs in family.vllm_names.items():
-        prefix = prefix.replace(theirs, ours)
-    return prefix
+    renamed[f".experts.{family.experts.joined}"] = ".experts.w13"
+    renamed[f".experts.{family.experts.down}"] = ".experts.w2"
 
 
 class MixbitsVllmConfig(QuantizationConfig):
@@ -451,7 +445,8 @@ class MixbitsVllmConfig(QuantizationConfig):
 
     def _experts(self, layer: Any, prefix: str) -> MixbitsExpertsMethod | None:
         if any(theirs in f"{prefix}." for theirs in FAMILIES["mixtral"].vllm_names.values()):
-            prefix = _take_names_of_transformers(prefix)
+            _take_names_of_transformers()
+        prefix = name_from_vllm(prefix)
         names = [f"{e}.{p}" for e in range(layer.global_num_experts) for p in _SHARDS.values()]
         recipes = {name: self.recipes.get(f"{prefix}.{name}", BF16) for name in names}
         if not any(recipe.packed for recipe in recipes.values()):
@@ -466,7 +461,7 @@ class MixbitsVllmConfig(QuantizationConfig):
             return None if recipe is None else MixbitsHeadMethod(recipe)
         if not isinstance(layer, LinearBase):
             return None
-        parent, dot, leaf = prefix.rpartition(".")
+        parent, dot, leaf = name_from_vllm(prefix).rpartition(".")
         parts = self.packed_modules_mapping.get(leaf, [leaf])
         recipes = [self.recipes.get(f"{parent}{dot}{part}", BF16) for part in parts]
         if not any(recipe.packed for recipe in recipes):

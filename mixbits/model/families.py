@@ -54,7 +54,7 @@ class Family:
     stored_names   part of a name -> what checkpoints call it; None: not known, so that quantized
                    experts are not exported
     gguf           None: llama.cpp's ways with it are not known
-    vllm_names     part of a name -> what vLLM's own class of the model calls it
+    vllm_names     part of a name, dots and all -> what vLLM's own class of the model calls it
     native_step    transformers' `<native_step>ForCausalLM`, if the native step knows its formulas
     """
 
@@ -122,6 +122,14 @@ FAMILIES: dict[str, Family] = {
 def family_of(config: Any) -> Family:
     """The entry of a configuration's `model_type`, or what most models have in common."""
     return FAMILIES.get(getattr(config, "model_type", ""), DEFAULT)
+
+
+def name_from_vllm(name: str) -> str:
+    """What transformers calls the module that vLLM's own class of a model calls `name`."""
+    for family in FAMILIES.values():
+        for ours, theirs in family.vllm_names.items():
+            name = f"{name}.".replace(theirs, ours)[:-1]
+    return name
 
 
 def known_stacks() -> Iterator[Stacks]:
