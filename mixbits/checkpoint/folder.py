@@ -50,7 +50,6 @@ from ..model.layout import (
     split_expert_name,
     weight_of,
 )
-from ..model.recognise import MAKERS
 from ..rounding.nearest import pack_recipe
 from ..source.companions import copy_companions
 from ..source.source import NOT_A_FILE, Source
@@ -272,9 +271,9 @@ def _tensors(
     specs: Sequence[TensorSpec],
     assignment: Assignment,
     rounded: Rounded,
+    orders: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
-    """The values of `specs`, name -> tensor."""
-    orders = _row_orders(assignment)
+    """The values of `specs`, name -> tensor; `orders` are those of rows."""
     out: dict[str, Tensor] = {}
     for spec in specs:
         if spec.name in out:
@@ -314,14 +313,15 @@ def _part_of_expert(model: nn.Module, plain: _Plain, spec: TensorSpec) -> Tensor
     return value.detach()
 
 
-def _row_orders(assignment: Assignment) -> dict[str, Tensor]:
+def _row_orders(linears: Sequence[LinearInfo], assignment: Assignment) -> dict[str, Tensor]:
     """Linear -> order of its rows, where the order of another's columns is folded into them."""
     orders: dict[str, Tensor] = {}
-    for name, recipe in assignment.items():
+    for info in linears:
+        recipe = assignment.get(info.name)
         if isinstance(recipe, Mixed) and recipe.folded and recipe.order is not None:
-            parent = name.rpartition(".")[0]
-            order = torch.tensor(recipe.order)
-            orders |= {f"{parent}.{leaf}": order for leaf in MAKERS}
+            if not info.makers:
+                raise ValueError(f"nothing makes the input of {info.name}, to fold its order into")
+            orders |= dict.fromkeys(info.makers, torch.tensor(recipe.order))
     return orders
 
 
@@ -330,16 +330,17 @@ def _write_weights(
     model: nn.Module,
     weights: Weights,
     shards: Sequence[Shard],
+    linears: Sequence[LinearInfo],
     assignment: Assignment,
     rounded: Rounded,
 ) -> list[int]:
     """Returns the `crc` of every tensor."""
     from safetensors.torch import save_file
 
-    crcs, plain = [], _Plain(model, weights)
+    crcs, plain, orders = [], _Plain(model, weights), _row_orders(linears, assignment)
     for shard in shards:
         wanted = {s.name for s in shard.specs}
-        tensors = _tensors(model, plain, shard.specs, assignment, rounded)
+        tensors = _tensors(model, plain, shard.specs, assignment, rounded, orders)
         tensors = {n: t for n, t in tensors.items() if n in wanted}
         save_file(tensors, folder / shard.file, metadata={"format": "pt"})
         crcs += [crc(name, value) for name, value in tensors.items()]
@@ -486,7 +487,7 @@ def save(
     """
     layout = layout_of_output(source, model, linears, assignment, provenance)
     shards = make_shards(layout.specs)
-    crcs = _write_weights(folder, model, source.weights, shards, assignment, rounded)
+    crcs = _write_weights(folder, model, source.weights, shards, linears, assignment, rounded)
     layout.quantization["checksum"] = checksum(crcs, layout.quantization)
     text = json.dumps(layout.config, indent=2, ensure_ascii=False) + "\n"
     (folder / "config.json").write_text(text, encoding="utf-8")

@@ -31,6 +31,7 @@ from ..formats.pack import LAYOUT
 from ..formats.recipes import parse_recipe
 from ..formats.schemas import PackedConfig, check
 from ..formats.schemes import Recipe
+from ..model.layout import shared_inputs
 from ..runtime.linear import MixedLinear, PackedLinear, packed_linear, share_inputs, swap_linears
 from ..source.model_files import check_folder
 from ..source.source import NOT_A_FILE
@@ -88,6 +89,7 @@ class MixbitsQuantizer(HfQuantizer):
 
     requires_calibration = True
     stock: Stock
+    shared_inputs: list[list[str]]
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """The dtype of activations, unless packed linears cannot take it."""
@@ -117,6 +119,7 @@ class MixbitsQuantizer(HfQuantizer):
         def make(name: str, weight: Any, bias: nn.Parameter | None) -> nn.Module:
             return packed_linear(weight, recipes[name], bias)
 
+        self.shared_inputs = shared_inputs(model, recipes)
         swap_linears(model, list(recipes), make)
         self._expect(model)
 
@@ -140,7 +143,7 @@ class MixbitsQuantizer(HfQuantizer):
         # Files have the model's own names; those of the source stand beside them as they are. So
         # nothing is renamed back when it is saved (None would mean transformers' own rules).
         model._weight_conversions = []
-        share_inputs(model)
+        share_inputs(model, self.shared_inputs)
         count_packed(model)
         # As for `num_parameters`, a partial.
         model.save_pretrained = functools.partial(_save_pretrained, model)

@@ -138,10 +138,11 @@ def _take_part(settings: Settings, found: Survey) -> tuple[list[LinearInfo], Cov
     coverage = Coverage(found, settings.ignore)
     if not (settings.dry_run or settings.allow_partial or settings.plan):
         coverage.check("a budget")
-    if settings.rotate == "ffn" and not any(i.name.endswith(".down_proj") for i in linears):
+    if settings.rotate == "ffn" and not any(info.ffn_output for info in linears):
         leaves = ", ".join(dict.fromkeys(i.name.rpartition(".")[2] for i in linears))
         raise UsageError(
-            f"--rotate ffn rotates what linears called down_proj read: the model has {leaves}"
+            "--rotate ffn rotates what the last linear of an FFN reads, made number by number by "
+            f"the linears before it: got none among {leaves}"
         )
     return linears, coverage
 

@@ -29,16 +29,16 @@ def _arrangements(run: Run, model: StreamedModel, sequences: Sequences) -> dict[
         options = sequences.ids, settings.batch_size, settings.seed
         arrangements = sorted_columns(model, run.linears, readers, cheapest, *options)
     for info in run.linears if settings.rotate == "ffn" else ():
-        if info.name.endswith(".down_proj"):
+        if info.ffn_output:
             order = arrangements[info.name].order if info.name in arrangements else None
             arrangements[info.name] = Arrangement(order, rotated=True)
     return arrangements
 
 
 def _input(info: LinearInfo) -> str:
-    """What a linear reads, told apart as far as orders of columns need it."""
-    is_down = info.is_expert and info.name.endswith(".down_proj")
-    return info.name if is_down else ""  # an expert's intermediate is its own
+    """The linear, where it alone reads its input; "" where others may read the same."""
+    own = info.is_expert and info.ffn_output  # an expert's intermediate is its own
+    return info.name if own else ""
 
 
 def measure(run: Run, model: CausalLM, sequences: Sequences, sha256: str) -> Scores:

@@ -295,10 +295,10 @@ class Weights:
             part = functools.partial(_of_expert, layout, expert, projection)
             return (one, part) if isinstance(one, GptOss) else None
         patterns = list(dict.fromkeys(pattern for pattern, _ in group.members))
-        joins_two = layout.stack(projection) != projection  # gate and up, in this order
+        joins_two = layout.joins(projection)  # gate and up, in this order
         if layout.interleaved or len(patterns) != 1 + joins_two:
             return None
-        wanted = patterns[joins_two and projection == "up_proj"]
+        wanted = patterns[joins_two and projection != layout.projections[0]]
         members = [one for pattern, one in group.members if pattern == wanted]
         return (members[expert], lambda rows: rows) if expert < len(members) else None
 

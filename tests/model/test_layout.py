@@ -69,6 +69,7 @@ KINDS = {
     "deepseek_v32": DEEPSEEK | {"index_n_heads": 4, "index_head_dim": 32, "index_topk": 4},
     "falcon": {k: v for k, v in SIZES.items() if k not in ("num_key_value_heads", "head_dim")},
     "gemma3n_text": SIZES | GEMMA3N,
+    "gpt2": {"vocab_size": VOCAB, "n_embd": 64, "n_layer": 2, "n_head": 4},
     "gpt_oss": SIZES | {"num_local_experts": 4, "num_experts_per_tok": 2},
     "hunyuan_v1_moe": SIZES | {"num_experts": 4, "moe_topk": 2},
     "jetmoe": JETMOE,
@@ -77,6 +78,8 @@ KINDS = {
     | {"num_local_experts": 4, "num_experts_per_tok": 1, "intermediate_size_mlp": 96},
     "mamba": {"vocab_size": VOCAB, "hidden_size": 64, "num_hidden_layers": 2, "state_size": 16},
     "mixtral": SIZES | {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "opt": {k: v for k, v in SIZES.items() if "num_key" not in k and k != "head_dim"}
+    | {"ffn_dim": 96, "word_embed_proj_dim": 64},
     "qwen3_moe": SIZES | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
 }
 
@@ -242,6 +245,24 @@ def test_orders_of_columns_fold_only_where_nothing_changes(kind: str, tmp_path: 
     packed = mixbits.load(out, dtype=torch.float32)
     downs = [n for n in packed.state_dict() if n.endswith("down_proj.order")]
     assert bool(downs) == (kind == "bitnet")
+    assert distance(packed(IDS).logits, model.float()(IDS).logits) < 0.1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("kind", "last", "stored"),
+    [("falcon", "dense_4h_to_h", False), ("opt", "fc2", False), ("gpt2", "mlp.c_proj", True)],
+)
+def test_ffns_of_other_names_are_rotated_and_fold(
+    kind: str, last: str, stored: bool, tmp_path: Path
+) -> None:
+    """Use tells which linear ends an FFN. Rows of a Conv1D are not put in another order."""
+    options = "--schemes", "W4A16G32,W8A16G32", "--avg-bits", "8.5", "--granularity", "slab"
+    model, out = quantized(tmp_path, kind, *options, "--rotate", "ffn")
+    rotated = [n for unit in read(out / "plan.json")["units"] for n in unit.get("rotated", [])]
+    assert len(rotated) == 2 and all(name.endswith(f".{last}") for name in rotated)
+    packed = mixbits.load(out, dtype=torch.float32)
+    assert any(n.endswith(f".{last}.order") for n in packed.state_dict()) == stored
     assert distance(packed(IDS).logits, model.float()(IDS).logits) < 0.1
 
 
@@ -631,9 +652,11 @@ def test_what_ignore_names_is_left_by_the_user(tmp_path: Path) -> None:
 def test_a_rotation_that_would_turn_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(tmp_path, "falcon", "--rotate", "ffn") == 2
+    assert run(tmp_path, "mamba", "--rotate", "ffn") == 2
     error = capsys.readouterr().err
-    assert "--rotate ffn" in error and "dense_4h_to_h" in error
+    assert "--rotate ffn rotates what the last linear of an FFN reads" in error
+    assert "got none among in_proj, x_proj, out_proj" in error
+    assert not (tmp_path / "out").exists()
 
 
 CODE = """
