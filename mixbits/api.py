@@ -71,6 +71,8 @@ class Scores:
         made = {"schemes": table.schemes, "method": table.data["method"]}
         for name in ("weight_scale_mode", "act_scale_mode"):
             made[name] = table.data[name]
+        for name in ("nsamples", "seqlen"):
+            made[name] = table.data["calibration"].get(name)
         run, given, holds = _open(model, None, {**made, **settings})
         sha256 = run.source.sha256() if run.source.has_weights else None
         table.check(Path(path), run.linears, run.all_schemes, run.scale_modes, sha256)
@@ -121,7 +123,7 @@ class Plan:
         """What was saved, or written by hand, for `model`."""
         from .planning.plan import Plan as Allocated
 
-        run, _, holds = _open(model, None, settings)
+        run, _, holds = _open(model, None, {"seqlen": 2, **settings})  # no text is read
         return cls(Allocated.read(Path(path), run.linears), run, holds)
 
     def _repr_html_(self) -> str:
@@ -219,8 +221,8 @@ def allocate(
     from .pipeline.texts import calibrate
 
     asked = {"avg_bits": avg_bits, "size": size, "max_kl": max_kl, **settings}
-    quiet = {} if max_kl else {"rounding": "rtn", "gate": 0}
-    run = _run({**scores.given, **quiet, **asked}, scores.run.source)
+    measures = {} if max_kl is None else {"solve_only": False, "gate": None}
+    run = _run({**scores.given, **measures, **asked}, scores.run.source)
     subject: Any = None
     found: Any = Found
     with _watched(run, "allocate", progress if max_kl else False):
@@ -285,13 +287,13 @@ def quantize_model(
     as the command does. Raises UsageError; leaves a complete folder or none.
     """
     from .pipeline import early
+    from .pipeline.options import typed_as
     from .pipeline.rules import settled
 
     with tempfile.TemporaryDirectory(prefix="mixbits-") as scratch:
         given = {**settings, "out": out}
         given |= _inputs(model, tokenizer, dataset, Path(scratch))
-        told = _called(model, given) if command is None else command
-        asked = settled(given, told)
+        asked = settled(given, typed_as(given) if command is None else command)
         early.check(asked)
         from .command import quiet as silence
         from .pipeline import process, telling
@@ -310,12 +312,6 @@ def quantize_model(
 
 
 # --- models, texts and progress ----------------------------------------------------------------
-
-
-def _called(model: Model, given: Mapping[str, Any]) -> str:
-    """The call, for report.json."""
-    words = [f"{name}={value!r:.80}" for name, value in given.items() if value is not None]
-    return f"mixbits.quantize_model({', '.join(w for w in words if not w.startswith('model='))})"
 
 
 def _inputs(model: Model, tokenizer: Any, text: Text, folder: Path) -> dict[str, Any]:

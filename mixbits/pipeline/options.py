@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from typing import Any
 
 from ..command import Parser, typed
@@ -88,3 +89,22 @@ def given(argv: list[str] | None = None) -> dict[str, Any]:
 def parse_arguments(argv: list[str] | None = None) -> Settings:
     """Parse and check. Raises UsageError; `command` is what was typed."""
     return settled(given(argv), typed("mixbits.quantize", argv))
+
+
+def typed_as(settings: Mapping[str, Any]) -> str:
+    """The command that asks for what was given in Python."""
+    words: list[str] = []
+    for name, value in settings.items():
+        if name not in KNOWN or value is None or value == KNOWN[name].default:
+            continue
+        how = KNOWN[name].metadata
+        if how.get("is_positional"):
+            words.insert(0, str(value))
+        elif isinstance(value, bool):
+            words.append(how.get("off") or spelt(f"no_{name}" if value is False else name))
+        elif isinstance(value, (list, tuple)) and "metavar" in how:
+            words += [word for one in value for word in (spelt(name), str(one))]
+        else:
+            several = isinstance(value, (list, tuple))
+            words += [spelt(name), ",".join(map(str, value)) if several else str(value)]
+    return typed("mixbits.quantize", words)
