@@ -175,7 +175,7 @@ def _correlations(pairs: Sequence[Pair], schemes: Sequence[str]) -> Table:
         (symbol(i + 1) + " " + s, [p for p in pairs if p.scheme == s])
         for i, s in enumerate(schemes)
     ]
-    groups += [(Markup(" all"), list(pairs))] if len(schemes) > 1 else []
+    groups += [(Markup("all"), list(pairs))] if len(schemes) > 1 else []
     rows = []
     for name, group in groups:
         ranks = spearman([p.predicted or 0.0 for p in group], [p.measured or 0.0 for p in group])
