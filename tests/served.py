@@ -8,16 +8,18 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from mixbits import demo
+from mixbits import demo, serve
 from mixbits.checkpoint import folder as checkpoint
 from mixbits.formats.schemes import parse_scheme
 from mixbits.model.layout import find_linears
+from mixbits.server.jobs import Done
 from mixbits.source.source import open_source
 
 TEMPLATE = "{% for message in messages %}# {{ message['content'] }}\n{% endfor %}"
@@ -74,3 +76,35 @@ def send(port: int, **body: Any) -> socket.socket:
     sock = socket.create_connection(("127.0.0.1", port), timeout=120)
     sock.sendall(f"{head}Content-Length: {len(raw)}\r\n\r\n".encode() + raw)
     return sock
+
+
+class Served:
+    """The server in this process, whose jobs can be seen."""
+
+    def __init__(self, folder: Path, *options: str) -> None:
+        args = serve.parse_arguments([str(folder), "--port", "0", *options])
+        found, sockets = serve._check(args)
+        self.port = sockets[0].getsockname()[1]
+        self.serving = serve.Serving(found, args, sockets)
+        self.ends: list[str] = []
+        self.begun = threading.Semaphore(0)
+        run, engine = self.serving.engine.run, self.serving.engine
+
+        def watched(job: Any) -> None:
+            emit, events = job.emit, []
+            job.emit = lambda event: (events.append(event), emit(event))
+            self.begun.release()
+            run(job)
+            self.ends.append("done" if events and isinstance(events[-1], Done) else "cancelled")
+
+        engine.run = watched
+        self.serving.start()
+        while not self.serving.server.started:
+            time.sleep(0.01)
+
+    def wait(self, ends: int) -> list[str]:
+        """How jobs have ended, once there are so many."""
+        give_up = time.monotonic() + 60
+        while len(self.ends) < ends and time.monotonic() < give_up:
+            time.sleep(0.01)
+        return self.ends

@@ -8,7 +8,6 @@ import math
 import shutil
 import socket
 import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,14 +15,13 @@ from typing import Any
 
 import pytest
 import torch
-from served import PROMPT, Command, send, to_serve
+from served import PROMPT, Command, Served, send, to_serve
 from tiny import make_model
 from transformers import AutoTokenizer
 
 import mixbits
 from mixbits import serve
 from mixbits.runtime.token_step import DecodeStep
-from mixbits.server.jobs import Done
 
 openai = pytest.importorskip("openai")
 for extra in ("starlette", "uvicorn", "h11"):
@@ -351,38 +349,6 @@ def test_pages_and_names_of_others_may_not_ask(running: Command) -> None:
 
 
 # -------------------------------------------------------------------------------- clients leave
-
-
-class Served:
-    """The server in this process, whose jobs can be seen."""
-
-    def __init__(self, folder: Path, *options: str) -> None:
-        args = serve.parse_arguments([str(folder), "--port", "0", *options])
-        found, sockets = serve._check(args)
-        self.port = sockets[0].getsockname()[1]
-        self.serving = serve.Serving(found, args, sockets)
-        self.ends: list[str] = []
-        self.begun = threading.Semaphore(0)
-        run, engine = self.serving.engine.run, self.serving.engine
-
-        def watched(job: Any) -> None:
-            emit, events = job.emit, []
-            job.emit = lambda event: (events.append(event), emit(event))
-            self.begun.release()
-            run(job)
-            self.ends.append("done" if events and isinstance(events[-1], Done) else "cancelled")
-
-        engine.run = watched
-        self.serving.start()
-        while not self.serving.server.started:
-            time.sleep(0.01)
-
-    def wait(self, ends: int) -> list[str]:
-        """How jobs have ended, once there are so many."""
-        give_up = time.monotonic() + 60
-        while len(self.ends) < ends and time.monotonic() < give_up:
-            time.sleep(0.01)
-        return self.ends
 
 
 @pytest.fixture(scope="module")

@@ -1,12 +1,13 @@
 // One vector abstraction for every instruction set: GCC vectors of kLanes floats or int32.
 //
-// Every file that includes this is compiled once per instruction set, with MB_ISA set to a name
-// of its own (scalar, avx2, avx512). All code lives in namespace mixbits::MB_ISA and is static
-// or a template: were an inline function shared, the linker could keep the AVX-512 copy for all.
-// For the same reason no standard container or algorithm is used in these files.
+// Every file that includes this is compiled once per instruction set, with MB_ISA set to its name
+// (scalar, avx2, avx512vnni, avx512bf16; setup.py has the flags). All code lives in namespace
+// mixbits::MB_ISA and is static or a template: were an inline function shared, the linker could
+// keep the AVX-512 copy for all. For the same reason no standard container or algorithm is used in
+// these files.
 //
-// Intrinsics appear only where the compiler does not find the instruction by itself: fused
-// multiply-add, float16 conversion, 4-bit unpacking, and the integer dot product.
+// Intrinsics appear, here and in the files of one path, only where the compiler does not find the
+// instruction by itself: fused multiply-add, float16 conversion, unpacking, dot products.
 #pragma once
 
 #include <stddef.h>
