@@ -283,11 +283,11 @@ class _Watch(TorchFunctionMode):
             self._products[result.grad_fn] = operands[1]
             if any(node in self._softmax for node in self._before(operands[0])):
                 self.found.remembered |= self._made_of(operands[1])
-        elif name == "softmax":
-            self._softmax.add(result.grad_fn)
-            for node in self._before(args[0]):
-                if node in self._products:
-                    self.found.remembered |= self._made_of(self._products[node])
+        elif name == "softmax" and args and isinstance(args[0], Tensor):
+            scores = self._before(args[0]) & self._products.keys()
+            self._softmax |= {result.grad_fn} if scores else set()
+            for node in scores:
+                self.found.remembered |= self._made_of(self._products[node])
 
     def _note_reading(self, name: str, args: Any, kwargs: Any, result: Any) -> None:
         """A weight is read by whatever makes a tensor of it; a view of it is the weight still."""
