@@ -31,6 +31,7 @@ from .experts import is_experts
 from .twin import copy_module
 
 TOKENS = 4
+_MATMULS = {"matmul", "__matmul__", "bmm", "baddbmm", "einsum"}
 _SELECTIONS = {"topk", "argmax", "argmin", "sort", "argsort", "kthvalue", "multinomial", "msort"}
 # Operations at which the way back from a tensor ends: what comes before was multiplied by weights.
 _PRODUCTS = ("Mm", "Bmm", "Addmm", "Baddbmm", "Convolution", "Embedding", "Attention", "Linear")
@@ -194,6 +195,9 @@ class _Watch(TorchFunctionMode):
         self._lost = False  # values were dropped on the way: missing gradients say nothing
         self._active: set[str] = set()
         self._inputs: dict[Any, list[str]] = {}  # what holds an input -> linears that read it
+        # Attention that is written out: nodes of products, with what they multiply, and of softmax.
+        self._products: dict[Any, Tensor] = {}
+        self._softmax: set[Any] = set()
         parents: dict[str, list[str]] = {}
         for name, linear in linears.items():
             parents.setdefault(name.rpartition(".")[0], []).append(name)
@@ -266,8 +270,24 @@ class _Watch(TorchFunctionMode):
                 self.found.remembered |= self._made_of(tensor)
         made_up = self._make_up(name, args, kwargs)
         result = func(*args, **kwargs) if made_up is None else made_up[0]
+        self._note_attention(name, args, result)
         self._note_reading(name, args, kwargs, result)
         return result
+
+    def _note_attention(self, name: str, args: Any, result: Any) -> None:
+        """Keys are what a softmax's input was multiplied by, and values what its output is."""
+        if not isinstance(result, Tensor) or result.grad_fn is None:
+            return
+        operands = [t for t in _tensors(args) if t.dim() > 2][-2:]
+        if name in _MATMULS and len(operands) == 2:
+            self._products[result.grad_fn] = operands[1]
+            if any(node in self._softmax for node in self._before(operands[0])):
+                self.found.remembered |= self._made_of(operands[1])
+        elif name == "softmax" and args and isinstance(args[0], Tensor):
+            scores = self._before(args[0]) & self._products.keys()
+            self._softmax |= {result.grad_fn} if scores else set()
+            for node in scores:
+                self.found.remembered |= self._made_of(self._products[node])
 
     def _note_reading(self, name: str, args: Any, kwargs: Any, result: Any) -> None:
         """A weight is read by whatever makes a tensor of it; a view of it is the weight still."""
@@ -313,6 +333,14 @@ class _Watch(TorchFunctionMode):
     def _made_of(self, tensor: Tensor) -> set[str]:
         """Linears whose outputs, up to element-wise operations, a tensor is made of."""
         found: set[str] = set()
+        for node in self._before(tensor):
+            variable = getattr(node, "variable", None)
+            if variable is not None and id(variable) in self._names:
+                found.add(self._names[id(variable)])
+        return found
+
+    def _before(self, tensor: Tensor) -> set[Any]:
+        """Nodes that a tensor comes from, up to the last products."""
         seen: set[Any] = set()
         nodes: list[Any] = [tensor.grad_fn]
         while nodes and len(seen) < _MOST_NODES:
@@ -320,12 +348,9 @@ class _Watch(TorchFunctionMode):
             if node is None or node in seen:
                 continue
             seen.add(node)
-            variable = getattr(node, "variable", None)
-            if variable is not None and id(variable) in self._names:
-                found.add(self._names[id(variable)])
             if not any(product in node.name() for product in _PRODUCTS):
                 nodes += [before for before, _ in node.next_functions]
-        return found
+        return seen
 
     def _number_by_number(self, tensor: Tensor) -> set[str]:
         """Linears whose outputs, and nothing else that was computed, a tensor is made of.

@@ -5,6 +5,7 @@ It computes what a Llama computes, so that a Llama of the same weights says what
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -184,13 +185,27 @@ def test_what_linears_are_to_each_other(known: bool, monkeypatch: pytest.MonkeyP
         assert units[0] == units[1]
 
 
-def test_keys_and_values_of_an_attention_that_torch_does_not_know(entry: Family) -> None:
-    """Products and softmax one by one do not show what later tokens read: the entry says it."""
-    _, odd = both(attn_implementation="eager")
-    found = {i.name.rpartition(".")[2]: i.remembered for i in find_linears(odd)}
-    assert {name for name, later in found.items() if later} == {"hear", "tell"}
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_keys_and_values_show_in_use(attention: str) -> None:
+    """Also of an attention that is written out: two products, and a softmax between them."""
+    for model, wanted in zip(both(attn_implementation=attention), KEYS_AND_VALUES, strict=True):
+        assert later_of(model) == wanted
+
+
+def test_keys_and_values_by_an_entry(entry: Family) -> None:
+    """For code that cannot be run without storage."""
+    odd = both()[1]
+    assert later_of(odd, by_use=False) == {"hear", "tell"}
     FAMILIES.pop("odd")
-    assert not any(i.remembered for i in find_linears(odd))
+    assert later_of(odd, by_use=False) == set()
+
+
+KEYS_AND_VALUES = {"k_proj", "v_proj"}, {"hear", "tell"}
+
+
+def later_of(model: Any, by_use: bool = True) -> set[str]:
+    """Names of the linears whose outputs later tokens read."""
+    return {i.name.rpartition(".")[2] for i in find_linears(model, by_use=by_use) if i.remembered}
 
 
 def test_names_do_not_overrule_what_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -329,3 +344,10 @@ def test_names_in_vllm(entry: Family) -> None:
 def test_a_family_of_no_entry_has_the_usual_names() -> None:
     assert families.family_of(OddConfig()) is families.DEFAULT
     assert families.DEFAULT.shared_inputs[0] == ("q_proj", "k_proj", "v_proj")
+
+
+def test_the_page_names_every_field() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "add-a-family.md").read_text(encoding="utf-8")
+    for kind in (Family, Gguf, Stacks):
+        for field in dataclasses.fields(kind):
+            assert f"`{field.name}`" in page, field.name
