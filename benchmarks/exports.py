@@ -32,7 +32,7 @@ from transformers import AutoModelForCausalLM
 
 import mixbits
 from benchmarks.records import Records
-from mixbits.checkpoint.folder import save
+from mixbits.checkpoint.saving import save
 from mixbits.demo import MODEL_DIR
 from mixbits.export.__main__ import main as export
 from mixbits.formats.schemes import Assignment, ScaleMode, parse_scheme

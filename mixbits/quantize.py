@@ -72,7 +72,7 @@ def _write(
     report: dict[str, Any],
 ) -> int | None:
     """Write all but the report into `folder`; returns the bytes of the weight files, if any."""
-    from .checkpoint import folder as checkpoint
+    from .checkpoint import saving as checkpoint
     from .pipeline import diagnose as findings
 
     plan = choice.winner.plan

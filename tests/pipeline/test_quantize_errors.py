@@ -22,7 +22,7 @@ from tiny import SMALL, VOCAB, entries, make_model, read, write_ids
 
 import mixbits
 from mixbits import quantize
-from mixbits.checkpoint import folder as checkpoint
+from mixbits.checkpoint import saving as checkpoint
 from mixbits.files.atomic import atomic_folder
 from mixbits.files.manifest import foreign
 from mixbits.planning import curve

@@ -25,7 +25,7 @@ from transformers import AutoTokenizer
 
 import mixbits
 from mixbits import demo, serve
-from mixbits.checkpoint import folder as checkpoint
+from mixbits.checkpoint import saving as checkpoint
 from mixbits.formats.schemes import parse_scheme
 from mixbits.model.layout import find_linears
 from mixbits.runtime.token_step import DecodeStep
