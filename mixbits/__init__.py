@@ -12,17 +12,23 @@ from __future__ import annotations
 from ._registration import register
 
 __version__ = "0.1.0"
-__all__ = ["UsageError", "__version__", "load", "parse_scheme"]
+__all__ = ["MixbitsConfig", "UsageError", "__version__", "load", "parse_scheme"]
 
 TYPE_CHECKING = False  # as of `typing`, which takes longer to import than all of this
 if TYPE_CHECKING:
     from typing import Any
 
     from .checkpoint.loading import load
+    from .checkpoint.transformers_quantizer import MixbitsConfig
     from .errors import UsageError
     from .formats.schemes import parse_scheme
 
-_HOME = {"load": "checkpoint.loading", "UsageError": "errors", "parse_scheme": "formats.schemes"}
+_HOME = {
+    "MixbitsConfig": "checkpoint.transformers_quantizer",
+    "UsageError": "errors",
+    "load": "checkpoint.loading",
+    "parse_scheme": "formats.schemes",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -130,7 +130,8 @@ class Files:
         for name in sorted(places, key=lambda name: places[name]["data_offsets"]):
             value = self.read(name)
             look(name, value)
-            digest.update(value.reshape(-1).view(torch.uint8).numpy())
+            data: Any = value.reshape(-1).view(torch.uint8).numpy()
+            digest.update(data)
         return digest.digest()
 
     def __getstate__(self) -> dict[str, Any]:
