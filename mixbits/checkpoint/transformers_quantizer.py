@@ -126,6 +126,8 @@ class MixbitsConfig(QuantizationConfigMixin):
 
     def get_loading_attributes(self) -> dict[str, Any]:
         """transformers asks what of this would hold for a model that is quantized already."""
+        if self.asked() is None:  # as lm-eval hands on what it has read in the folder
+            return {}
         raise UsageError(
             "the model is quantized by mixbits already, and quantization_config cannot change it: "
             "pass the original, or leave quantization_config out"
@@ -389,5 +391,5 @@ def read_config(folder: Path) -> MixbitsConfig:
         config = MixbitsConfig(**found)
         config.recipes()
     except UsageError as error:
-        raise UsageError(f"{error} ({folder})") from None
+        raise UsageError(f"{error} ({folder})") from error
     return config

@@ -202,7 +202,7 @@ def check(model: type[BaseModel], data: Any, where: object) -> None:
     try:
         model.model_validate(data)
     except ValidationError as error:
-        raise UsageError(f"{_sentence(error)} ({where})") from None
+        raise UsageError(f"{_sentence(error)} ({where})") from error
 
 
 _shown = reprlib.Repr()

@@ -187,7 +187,7 @@ def run_tasks(
         raise UsageError(
             f"lm-eval could not run {', '.join(tasks)} ({first_line(error)}); without a network "
             "use --tasks stdlib_next_line, or --include-path with tasks that read local files"
-        ) from None
+        ) from error
     return _task_summary(raw, tasks, limit, add_bos_token)
 
 

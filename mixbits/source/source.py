@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import UsageError, first_line, plain_errors
+from ..errors import UsageError, plain_errors
 from ..files.atomic import scratch_folder
 from ..files.io import is_text, read_object
 from ..formats.pack import check_finite
@@ -321,10 +321,11 @@ def _download(model: str, patterns: list[str], revision: str | None = None) -> P
     check_name(model)
     from huggingface_hub import snapshot_download
 
-    try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
-    except Exception as error:  # the hub client raises dozens of kinds
-        raise UsageError(
+    def sentence(why: str) -> str:
+        return (
             f"{model!r} is no folder, and no model of that name could be fetched "
-            f"({first_line(error)}): pass the folder of a downloaded model"
-        ) from None
+            f"({why}): pass the folder of a downloaded model"
+        )
+
+    with plain_errors(sentence):
+        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))

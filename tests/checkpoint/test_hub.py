@@ -23,7 +23,7 @@ from transformers.quantizers import auto
 
 import mixbits
 from mixbits.checkpoint import folder as checkpoint
-from mixbits.checkpoint import transformers_quantizer
+from mixbits.checkpoint import stock, transformers_quantizer
 from mixbits.checkpoint.saving import save
 from mixbits.errors import UsageError
 from mixbits.export.__main__ import main as export
@@ -180,6 +180,14 @@ def test_damage_is_refused_by_transformers_alone(llama: Path, tmp_path: Path) ->
     (tmp_path / "model.safetensors").write_bytes(data[:-1])
     with pytest.raises(UsageError, match="is the file complete"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_a_fault_of_our_own_is_no_fault_of_the_checkpoint(
+    llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stock, "checksum", None)  # which is called amid from_pretrained
+    with pytest.raises(TypeError, match="'NoneType' object is not callable"):
+        mixbits.load(llama)
 
 
 def test_a_state_dict_is_refused(llama: Path) -> None:
