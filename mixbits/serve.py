@@ -165,7 +165,7 @@ class Serving:
         try:
             self.server.run(self._sockets)
         except OSError as error:
-            raise UsageError(f"cannot listen at {self._args.host}: {error}") from None
+            raise UsageError(f"cannot listen at {self._args.host}: {error}") from error
         finally:
             for bound in self._sockets:
                 bound.close()

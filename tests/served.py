@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from mixbits import demo, serve
-from mixbits.checkpoint import folder as checkpoint
+from mixbits.checkpoint import saving as checkpoint
 from mixbits.formats.schemes import parse_scheme
 from mixbits.model.layout import find_linears
 from mixbits.server.jobs import Done

@@ -32,7 +32,7 @@ from transformers import AutoModelForCausalLM
 import mixbits
 import mixbits.checkpoint.transformers_quantizer
 from benchmarks.tools.records import Records
-from mixbits.checkpoint.folder import save
+from mixbits.checkpoint.saving import save
 from mixbits.command import quiet
 from mixbits.demo import MODEL_DIR
 from mixbits.export.__main__ import main as export

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import mixbits
-from mixbits.checkpoint import folder as checkpoint
+from mixbits.checkpoint.folder import predicted_bytes
+from mixbits.checkpoint.saving import save
 from mixbits.command import quiet
 from mixbits.formats.schemes import Scheme, parse_scheme
 from mixbits.measuring.evaluate import compare
@@ -62,15 +63,13 @@ class Subject:
         with tempfile.TemporaryDirectory() as folder:
             modes = {k: plan.data[k] for k in ("weight_scale_mode", "act_scale_mode")}
             path, model = Path(folder), self.model
-            size = checkpoint.save(path, self.source, model, self.linears, plan.assignment, modes)
+            size = save(path, self.source, model, self.linears, plan.assignment, modes)
             quantized = StreamedModel(mixbits.load(path))
             figures = compare(StreamedModel(model), quantized, self.held_out.ids)
         return {**figures, "bytes": size, "predicted_bytes": self.predicted(plan)}
 
     def predicted(self, plan: Plan) -> int:
-        return checkpoint.predicted_bytes(
-            self.model, self.linears, plan.assignment, self.source.dtype
-        )
+        return predicted_bytes(self.model, self.linears, plan.assignment, self.source.dtype)
 
 
 def run(args: argparse.Namespace) -> list[dict[str, Any]]:

@@ -94,8 +94,8 @@ def _stacked(parts: Sequence[_Values]) -> _Values:
 def _gguf() -> Any:
     try:
         import gguf
-    except ImportError:
-        raise UsageError("--format gguf needs the gguf package: pip install gguf") from None
+    except ImportError as error:
+        raise UsageError("--format gguf needs the gguf package: pip install gguf") from error
     return gguf
 
 

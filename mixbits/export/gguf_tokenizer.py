@@ -188,6 +188,10 @@ def _read(folder: Path, rows: int, lossy: bool) -> Vocabulary:
     return found
 
 
+# What JSON of another shape than a tokenizer's comes to where it is looked through.
+_MALFORMED = (AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError)
+
+
 def read_vocabulary(folder: Path, rows: int, lossy: bool) -> Vocabulary:
     """The vocabulary of a model folder, whose embedding has `rows`.
 
@@ -206,10 +210,11 @@ def read_vocabulary(folder: Path, rows: int, lossy: bool) -> Vocabulary:
     except UsageError:
         raise
     except BaseException as error:  # of a foreign file: gguf looks no further; tokenizers panics
-        if isinstance(error, KeyboardInterrupt | SystemExit):
+        is_panic = type(error).__name__ == "PanicException"
+        if not (isinstance(error, _MALFORMED) or is_panic):
             raise
         what = f"{type(error).__name__}: {_shown(first_line(error))}"
-        raise UsageError(f"cannot read the tokenizer in {folder} ({what})") from None
+        raise UsageError(f"cannot read the tokenizer in {folder} ({what})") from error
 
 
 def add_vocabulary(writer: Any, vocabulary: Vocabulary) -> None:

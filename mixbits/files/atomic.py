@@ -93,7 +93,7 @@ def _placed(out: Path) -> Path:
     except (FileNotFoundError, NotADirectoryError):
         pass
     except (OSError, RuntimeError, ValueError) as error:
-        raise _unusable(out, error) from None
+        raise _unusable(out, error) from error
     if not path.name:
         raise UsageError(f"--out must be the name of a folder: got {path}")
     if len(os.fsencode(path)) > _LONGEST_PATH:
@@ -190,7 +190,7 @@ def _locked(destination: Path, file: Path) -> Lock:
     try:
         lock = Lock.take(file)
     except OSError as error:
-        raise _unusable(destination, error) from None
+        raise _unusable(destination, error) from error
     if lock is None:
         raise UsageError(
             f"another run is writing {destination}: wait for it, or pass another --out"
@@ -250,10 +250,10 @@ class Destination:
         check_room(self.path.parent, needs)
         try:
             self.partial.mkdir()
-        except FileExistsError:
+        except FileExistsError as error:
             raise UsageError(
                 f"another run is writing {self.given}, or was killed: remove {self.partial}"
-            ) from None
+            ) from error
         try:
             yield self.partial
             self._complete(later)
@@ -295,7 +295,7 @@ class Destination:
                 raise UsageError(
                     f"{self.given} has appeared meanwhile: the output is complete in {kept} "
                     f"({error})"
-                ) from None
+                ) from error
 
     def _replace(self) -> None:
         if exchange(self.partial, self.path):
@@ -409,7 +409,7 @@ def reserved(
                 kept = f"{destination} is complete, but its report has not all of the evaluation"
             told = UsageError(f"{full} ({_existing(place.path.parent)}); {kept}")
             told.__notes__ = getattr(error, "__notes__", [])
-            raise told from None
+            raise told from error
         finally:
             place.close()
 
@@ -435,7 +435,7 @@ def _parents_of(place: Destination) -> Iterator[None]:
         try:
             place.path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise _unusable(place.given, error) from None
+            raise _unusable(place.given, error) from error
         _placed(place.given)  # whether the name can be is known in a folder that is there
         yield
     finally:

@@ -203,7 +203,7 @@ def check(model: type[M], data: Any, where: object) -> M:
     try:
         return model.model_validate(data)
     except ValidationError as error:
-        raise UsageError(f"{_sentence(error)} ({where})") from None
+        raise UsageError(f"{_sentence(error)} ({where})") from error
 
 
 _shown = reprlib.Repr()

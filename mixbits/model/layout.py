@@ -447,7 +447,7 @@ def match_units(units: Sequence[Unit], pattern: str, option: str = "--keep") -> 
             if any(name_matches(n, pattern) for n in (unit.name, *(i.name for i in unit.linears)))
         ]
     except re.error as error:
-        raise UsageError(f"{option} {pattern!r} is not a regular expression: {error}") from None
+        raise UsageError(f"{option} {pattern!r} is not a regular expression: {error}") from error
     if not found:
         meant = f"*.{pattern}"
         inner = any(fnmatchcase(i.name, meant) for unit in units for i in unit.linears)

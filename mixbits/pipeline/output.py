@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import folder as checkpoint
+from ..checkpoint import saving as checkpoint
 from ..model.layout import CausalLM
 from ..report import card
 from ..report.html import render

@@ -73,10 +73,11 @@ def snippet(template: str, folder: str) -> str:
 def _original(path: Path) -> dict[str, Any]:
     """The YAML of the original's card; nothing where there is none that can be read."""
     from huggingface_hub.repocard import metadata_load
+    from yaml import YAMLError
 
     try:
         return metadata_load(path) or {}
-    except Exception:  # of three libraries: it is not our file
+    except (OSError, RecursionError, TypeError, ValueError, YAMLError):  # it is not our file
         return {}
 
 

@@ -222,8 +222,8 @@ class Plan:
         _require(all(type(part) is PackedLinear for part in parts), "a linear's class")
         try:  # what is wrong is said where a linear is called
             linear.checked(torch.device("cpu"))
-        except (TypeError, ValueError):
-            raise UnknownPart("a linear's tensors") from None
+        except (TypeError, ValueError) as error:
+            raise UnknownPart("a linear's tensors") from error
         for part in parts:
             _require(part.backend in (None, "cpu"), "a linear's backend")
             for name in packed_spec(part.operand.format, *shape):

@@ -23,8 +23,8 @@ from transformers.quantizers import auto
 
 import mixbits
 from mixbits.checkpoint import folder as checkpoint
-from mixbits.checkpoint import transformers_quantizer
-from mixbits.checkpoint.folder import save
+from mixbits.checkpoint import stock, transformers_quantizer
+from mixbits.checkpoint.saving import save
 from mixbits.errors import UsageError
 from mixbits.export.__main__ import main as export
 from mixbits.model.layout import find_linears
@@ -160,6 +160,14 @@ def test_damage_is_refused_by_transformers_alone(llama: Path, tmp_path: Path) ->
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
+def test_a_fault_of_our_own_is_no_fault_of_the_checkpoint(
+    llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stock, "checksum", None)  # which is called amid from_pretrained
+    with pytest.raises(TypeError, match="'NoneType' object is not callable"):
+        mixbits.load(llama)
+
+
 def test_a_state_dict_is_refused(llama: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(llama)
     config = AutoConfig.from_pretrained(llama)
@@ -208,6 +216,24 @@ def test_either_may_be_imported_first(imports: tuple[str, str], llama: Path) -> 
     )
     assert done.stdout.strip() == "PackedLinear", done.stderr[-2000:]
     assert "MISSING" not in done.stderr
+
+
+ROOMS = """
+import sys, torch, mixbits
+model = mixbits.load(sys.argv[1])
+model.generate(torch.arange(5)[None], max_new_tokens=2)
+print(*sorted({name.split(".")[1] for name in sys.modules if name.startswith("mixbits.")}))
+"""
+
+
+def test_loading_imports_nothing_that_quantizes(llama: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", ROOMS, str(llama)], capture_output=True, text=True, check=False
+    )
+    rooms = set(done.stdout.split())
+    assert {"checkpoint", "runtime"} <= rooms, done.stderr[-2000:]
+    others = {"measuring", "planning", "rounding", "pipeline", "report", "export", "quantize"}
+    assert not rooms & others
 
 
 def test_modules_may_be_reloaded(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:

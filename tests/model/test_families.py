@@ -23,7 +23,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.models.llama import modeling_llama as llama
 
 import mixbits
-from mixbits.checkpoint.folder import save
+from mixbits.checkpoint.saving import save
 from mixbits.errors import UsageError
 from mixbits.export import gguf
 from mixbits.formats.schemes import parse_scheme

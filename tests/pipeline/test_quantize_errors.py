@@ -18,7 +18,7 @@ from tiny import SMALL, VOCAB, command, entries, make_model, read, write_ids
 
 import mixbits
 from mixbits import quantize
-from mixbits.checkpoint import folder as checkpoint
+from mixbits.checkpoint import saving as checkpoint
 from mixbits.files.manifest import foreign
 from mixbits.pipeline import process
 

@@ -10,7 +10,8 @@ from recipes import MODES, opened
 from tiny import KINDS, MOE_KINDS, make_model
 
 import mixbits
-from mixbits.checkpoint import folder as checkpoint
+from mixbits.checkpoint.folder import predicted_bytes
+from mixbits.checkpoint.saving import save
 from mixbits.errors import UsageError
 from mixbits.formats.schemes import BF16, Mixed, Recipe, parse_scheme
 from mixbits.measuring.evaluate import sequence_kl
@@ -43,8 +44,8 @@ def test_what_is_stored_is_what_ran(kind: str, method: str, tmp_path: Path) -> N
     assert set(rounded) == {info.name for info in linears}
     (tmp_path / "out").mkdir()
     modes = dict(zip(("weight_scale_mode", "act_scale_mode"), MODES, strict=True))
-    written = checkpoint.save(tmp_path / "out", source, model, linears, chosen, modes, rounded)
-    assert written == checkpoint.predicted_bytes(model, linears, chosen, source.dtype)
+    written = save(tmp_path / "out", source, model, linears, chosen, modes, rounded)
+    assert written == predicted_bytes(model, linears, chosen, source.dtype)
     packed = mixbits.load(tmp_path / "out", dtype=torch.float32)
     logits = packed(input_ids=ids, use_cache=False).logits
     expected = RoundedModel(streamed, linears, chosen, rounded).logits(ids)
@@ -72,7 +73,7 @@ def test_a_folded_order_changes_no_logit(kind: str, left_alone: str, tmp_path: P
                 chosen[info.name] = mxfp8
         folder = tmp_path / f"folded {folded}"
         folder.mkdir()
-        checkpoint.save(folder, source, model, linears, chosen, {})
+        save(folder, source, model, linears, chosen, {})
         packed = mixbits.load(folder, dtype=torch.float32)
         assert any(n.endswith("down_proj.order") for n in packed.state_dict()) != folded
         logits.append(packed(input_ids=ids, use_cache=False).logits)

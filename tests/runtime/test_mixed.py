@@ -10,7 +10,7 @@ from tiny import make_model
 
 import mixbits
 from mixbits import ops
-from mixbits.checkpoint import folder as checkpoint
+from mixbits.checkpoint import saving as checkpoint
 from mixbits.formats.arrange import arrangement_of
 from mixbits.formats.pack import Mix, Operand, order_dtype
 from mixbits.formats.schemes import MAX_SEGMENTS, parse_scheme
