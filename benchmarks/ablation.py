@@ -133,7 +133,7 @@ class Subject:
             if divided:
                 readers = [unit.linears for unit in units]
                 found = sorted_columns(self.model, self.linears, readers, schemes[0], self.ids)
-            for name in (i.name for i in self.linears if i.name.endswith(".down_proj")):
+            for name in (i.name for i in self.linears if i.ffn_output):
                 if variant.rotated:
                     found[name] = Arrangement(found[name].order if divided else None, True)
             slabs = measure(self.model, self.linears, schemes, self.ids, arrangements=found)
