@@ -19,8 +19,6 @@
 //
 // Scales of MX blocks are powers of two. For very many tokens they are multiplied into a bfloat16
 // panel, which is exact, and the sum goes on through all of it.
-#include "activations.h"
-#include "bfloat16.h"
 #include "panel.h"
 
 namespace mixbits {
