@@ -25,7 +25,8 @@ FLOORS = [
     {"source", "ops"},
     {"backends"},
     {"formats", "model"},
-    {"files", "progress", "command"},
+    {"files", "command"},
+    {"progress"},
     {"errors", "demo", "_registration"},
 ]
 FLOOR = {name: len(FLOORS) - i for i, names in enumerate(FLOORS) for name in names}

@@ -40,6 +40,8 @@ from .folder import checksum, crc, kinds_of, quantization_config, require_mixbit
 from .stock import Stock, check_files
 from .unpacking import unpack_model
 
+_UNSAID = "even, of a folder floor"  # the default of act_scale_mode: this object, not its text
+
 
 class MixbitsConfig(QuantizationConfigMixin):
     """What from_pretrained is to quantize to, or how a packed folder is quantized.
@@ -65,7 +67,7 @@ class MixbitsConfig(QuantizationConfigMixin):
         modules: dict[str, Any] | None = None,
         layout: int | None = None,
         weight_scale_mode: str = "floor",
-        act_scale_mode: str | None = None,
+        act_scale_mode: str = _UNSAID,
         checksum: str | None = None,
         *,
         schemes: str | Sequence[str] | None = None,
@@ -75,13 +77,14 @@ class MixbitsConfig(QuantizationConfigMixin):
         self.quant_method = "mixbits"  # type: ignore[assignment]
         is_of_folder = any(given is not None for given in (modules, layout, checksum))
         if not is_of_folder and ("quant_method" not in provenance or schemes or avg_bits):
-            modes = weight_scale_mode, act_scale_mode or "even"
+            unsaid = act_scale_mode is _UNSAID
+            modes = weight_scale_mode, "even" if unsaid else act_scale_mode
             self._ask(schemes, avg_bits, modes, provenance.keys() - {"quant_method"})
             return
         for key, value in (("schemes", schemes), ("avg_bits", avg_bits)):
             if value is not None:  # of a folder, it means nothing
                 provenance[key] = value
-        act_scale_mode = act_scale_mode or "floor"
+        act_scale_mode = "floor" if act_scale_mode is _UNSAID else act_scale_mode
         provenance.pop("quant_method", None)
         for key, value in provenance.items():
             if hasattr(type(self), key):  # a file must not replace a method

@@ -159,6 +159,10 @@ def test_a_source_that_is_packed_already_is_refused(llama: Path, tmp_path: Path)
     from_pretrained(llama).save_pretrained(tmp_path)
     with pytest.raises(UsageError, match=r"quantized by mixbits already, .* pass the original"):
         from_pretrained(tmp_path)
+    told = read(tmp_path / "config.json")["quantization_config"]
+    with pytest.warns(UserWarning, match="already has a `quantization_config`"):  # as of lm-eval
+        model = from_pretrained(tmp_path, told)
+    assert isinstance(model.model.layers[0].mlp.up_proj, PackedLinear)
 
 
 def test_a_source_in_codes_is_refused(llama: Path, tmp_path: Path) -> None:
