@@ -108,7 +108,7 @@ def test_what_nohup_ignores_is_ignored(tmp_path: Path) -> None:
 DIES = """
 import os, signal, sys
 from pathlib import Path
-from mixbits import atomic, manifest, system
+from mixbits.files import atomic, manifest, system
 left = [int(sys.argv[1])]
 if sys.argv[3] == "in two":
     system._renameat2 = lambda: None
