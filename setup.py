@@ -7,8 +7,8 @@ No torch is needed to build. Environment variables:
     MIXBITS_CUDA_ARCH   compute capabilities, default "80;90a;100a;120a"
     CXX, NVCC, MAX_JOBS compilers, and how many of them run at a time
 
-Each file of csrc/cpu but dispatch.cpp is compiled once per instruction set; the CPU picks when
-the library is loaded. No -march=native: a wheel built here runs elsewhere. No -ffast-math, and
+Each file of csrc/cpu but simd/dispatch.cpp is compiled once per instruction set; the CPU picks
+when the library is loaded. No -march=native: a wheel built here runs elsewhere. No -ffast-math, and
 no contraction of a*b+c: results are defined to the bit.
 """
 
@@ -53,14 +53,20 @@ def wants_cuda() -> bool:
     return mode == "1" or (mode == "auto" and has_gpu and find_nvcc() is not None)
 
 
+def object_name(source: Path, folder: str) -> str:
+    """csrc/cpu/matmul/dot.cpp -> matmul_dot: no two files of a library have the same."""
+    return "_".join(source.relative_to(ROOT / folder).with_suffix("").parts)
+
+
 def cpu_objects() -> list[tuple[str, str, str]]:
     """(source, name of its object, extra flags)."""
-    objects = [("csrc/bindings.cpp", "bindings", ""), ("csrc/cpu/dispatch.cpp", "dispatch", "")]
+    dispatch = "csrc/cpu/simd/dispatch.cpp"
+    objects = [("csrc/bindings.cpp", "bindings", ""), (dispatch, "simd_dispatch", "")]
     for isa, flags in X86.items() if IS_X86 else [("scalar", "")]:
-        for source in sorted((ROOT / "csrc/cpu").glob("*.cpp")):
-            if source.stem != "dispatch":
-                path = source.relative_to(ROOT).as_posix()
-                objects.append((path, f"{source.stem}.{isa}", f"-DMB_ISA={isa} {flags}"))
+        for source in sorted((ROOT / "csrc/cpu").rglob("*.cpp")):
+            path, name = source.relative_to(ROOT).as_posix(), object_name(source, "csrc/cpu")
+            if path != dispatch:
+                objects.append((path, f"{name}.{isa}", f"-DMB_ISA={isa} {flags}"))
     return objects
 
 
@@ -70,11 +76,12 @@ def cuda_objects() -> list[tuple[str, str, str]]:
     gencode = {a: f"-gencode arch=compute_{a},code=sm_{a}" for a in archs if a}
     flags = "-DMB_WGMMA" if "90a" in gencode else ""
     objects = [("csrc/bindings_cuda.cpp", "bindings_cuda", flags)]
-    for source in sorted((ROOT / "csrc/cuda").glob("*.cu")):
-        only = ["90a"] if source.stem in ("matmul_wgmma", "matmul_e4m3") else list(gencode)
+    for source in sorted((ROOT / "csrc/cuda").rglob("*.cu")):
+        name = object_name(source, "csrc/cuda")
+        only = ["90a"] if name in ("matmul_wgmma", "matmul_e4m3") else list(gencode)
         flags = " ".join(gencode[a] for a in only if a in gencode)
         if flags:
-            objects.append((source.relative_to(ROOT).as_posix(), source.stem, flags))
+            objects.append((source.relative_to(ROOT).as_posix(), name, flags))
     return objects
 
 
@@ -126,7 +133,11 @@ libraries += ["mixbits._cuda"] if wants_cuda() else []
 setup(
     packages=[*find_packages(include=["mixbits", "mixbits.*"]), "mixbits.kernels"],
     package_dir={"mixbits.kernels": "kernels/triton"},
-    package_data={"mixbits": ["py.typed"], "mixbits.demo": ["model/*", "tasks/*"]},
+    package_data={
+        "mixbits": ["py.typed"],
+        "mixbits.demo": ["model/*", "tasks/*"],
+        "mixbits.report": ["templates/*"],
+    },
     ext_modules=[Extension(name, sources=[]) for name in libraries],
     cmdclass={"build_ext": NinjaBuild},
 )

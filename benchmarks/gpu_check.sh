@@ -90,14 +90,14 @@ sanitize() {
     command -v compute-sanitizer >/dev/null || { echo "no compute-sanitizer" && return 1; }
     # Each allocation by itself, so that a step beyond one is seen.
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$1" --error-exitcode 9 \
-        --print-limit 20 "$python" -m benchmarks.gpu_smoke cuda
+        --print-limit 20 "$python" -m benchmarks.kernels.gpu_smoke cuda
 }
 memcheck() { sanitize memcheck; }
 racecheck() { sanitize racecheck; }
 
 measure() {
     local some=$((limit > 15 ? limit - 10 : 5)) # it ends by itself, with what it has
-    "$python" -m benchmarks.gpu --csv "$csv" --seconds "$some" --sections "$@"
+    "$python" -m benchmarks.kernels.gpu --csv "$csv" --seconds "$some" --sections "$@"
 }
 rounding() { measure rounding; }
 matmul() {
@@ -148,7 +148,7 @@ arch=${MIXBITS_CUDA_ARCH:-$gpu}
 [ "$dry_run" = 1 ] || echo "stage,code,seconds" >"$folder/stages.csv"
 for stage in $stages; do run_stage "$stage"; done
 if [ "$dry_run" = 0 ]; then
-    "$python" -m benchmarks.gpu_summary "$csv" --stages "$folder/stages.csv" 2>>"$log" |
+    "$python" -m benchmarks.kernels.gpu_summary "$csv" --stages "$folder/stages.csv" 2>>"$log" |
         tee "$folder/summary.txt"
 fi
 exit "$failed"

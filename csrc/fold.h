@@ -4,8 +4,8 @@
 // smallest number, and of 6 * 2^k the largest below its 448 is that of k = 6. So a row whose block
 // scales lie within 15 binades is a row of e4m3 codes times one power of two, the row's scale, and
 // nothing was rounded. k is the block's scale less the row's, both as e8m0 bytes. Which rows fit,
-// and with which scale, says mixbits/formats/fp8_weights.py. e4m3 weights leave no room for this: their codes
-// use all binades that e4m3 has.
+// and with which scale, says mixbits/formats/fp8_weights.py. e4m3 weights leave no room for this:
+// their codes use all binades that e4m3 has.
 #pragma once
 
 #include "formats.h"

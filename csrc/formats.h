@@ -9,9 +9,9 @@
 //   intB      symmetric, offset binary                  float16    (code - 2^(B-1)) * scale
 //   intB      asymmetric                                float16    (code - zero_point) * scale
 //
-// Everything here equals mixbits/formats/reference.py bit for bit. The element functions are templates
-// over <F, I>: F is float and I int32_t in a CUDA thread, or GCC vectors of them on the CPU, so
-// that both run the same arithmetic. They use integers where a float operation could meet a
+// Everything here equals mixbits/formats/reference.py bit for bit. The element functions are
+// templates over <F, I>: F is float and I int32_t in a CUDA thread, or GCC vectors of them on the
+// CPU, so that both run the same arithmetic. They use integers where a float operation could meet a
 // subnormal, and round by adding and subtracting a constant ("magic"): round-to-nearest-even is
 // what the adder does, and no library call is needed. That requires -ffp-contract=off or code
 // that leaves nothing to contract, and never -ffast-math.
@@ -37,7 +37,8 @@ enum ScaleMode : int { kFloor = 0, kRceil = 1, kEven = 2 };
 // The number under which Python passes a tensor's dtype.
 enum Dtype : int { kBFloat16 = 0, kFloat16 = 1, kFloat32 = 2 };
 
-// mixbits.formats.schemes.Format.code: bits 0-7 element, 8-11 scale mode, 12 symmetric, 16.. group_size.
+// mixbits.formats.schemes.Format.code: bits 0-7 element, 8-11 scale mode, 12 symmetric, 16..
+// group_size.
 struct Format {
   int element;
   int scale_mode;

@@ -1,4 +1,5 @@
-// Where the bits of a packed [N, K] weight are. Written down here and in mixbits/formats/pack.py only.
+// Where the bits of a packed [N, K] weight are. Written down here and in mixbits/formats/pack.py
+// only.
 //
 //   codes        uint8 [N, ceil(K * bits / 8)]        code k at bit k * bits of its row, so the
 //                                                     first column is in the lowest bits

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import shlex
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from .errors import UsageError, first_line, printable
+from .progress import printed
 
 
 class Parser(argparse.ArgumentParser):
@@ -34,6 +36,12 @@ class Parser(argparse.ArgumentParser):
         return f" ({', '.join(found)}?)" if found else " (--help has them all)"
 
 
+def typed(module: str, argv: Sequence[str] | None = None) -> str:
+    """What was typed, as a shell takes it."""
+    words = sys.argv[1:] if argv is None else argv
+    return shlex.join(["python", "-m", module, *words])
+
+
 def exit_code(run: Callable[[], object], argv: Sequence[str] | None = None) -> int:
     """Run a command: 0 when done, 2 for wrong usage or input, 1 when stopped; errors to stderr.
 
@@ -41,7 +49,8 @@ def exit_code(run: Callable[[], object], argv: Sequence[str] | None = None) -> i
     `--traceback` among `argv` (the command line's own by default) all of it is printed.
     """
     try:
-        run()
+        with printed():
+            run()
         return 0
     except SystemExit as error:  # of a signal
         if notes := _notes(error):
@@ -71,3 +80,17 @@ def _sentence(error: Exception) -> str:
     kind, said = type(error).__name__, first_line(error)
     what = kind if said == kind else f"{kind}: {said}"
     return f"the model, a file of it, or mixbits itself failed: {what} (--traceback says where)"
+
+
+def quiet() -> None:
+    """Our own progress bars only; warnings of loaders that our checks make superfluous."""
+    import logging
+    import warnings
+
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    for name in ("lm_eval", "lm-eval", "datasets", "httpx"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="(transformers|lm_eval|datasets|torch).*")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+import traceback
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 _LONGEST = 1000  # characters of an error
@@ -49,13 +51,36 @@ def printable(value: object) -> str:
 
 
 @contextmanager
-def plain_errors(what: str) -> Iterator[None]:
-    """Whatever another's code or file raises becomes a UsageError: `what`, and why."""
+def plain_errors(what: str | Callable[[str], str]) -> Iterator[None]:
+    """Whatever others' code, or their files, raise in the block becomes a UsageError.
+
+    It says `what`, and why; or what the function `what` makes of why. Kinds of errors are dozens,
+    and few are documented. But where the block leads to code of ours that fails (a quantizer, say,
+    that transformers calls), that is a fault of ours: it passes as it is, to be seen as one.
+    """
     try:
         yield
     except UsageError:
         raise
-    except BaseException as error:  # dozens of kinds; a panic of tokenizers is no Exception
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+    except BaseException as error:
+        is_panic = type(error).__name__ == "PanicException"  # of tokenizers: no Exception
+        if not (isinstance(error, Exception) or is_panic) or _is_own_fault(error):
             raise
-        raise UsageError(f"{what}: {first_line(error)}") from error
+        why = first_line(error)
+        raise UsageError(what(why) if callable(what) else f"{what}: {why}") from error
+
+
+# What is called like a function of the language: what it raises is the fault of who called it.
+_TOOLS = {"torch", "numpy", "safetensors", "pydantic", *sys.stdlib_module_names}
+
+
+def _is_own_fault(error: BaseException) -> bool:
+    """Whether code of ours failed that a block of `plain_errors` had called, at any depth.
+
+    That is, whether it was ours that ran last but for tools. What the block itself calls is
+    others' by declaration.
+    """
+    called = [frame for frame, _ in traceback.walk_tb(error.__traceback__)][2:]  # below the block
+    names = [frame.f_globals.get("__name__", "").partition(".")[0] for frame in called]
+    last = next((name for name in reversed(names) if name not in _TOOLS), None)
+    return last == __name__.partition(".")[0]

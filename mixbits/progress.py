@@ -1,4 +1,7 @@
-"""One bar for a whole run, with the time that is left; plain lines where there is no terminal.
+"""One bar for a whole run, with the time that is left, and the lines beside it.
+
+On a terminal the bar is drawn there; without one, lines tell of it; in Python whoever asks is told
+(`watch`). Lines (`say`) are messages of the logger `mixbits`, which commands print (`printed`).
 
 Work is counted in forwards of one decoder block with one sequence: what a stage will take follows
 from the arguments (`planned_work`), and what is done is told by whoever does it (`steps`). Seconds
@@ -11,53 +14,27 @@ been opened (`Progress.stage`), and nobody else.
 
 from __future__ import annotations
 
-import argparse
+import logging
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, TextIO, TypeVar
 
 from tqdm import tqdm
 
 from .errors import printable
 
-BACKWARD = 4  # a forward, and the forward and backward of it, of twice the cost
-PROPOSALS = 5  # of --max-kl: half of the searches need no more
-CANDIDATES = 5  # of the gate: optimal with and without correction, uniform, head, tail
-CHOICES, DOCUMENTS = 4, 1000  # of an lm-eval task, before it is known
 EVERY = 30.0  # seconds between two lines without a terminal; then twice as long
+BACKWARD = 4  # a forward, and the forward and backward of it, of twice the cost
 REDRAWN = 0.2  # seconds between two drawings
 
 T = TypeVar("T")
 Advance = Callable[..., None]  # (steps = 1)
-_current: Progress | None = None
-
-
-def planned_work(args: argparse.Namespace, blocks: int, units: int = 0) -> dict[str, float]:
-    """Work of each stage that has any, as far as arguments and the number of blocks tell it.
-
-    `units` are those that --diagnose measures alone. How many requests lm-eval's tasks have is
-    known when they are read, and is guessed until then; plans of --refine are added as they come.
-    """
-    rounding = 2 * args.nsamples if args.rounding == "gptq" else 1
-    judged = rounding + 2 * args.gate
-    measured = BACKWARD * args.nsamples
-    passes = len(args.schemes.split(",")) if args.method == "deltaloss" else 1
-    gated = args.gate and not args.plan and args.strategy == "optimal"
-    learned = args.distill * args.batch_size * (BACKWARD + 1) if args.distill else 0
-    tasks = len(args.tasks.split(",")) * (2 if args.eval_original else 1) if args.tasks else 0
-    requests = tasks * CHOICES * (args.limit or DOCUMENTS)
-    work = {
-        "measure": 0 if args.scores or args.plan else measured * passes,
-        "allocate": PROPOSALS * judged if args.max_kl else 0,
-        "diagnose": (units * args.gate + measured * passes) if args.diagnose else 0,
-        "round": learned + (CANDIDATES * judged if gated else rounding),
-        "evaluate": 2 * args.eval_nsamples + requests,
-    }
-    if args.granularity == "slab":
-        work["measure"] *= 2  # once more for the order of columns
-    return {stage: float(count * blocks) for stage, count in work.items()}
+Watch = Callable[[float, str], None]  # the share of the work that is done, and a line of text
+_open: ContextVar[Progress | None] = ContextVar("progress", default=None)  # of this thread
+logger = logging.getLogger("mixbits")
 
 
 def duration(seconds: float, digits: int = 1) -> str:
@@ -81,6 +58,7 @@ class Progress:
         work: Mapping[str, float],
         stream: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
+        watch: Watch | None = None,
     ) -> None:
         self.work, self.done = dict(work), dict.fromkeys(work, 0.0)
         self.seconds = dict.fromkeys(work, 0.0)  # of stages that are over, and have worked
@@ -89,20 +67,20 @@ class Progress:
         self.name, self.part = "", ""
         self.rounds = 1  # of what runs, this one and those to come (`numbered`)
         self.bar: Any = None
+        self.watch = watch
         self.drawn, self.said, self.patience = 0.0, self.begun, EVERY
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """While a stage runs: `steps` and `part` are of it."""
-        global _current
-        before, _current = _current, self
+        token = _open.set(self)
         self.name, self.entered = name, self.clock()
         self.work.setdefault(name, 0.0)
         self.done.setdefault(name, 0.0)
         try:
             yield
         finally:
-            _current = before
+            _open.reset(token)
             self._close()
             self.work[name] = self.done[name]  # over, whatever was expected
             if self.done[name]:
@@ -149,6 +127,11 @@ class Progress:
     def show(self, at_once: bool = False) -> None:
         """Draw the bar anew, or say a line, if it is time to."""
         now = self.clock()
+        if self.watch is not None:
+            if at_once or now - self.drawn >= REDRAWN:
+                self.drawn = now
+                self.watch(self.share(), self.text())
+            return
         if not self.stream.isatty():
             if now - self.said >= self.patience:
                 self.said, self.patience = now, 2 * self.patience
@@ -170,10 +153,34 @@ class Progress:
 
 
 def say(text: str) -> None:
-    """Print lines beside the bar, whatever is in them: see `errors.printable`."""
-    if _current is not None and _current.bar is not None:
-        _current.bar.clear()
-    print("\n".join(map(printable, text.split("\n"))), flush=True)
+    """Lines of the logger `mixbits`, whatever is in them: see `errors.printable`."""
+    logger.info("\n".join(map(printable, text.split("\n"))))
+
+
+class _Printer(logging.Handler):
+    """Lines to stdout, beside the bar; warnings to stderr."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        progress = _open.get()
+        if progress is not None and progress.bar is not None:
+            progress.bar.clear()
+        stream = sys.stdout if record.levelno <= logging.INFO else sys.stderr
+        print(record.getMessage(), file=stream, flush=True)
+
+
+@contextmanager
+def printed() -> Iterator[None]:
+    """What `say` says is printed: for commands."""
+    handler, before = _Printer(), (logger.level, logger.propagate)
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before[0])
+        logger.propagate = before[1]
 
 
 def steps(total: float, cost: float = 1.0, is_all: bool = False) -> Advance:
@@ -182,7 +189,7 @@ def steps(total: float, cost: float = 1.0, is_all: bool = False) -> Advance:
     `is_all`: this is what the stage, or the round of it, has ahead, whatever was guessed before.
     Without an open `Progress` nothing is shown.
     """
-    progress = _current
+    progress = _open.get()
     if progress is None:
         return lambda count=1.0: None
     (progress.expect_only if is_all else progress.expect)(total * cost)
@@ -193,7 +200,7 @@ def steps(total: float, cost: float = 1.0, is_all: bool = False) -> Advance:
 @contextmanager
 def part(name: str) -> Iterator[None]:
     """What runs in here is called `name`, such as candidate 2 of 5."""
-    progress = _current
+    progress = _open.get()
     if progress is None:
         yield
         return
@@ -208,13 +215,34 @@ def part(name: str) -> Iterator[None]:
 def numbered(things: Sequence[T], what: str) -> Iterator[T]:
     """Each of `things` in turn, called `what` 1 of n; the work ahead is as of those before."""
     for index, thing in enumerate(things):
-        before = _current.done[_current.name] if _current else 0.0
-        if _current is not None:
-            _current.rounds = len(things) - index
+        progress = _open.get()
+        before = progress.done[progress.name] if progress else 0.0
+        if progress is not None:
+            progress.rounds = len(things) - index
         with part(f"{what} {index + 1} of {len(things)}"):
             yield thing
-        if _current is not None:  # now it is known what one takes
-            took = _current.done[_current.name] - before
+        if progress is not None:  # now it is known what one takes
+            took = progress.done[progress.name] - before
             ahead = took * (len(things) - index - 1)
-            _current.rounds = 1
-            _current.work[_current.name] = _current.done[_current.name] + ahead
+            progress.rounds = 1
+            progress.work[progress.name] = progress.done[progress.name] + ahead
+
+
+class Bar:
+    """Watches a run's progress as a bar of `tqdm.auto`: in a notebook, or on stderr."""
+
+    def __init__(self) -> None:
+        self.bar: Any = None
+
+    def __call__(self, share: float, line: str) -> None:
+        """So much is done, and what there is to tell of it."""
+        if self.bar is None:
+            from tqdm.auto import tqdm as auto
+
+            self.bar = auto(total=1.0, bar_format="{bar:16} {desc}")
+        self.bar.n = min(1.0, share)
+        self.bar.set_description_str(line)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()

@@ -21,7 +21,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .command import Parser, exit_code
+from .command import Parser, exit_code, quiet
 from .errors import UsageError, plain_errors
 
 if TYPE_CHECKING:
@@ -165,7 +165,7 @@ class Serving:
         try:
             self.server.run(self._sockets)
         except OSError as error:
-            raise UsageError(f"cannot listen at {self._args.host}: {error}") from None
+            raise UsageError(f"cannot listen at {self._args.host}: {error}") from error
         finally:
             for bound in self._sockets:
                 bound.close()
@@ -228,8 +228,6 @@ def _ended_by_signals() -> Iterator[None]:
 def _command(argv: list[str] | None) -> None:
     args = parse_arguments(argv)
     with _ended_by_signals():
-        from .report.tables import quiet
-
         quiet()
         folder, sockets = _check(args)
         Serving(folder, args, sockets).run()

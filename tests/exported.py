@@ -11,7 +11,7 @@ from tiny import make_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from mixbits.checkpoint.folder import save
+from mixbits.checkpoint.saving import save
 from mixbits.export.__main__ import main
 from mixbits.formats.recipes import parse_recipe
 from mixbits.formats.schemes import Recipe, ScaleMode

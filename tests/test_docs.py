@@ -21,7 +21,7 @@ ROOT = Path(mixbits.__file__).resolve().parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *PAGES]
 FENCE = re.compile(r"^```.*?\n(.*?)^```", re.MULTILINE | re.DOTALL)
-COMMAND = re.compile(r"python3? -m ((?:mixbits|benchmarks)\.\w+)([^&|\n]*)")
+COMMAND = re.compile(r"python3? -m ((?:mixbits|benchmarks)(?:\.\w+)+)([^&|\n]*)")
 SPAN = re.compile(r"(?<!`)`([^`\n]+(?:\n[^`\n]+)?)`(?!`)")
 
 
@@ -96,7 +96,7 @@ def test_a_wrong_command_is_noticed(command, monkeypatch):
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 def test_modules_exist(path):
-    for module in re.findall(r"python3? -m ((?:mixbits|benchmarks)\.\w+)", path.read_text()):
+    for module in re.findall(r"python3? -m ((?:mixbits|benchmarks)(?:\.\w+)+)", path.read_text()):
         assert importlib.util.find_spec(module), module
 
 
@@ -130,3 +130,14 @@ def test_every_page_is_in_the_list():
     assert len(PAGES) > 1
     for page in PAGES:
         assert page.name == "README.md" or f"]({page.name})" in listed, page.name
+
+
+def test_environment_variables_are_in_the_table():
+    """Those that Python or the scripts read, and no others."""
+    folders = [ROOT / name for name in ("mixbits", "kernels", "tests", "benchmarks")]
+    files = [path for folder in folders for kind in ("*.py", "*.sh") for path in folder.rglob(kind)]
+    text = "\n".join(path.read_text() for path in [*files, ROOT / "setup.py"])
+    read = re.findall(r'"(MIXBITS_[A-Z_]+)"|\b(MIXBITS_[A-Z_]+)=', text)
+    table = (ROOT / "CONTRIBUTING.md").read_text().partition("## Environment variables")[2]
+    told = set(re.findall(r"^\| `(MIXBITS_[A-Z_]+)`", table, re.MULTILINE))
+    assert told == {quoted or assigned for quoted, assigned in read}

@@ -1,4 +1,4 @@
-"""What benchmarks.gpu computes and decides, and the whole program on a CPU, in miniature."""
+"""What benchmarks.kernels.gpu computes and decides; the whole program on a CPU, in miniature."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ if not (ROOT / "benchmarks").is_dir():
     pytest.skip("installed without its benchmarks", allow_module_level=True)
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import gpu, gpu_smoke, gpu_summary  # noqa: E402
-from benchmarks.gpu_timing import AppendedRows, Budget, Timer, interleaved, spread  # noqa: E402
+from benchmarks.kernels import gpu, gpu_smoke, gpu_summary  # noqa: E402
+from benchmarks.kernels.gpu_timing import AppendedRows, Budget, Timer, interleaved, spread  # noqa: E402
 
 
 class Clock:

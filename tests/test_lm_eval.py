@@ -9,12 +9,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_serve import pack_demo
+from served import pack_demo
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mixbits
 from mixbits import lm_eval, progress
 from mixbits.measuring.evaluate import TASKS_DIR, _bars_told, _task_summary, run_tasks
+from mixbits.report.report import Evaluation
 from mixbits.report.tables import task_rows
 
 TASK = "stdlib_next_line"
@@ -96,8 +97,11 @@ def test_the_average_says_what_it_is_of() -> None:
     found = _task_summary({"results": results}, ["a", "b", "c"], None, None)
     assert found["average"] == pytest.approx(0.6) and found["averaged"] == ["a", "c"]
     assert found["average_stderr"] == pytest.approx(0.025)
-    rows = task_rows({"tasks": found})
+    rows = task_rows(Evaluation.of({"tasks": found}))
     assert rows[-1] == ["mean of 2 tasks", "acc", "0.6000 ± 0.0250"]
     del results["c"]["acc_stderr,none"]
     found = _task_summary({"results": results}, ["a", "b", "c"], None, None)
-    assert found["average_stderr"] is None and task_rows({"tasks": found})[-1][-1] == "0.6000"
+    assert (
+        found["average_stderr"] is None
+        and task_rows(Evaluation.of({"tasks": found}))[-1][-1] == "0.6000"
+    )

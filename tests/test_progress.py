@@ -8,6 +8,7 @@ import itertools
 import pytest
 
 from mixbits import progress as p
+from mixbits.pipeline import work as work_of
 from mixbits.pipeline.options import parse_arguments
 
 
@@ -121,7 +122,8 @@ def test_on_a_terminal_there_is_one_bar_that_goes(capsys: pytest.CaptureFixture[
             for _ in range(10):
                 clock.now += 1.0
                 advance()
-            p.say("a line beside it")
+            with p.printed():
+                p.say("a line beside it")
     drawn = stream.getvalue()
     assert "50 %, about 10 s left" in drawn and "100 %" in drawn and "\n" not in drawn
     assert drawn.rpartition("\r")[0].rpartition("\r")[2].strip() == ""  # wiped in the end
@@ -140,7 +142,7 @@ def test_durations_are_for_people(seconds: float, text: str) -> None:
 def test_what_is_planned_follows_from_the_arguments() -> None:
     def work(*options: str) -> dict[str, float]:
         words = ["m", "--nsamples", "8", "--gate", "4", "--eval-nsamples", "2", *options]
-        return p.planned_work(parse_arguments(words), blocks=10, units=7)
+        return work_of.planned_work(parse_arguments(words), blocks=10, units=7)
 
     plain = work()
     assert plain["measure"] == 4 * 8 * 10 and plain["evaluate"] == 2 * 2 * 10
@@ -153,12 +155,13 @@ def test_what_is_planned_follows_from_the_arguments() -> None:
     both = work("--method", "deltaloss", "--schemes", "MXFP4,MXFP8")
     assert both["measure"] == 2 * plain["measure"]
     tasks = work("--tasks", "a,b", "--limit", "5", "--eval-original")["evaluate"]
-    assert tasks - plain["evaluate"] == 2 * 2 * p.CHOICES * 5 * 10
+    assert tasks - plain["evaluate"] == 2 * 2 * work_of.CHOICES * 5 * 10
     assert all(a >= 0 for a in itertools.chain(plain.values(), both.values()))
 
 
 def test_what_a_terminal_would_obey_is_not_printed(capsys: pytest.CaptureFixture[str]) -> None:
-    p.say("name \x1b[2J\x1b]0;title\x07 of\u202e it\r\nnext\tcell \ud83d")
+    with p.printed():
+        p.say("name \x1b[2J\x1b]0;title\x07 of\u202e it\r\nnext\tcell \ud83d")
     out = capsys.readouterr().out
     assert out.count("\n") == 2 and "\x1b" not in out and "\u202e" not in out
     assert all(line.isprintable() for line in out.split("\n"))

@@ -6,6 +6,7 @@ Sizes are awkward on purpose: no group size divides 172 or 48, and heads share k
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -99,3 +100,7 @@ def read(path: Path) -> Any:
 
 def entries(folder: Path) -> list[str]:
     return sorted(p.name for p in folder.iterdir())
+
+
+def command(*words: object) -> list[str]:
+    return [sys.executable, "-m", "mixbits.quantize", *map(str, words)]

@@ -96,7 +96,7 @@ constexpr int kE4M3Tokens = 128;  // of a block of `packed_matmul_e4m3`
 const char* stage_e4m3(const void* x, uint8_t* out, float* scales, int64_t tokens, int64_t columns,
                        int dtype, void* stream);
 
-// packed_matmul of one segment in e2m1, folded to e4m3 (../fold.h), args.x and token_scales being
+// packed_matmul of one segment in e2m1, folded to e4m3 (fold.h), args.x and token_scales being
 // from `stage_e4m3`, args.x aligned to 16 bytes; row_scales [rows] are e8m0 bytes. Needs sm_90a,
 // columns a multiple of 32, and codes aligned to 16 bytes.
 const char* packed_matmul_e4m3(const MatmulArgs& args, const uint8_t* row_scales,

@@ -27,10 +27,10 @@ Kernel = Literal["simple", "mma", "wgmma", "scratch", "fp8"]
 KERNELS: tuple[Kernel, ...] = ("simple", "mma", "wgmma", "scratch")
 
 SIMPLE_TOKENS = 16  # csrc/cuda/ops.cuh, kMaxTokens
-WGMMA_ROWS = 128  # of a block, csrc/cuda/matmul_wgmma.cu
+WGMMA_ROWS = 128  # of a block, csrc/cuda/matmul/wgmma.cu
 MIXED_TOKENS = 128  # the one size of its blocks for weights in segments, csrc/cuda/ops.cuh
 TILE = 128  # columns that a block of either kernel takes at a time
-FP8_TOKENS = 128  # of a block, csrc/cuda/matmul_e4m3.cu; it has WGMMA_ROWS too
+FP8_TOKENS = 128  # of a block, csrc/cuda/matmul/e4m3.cu; it has WGMMA_ROWS too
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def _mma(tokens: int, columns: int, segments: int) -> Choice:
     row_tiles, token_tiles = (1, 1) if tokens <= 2 else (4, 1) if tokens <= 8 else (4, 2)
     if segments > 1:
         token_tiles = 1  # the only ones there are for weights in segments
-    most = 16 if row_tiles == 1 else 12 if token_tiles == 1 else 8  # max_warps, matmul_mma.cu
+    most = 16 if row_tiles == 1 else 12 if token_tiles == 1 else 8  # max_warps, mma.cu
     # A warp wants at least two tiles of its rows; fewer than 4 warps leave the SM's parts idle.
     warps = max(4, segments, min(most, -(-columns // TILE) // 2))
     return Choice("mma", row_tiles=row_tiles, token_tiles=token_tiles, warps=warps)
@@ -136,7 +136,7 @@ def choose(
     whole = all(width % 32 == 0 for width in columns)
     fits = dtype in (torch.bfloat16, torch.float16) and whole and aligned
     elements = {fmt.element for fmt in formats}
-    # What one kernel for several segments has code for, csrc/cuda/matmul_wgmma.cu.
+    # What one kernel for several segments has code for, csrc/cuda/matmul/wgmma.cu.
     family = elements <= {"e2m1", "e4m3"} or elements <= set(INTEGERS)
     possible: dict[Kernel, bool] = {
         "simple": tokens <= SIMPLE_TOKENS,

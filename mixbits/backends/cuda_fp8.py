@@ -14,7 +14,7 @@ from ..formats.schemes import Format
 from . import cuda
 from .cuda_choice import Choice, choose_fp8
 
-COLUMNS = 128  # of a tile, csrc/cuda/fragments.h
+COLUMNS = 128  # of a tile, csrc/cuda/codes/fragments.h
 
 
 def why_unavailable(device: torch.device) -> str | None:

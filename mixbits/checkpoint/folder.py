@@ -1,11 +1,11 @@
-"""Packed checkpoints: what is written, how it is written, and whether files hold just that.
+"""Packed checkpoints: what a folder holds, in which files, how large, and under which checksum.
 
     model-00001-of-0000N.safetensors  packed linears (mixbits.formats.pack), everything else as the
                                       source stores it
     model.safetensors.index.json      where more than one shard is needed
     config.json                       the model's own, with `quantization_config`
     plan.json, scores.json            how it came about
-    report.json, report.html          what it is worth (mixbits.report.tables, report_html)
+    report.json, report.html          what it is worth (mixbits.report.report, html)
     README.md                         the model's card (mixbits.report.card)
     mixbits-manifest.json             which files are ours (mixbits.files.manifest)
     tokenizer, processor and others   copied
@@ -18,8 +18,9 @@
               `quantization_config`: they are made plain when the folder is loaded. None may be
               named, where what is carried is quantized
 
-Sizes are known before anything is written. `quantization_config` has a checksum of all values and
-recipes, in whatever files they lie, so that what reads a checkpoint notices any damage.
+All of it is known from shapes, before anything is written (`mixbits.checkpoint.saving`).
+`quantization_config` has a checksum of all values and recipes, in whatever files they lie, so that
+what reads a checkpoint (`mixbits.checkpoint.stock`) notices any damage.
 """
 
 from __future__ import annotations
@@ -38,23 +39,19 @@ import torch
 from torch import Tensor, nn
 
 from ..files.io import read_object
-from ..formats.pack import LAYOUT, Rounded, recipe_spec, recipe_tensors
+from ..formats.pack import LAYOUT, recipe_spec
 from ..formats.recipes import describe
 from ..formats.schemes import Assignment
-from ..model.experts import expert_bias, expert_slice, layout_of
+from ..model.experts import layout_of
 from ..model.layout import (
     LinearInfo,
     expert_linears,
     head_is_tied,
     output_head,
     split_expert_name,
-    weight_of,
 )
-from ..model.recognise import MAKERS
-from ..rounding.nearest import pack_recipe
-from ..source.companions import copy_companions
 from ..source.source import NOT_A_FILE, Source
-from ..source.weights import DTYPE_NAMES, Files, Weights
+from ..source.weights import DTYPE_NAMES, Weights
 
 SHARD_BYTES = 2 << 30
 TO_LOAD = (
@@ -99,7 +96,7 @@ def tensor_specs(
 
     Plain tensors are of the types that `weights`, the source's, has; without it of `dtype`.
     """
-    packed = {i.name: i for i in linears if _is_packed(i.name, assignment)}
+    packed = {i.name: i for i in linears if is_packed(i.name, assignment)}
     split_modules = {split_expert_name(i.name)[0] for i in packed.values() if i.is_expert}
     linears = [*linears, *_siblings(model, linears, split_modules)]
     specs: list[TensorSpec] = []
@@ -110,14 +107,14 @@ def tensor_specs(
     for info in linears:  # experts that were left alone beside packed ones
         left = info.is_expert and info.name not in packed
         if left and split_expert_name(info.name)[0] in split_modules:
-            kind = _stack_dtype(weights, _stack_of(model, info)) or dtype
+            kind = _stack_dtype(weights, stack_of(model, info)) or dtype
             shape = (info.out_features, info.in_features)
             specs.append(TensorSpec(f"{info.name}.weight_plain", kind, shape, info))
     layouts = {name: layout_of(model.get_submodule(name)) for name in split_modules}
     for info in linears:  # biases of experts go with their weights
         layout = layouts.get(split_expert_name(info.name)[0]) if info.is_expert else None
         if layout is not None and layout.biased:
-            kind = _stack_dtype(weights, f"{_stack_of(model, info)}_bias") or dtype
+            kind = _stack_dtype(weights, f"{stack_of(model, info)}_bias") or dtype
             specs.append(TensorSpec(f"{info.name}.bias", kind, (info.out_features,), info))
     gone = {f"{name}.weight" for name in packed} | tied_copies(model)
     gone |= {f"{m}.{p}" for m, layout in layouts.items() if layout for p in layout.stacks}
@@ -150,7 +147,7 @@ def _siblings(
         yield from (i for i in expert_linears(name, module, layout, 0) if i.name not in known)
 
 
-def _stack_of(model: nn.Module, info: LinearInfo) -> str:
+def stack_of(model: nn.Module, info: LinearInfo) -> str:
     """The parameter that holds an expert's weight."""
     module, _, projection = split_expert_name(info.name)
     layout = layout_of(model.get_submodule(module))
@@ -181,7 +178,7 @@ def _left_quantized(
     return found
 
 
-def _is_packed(name: str, assignment: Assignment) -> bool:
+def is_packed(name: str, assignment: Assignment) -> bool:
     return name in assignment and assignment[name].packed
 
 
@@ -247,104 +244,6 @@ def predicted_bytes(
     """Exact size of the weight files for an assignment."""
     specs = tensor_specs(model, linears, assignment, dtype, weights)
     return sum(shard.nbytes for shard in make_shards(specs))
-
-
-class _Plain:
-    """Values of tensors that are not packed: the source's own, or the model's where it has none."""
-
-    def __init__(self, model: nn.Module, weights: Weights) -> None:
-        self.state, self.weights = model.state_dict(), weights
-        self._last: dict[str, Tensor] = {}  # made together with the one asked for last
-
-    def __call__(self, spec: TensorSpec) -> Tensor:
-        if spec.as_stored:
-            return self.weights.files.read(spec.name)
-        if spec.name not in self.weights.groups:
-            return self.state[spec.name].detach().to(spec.dtype)
-        if spec.name not in self._last:
-            self._last = self.weights.tensors(spec.name)
-        return self._last[spec.name].to(spec.dtype)
-
-
-def _tensors(
-    model: nn.Module,
-    plain: _Plain,
-    specs: Sequence[TensorSpec],
-    assignment: Assignment,
-    rounded: Rounded,
-) -> dict[str, Tensor]:
-    """The values of `specs`, name -> tensor."""
-    orders = _row_orders(assignment)
-    out: dict[str, Tensor] = {}
-    for spec in specs:
-        if spec.name in out:
-            continue
-        owner = spec.name.rpartition(".")[0] if spec.linear is None else spec.linear.name
-        order = None if spec.as_stored else orders.get(owner)
-        if spec.linear is None or spec.is_plain:
-            of_expert = spec.linear is not None
-            value = _part_of_expert(model, plain, spec) if of_expert else plain(spec)
-            out[spec.name] = (value if order is None else value[order]).contiguous()
-            continue
-        weight = weight_of(model, spec.linear).detach()
-        recipe = assignment[owner]
-        packed = rounded[owner] if owner in rounded else pack_recipe(owner, weight, recipe)
-        if order is not None:
-            packed = [part.rows(order) for part in packed]
-        for name, value in recipe_tensors(recipe, packed).items():
-            out[f"{owner}.{name}"] = value
-    return out
-
-
-def _part_of_expert(model: nn.Module, plain: _Plain, spec: TensorSpec) -> Tensor:
-    """The [N, K], or the [N] bias, of an expert's linear that goes by itself and is not packed."""
-    info = spec.linear
-    assert info is not None
-    module, expert, projection = split_expert_name(info.name)
-    is_bias = spec.name.endswith(".bias")
-    held: Any = model.get_submodule(module)
-    name = _stack_of(model, info) + "_bias" * is_bias
-    if getattr(held, name.rpartition(".")[2]).dtype != spec.dtype:  # the source's is finer
-        layout, stack = layout_of(held), plain(TensorSpec(name, spec.dtype, ()))
-        assert layout is not None
-        turn = layout.transposed and not is_bias
-        return layout.part(stack[expert].T if turn else stack[expert], projection)
-    value = (expert_bias if is_bias else expert_slice)(held, expert, projection)
-    assert value is not None
-    return value.detach()
-
-
-def _row_orders(assignment: Assignment) -> dict[str, Tensor]:
-    """Linear -> order of its rows, where the order of another's columns is folded into them."""
-    orders: dict[str, Tensor] = {}
-    for name, recipe in assignment.items():
-        if recipe.folded and recipe.order is not None:
-            parent = name.rpartition(".")[0]
-            order = torch.tensor(recipe.order)
-            orders |= {f"{parent}.{leaf}": order for leaf in MAKERS}
-    return orders
-
-
-def _write_weights(
-    folder: Path,
-    model: nn.Module,
-    weights: Weights,
-    shards: Sequence[Shard],
-    assignment: Assignment,
-    rounded: Rounded,
-) -> list[int]:
-    """Returns the `crc` of every tensor."""
-    from safetensors.torch import save_file
-
-    crcs, plain = [], _Plain(model, weights)
-    for shard in shards:
-        wanted = {s.name for s in shard.specs}
-        tensors = _tensors(model, plain, shard.specs, assignment, rounded)
-        tensors = {n: t for n, t in tensors.items() if n in wanted}
-        save_file(tensors, folder / shard.file, metadata={"format": "pt"})
-        crcs += [crc(name, value) for name, value in tensors.items()]
-    write_index(folder, shards)
-    return crcs
 
 
 def write_index(folder: Path, shards: Sequence[Shard]) -> None:
@@ -463,86 +362,10 @@ def layout_of_output(
     weights = source.weights
     specs = tensor_specs(model, linears, assignment, source.dtype, weights)
     head = output_head(model)[0]
-    untie = source.untied or (head_is_tied(model) and _is_packed(head, assignment))
+    untie = source.untied or (head_is_tied(model) and is_packed(head, assignment))
     facts = {**provenance, **_exceptions(specs, weights, source.dtype)}
     quantization = quantization_config(assignment, facts)
     return Layout(specs, quantization, _output_config(source, quantization, untie))
-
-
-def save(
-    folder: Path,
-    source: Source,
-    model: nn.Module,
-    linears: Sequence[LinearInfo],
-    assignment: Assignment,
-    provenance: dict[str, Any],
-    rounded: Rounded = MappingProxyType({}),
-) -> int:
-    """Write a packed checkpoint into an existing folder; returns the bytes of the weight files.
-
-    `rounded` has the linears that are packed already; others are rounded to nearest.
-
-    Raises UsageError that names the tensor for weights that cannot be packed.
-    """
-    layout = layout_of_output(source, model, linears, assignment, provenance)
-    shards = make_shards(layout.specs)
-    crcs = _write_weights(folder, model, source.weights, shards, assignment, rounded)
-    layout.quantization["checksum"] = checksum(crcs, layout.quantization)
-    text = json.dumps(layout.config, indent=2, ensure_ascii=False) + "\n"
-    (folder / "config.json").write_text(text, encoding="utf-8")
-    copy_companions(source.path, folder)
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-
-
-def save_fake(
-    folder: Path,
-    source: Source,
-    model: Any,
-    linears: Sequence[LinearInfo],
-    assignment: Assignment,
-    rounded: Rounded = MappingProxyType({}),
-) -> int:
-    """Write a plain model whose weights are rounded but not packed, for any other tool.
-
-    What is not rounded is as the source stores it, or in 16 bits where that is quantized. The model
-    itself is changed. Activations are not rounded by such a model.
-    """
-    from ..rounding.nearest import round_weights
-
-    head = output_head(model)[0]
-    if head_is_tied(model) and _is_packed(head, assignment):
-        model.config.tie_word_embeddings = False
-    round_weights(model, [i for i in linears if i.name in assignment], assignment, rounded)
-    weights, state = source.weights, model.state_dict()
-    changed = {f"{i.name}.weight" for i in linears if _is_packed(i.name, assignment)}
-    changed |= {_stack_of(model, i) for i in linears if i.is_expert and i.name in assignment}
-    for name, value in state.items():
-        finer = name in weights.groups and weights.stored_dtype(name) != value.dtype
-        if finer and name not in changed:
-            state[name] = weights.tensor(name)
-    model.save_pretrained(folder, state_dict=state)
-    if weights.carried:
-        _add_shard(folder, {one.name: weights.plain(one).contiguous() for one in weights.carried})
-    copy_companions(source.path, folder)
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-
-
-def _add_shard(folder: Path, tensors: dict[str, Tensor]) -> None:
-    """Put more tensors beside those of a model that transformers has written."""
-    from safetensors.torch import save_file
-
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        places = dict(read_object(index)["weight_map"])
-    else:
-        first = "model-first.safetensors"
-        (folder / "model.safetensors").rename(folder / first)
-        places = dict.fromkeys(Files([folder / first]).headers, first)
-    file = "model-carried.safetensors"
-    save_file(tensors, folder / file, metadata={"format": "pt"})
-    places |= dict.fromkeys(tensors, file)
-    text = json.dumps({"metadata": {}, "weight_map": places}, indent=2) + "\n"
-    index.write_text(text, encoding="utf-8")
 
 
 def crc(name: str, value: Tensor) -> int:

@@ -112,7 +112,7 @@ def check_tensors(
 def rehearse(
     source: Source, shapes: Any, linears: Sequence[LinearInfo], assignment: Assignment
 ) -> None:
-    """Raises UsageError where a checkpoint that `checkpoint.save` wrote would not be loaded.
+    """Raises UsageError where a checkpoint that `saving.save` wrote would not be loaded.
 
     Nothing is written but a config.json, and nothing read but headers: what is compared with what
     `check_files` will expect are the names, dtypes and shapes that would be written.

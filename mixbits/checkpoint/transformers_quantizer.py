@@ -1,8 +1,9 @@
-"""Let transformers load a packed checkpoint: `from_pretrained`, once mixbits is imported.
+"""Let transformers load a packed checkpoint, or quantize a plain one: `from_pretrained`.
 
 transformers builds the model without storage, asks the quantizer to put packed linears where
 the configuration names them, and then fills every buffer from the files. It fills what it finds,
-and warns of the rest: so the files are checked before.
+and warns of the rest: so the files are checked before. A plain model is packed when it has been
+filled, where `MixbitsConfig` asks for that (`mixbits.checkpoint.on_the_fly`).
 
 This is imported as soon as transformers.quantizers is (see mixbits/__init__.py): of transformers,
 nothing above that can be imported here but in functions.
@@ -19,7 +20,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.quantizers import HfQuantizer
+from transformers.quantizers import HfQuantizer, auto
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -30,18 +31,36 @@ from ..formats.arrange import check_order
 from ..formats.pack import LAYOUT
 from ..formats.recipes import parse_recipe
 from ..formats.schemas import PackedConfig, check
-from ..formats.schemes import Recipe
+from ..formats.schemes import Recipe, Scheme
+from ..model.layout import shared_inputs
 from ..runtime.linear import PackedLinear, packed_linear, share_inputs
 from ..runtime.swap import swap_linears
 from ..source.model_files import check_folder
 from ..source.source import NOT_A_FILE
-from .folder import checksum, crc, kinds_of, require_mixbits
+from .folder import checksum, crc, kinds_of, quantization_config, require_mixbits
 from .stock import Stock, check_files
 from .unpacking import unpack_model
 
+_UNSAID = "even, of a folder floor"  # the default of act_scale_mode: this object, not its text
+
 
 class MixbitsConfig(QuantizationConfigMixin):
-    """`quantization_config` of config.json. `modules` maps linears to recipes, as described."""
+    """What from_pretrained is to quantize to, or how a packed folder is quantized.
+
+    To quantize a plain model while it is loaded, without data:
+
+        MixbitsConfig(schemes=["MXFP4", "MXFP8"], avg_bits=4.5)
+
+    schemes            what to choose from: names, or one string with commas. All linears take the
+                       same one, the largest that fits the budget, rounded to nearest: which linear
+                       needs which is not known without calibration (`python -m mixbits.quantize`).
+    avg_bits           bits per weight of the linears, scales and zero points counted.
+    weight_scale_mode  how block maxima of MX weights become powers of two, "floor" by default.
+    act_scale_mode     the same of activations, "even" by default.
+
+    All else is `quantization_config` of a packed folder's config.json: `modules` maps linears to
+    recipes, as described. Raises UsageError for anything else.
+    """
 
     def __init__(
         self,
@@ -49,11 +68,24 @@ class MixbitsConfig(QuantizationConfigMixin):
         modules: dict[str, Any] | None = None,
         layout: int | None = None,
         weight_scale_mode: str = "floor",
-        act_scale_mode: str = "floor",
+        act_scale_mode: str = _UNSAID,
         checksum: str | None = None,
+        *,
+        schemes: str | Sequence[str] | None = None,
+        avg_bits: float | None = None,
         **provenance: Any,
     ) -> None:
         self.quant_method = "mixbits"  # type: ignore[assignment]
+        is_of_folder = any(given is not None for given in (modules, layout, checksum))
+        if not is_of_folder and ("quant_method" not in provenance or schemes or avg_bits):
+            unsaid = act_scale_mode is _UNSAID
+            modes = weight_scale_mode, "even" if unsaid else act_scale_mode
+            self._ask(schemes, avg_bits, modes, provenance.keys() - {"quant_method"})
+            return
+        for key, value in (("schemes", schemes), ("avg_bits", avg_bits)):
+            if value is not None:  # of a folder, it means nothing
+                provenance[key] = value
+        act_scale_mode = "floor" if act_scale_mode is _UNSAID else act_scale_mode
         provenance.pop("quant_method", None)
         for key, value in provenance.items():
             if hasattr(type(self), key):  # a file must not replace a method
@@ -64,17 +96,60 @@ class MixbitsConfig(QuantizationConfigMixin):
         self.modules = {} if modules is None else modules
         self.checksum = checksum
 
+    def _ask(
+        self, schemes: Any, avg_bits: Any, modes: Sequence[str], unknown: Collection[str]
+    ) -> None:
+        """Be what a user asks for."""
+        if unknown:
+            raise UsageError(
+                "MixbitsConfig takes schemes, avg_bits, weight_scale_mode and act_scale_mode: got "
+                f"{min(unknown)!r:.80}"
+            )
+        names = schemes.split(",") if isinstance(schemes, str) else schemes
+        if not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
+            raise UsageError(f"schemes must be names of schemes: got {schemes!r:.160}")
+        is_number = isinstance(avg_bits, int | float) and not isinstance(avg_bits, bool)
+        if not is_number or not 0 < avg_bits <= 16:
+            raise UsageError(f"avg_bits must be a number of bits, up to 16: got {avg_bits!r:.80}")
+        from .on_the_fly import parse_schemes
+
+        self.schemes = [scheme.name for scheme in parse_schemes(names, modes)]
+        self.avg_bits = float(avg_bits)
+        self.weight_scale_mode, self.act_scale_mode = modes
+
+    def asked(self) -> tuple[list[Scheme], float] | None:
+        """Schemes and bits per weight to quantize to; None for what a folder says of itself."""
+        if not hasattr(self, "schemes") or hasattr(self, "modules"):
+            return None
+        from .on_the_fly import parse_schemes
+
+        return parse_schemes(self.schemes, self._modes), self.avg_bits
+
+    @property
+    def _modes(self) -> tuple[str, str]:
+        return self.weight_scale_mode, self.act_scale_mode
+
+    def get_loading_attributes(self) -> dict[str, Any]:
+        """transformers asks what of this would hold for a model that is quantized already."""
+        if self.asked() is None:  # as lm-eval hands on what it has read in the folder
+            return {}
+        raise UsageError(
+            "the model is quantized by mixbits already, and quantization_config cannot change it: "
+            "pass the original, or leave quantization_config out"
+        )
+
     def recipes(self) -> dict[str, Recipe]:
         """Linear -> recipe; the order of a linear's columns is in the weight files.
 
         Raises UsageError for a layout or recipes that cannot be read.
         """
-        if self.layout != LAYOUT:
+        layout = getattr(self, "layout", None)  # what a user asks for has none
+        if layout != LAYOUT:
             raise UsageError(
-                f"this mixbits reads checkpoints of layout {LAYOUT}: got {self.layout!r:.60}"
+                f"this mixbits reads checkpoints of layout {LAYOUT}: got {layout!r:.60}"
             )
         check(PackedConfig, vars(self), "quantization_config of config.json")
-        modes: Any = (self.weight_scale_mode, self.act_scale_mode)
+        modes: Any = self._modes
         recipes = {name: parse_recipe(value, *modes) for name, value in self.modules.items()}
         plain = [name for name, recipe in recipes.items() if not recipe.packed]
         if plain:
@@ -85,10 +160,14 @@ class MixbitsConfig(QuantizationConfigMixin):
 
 
 class MixbitsQuantizer(HfQuantizer):
-    """Puts `PackedLinear` and `Experts` into a model that transformers is about to fill."""
+    """Puts `PackedLinear` and `Experts` into a model that transformers is about to fill.
 
-    requires_calibration = True
+    Or into one that it has filled, of a source that is plain.
+    """
+
     stock: Stock
+    shared_inputs: list[list[str]]
+    on_the_fly: Any = None  # an OnTheFly, between the files' headers and their values
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """The dtype of activations, unless packed linears cannot take it."""
@@ -108,16 +187,24 @@ class MixbitsQuantizer(HfQuantizer):
         self, model: nn.Module, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
     ) -> None:
         config: Any = self.quantization_config
-        recipes = config.recipes()
+        recipes = {} if self._asked else config.recipes()
         if checkpoint_files is None:
             raise UsageError("a packed model is loaded from its folder, not from a state dict")
         files = [Path(f) for f in checkpoint_files]
+        if self._asked:
+            from .on_the_fly import prepare
+
+            self.on_the_fly = prepare(model, files, *self._asked)
+            self.stock = self.on_the_fly.stock
+            self._expect(model)
+            return
         self.stock = check_files(model, recipes, files, config.to_dict())
         recipes = dict(self.stock.recipes)
 
         def make(name: str, weight: Any, bias: nn.Parameter | None) -> nn.Module:
             return packed_linear(weight, recipes[name], bias)
 
+        self.shared_inputs = shared_inputs(model, recipes)
         swap_linears(model, list(recipes), make)
         self._expect(model)
 
@@ -132,7 +219,19 @@ class MixbitsQuantizer(HfQuantizer):
         ):
             kept.update(f"^{re.escape(name)}$" for name in names)
 
+    @property
+    def _asked(self) -> tuple[list[Scheme], float] | None:
+        """What a plain source is to be quantized to. Raises UsageError where that is not said."""
+        config: Any = self.quantization_config
+        if self.pre_quantized:
+            return None
+        if config.asked() is None:
+            raise UsageError("a plain model is quantized to schemes and avg_bits: got neither")
+        return config.asked()
+
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        if self.on_the_fly is not None:
+            self._pack(model)
         for name, module in model.named_modules():
             order = module.order if isinstance(module, PackedLinear) else None
             if order is not None and not order.is_meta:  # on disk, where weights are offloaded
@@ -141,11 +240,26 @@ class MixbitsQuantizer(HfQuantizer):
         # Files have the model's own names; those of the source stand beside them as they are. So
         # nothing is renamed back when it is saved (None would mean transformers' own rules).
         model._weight_conversions = []
-        share_inputs(model)
+        share_inputs(model, self.shared_inputs)
         count_packed(model)
         # As for `num_parameters`, a partial.
         model.save_pretrained = functools.partial(_save_pretrained, model)
         use_fast_steps(model)
+
+    def _pack(self, model: Any) -> None:
+        """Pack a plain model, which from now on is as one that was loaded packed."""
+        config: Any = self.quantization_config
+        self.on_the_fly.pack(model)
+        facts = {
+            "weight_scale_mode": config.weight_scale_mode,
+            "act_scale_mode": config.act_scale_mode,
+            "rounding": {"method": "rtn"},
+        }
+        if self.stock.specs:
+            facts["carried"] = [spec.name for spec in self.stock.specs]
+        said = quantization_config(self.stock.recipes, facts)
+        self.quantization_config = model.config.quantization_config = MixbitsConfig(**said)
+        self.on_the_fly, self.pre_quantized = None, True
 
     def _fill(self, model: Any) -> None:
         """Make plain what the source's own quantization has been left to."""
@@ -220,6 +334,10 @@ class MixbitsQuantizer(HfQuantizer):
 # Not by their decorators, which refuse a second time: this module may be reloaded.
 AUTO_QUANTIZATION_CONFIG_MAPPING["mixbits"] = MixbitsConfig
 AUTO_QUANTIZER_MAPPING["mixbits"] = MixbitsQuantizer
+# Of these, transformers asks an argument that comes with a quantized model what it is for; of
+# others it only warns that they have no effect.
+_asked_kinds: Any = (*auto.LOADING_ATTRIBUTES_CONFIG_TYPES, MixbitsConfig)
+auto.LOADING_ATTRIBUTES_CONFIG_TYPES = _asked_kinds
 
 
 def _save_pretrained(model: Any, save_directory: Any, *args: Any, **kwargs: Any) -> None:
@@ -280,5 +398,5 @@ def read_config(folder: Path) -> MixbitsConfig:
         config = MixbitsConfig(**found)
         config.recipes()
     except UsageError as error:
-        raise UsageError(f"{error} ({folder})") from None
+        raise UsageError(f"{error} ({folder})") from error
     return config

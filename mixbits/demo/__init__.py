@@ -1,7 +1,7 @@
 """The model in the box: a tiny Python-source language model and the text that goes with it.
 
 Everything in mixbits can be tried without a download.  `MODEL_DIR` is a complete Hugging Face
-folder (a 4-layer Llama, under 8 MB) that was trained by ``benchmarks/train_demo.py`` on the
+folder (a 4-layer Llama, under 8 MB) that was trained by ``benchmarks/tools/train_demo.py`` on the
 sources of the Python standard library, and the text it is calibrated on and judged by is the
 standard library of the interpreter that runs: every user has it on disk already.
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..command import Parser, exit_code
+from ..command import Parser, exit_code, quiet
 from ..errors import UsageError
 from ..files.io import last_part, write_text
 from ..progress import say
@@ -181,10 +181,11 @@ def _export(args: argparse.Namespace, place: Destination) -> None:
 
 def _command(argv: list[str] | None) -> None:
     args = make_parser().parse_args(argv)
-    from ..report.tables import quiet
+    from ..files.system import ended_by_signals
 
     quiet()
-    export(args)
+    with ended_by_signals():
+        export(args)
 
 
 def main(argv: list[str] | None = None) -> int:

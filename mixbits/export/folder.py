@@ -15,8 +15,9 @@ from torch import Tensor
 from ..checkpoint.folder import Shard, TensorSpec, make_shards, plain_config, write_index
 from ..errors import UsageError
 from ..model.experts import STANDARD, layout_of
+from ..model.families import FAMILIES
 from ..source.companions import copy_companions
-from .packed import STORED_NAMES, Carrier
+from .packed import Carrier
 
 Shapes: TypeAlias = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]  # suffix -> dtype, shape
 
@@ -82,13 +83,14 @@ def plain_pieces(carrier: Carrier, stacked: bool) -> list[Piece]:
     """
     model, kind = carrier.model, carrier.model.shapes.config.model_type
     quantized = {name for name, fit in carrier.fits.items() if fit.scheme.weight is not None}
-    if kind not in STORED_NAMES and any(
+    if model.family.stored_names is None and any(
         model.linears[name].is_expert
         and (name in quantized or layout_of(model.shapes.get_submodule(module)) != STANDARD)
         for module, members in model.experts.items()
         for name in members
     ):
-        raise UsageError(f"experts are exported of {', '.join(STORED_NAMES)} only: got {kind}")
+        known = [name for name, family in FAMILIES.items() if family.stored_names is not None]
+        raise UsageError(f"experts are exported of {', '.join(known)} only: got {kind}")
     pieces = [_plain_piece(carrier, spec) for spec in model.plain.values()]
     left = [name for name in carrier.fits if name not in quantized]
     pieces += [_unpacked_piece(carrier, n) for n in left if not model.linears[n].is_expert]

@@ -28,20 +28,13 @@ from ..errors import UsageError
 from ..formats.pack import Packed
 from ..formats.reference import unpack_codes
 from ..formats.schemes import MX_GROUP, Format
+from ..model.families import FAMILIES, Family, Gguf, family_of
 from ..model.layout import LinearInfo
 from ..model.recognise import is_router_name
 from .gguf_tokenizer import add_vocabulary, read_vocabulary
 from .packed import Carrier
 
 FILE = "model.gguf"
-_ARCHITECTURES = {
-    "llama": "llama",
-    "mistral": "llama",
-    "mixtral": "llama",
-    "qwen2": "qwen2",
-    "qwen3": "qwen3",
-    "qwen3_moe": "qwen3moe",
-}
 _TYPES = {"e2m1": "MXFP4", "int8": "Q8_0", "int4": "Q4_0", "int2": "Q4_0"}
 
 
@@ -101,28 +94,28 @@ def _stacked(parts: Sequence[_Values]) -> _Values:
 def _gguf() -> Any:
     try:
         import gguf
-    except ImportError:
-        raise UsageError("--format gguf needs the gguf package: pip install gguf") from None
+    except ImportError as error:
+        raise UsageError("--format gguf needs the gguf package: pip install gguf") from error
     return gguf
 
 
-def _check_model(config: Any) -> str:
-    """The architecture's name there. Raises UsageError for models that llama.cpp runs otherwise."""
-    kind = config.model_type
-    if kind not in _ARCHITECTURES:
-        known = ", ".join(_ARCHITECTURES)
+def _check_model(config: Any) -> Gguf:
+    """What the model is there. Raises UsageError for models that llama.cpp runs otherwise."""
+    kind, found = config.model_type, family_of(config).gguf
+    if found is None:
+        known = ", ".join(name for name, family in FAMILIES.items() if family.gguf)
         raise UsageError(f"--format gguf knows the architectures {known}: got {kind}")
     if config.hidden_act != "silu":
         raise UsageError(f"llama.cpp runs a {kind} with silu only: got {config.hidden_act}")
     window = getattr(config, "sliding_window", None)
     if window and window < config.max_position_embeddings:
         raise UsageError(f"llama.cpp runs a {kind} without sliding windows only: got {window}")
-    if kind == "qwen3_moe":
+    if found.architecture == "qwen3moe":
         if config.mlp_only_layers or config.decoder_sparse_step != 1:
             raise UsageError("llama.cpp runs a qwen3_moe with experts in every layer only")
         if not config.norm_topk_prob:
             raise UsageError("llama.cpp runs a qwen3_moe with norm_topk_prob only")
-    return _ARCHITECTURES[kind]
+    return found
 
 
 def _add_rope(writer: Any, config: Any, head_dim: int) -> Tensor | None:
@@ -144,7 +137,7 @@ def _add_rope(writer: Any, config: Any, head_dim: int) -> Tensor | None:
     return None
 
 
-def _add_settings(writer: Any, config: Any, head_dim: int) -> None:
+def _add_settings(writer: Any, config: Any, architecture: str, head_dim: int) -> None:
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
@@ -152,7 +145,7 @@ def _add_settings(writer: Any, config: Any, head_dim: int) -> None:
     if experts := getattr(config, "num_local_experts", None):
         writer.add_expert_count(experts)
         writer.add_expert_used_count(config.num_experts_per_tok)
-    if config.model_type == "qwen3_moe":
+    if architecture == "qwen3moe":
         writer.add_expert_feed_forward_length(config.moe_intermediate_size)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
@@ -166,23 +159,25 @@ def _add_settings(writer: Any, config: Any, head_dim: int) -> None:
 class _Entries:
     """Makes the entries of a file from a carrier's tensors."""
 
-    def __init__(self, carrier: Carrier, architecture: str, head_dim: int) -> None:
+    def __init__(self, carrier: Carrier, there: Gguf, head_dim: int) -> None:
         gguf = _gguf()
         self.carrier, self.head_dim = carrier, head_dim
-        self.rotates = architecture == "llama"
+        self.family: Family = carrier.model.family
+        self.rotates = there.rotates_neighbours
         self.sizes, self.types = gguf.GGML_QUANT_SIZES, gguf.GGMLQuantizationType
-        arch = next(k for k, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+        arch = next(k for k, name in gguf.MODEL_ARCH_NAMES.items() if name == there.architecture)
         layers = carrier.model.shapes.config.num_hidden_layers
         self.names = gguf.get_tensor_name_map(arch, layers)
 
     def _name(self, tensor: str) -> str:
-        found = self.names.get_name(tensor, try_suffixes=(".weight", ".bias"))
+        known = self.family.gguf_name(tensor)
+        found = self.names.get_name(known, try_suffixes=(".weight", ".bias"))
         if found is None:
             raise UsageError(f"GGUF has no name for {tensor}")
         return str(found)
 
     def _order(self, linear: str, rows: int) -> Tensor | slice:
-        is_rotated = self.rotates and linear.rpartition(".")[2] in ("q_proj", "k_proj")
+        is_rotated = self.rotates and linear.rpartition(".")[2] in self.family.attention[:2]
         return rotary_order(rows, self.head_dim) if is_rotated else slice(None)
 
     def all(self) -> dict[str, _Values]:
@@ -218,7 +213,7 @@ class _Entries:
         owner = name.rpartition(".")[0]
         order = self._order(owner, shape[0])
         # In 16 bits, llama.cpp rounds a router's input.
-        if len(shape) == 1 or is_router_name(owner):
+        if len(shape) == 1 or is_router_name(owner, self.family):
             return _Values("F32", shape, lambda: self.carrier.plain(name, torch.float32)[order])
         dtype = self.carrier.kept(self.carrier.model.specs[name].dtype)
         return _matrix(shape, dtype, lambda: self.carrier.plain(name)[order])
@@ -230,15 +225,15 @@ _NUMPY: dict[str, Any] = {"F32": np.float32, "F16": np.float16}  # others: bytes
 def write(folder: Path, carrier: Carrier) -> None:
     """Write `model.gguf` into an existing folder. Raises UsageError for unknown architectures."""
     gguf, config = _gguf(), carrier.model.shapes.config
-    architecture = _check_model(config)
+    there = _check_model(config)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    writer = gguf.GGUFWriter(folder / FILE, architecture)
+    writer = gguf.GGUFWriter(folder / FILE, there.architecture)
     writer.add_name(carrier.model.path.resolve().name)
-    _add_settings(writer, config, head_dim)
+    _add_settings(writer, config, there.architecture, head_dim)
     divisors = _add_rope(writer, config, head_dim)
     rows = carrier.model.shapes.get_input_embeddings().weight.shape[0]
     add_vocabulary(writer, read_vocabulary(carrier.model.path, rows, carrier.lossy))
-    entries = _Entries(carrier, architecture, head_dim).all()
+    entries = _Entries(carrier, there, head_dim).all()
     if divisors is not None:
         entries["rope_freqs.weight"] = _Values("F32", tuple(divisors.shape), lambda: divisors)
     for name, entry in entries.items():

@@ -22,6 +22,7 @@ from typing import Any, TypeAlias
 
 from ..errors import UsageError
 from ..files.io import read_object
+from ..progress import say
 from ..source.model_files import TOKENIZER_BYTES
 
 Put: TypeAlias = tuple[list[str], list[str]]  # the tokens before, and after, every text
@@ -108,7 +109,7 @@ def _add_ends(found: dict[str, int], listed: Sequence[int], tokens: Mapping[int,
                 more.remove(fits[0])
     if more:
         names = ", ".join(repr(tokens.get(i, i)) for i in more)
-        print(f"a GGUF has keys for three ends of text: {names} left out")
+        say(f"a GGUF has keys for three ends of text: {names} left out")
 
 
 def _put_around(data: Mapping[str, Any], ids: Mapping[str, int]) -> Put:
@@ -165,7 +166,7 @@ def _templates(folder: Path, config: Mapping[str, Any]) -> list[dict[str, str]]:
     if not all(isinstance(text, str) for text in found.values()):
         raise UsageError(f"a chat template must be a text ({folder})")
     if found and "default" not in found:
-        print("no chat template is called default: llama.cpp must be given one by name")
+        say("no chat template is called default: llama.cpp must be given one by name")
     return [{"name": name, "template": text} for name, text in found.items()]
 
 

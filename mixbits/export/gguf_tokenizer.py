@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError, first_line
+from ..progress import say
 from .gguf_special import read_json, special_vocab
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER, _UNUSED, _BYTE = range(1, 7)  # llama.cpp's token types
@@ -166,7 +167,7 @@ def _convert(data: dict[str, Any], ids: Mapping[str, int], rows: int, lossy: boo
             "--lossy takes GPT-2's"
         )
     if cut is None:
-        print("text is cut by GPT-2's expression, not by the tokenizer's own: tokens may differ")
+        say("text is cut by GPT-2's expression, not by the tokenizer's own: tokens may differ")
     return _byte_level(data, ids, rows, cut or "gpt-2")
 
 
@@ -187,6 +188,10 @@ def _read(folder: Path, rows: int, lossy: bool) -> Vocabulary:
     return found
 
 
+# What JSON of another shape than a tokenizer's comes to where it is looked through.
+_MALFORMED = (AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError)
+
+
 def read_vocabulary(folder: Path, rows: int, lossy: bool) -> Vocabulary:
     """The vocabulary of a model folder, whose embedding has `rows`.
 
@@ -205,10 +210,11 @@ def read_vocabulary(folder: Path, rows: int, lossy: bool) -> Vocabulary:
     except UsageError:
         raise
     except BaseException as error:  # of a foreign file: gguf looks no further; tokenizers panics
-        if isinstance(error, KeyboardInterrupt | SystemExit):
+        is_panic = type(error).__name__ == "PanicException"
+        if not (isinstance(error, _MALFORMED) or is_panic):
             raise
         what = f"{type(error).__name__}: {_shown(first_line(error))}"
-        raise UsageError(f"cannot read the tokenizer in {folder} ({what})") from None
+        raise UsageError(f"cannot read the tokenizer in {folder} ({what})") from error
 
 
 def add_vocabulary(writer: Any, vocabulary: Vocabulary) -> None:

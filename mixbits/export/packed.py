@@ -19,6 +19,7 @@ from ..formats.arrange import arrangement_of
 from ..formats.pack import Packed, segment_prefixes
 from ..formats.schemes import Assignment, Format, Recipe
 from ..model.experts import STANDARD, expert_slice, layout_of
+from ..model.families import Family, family_of
 from ..model.layout import CausalLM, LinearInfo, find_linears, split_expert_name
 from ..model.recognise import is_router_name
 from ..rounding.nearest import pack_weight, packed_values
@@ -26,17 +27,6 @@ from ..source.layouts import stored_tensors
 from ..source.source import find_folder, open_source
 from ..source.stored import Stored
 from .targets import Fit
-
-# model type -> what is called otherwise in checkpoints; experts of other types are not exported
-STORED_NAMES = {
-    "mixtral": {
-        ".mlp.": ".block_sparse_moe.",
-        ".gate_proj": ".w1",
-        ".up_proj": ".w3",
-        ".down_proj": ".w2",
-    },
-    "qwen3_moe": {},
-}
 
 
 @dataclass(frozen=True)
@@ -69,6 +59,10 @@ class PackedModel:
         return cls(folder, shapes, infos, recipes, specs, stock, carried)
 
     @property
+    def family(self) -> Family:
+        return family_of(self.shapes.config)
+
+    @property
     def dtype(self) -> torch.dtype:
         """The model's own; single tensors may be stored in another."""
         return plain_dtype(self.path)
@@ -78,7 +72,8 @@ class PackedModel:
         """The tensors that are not packed, by name; none that are carried, none of experts that may
         be taken apart.
         """
-        others = {f"{m}.{n}" for m in self.experts for n in STANDARD.stacks} | set(self.carried)
+        others = {self._stack(name) for names in self.experts.values() for name in names}
+        others |= set(self.carried)
         specs = (s for s in self.specs.values() if s.linear is None and s.name not in others)
         return {spec.name: spec for spec in specs}
 
@@ -122,14 +117,15 @@ class PackedModel:
 
     def stored_name(self, name: str) -> str:
         """What checkpoints, which other loaders read, call what transformers calls `name`."""
-        for ours, theirs in STORED_NAMES.get(self.shapes.config.model_type, {}).items():
-            name = name.replace(ours, theirs)
-        return name
+        return self.family.stored_name(name)
 
     def unpacked_linears(self) -> list[str]:
         """Every `nn.Linear`, router and expert's linear that is left alone, the head among them."""
         modules = dict(self.shapes.named_modules())
-        names = [n for n, m in modules.items() if isinstance(m, nn.Linear) or _is_router(n, m)]
+        family = self.family
+        names = [
+            n for n, m in modules.items() if isinstance(m, nn.Linear) or _is_router(n, m, family)
+        ]
         names += [name for members in self.experts.values() for name in members]
         return [name for name in names if name not in self.recipes]
 
@@ -156,6 +152,10 @@ class PackedModel:
         """The stored tensor that has an expert's linear that is not packed: its own, or a stack."""
         if f"{name}.weight_plain" in self.specs:
             return f"{name}.weight_plain"
+        return self._stack(name)
+
+    def _stack(self, name: str) -> str:
+        """The 3-D parameter that an expert's linear is a slice of."""
         module, _, projection = split_expert_name(name)
         layout = layout_of(self.shapes.get_submodule(module))
         assert layout is not None
@@ -179,9 +179,9 @@ class PackedModel:
         return replace(recipe, order=tuple(order.tolist()))
 
 
-def _is_router(name: str, module: nn.Module) -> bool:
+def _is_router(name: str, module: nn.Module, family: Family) -> bool:
     weight = module._parameters.get("weight")
-    return is_router_name(name) and weight is not None and weight.dim() == 2
+    return is_router_name(name, family) and weight is not None and weight.dim() == 2
 
 
 def relative_error(weight: Tensor, other: Tensor) -> float:

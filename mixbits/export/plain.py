@@ -13,6 +13,7 @@ which knows them, is reversed, tensor by tensor where it can be, else block by b
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial, reduce
 from pathlib import Path
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint.folder import TensorSpec, tied_copies
-from ..errors import UsageError
+from ..errors import UsageError, plain_errors
 from ..model.experts import Layout, layout_of, make_stack
 from ..model.layout import decoder_blocks, split_expert_name
 from ..model.recognise import is_conv1d
@@ -140,10 +141,9 @@ def _pieces(model: PackedModel, found: Mapping[str, _Plain], names: Iterable[str
     """Tensors of a unit under published names, one by one where that gives the same."""
     shapes = {name: found[name].without_storage for name in names}
     together = _published(model, shapes)
-    try:
+    alone: list[dict[str, Tensor]] = []
+    with suppress(UsageError), plain_errors("a conversion needs what is not there"):
         alone = [_published(model, {name: shape}) for name, shape in shapes.items()]
-    except Exception:  # of a conversion that needs what is not there
-        alone = []
     if [*sorted(n for made in alone for n in made)] == sorted(together) and all(
         _same(value, together[n]) for made in alone for n, value in made.items()
     ):

@@ -13,10 +13,10 @@ gives it its name back. What is replaced must be ours to the last file (`manifes
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import secrets
 import shutil
-import sys
 import unicodedata
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,9 +27,11 @@ from pathlib import Path
 from ..errors import UsageError, first_line
 from .io import encoded
 from .manifest import MANIFEST, TEMPORARY, Manifest, foreign, remove_ours
-from .system import Lock, disk_full, ended_by_signals, exchange, mounted_within, rename_new
+from .system import Lock, disk_full, exchange, mounted_within, rename_new
 
 _LONGEST_PATH = 3500  # bytes, so that the files in the folder stay below the 4,096 of Linux
+
+logger = logging.getLogger("mixbits")
 
 
 def check_room(folder: Path, needs: int) -> None:
@@ -91,7 +93,7 @@ def _placed(out: Path) -> Path:
     except (FileNotFoundError, NotADirectoryError):
         pass
     except (OSError, RuntimeError, ValueError) as error:
-        raise _unusable(out, error) from None
+        raise _unusable(out, error) from error
     if not path.name:
         raise UsageError(f"--out must be the name of a folder: got {path}")
     if len(os.fsencode(path)) > _LONGEST_PATH:
@@ -188,7 +190,7 @@ def _locked(destination: Path, file: Path) -> Lock:
     try:
         lock = Lock.take(file)
     except OSError as error:
-        raise _unusable(destination, error) from None
+        raise _unusable(destination, error) from error
     if lock is None:
         raise UsageError(
             f"another run is writing {destination}: wait for it, or pass another --out"
@@ -214,7 +216,7 @@ def _discard(old: Path, path: Path) -> None:
     """Remove an output that was replaced; what is not ours by now gets a name like `path`'s."""
     if not remove_ours(old):
         kept = _rename_free(old, path)
-        print(f"what {path} held that mixbits did not write is in {kept}", file=sys.stderr)
+        logger.warning("what %s held that mixbits did not write is in %s", path, kept)
 
 
 def _rename_free(hidden: Path, path: Path) -> Path:
@@ -248,10 +250,10 @@ class Destination:
         check_room(self.path.parent, needs)
         try:
             self.partial.mkdir()
-        except FileExistsError:
+        except FileExistsError as error:
             raise UsageError(
                 f"another run is writing {self.given}, or was killed: remove {self.partial}"
-            ) from None
+            ) from error
         try:
             yield self.partial
             self._complete(later)
@@ -293,7 +295,7 @@ class Destination:
                 raise UsageError(
                     f"{self.given} has appeared meanwhile: the output is complete in {kept} "
                     f"({error})"
-                ) from None
+                ) from error
 
     def _replace(self) -> None:
         if exchange(self.partial, self.path):
@@ -387,15 +389,15 @@ def reserved(
 ) -> Iterator[Destination]:
     """A destination that no other run can write meanwhile; what killed runs have left there goes.
 
-    SIGTERM and SIGHUP raise SystemExit in the block, so that it cleans up as for Ctrl-C. `inputs`
-    are files and folders that the run reads.
+    A command runs it in `ended_by_signals`, so that it cleans up as for Ctrl-C. `inputs` are files
+    and folders that the run reads.
 
     Raises UsageError in one sentence: for a destination that exists, is in use, or may not be
     replaced; for a disk that is full, at whatever moment of the block.
     """
     check_destination(destination, overwrite, inputs)
     place = Destination(destination, overwrite, inputs)
-    with ended_by_signals(), _parents_of(place), _lock_on(place):
+    with _parents_of(place), _lock_on(place):
         _check(destination, place.path, overwrite, inputs)
         try:
             yield place
@@ -407,7 +409,7 @@ def reserved(
                 kept = f"{destination} is complete, but its report has not all of the evaluation"
             told = UsageError(f"{full} ({_existing(place.path.parent)}); {kept}")
             told.__notes__ = getattr(error, "__notes__", [])
-            raise told from None
+            raise told from error
         finally:
             place.close()
 
@@ -433,7 +435,7 @@ def _parents_of(place: Destination) -> Iterator[None]:
         try:
             place.path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise _unusable(place.given, error) from None
+            raise _unusable(place.given, error) from error
         _placed(place.given)  # whether the name can be is known in a folder that is there
         yield
     finally:

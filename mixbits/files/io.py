@@ -90,7 +90,7 @@ def check_file(path: Path, most: int | None = None) -> None:
     try:
         found = path.stat()
     except (OSError, ValueError) as error:  # a name with a NUL is a ValueError
-        raise UsageError(f"cannot read {path}: {_why(error)}") from None
+        raise UsageError(f"cannot read {path}: {_why(error)}") from error
     if not stat.S_ISREG(found.st_mode):
         kind = _KINDS.get(stat.S_IFMT(found.st_mode), "something else")
         raise UsageError(f"{path} must be a regular file: got {kind}")
@@ -113,7 +113,7 @@ def read_bytes(path: Path, most: int) -> bytes:
         with path.open("rb") as file:
             data = file.read(most + 1)
     except OSError as error:
-        raise UsageError(f"cannot read {path}: {_why(error)}") from None
+        raise UsageError(f"cannot read {path}: {_why(error)}") from error
     if len(data) > most:  # it grows
         raise UsageError(f"{path} must have at most {most:,} bytes for what it is: got more")
     return data
@@ -128,12 +128,12 @@ def read_json(path: Path, most: int = CONFIG_BYTES) -> Any:
         value = json.loads(text, object_pairs_hook=_unique)
         if re.search(r"\\u[dD][89a-fA-F]", text):  # a whole pair is a character, a half is none
             json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
+    except UnicodeEncodeError as error:
         raise UsageError(
             f"cannot read {path}, which holds half of a surrogate pair: that is no character"
-        ) from None
+        ) from error
     except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, too long a number, too deep
-        raise UsageError(f"cannot read {path}, which is not JSON: {first_line(error)}") from None
+        raise UsageError(f"cannot read {path}, which is not JSON: {first_line(error)}") from error
     return value
 
 

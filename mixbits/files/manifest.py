@@ -30,7 +30,7 @@ _HASHED_BYTES = 16 << 20  # of larger files, which are weights, the size has to 
 _MARKS = {"plan.json": "mixbits_plan", "mixbits-export.json": "mixbits_version"}
 _WRITTEN = re.compile(
     r"(plan|scores|report|mixbits-export|config|generation_config)\.json|report\.html|README\.md"
-    r"|curve\.(csv|png)|model([-.][\w.-]*)?\.(safetensors|safetensors\.index\.json|gguf)"
+    r"|curve\.(csv|svg|png)|model([-.][\w.-]*)?\.(safetensors|safetensors\.index\.json|gguf)"
     r"|(tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab)\.json|merges\.txt"
     r"|tokenizer\.model|chat_template\.jinja|additional_chat_templates/\w+\.jinja"
     r"|((video_)?pre)?processor_config\.json|LICENSE(\.\w+)?"

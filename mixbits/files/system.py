@@ -70,7 +70,7 @@ def rename_new(source: Path, target: Path) -> None:
         source.rename(target)
     except OSError as error:
         if error.errno in (errno.ENOTEMPTY, errno.ENOTDIR):
-            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target)) from None
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target)) from error
         raise
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 import reprlib
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -44,6 +44,7 @@ _MOST_ROWS = 1 << 26  # of a head: the vocabulary
 _MOST_TOKENS = 1 << 40
 _MOST_ERRORS = 100_000  # whose descriptions are made: each takes a kilobyte
 
+M = TypeVar("M", bound=BaseModel)
 Name = Annotated[str, AfterValidator(_name)]
 Columns = Annotated[int, Field(ge=1, le=_MOST_COLUMNS)]
 Loss = Annotated[float, Field(ge=0)]
@@ -197,12 +198,12 @@ class PackedConfig(_Modes):
 # -------------------------------------------------------------------------------------- checking
 
 
-def check(model: type[BaseModel], data: Any, where: object) -> None:
-    """Raise UsageError, one sentence with `where`, unless `data` is as `model` says."""
+def check(model: type[M], data: Any, where: object) -> M:
+    """`data` as `model` has it. Raises UsageError, one sentence with `where`, if it is not so."""
     try:
-        model.model_validate(data)
+        return model.model_validate(data)
     except ValidationError as error:
-        raise UsageError(f"{_sentence(error)} ({where})") from None
+        raise UsageError(f"{_sentence(error)} ({where})") from error
 
 
 _shown = reprlib.Repr()

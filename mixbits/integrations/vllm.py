@@ -39,7 +39,8 @@ from ..errors import UsageError
 from ..formats.arrange import check_order
 from ..formats.pack import recipe_spec
 from ..formats.schemes import LEFT_ALONE, Assignment, Recipe
-from ..model.experts import ExpertsLoop, GatedActivation
+from ..model.experts import EXPERT_PROJECTIONS, ExpertsLoop, GatedActivation
+from ..model.families import FAMILIES, name_from_vllm
 from ..ops import packed_matmuls_unchecked
 from ..runtime.linear import PackedLinear
 from ..runtime.swap import Experts
@@ -266,7 +267,7 @@ class MixbitsHeadMethod(LinearMethodBase):
         return y if bias is None else y + bias
 
 
-_SHARDS = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}  # vLLM's names of projections
+_SHARDS = dict(zip(("w1", "w3", "w2"), EXPERT_PROJECTIONS, strict=True))  # vLLM's names of them
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": nn.functional.silu,
     "gelu": nn.functional.gelu,
@@ -391,14 +392,15 @@ def _expert_loader(layer: Any) -> Any:
     return load
 
 
-def _take_names_of_transformers(prefix: str) -> str:
+def _take_names_of_transformers() -> None:
     """Let vLLM's Mixtral, which expects those of Mistral's checkpoints, load them."""
     from vllm.model_executor.models.mixtral import MixtralModel
 
+    family = FAMILIES["mixtral"]
     renamed: Any = MixtralModel.hf_to_vllm_mapper.orig_to_new_substr
-    renamed[".mlp."] = ".block_sparse_moe."
-    renamed |= {".experts.gate_up_proj": ".experts.w13", ".experts.down_proj": ".experts.w2"}
-    return prefix.replace(".block_sparse_moe.", ".mlp.")
+    renamed |= family.vllm_names
+    renamed[f".experts.{family.experts.joined}"] = ".experts.w13"
+    renamed[f".experts.{family.experts.down}"] = ".experts.w2"
 
 
 class MixbitsVllmConfig(QuantizationConfig):
@@ -433,8 +435,9 @@ class MixbitsVllmConfig(QuantizationConfig):
         return cls(MixbitsConfig(**config).recipes())
 
     def _experts(self, layer: Any, prefix: str) -> MixbitsExpertsMethod | None:
-        if "block_sparse_moe" in prefix:
-            prefix = _take_names_of_transformers(prefix)
+        if any(theirs in f"{prefix}." for theirs in FAMILIES["mixtral"].vllm_names.values()):
+            _take_names_of_transformers()
+        prefix = name_from_vllm(prefix)
         names = [f"{e}.{p}" for e in range(layer.global_num_experts) for p in _SHARDS.values()]
         recipes = {name: self.recipes.get(f"{prefix}.{name}", LEFT_ALONE) for name in names}
         if not any(recipe.packed for recipe in recipes.values()):
@@ -449,7 +452,7 @@ class MixbitsVllmConfig(QuantizationConfig):
             return None if recipe is None else MixbitsHeadMethod(recipe)
         if not isinstance(layer, LinearBase):
             return None
-        parent, dot, leaf = prefix.rpartition(".")
+        parent, dot, leaf = name_from_vllm(prefix).rpartition(".")
         parts = self.packed_modules_mapping.get(leaf, [leaf])
         recipes = [self.recipes.get(f"{parent}{dot}{part}", LEFT_ALONE) for part in parts]
         if not any(recipe.packed for recipe in recipes):

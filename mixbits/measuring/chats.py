@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..errors import UsageError, first_line
+from ..errors import UsageError, plain_errors
 
 COLUMNS = ("messages", "conversations")
 _ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant"}
@@ -48,14 +48,14 @@ def render(tokenizer: Any, conversation: list[dict[str, Any]], where: str) -> st
             "pass texts, or a model that is made for chats"
         )
     messages = [_message(message) for message in conversation]
-    try:
+
+    def sentence(why: str) -> str:
+        return f"the model's chat template refuses a conversation: {why} ({where})"
+
+    with plain_errors(sentence):  # of jinja, the template's own, or a lack of either
         text: Any = tokenizer.apply_chat_template(messages, tokenize=False)
-        if not isinstance(text, str):
-            raise TypeError(f"it gives {type(text).__name__}, not text")
-    except Exception as error:  # of jinja, the template's own, or a lack of either
-        raise UsageError(
-            f"the model's chat template refuses a conversation: {first_line(error)} ({where})"
-        ) from None
+    if not isinstance(text, str):
+        raise UsageError(sentence(f"it gives {type(text).__name__}, not text"))
     return text
 
 

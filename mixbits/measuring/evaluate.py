@@ -18,13 +18,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
-from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..errors import UsageError, first_line
+from ..model.replaced import replaced
 from ..progress import steps
 from .text import prefix_tokens
 
@@ -156,7 +156,7 @@ def run_tasks(
     as the tokenizer begins texts, unless `add_bos_token` is False; the result says whether there
     was anything to begin with. Raises UsageError for unknown tasks or data that cannot be had.
     """
-    from lm_eval import simple_evaluate
+    from lm_eval import evaluator, simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
     manager = task_manager(tasks, include_path)
@@ -173,7 +173,7 @@ def run_tasks(
     blocks = getattr(config.get_text_config(), "num_hidden_layers", 1)
     try:
         # lm-eval asks git for the commit of whatever folder this runs in, which may be none.
-        commit = patch("lm_eval.evaluator.get_git_commit_hash", return_value=None)
+        commit = replaced(evaluator, "get_git_commit_hash", lambda: None)
         with commit, _bars_told(blocks):
             raw = simple_evaluate(
                 model=lm,
@@ -187,7 +187,7 @@ def run_tasks(
         raise UsageError(
             f"lm-eval could not run {', '.join(tasks)} ({first_line(error)}); without a network "
             "use --tasks stdlib_next_line, or --include-path with tasks that read local files"
-        ) from None
+        ) from error
     return _task_summary(raw, tasks, limit, add_bos_token)
 
 
@@ -217,8 +217,9 @@ def _bars_told(cost: float) -> Iterator[None]:
             stack.callback(datasets.enable_progress_bars)
         for name, module in list(sys.modules.items()):
             if name.partition(".")[0] == "lm_eval" and getattr(module, "tqdm", None) is tqdm:
-                stack.enter_context(patch.object(module, "tqdm", Told))
-        stack.enter_context(patch("tqdm.tqdm", Told))  # some import it where they use it
+                stack.enter_context(replaced(module, "tqdm", Told))
+        # Some import it where they use it.
+        stack.enter_context(replaced(sys.modules["tqdm"], "tqdm", Told))
         yield
 
 

@@ -11,12 +11,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import UsageError, first_line
+from ..errors import UsageError, plain_errors
 from ..files.io import check_file, is_text
 from .chats import row_text
 
@@ -52,38 +52,44 @@ class HubData:
 
     def texts(self, tokenizer: Any) -> Iterator[str]:
         """Text of its rows; rows whose text is missing are left out. Raises UsageError."""
-        try:
+        for number, row in enumerate(self._rows()):
+            text = self._text(row, tokenizer, number)
+            if text is not None:
+                yield text
+
+    def _rows(self) -> Iterator[dict[str, Any]]:
+        def sentence(why: str) -> str:
+            return (
+                f"{self.name!r} is no file, and no dataset of that name could be fetched "
+                f"({why}): {_ADVICE}"
+            )
+
+        config = [] if self.config is None else [self.config]
+        with plain_errors(sentence):
             from datasets import load_dataset
 
-            config = [] if self.config is None else [self.config]
-            rows: Iterable[dict[str, Any]] = load_dataset(
-                self.name, *config, split=self.split, streaming=True
-            )
-            for number, row in enumerate(rows):
-                text = self._text(row, tokenizer, number)
-                if text is not None:
-                    yield text
-        except UsageError:
-            raise
-        except Exception as error:  # the hub client raises dozens of kinds
-            raise UsageError(
-                f"{self.name!r} is no file, and no dataset of that name could be fetched "
-                f"({first_line(error)}): {_ADVICE}"
-            ) from None
+            found = load_dataset(self.name, *config, split=self.split, streaming=True)
+            rows: Iterator[dict[str, Any]] = iter(found)
+        while True:  # no `yield` in the block: what becomes of a row is not the hub's
+            with plain_errors(sentence):
+                row = next(rows, None)
+            if row is None:
+                return
+            yield row
 
     def _text(self, row: dict[str, Any], tokenizer: Any, number: int) -> str | None:
         try:
             return row_text(row, tokenizer, f"{self.name}, row {number}", self.column)
-        except KeyError:
+        except KeyError as error:
             raise UsageError(
                 f"dataset {self.name!r} has no column {self.column or 'text'!r} but "
                 f"{sorted(row)}: {_ADVICE}"
-            ) from None
+            ) from error
         except TypeError as error:
             raise UsageError(
                 f"column '{error}' of dataset {self.name!r} must hold text: "
                 f"got {type(row[str(error)]).__name__}; {_ADVICE}"
-            ) from None
+            ) from error
 
 
 JSONL = (".jsonl", ".ndjson")
@@ -91,6 +97,9 @@ JSONL = (".jsonl", ".ndjson")
 
 # Data, but none that is read here: as text they would be noise.
 _OTHERS = {".csv", ".tsv", ".parquet", ".arrow", ".feather", ".orc", ".npz", ".pt", ".pth", ".bin"}
+_OTHERS |= {".pkl", ".pickle", ".safetensors", ".gguf", ".h5", ".hdf5", ".tfrecord", ".msgpack"}
+_OTHERS |= {".gz", ".bz2", ".xz", ".zst", ".zip", ".7z", ".tar", ".tgz", ".rar", ".lz4", ".sqlite"}
+_OTHERS |= {".db", ".xls", ".xlsx", ".pdf", ".doc", ".docx", ".odt", ".epub"}
 
 
 def check_dataset(source: str) -> None:

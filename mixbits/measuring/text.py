@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import UsageError, first_line
+from ..errors import UsageError, plain_errors
 from ..files.io import last_part, read_json
 from .chats import Rendered, row_text
 from .hub_data import JSONL, HubData, check_dataset
@@ -124,12 +124,12 @@ def _jsonl_texts(path: Path, tokenizer: Any) -> Iterator[str]:
             except UsageError:
                 raise
             # A number of too many digits is a ValueError, too many brackets are a RecursionError.
-            except (ValueError, KeyError, TypeError, RecursionError):
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise UsageError(
                     f"every line of a jsonl dataset must be an object with a field 'text', or "
                     f"'messages' or 'conversations' that hold one: got {line[:60]!r} "
                     f"({path}, line {number})"
-                ) from None
+                ) from error
             yield text
 
 
@@ -140,13 +140,12 @@ def _whole_characters(text: str) -> str:
 
 def _token_ids(path: Path, count: int) -> Tensor:
     """The first `count` ids of an .npy file; nothing else of it is read."""
-    try:
+    what = f"cannot read token ids ({path})"
+    with plain_errors(what):  # of the file, its header (which is Python), or a zip in its place
         # Mapped: numpy then compares what the header claims with what is there, before it is made.
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-        if not isinstance(array, np.ndarray):
-            raise TypeError("must be one array")
-    except Exception as e:  # of the file, its header (which is Python), or a zip in its place
-        raise UsageError(f"cannot read token ids ({path}): {first_line(e)}") from None
+        array: Any = np.load(path, mmap_mode="r", allow_pickle=False)
+    if not isinstance(array, np.ndarray):
+        raise UsageError(f"{what}: must be one array")
     if array.size and array.dtype.kind not in "iu":
         raise UsageError(f"token ids must be integers: got {array.dtype!s:.60} ({path})")
     ids = np.array(array.reshape(-1)[:count])
@@ -162,7 +161,7 @@ def _listed_ids(path: Path) -> Tensor:
     try:
         rows = read_json(path, _IDS_BYTES)
     except UsageError as error:
-        raise UsageError(f"cannot read token ids: {error}") from None
+        raise UsageError(f"cannot read token ids: {error}") from error
     nested = isinstance(rows, list) and bool(rows) and isinstance(rows[0], list)
     lists = rows if nested else [rows]
     if not all(isinstance(row, list) for row in lists):
@@ -193,7 +192,7 @@ def _texts(source: str, tokenizer: Any) -> Iterator[str]:
                         raise UsageError(f"a text dataset must be text: got NUL bytes ({path})")
                     yield chunk
     except UnicodeDecodeError as error:
-        raise UsageError(f"a text dataset must be UTF-8: {error} ({path})") from None
+        raise UsageError(f"a text dataset must be UTF-8: {error} ({path})") from error
 
 
 def tokenize(tokenizer: Any, text: str) -> Tensor:

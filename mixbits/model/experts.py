@@ -4,10 +4,10 @@ Measured, fake-quantized and packed experts all run through `ExpertsLoop`. What 
 does is its own code's business, so a `Layout` is what was found to give the same results as that
 code, with random weights and inputs (`layout_of`). A module of which that cannot be said has none.
 
-The parameters are `gate_up_proj` (or `up_proj` alone) and `down_proj`, perhaps each with a
-`..._bias`. Each expert's part lies there as [N, K] or as [K, N], the rows of gate and up one half
-after the other or in turn. What is made of the products of gate and up is act(gate) * up, or what
-the module's own `_apply_gate` says.
+The parameters are `gate_up_proj` (or `up_proj` alone) and `down_proj`, or what a family calls them
+(`families.Stacks`), perhaps each with a `..._bias`. Each expert's part lies there as [N, K] or as
+[K, N], the rows of gate and up one half after the other or in turn. What is made of the products of
+gate and up is act(gate) * up, or what the module's own `_apply_gate` says.
 """
 
 from __future__ import annotations
@@ -22,18 +22,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .families import DEFAULT, Stacks, known_stacks
 from .twin import plain_numbers, random_copy, same, signature, small_sizes
 
 # (expert, projection, x [M, K]) -> [M, N]
 ExpertLinear = Callable[[int, str, Tensor], Tensor]
 Activation = Callable[..., Tensor]  # of gate [M, I] and up [M, I], or of up alone -> [M, I]
 
-EXPERT_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
-_STACKS = {
-    frozenset(stack + suffix for stack in stacks for suffix in suffixes): (gated, biased)
-    for stacks, gated in ((("gate_up_proj", "down_proj"), True), (("up_proj", "down_proj"), False))
-    for suffixes, biased in ((("",), False), (("", "_bias"), True))
-}
+EXPERT_PROJECTIONS = (*DEFAULT.ffn_inputs, DEFAULT.ffn_output)  # what slices are called here
+_, _UP, _DOWN = EXPERT_PROJECTIONS
 _SCALES = (0.3, 10.0, 1000.0)  # of inputs: small and large ones, which clamps would cut
 _TOLERANCE = 1e-4  # float32 sums of a hundred products, in another order
 _NAME = "_mixbits_layout"
@@ -50,6 +47,7 @@ class Layout:
     own_gate     gate and up meet in the module's `_apply_gate`
     routed       called with hidden [T, H], top_k_index and top_k_weights [T, k]; otherwise with
                  hidden [E * T, H] that holds each expert's rows, zeros where it has none
+    names        of the parameters
     """
 
     gated: bool = True
@@ -58,6 +56,7 @@ class Layout:
     interleaved: bool = False
     own_gate: bool = False
     routed: bool = True
+    names: Stacks = DEFAULT.experts
 
     @property
     def projections(self) -> tuple[str, ...]:
@@ -65,7 +64,13 @@ class Layout:
 
     def stack(self, projection: str) -> str:
         """The parameter that holds a projection of all experts."""
-        return projection if projection == "down_proj" or not self.gated else "gate_up_proj"
+        if self.joins(projection):
+            return self.names.joined
+        return self.names.down if projection == _DOWN else self.names.up
+
+    def joins(self, projection: str) -> bool:
+        """Whether a projection shares its parameter with another."""
+        return self.gated and projection != _DOWN
 
     @property
     def stacks(self) -> tuple[str, ...]:
@@ -75,9 +80,9 @@ class Layout:
 
     def part(self, rows: Tensor, projection: str) -> Tensor:
         """Those of gate or of up, of both one's rows [2I, ...]; a view. Of others, all."""
-        if self.stack(projection) == projection:
+        if not self.joins(projection):
             return rows
-        second = projection == "up_proj"
+        second = projection == _UP
         if self.interleaved:
             return rows[int(second) :: 2]
         return rows.chunk(2)[int(second)]
@@ -88,7 +93,7 @@ STANDARD = Layout()
 
 def layout_of(module: nn.Module) -> Layout | None:
     """The layout of an experts module; None for any other, and for one of unknown ways."""
-    if not isinstance(module._parameters.get("down_proj"), nn.Parameter):
+    if _stacks_of(module) is None:
         return None
     if _NAME not in module.__dict__:
         module.__dict__[_NAME] = _find_layout(module)
@@ -96,9 +101,23 @@ def layout_of(module: nn.Module) -> Layout | None:
     return found
 
 
+def _stacks_of(module: nn.Module) -> Stacks | None:
+    """The names of a module's parameters, if they are those of experts, biases or not."""
+    held = {n for n, p in module._parameters.items() if isinstance(p, nn.Parameter)}
+    for names in known_stacks():
+        if names.down in held and (names.joined in held or names.up in held):
+            return names
+    return None
+
+
 def is_experts(module: nn.Module) -> bool:
     """Whether `module` holds experts that can be split into linears."""
     return layout_of(module) is not None
+
+
+def expert_count(module: Any, layout: Layout) -> int:
+    """How many experts a module holds."""
+    return len(getattr(module, layout.names.down))
 
 
 def expert_slice(module: Any, expert: int, projection: str, layout: Layout | None = None) -> Tensor:
@@ -188,7 +207,7 @@ class ExpertsLoop:
 
     def _expert(self, linear: ExpertLinear, expert: int, x: Tensor) -> Tensor:
         first = [linear(expert, p, x) for p in self.layout.projections[:-1]]
-        return linear(expert, "down_proj", self.activation(*first))
+        return linear(expert, _DOWN, self.activation(*first))
 
     def _routed(
         self, linear: ExpertLinear, hidden: Tensor, index: Tensor, weights: Tensor
@@ -223,7 +242,8 @@ def loop_of(module: Any, keep: bool = False) -> ExpertsLoop:
     """
     layout = layout_of(module)
     assert layout is not None
-    return _loop(_without_weights(module) if keep else module, layout, len(module.down_proj))
+    count = expert_count(module, layout)
+    return _loop(_without_weights(module) if keep else module, layout, count)
 
 
 def _loop(module: Any, layout: Layout, num_experts: int) -> ExpertsLoop:
@@ -250,39 +270,49 @@ _NOTHING: dict[str, Any] = dict.fromkeys(("_parameters", "_buffers", "_modules")
 
 def _find_layout(module: nn.Module) -> Layout | None:
     """By what the module does; modules that are alike are tried once."""
-    names = frozenset(n for n, p in module._parameters.items() if p is not None)
-    has_more = len(list(module.parameters())) > len(names) or next(module.buffers(), None)
+    held = {n for n, p in module._parameters.items() if p is not None}
+    has_more = len(list(module.parameters())) > len(held) or next(module.buffers(), None)
     hooks = module._forward_hooks or module._forward_pre_hooks
-    if names not in _STACKS or has_more is True or isinstance(has_more, Tensor) or hooks:
+    names = _stacks_of(module)
+    if names is None or has_more is True or isinstance(has_more, Tensor) or hooks:
+        return None
+    kinds = [
+        layout
+        for gated, biased in itertools.product((True, False), (False, True))
+        if set((layout := Layout(gated, biased, names=names)).stacks) == held
+    ]
+    if not kinds:
         return None
     key = signature(module)
     if key not in _FOUND:
         settings = [{**part.__dict__, **_NOTHING} for part in module.modules()]
-        _FOUND[key] = settings, _try_layouts(module, *_STACKS[names])
+        _FOUND[key] = settings, _try_layouts(module, kinds[0])
     return _FOUND[key][1]
 
 
-def _candidates(module: nn.Module, gated: bool, biased: bool) -> Iterator[Layout]:
+def _candidates(module: nn.Module, kind: Layout) -> Iterator[Layout]:
     """Layouts that fit the shapes; those with the fewest peculiarities first."""
-    own = (False, True) if gated and hasattr(module, "_apply_gate") else (False,)
-    sides, turns = (False, True), (False, True) if gated else (False,)
+    own = (False, True) if kind.gated and hasattr(module, "_apply_gate") else (False,)
+    sides, turns = (False, True), (False, True) if kind.gated else (False,)
     parameters: dict[str, Any] = module._parameters
-    first = parameters["gate_up_proj" if gated else "up_proj"].shape
-    down = parameters["down_proj"].shape
+    first, down = (parameters[kind.stack(p)].shape for p in (_UP, _DOWN))
     for own_gate, routed, transposed, interleaved in itertools.product(
         own, (True, False), sides, turns
     ):
         outer, inner = (down[2], down[1]) if transposed else (down[1], down[2])
-        rows = inner * (1 + gated)
+        rows = inner * (1 + kind.gated)
         wanted = (down[0], outer, rows) if transposed else (down[0], rows, outer)
         is_known = own_gate or hasattr(module, "act_fn")
         if tuple(first) == wanted and is_known:
-            yield Layout(gated, biased, transposed, interleaved, own_gate, routed)
+            yield Layout(
+                kind.gated, kind.biased, transposed, interleaved, own_gate, routed, kind.names
+            )
 
 
 @plain_numbers()
-def _try_layouts(module: nn.Module, gated: bool, biased: bool) -> Layout | None:
-    down = module._parameters["down_proj"]
+def _try_layouts(module: nn.Module, kind: Layout) -> Layout | None:
+    """`kind` has the names, and whether there are gates and biases."""
+    down = module._parameters[kind.names.down]
     if down is None or down.dim() != 3:
         return None
     count, *sides = down.shape
@@ -294,7 +324,7 @@ def _try_layouts(module: nn.Module, gated: bool, biased: bool) -> Layout | None:
         except ValueError:
             return None
         _run_plainly(twin)
-        for layout in _candidates(twin, gated, biased):
+        for layout in _candidates(twin, kind):
             with suppress(Exception):  # foreign code raises whatever it likes
                 if _is_elementwise(twin, layout) and _does_the_same(twin, layout):
                     return layout
@@ -316,7 +346,7 @@ def _is_elementwise(twin: Any, layout: Layout) -> bool:
 
     This also tells how the columns lie that `_apply_gate` takes.
     """
-    inner = twin.down_proj.shape[1 if layout.transposed else 2]
+    inner = getattr(twin, layout.names.down).shape[1 if layout.transposed else 2]
     activation = _loop(twin, layout, 1).activation
     count = 1 + layout.gated
     base = torch.randn(count, inner, generator=torch.Generator().manual_seed(1))
@@ -335,7 +365,7 @@ def _is_elementwise(twin: Any, layout: Layout) -> bool:
 
 def _does_the_same(twin: Any, layout: Layout) -> bool:
     """Whether the loop gives what the module's own code gives."""
-    count, generator = len(twin.down_proj), torch.Generator().manual_seed(2)
+    count, generator = expert_count(twin, layout), torch.Generator().manual_seed(2)
     hidden = expert_slice(twin, 0, layout.projections[0], layout).shape[1]
     loop = _loop(twin, layout, count)
 
@@ -362,7 +392,7 @@ def _does_the_same(twin: Any, layout: Layout) -> bool:
         index[0, 0] = beyond
         try:
             own = twin(x, index, weights)
-        except Exception:  # foreign code raises whatever it likes
+        except (AssertionError, LookupError, RuntimeError, ValueError):  # as torch does, or it
             continue
         if not same(loop(linear, x, index, weights), own, _TOLERANCE):
             return False

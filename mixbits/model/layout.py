@@ -20,16 +20,17 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UsageError
-from .experts import Layout, expert_slice, layout_of
+from .experts import Layout, expert_count, expert_slice, layout_of
+from .families import DEFAULT, Family, family_of
 from .recognise import (
     Routers,
     expert_counts,
     expert_lists,
+    folds,
     holds_stacks,
     is_conv1d,
     is_router_name,
     linear_weight,
-    makers_of,
     shared_parameters,
     why_not_plain,
 )
@@ -37,12 +38,7 @@ from .usage import Usage, usage_of
 
 CausalLM: TypeAlias = Any  # a transformers model; its methods come from untyped mixins
 
-FUSED_GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 _EXPERT_NAME = re.compile(r"(?P<module>.+)\.(?P<expert>\d+)\.(?P<projection>\w+)")
-# Linears whose outputs later tokens read, by the last part of their names: where a model's own
-# attention is no function of torch, its use does not show.
-_REMEMBERED = {"k_proj", "v_proj", "qkv_proj", "query_key_value", "c_attn"}
-_REMEMBERED |= {"kv_a_proj_with_mqa", "kv_b_proj"}  # of DeepSeek
 _ROUTERS = "they decide, in a few rows, where tokens go"
 
 
@@ -54,6 +50,8 @@ class LinearInfo:
     among       the list of modules, each of which may see some tokens only, that it is in
     makers      linears into whose rows an order of its columns folds, all of them or none
     remembered  later tokens read its output, as keys or values
+    shared      last parts of the names of all linears of its module that read its input; or ()
+    ffn_output  it is the last linear of an FFN: what it reads, others have made number by number
     """
 
     name: str
@@ -64,6 +62,8 @@ class LinearInfo:
     among: str | None = None
     makers: tuple[str, ...] = ()
     remembered: bool = False
+    shared: tuple[str, ...] = ()
+    ffn_output: bool = False
 
     @property
     def numel(self) -> int:
@@ -173,7 +173,8 @@ class _Surveyor:
         self.prefix, self.blocks = decoder_blocks(model)
         self.names = [f"{self.prefix}.{index}" for index in range(len(self.blocks))]
         self.shared = shared_parameters(model)
-        self.counts = expert_counts(model.config.get_text_config())
+        text_config = model.config.get_text_config()
+        self.counts, self.family = expert_counts(text_config), family_of(text_config)
         self.usage, self.by_use = Usage(), by_use
         if by_use:
             plain = [
@@ -183,6 +184,14 @@ class _Surveyor:
                 if linear_weight(module) is not None and self._strange(name, module) is None
             ]
             self.usage = usage_of(model, self.names, plain)
+            if any(self._is_called_last(name) for name in plain):
+                self.usage.made = {
+                    n: m for n, m in self.usage.made.items() if self._is_called_last(n)
+                }
+
+    def _is_called_last(self, name: str) -> bool:
+        """Whether a linear has the name of an FFN's last one; where none has, its use tells."""
+        return name.rpartition(".")[2] == self.family.ffn_output
 
     def _strange(self, name: str, module: nn.Module) -> str | None:
         """Why something that holds a weight like a linear's is left alone; not if by its use."""
@@ -201,7 +210,7 @@ class _Surveyor:
             whole = {info.name for info in infos if not info.is_expert}
             whole |= {split_expert_name(info.name)[0] for info in infos if info.is_expert}
             for name, module in block.named_modules(prefix=prefix):
-                why = whys.get(name) or _why_no_linear(name.removeprefix(f"{prefix}."), module)
+                why = whys.get(name) or self._why_no_linear(name.removeprefix(f"{prefix}."), module)
                 for own, value in module._parameters.items():
                     if value is None or value.dim() < 2 or name in whole or id(value) in seen:
                         continue
@@ -216,7 +225,7 @@ class _Surveyor:
         prefix, usage = self.names[index], self.usage
         modules = dict(block.named_modules(prefix=prefix))
         lists = expert_lists(block, prefix)
-        routers = Routers(block, prefix, self.counts, usage.scoring, usage.selecting)
+        routers = Routers(block, prefix, self.counts, usage.scoring, usage.selecting, self.family)
         whys: dict[str, str] = {}
         for name, module in modules.items():
             if linear_weight(module) is None:
@@ -247,30 +256,62 @@ class _Surveyor:
     ) -> LinearInfo:
         weight = linear_weight(module)
         assert weight is not None
-        tries = self.by_use and name not in self.usage.outside
-        makers = makers_of(name, modules, plain) if tries else []
+        leaf = name.rpartition(".")[2]
         return LinearInfo(
             name,
             weight.shape[0],
             weight.shape[1],
             index,
             among=next((held for held in lists if name.startswith(f"{held}.")), None),
-            makers=tuple(makers),
-            remembered=name in self.usage.remembered or name.rpartition(".")[2] in _REMEMBERED,
+            makers=tuple(self._makers(name, modules, plain)),
+            remembered=name in self.usage.remembered or self.family.is_read_later(leaf),
+            shared=self._shared(name, plain),
+            ffn_output=name in self.usage.made or self._is_called_last(name),
         )
 
+    def _shared(self, name: str, plain: Collection[str]) -> tuple[str, ...]:
+        """The group of `LinearInfo.shared`: as it was seen; by names, where that was not."""
+        parent, _, leaf = name.rpartition(".")
+        named = self.family.shared_with(leaf)
+        if name not in self.usage.called:
+            return named
+        seen = next((group for group in self.usage.shared if name in group), (name,))
+        found = [one.rpartition(".")[2] for one in seen if one in plain]
+        if set(found) == {other for other in named if f"{parent}.{other}" in plain}:
+            return named
+        return tuple(found) if len(found) > 1 else ()
 
-def _why_no_linear(name: str, module: nn.Module) -> str:
-    """Why a parameter is left alone that is no linear's; `name` begins in the block."""
-    if is_router_name(name):
-        return _ROUTERS
-    is_expert = holds_stacks(module) or "expert" in type(module).__name__.lower()
-    return "their formula is not known" if is_expert else "they are no linears"
+    def _makers(
+        self, name: str, modules: Mapping[str, nn.Module], plain: Collection[str]
+    ) -> list[str]:
+        """The linears into whose rows an order of a linear's columns folds; [] where it does not.
+
+        Those that were seen to make its input, or are called so; that it folds is tried.
+        """
+        parent, _, leaf = name.rpartition(".")
+        if not self.by_use or name in self.usage.outside:
+            return []
+        makers = list(self.usage.made.get(name, ()))
+        if not makers and self._is_called_last(name):
+            named = (f"{parent}.{maker}" for maker in self.family.ffn_inputs)
+            makers = [maker for maker in named if maker in modules]
+        parts = (name, *makers)
+        if not makers or any(n not in plain or is_conv1d(modules[n]) for n in parts):
+            return []
+        leaves = [maker.rpartition(".")[2] for maker in makers]
+        return makers if folds(modules[parent], leaf, leaves) else []
+
+    def _why_no_linear(self, name: str, module: nn.Module) -> str:
+        """Why a parameter is left alone that is no linear's; `name` begins in the block."""
+        if is_router_name(name, self.family):
+            return _ROUTERS
+        is_expert = holds_stacks(module) or "expert" in type(module).__name__.lower()
+        return "their formula is not known" if is_expert else "they are no linears"
 
 
 def expert_linears(name: str, module: Any, layout: Layout, index: int) -> Iterator[LinearInfo]:
     """All linears of an experts module called `name`, in block `index`."""
-    for expert in range(len(module.down_proj)):
+    for expert in range(expert_count(module, layout)):
         makers = tuple(f"{name}.{expert}.{p}" for p in layout.projections[:-1])
         for projection in layout.projections:
             rows, columns = expert_slice(module, expert, projection).shape
@@ -280,17 +321,19 @@ def expert_linears(name: str, module: Any, layout: Layout, index: int) -> Iterat
                 columns,
                 index,
                 is_expert=True,
-                makers=makers if projection == "down_proj" else (),
+                makers=makers if projection == layout.projections[-1] else (),
+                shared=DEFAULT.shared_with(projection),
+                ffn_output=projection == layout.projections[-1],
             )
 
 
 def survey(model: CausalLM, include_head: bool = False, by_use: bool = True) -> Survey:
     """All quantizable linears in the model's order, the head last; works on a meta model.
 
-    `by_use` runs a copy without storage, to see what else the model does with them, and tries which
-    orders of columns fold; without, `makers` and some of what to leave alone are missing: enough
-    for linears that were chosen before. A head that is no plain linear is not among them. Raises
-    UsageError where there is none.
+    `by_use` runs a copy without storage, to see what the model does with them, and tries which
+    orders of columns fold; without, names alone tell what they are to each other, and `makers` and
+    some of what to leave alone are missing: enough for linears that were chosen before. A head that
+    is no plain linear is not among them. Raises UsageError where there is none.
     """
     found = _Surveyor(model, by_use).look()
     if include_head:
@@ -309,6 +352,36 @@ def find_linears(
     return survey(model, include_head, by_use).linears
 
 
+def shared_inputs(model: CausalLM, names: Collection[str]) -> list[list[str]]:
+    """Which of the linears called `names` read one input of their module: groups of two or more.
+
+    By their names, where each group of a module's linears of as many columns has one; otherwise a
+    copy of the model without storage is run to see it. `model` still has its linears.
+    """
+    linears = [info for info in find_linears(model, by_use=False) if info.name in names]
+    if not _names_tell(linears, family_of(model.config.get_text_config())):
+        linears = [info for info in find_linears(model) if info.name in names]
+    groups: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+    for info in linears:
+        if info.shared:
+            groups.setdefault((info.name.rpartition(".")[0], info.shared), []).append(info.name)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def _names_tell(linears: Iterable[LinearInfo], family: Family) -> bool:
+    """Whether a module's linears of as many columns are one known group, but for those that end
+    attention and FFN."""
+    last = {family.attention[3], family.ffn_output}
+    known: dict[tuple[str, int], tuple[str, ...]] = {}
+    for info in linears:
+        parent, _, leaf = info.name.rpartition(".")
+        if leaf not in last:
+            found = known.setdefault((parent, info.in_features), info.shared or (leaf,))
+            if leaf not in found:
+                return False
+    return True
+
+
 def weight_of(model: nn.Module, info: LinearInfo) -> Tensor:
     """The [N, K] weight of a linear: a parameter, or a view of one."""
     if info.is_expert:
@@ -325,10 +398,8 @@ def _unit_name(info: LinearInfo, fuse: bool, per_expert: bool, by_input: bool) -
         parent = split_expert_name(info.name)[0]
         if not by_input:
             return parent
-    if fuse:
-        for group in FUSED_GROUPS:
-            if leaf in group:
-                return f"{parent}.{'+'.join(group)}"
+    if fuse and info.shared:
+        return f"{parent}.{'+'.join(info.shared)}"
     return f"{parent}.{leaf}"
 
 
@@ -340,7 +411,8 @@ def make_units(
 ) -> list[Unit]:
     """Group linears into units, in the model's order.
 
-    fuse        q/k/v agree, and gate/up, as engines that fuse them require.
+    fuse        linears that read one input agree, as engines that fuse them require: q/k/v, and
+                gate/up.
     per_expert  every expert's linear is free; otherwise all experts of a block agree.
     by_input    but not their gate and up projections with their down projections, whose inputs
                 are others: the linears of a unit then have as many columns.
@@ -375,7 +447,7 @@ def match_units(units: Sequence[Unit], pattern: str, option: str = "--keep") -> 
             if any(name_matches(n, pattern) for n in (unit.name, *(i.name for i in unit.linears)))
         ]
     except re.error as error:
-        raise UsageError(f"{option} {pattern!r} is not a regular expression: {error}") from None
+        raise UsageError(f"{option} {pattern!r} is not a regular expression: {error}") from error
     if not found:
         meant = f"*.{pattern}"
         inner = any(fnmatchcase(i.name, meant) for unit in units for i in unit.linears)

@@ -8,18 +8,16 @@ module's output as it is. Names are a sign among others: of routers, and of what
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from .families import DEFAULT, Family
 from .twin import plain_numbers, random_copy, same, signature, small_sizes
 
-MAKERS = ("gate_proj", "up_proj")  # whose rows are the columns of READER, where it folds
-READER = "down_proj"
-_ROUTERS = re.compile(r".*(router|indexer).*|gating(_network)?|shared_expert_gate")
 _EXPERT_COUNT = re.compile(r"(moe_)?(n|num)_(routed_|local_)?experts")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _SCALES = (1.0, 100.0)  # of inputs
@@ -135,10 +133,14 @@ def expert_counts(config: Any) -> set[int]:
     return found
 
 
-def is_router_name(name: str) -> bool:
+def is_router_name(name: str, family: Family = DEFAULT) -> bool:
     """Whether a module of this name, or what holds it, is called a router."""
     parts = name.split(".")
-    return parts[-1] == "gate" or any(map(_ROUTERS.fullmatch, parts))
+    return parts[-1] in family.gates or _is_routing(parts, family)
+
+
+def _is_routing(parts: Sequence[str], family: Family) -> bool:
+    return any(re.fullmatch(family.routers, part) for part in parts)
 
 
 class Routers:
@@ -147,6 +149,7 @@ class Routers:
     counts   how many experts there may be
     scoring  linears whose outputs an index is made of, and `selecting`, whose outputs do nothing
              else (`mixbits.model.usage`)
+    family   says what routers are called
     """
 
     def __init__(
@@ -156,8 +159,9 @@ class Routers:
         counts: Collection[int],
         scoring: Collection[str],
         selecting: Collection[str],
+        family: Family = DEFAULT,
     ) -> None:
-        self.prefix, self.counts = prefix, set(counts)
+        self.prefix, self.counts, self.family = prefix, set(counts), family
         self.scoring, self.selecting = scoring, selecting
         self.modules = dict(block.named_modules(prefix=prefix))
         self.holders = set(expert_lists(block, prefix))
@@ -186,10 +190,12 @@ class Routers:
 
     def _is_called_so(self, name: str, rows: int, columns: int) -> bool:
         parts = name.removeprefix(f"{self.prefix}.").split(".")
-        if any(map(_ROUTERS.fullmatch, parts)):
+        if _is_routing(parts, self.family):
             return True
         is_narrow = rows in self.counts or rows <= columns // 2
-        return "gate" in parts and is_narrow and not self._is_of_an_mlp(name)
+        return (
+            not self.family.gates.isdisjoint(parts) and is_narrow and not self._is_of_an_mlp(name)
+        )
 
     def _is_of_an_mlp(self, name: str) -> bool:
         """Whether a linear beside it reads as many columns as it has rows, as a down does.
@@ -220,53 +226,42 @@ class Routers:
 # --- orders of columns -----------------------------------------------------------------------
 
 
-def folds(parent: nn.Module, makers: Sequence[str]) -> bool:
-    """Whether the columns of `parent`'s READER may be put in any order with the makers' rows.
+def folds(parent: nn.Module, reader: str, makers: Sequence[str]) -> bool:
+    """Whether the columns of `parent`'s reader may be put in any order with the makers' rows.
 
     That is tried: the module's own code must give the same output. Modules that are alike are
     tried once.
     """
-    key = (*makers, signature(parent))
+    key = (reader, *makers, signature(parent))
     if key not in _FOLDS:
-        _FOLDS[key] = list(map(_settings, parent.modules())), _try_to_fold(parent, makers)
+        found = _try_to_fold(parent, reader, makers)
+        _FOLDS[key] = list(map(_settings, parent.modules())), found
     return _FOLDS[key][1]
 
 
 @plain_numbers()
-def _try_to_fold(parent: Any, makers: Sequence[str]) -> bool:
-    reader = getattr(parent, READER).weight
-    sides = {*reader.shape, *(s for name in makers for s in getattr(parent, name).weight.shape)}
-    if any(getattr(parent, name).weight.shape[0] != reader.shape[1] for name in makers):
+def _try_to_fold(parent: Any, reader: str, makers: Sequence[str]) -> bool:
+    shape, *makes = (getattr(parent, name).weight.shape for name in (reader, *makers))
+    if any(rows != shape[1] for rows, _ in makes):
         return False
-    small = small_sizes(*sides)
+    small = small_sizes(*{size for sides in (shape, *makes) for size in sides})
     for sizes in (small, {})[not small :]:  # settings may hold sizes that are not seen
         with suppress(Exception):  # foreign code raises whatever it likes
-            return _is_unmoved(random_copy(parent, sizes), makers)
+            return _is_unmoved(random_copy(parent, sizes), reader, makers)
     return False
 
 
-def _is_unmoved(twin: Any, makers: Sequence[str]) -> bool:
+def _is_unmoved(twin: Any, reader: str, makers: Sequence[str]) -> bool:
     generator = torch.Generator().manual_seed(1)
-    reader, linears = getattr(twin, READER), [getattr(twin, name) for name in makers]
+    last, linears = getattr(twin, reader), [getattr(twin, name) for name in makers]
     x = torch.randn(1, 5, linears[0].weight.shape[1], generator=generator)
     before = [twin(x * scale) for scale in _SCALES]
-    order = torch.randperm(reader.weight.shape[1], generator=generator)
+    order = torch.randperm(last.weight.shape[1], generator=generator)
     for linear in linears:
         linear.weight.data = linear.weight.data[order]
         if linear.bias is not None:
             linear.bias.data = linear.bias.data[order]
-    reader.weight.data = reader.weight.data[:, order]
+    last.weight.data = last.weight.data[:, order]
     return all(
         same(twin(x * scale), y, _TOLERANCE) for scale, y in zip(_SCALES, before, strict=True)
     )
-
-
-def makers_of(name: str, modules: Mapping[str, nn.Module], plain: Collection[str]) -> list[str]:
-    """The linears into whose rows an order of a linear's columns folds; [] where it does not."""
-    parent, _, leaf = name.rpartition(".")
-    makers = [m for m in MAKERS if f"{parent}.{m}" in modules]
-    if leaf != READER or not makers or any(f"{parent}.{m}" not in plain for m in makers):
-        return []
-    if not folds(modules[parent], makers):
-        return []
-    return [f"{parent}.{maker}" for maker in makers]

@@ -26,24 +26,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .layout import CausalLM, LinearInfo, decoder_blocks, linear_weight, output_head
 from .prefetch import Staging, foreign_tensors
+from .replaced import replaced
 
 GRAPH_BYTES = 512 << 20  # what a backward pass over all blocks may keep of the forward pass
 
 Progress = Callable[[], None]
 
 
-@contextmanager
-def patched(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+def patched(module: nn.Module, forward: Callable[..., Any]) -> AbstractContextManager[None]:
     """Let `module` run `forward` instead of its own, for the duration."""
-    before = module.__dict__.get("forward")
-    module.forward = forward
-    try:
-        yield
-    finally:
-        if before is None:
-            del module.forward  # the class's method shows again
-        else:
-            module.forward = before
+    return replaced(module, "forward", forward)
 
 
 @contextmanager

@@ -8,6 +8,9 @@ and every torch function that is called shows which tensors it takes. So it is s
     scoring     whose outputs, up to element-wise operations, are what an index is made of
     remembered  whose outputs, up to element-wise operations, become keys or values
     outside     which are called while the module that holds them is not
+    shared      groups of a module's linears that read one input
+    made        linear -> others of its module, whose outputs became its input: number by number,
+                and not by additions alone, as the last linear of an FFN has it
 
 Where the code needs numbers (how many tokens an expert has), it gets some that are made up. Where
 that goes wrong, what was seen until then stands, and `complete` is False.
@@ -28,9 +31,21 @@ from .experts import is_experts
 from .twin import copy_module
 
 TOKENS = 4
+_MATMULS = {"matmul", "__matmul__", "bmm", "baddbmm", "einsum"}
 _SELECTIONS = {"topk", "argmax", "argmin", "sort", "argsort", "kthvalue", "multinomial", "msort"}
 # Operations at which the way back from a tensor ends: what comes before was multiplied by weights.
 _PRODUCTS = ("Mm", "Bmm", "Addmm", "Baddbmm", "Convolution", "Embedding", "Attention", "Linear")
+# Those that only bring numbers elsewhere, or add them; and those that make one number of several.
+_MOVES: tuple[str, ...] = (
+    *("Add", "Sub", "View", "UnsafeView", "ReshapeAlias", "AsStrided", "Alias", "Slice", "Split"),
+    *("Select", "TBack", "Transpose", "Permute", "Clone", "Expand", "ToCopy", "Squeeze"),
+    *("Unsqueeze", "Unbind", "Cat", "Stack"),
+)
+_REDUCTIONS: tuple[str, ...] = (
+    *("Norm", "Mean", "Sum", "Logsumexp", "Var", "Std", "Softmax", "MaxBack", "AmaxBack"),
+    *("MinBack", "AminBack", "Prod", "Cum", "Sort", "Topk", "Kthvalue", "Fft"),
+    *("Index", "Gather", "Scatter"),
+)
 _MOST_NODES = 500
 
 
@@ -43,6 +58,9 @@ class Usage:
     scoring: set[str] = field(default_factory=set)
     remembered: set[str] = field(default_factory=set)
     outside: set[str] = field(default_factory=set)
+    shared: set[tuple[str, ...]] = field(default_factory=set)
+    made: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    called: set[str] = field(default_factory=set)
     complete: bool = False
 
 
@@ -132,12 +150,27 @@ def _for_all(seen: Usage, leaders: Mapping[str, str]) -> Usage:
             for other in others
         }
 
+    def in_block(block: str, first: str, name: str) -> str:
+        return f"{block}{name.removeprefix(first)}"
+
+    shared, made = set[tuple[str, ...]](), dict[str, tuple[str, ...]]()
+    for block, first in leaders.items():
+        for names in seen.shared:
+            if names[0].startswith(f"{first}."):
+                shared.add(tuple(in_block(block, first, name) for name in names))
+        for name, sources in seen.made.items():
+            if name.startswith(f"{first}."):
+                mine = tuple(in_block(block, first, source) for source in sources)
+                made[in_block(block, first, name)] = mine
     return Usage(
         spread(seen.read),
         spread(seen.selecting),
         spread(seen.scoring),
         spread(seen.remembered),
         spread(seen.outside),
+        shared,
+        made,
+        spread(seen.called),
         seen.complete,
     )
 
@@ -161,6 +194,10 @@ class _Watch(TorchFunctionMode):
         self._own = False  # inside of a linear's own product
         self._lost = False  # values were dropped on the way: missing gradients say nothing
         self._active: set[str] = set()
+        self._inputs: dict[Any, list[str]] = {}  # what holds an input -> linears that read it
+        # Attention that is written out: nodes of products, with what they multiply, and of softmax.
+        self._products: dict[Any, Tensor] = {}
+        self._softmax: set[Any] = set()
         parents: dict[str, list[str]] = {}
         for name, linear in linears.items():
             parents.setdefault(name.rpartition(".")[0], []).append(name)
@@ -190,6 +227,8 @@ class _Watch(TorchFunctionMode):
         def run(x: Tensor) -> Tensor:
             self._own = True
             try:
+                if name not in self.found.called:
+                    self._note_input(name, x)
                 y: Tensor = type(linear).forward(linear, x)
                 if name not in self.leaves and torch.is_grad_enabled():
                     leaf = torch.zeros(y.shape[-1], dtype=y.dtype, device="meta")
@@ -204,6 +243,21 @@ class _Watch(TorchFunctionMode):
 
         return run
 
+    def _note_input(self, name: str, x: Tensor) -> None:
+        """What a linear reads when it is first called, and who has read the same."""
+        self.found.called.add(name)
+        parent, storage = name.rpartition(".")[0], x.untyped_storage()
+        self._kept.append(x)
+        key = parent, storage._cdata, x.storage_offset(), x.numel(), x.shape[-1], x._version
+        readers = self._inputs.setdefault(key, [])
+        self.found.shared.discard(tuple(readers))
+        readers.append(name)
+        if len(readers) > 1:
+            self.found.shared.add(tuple(readers))
+        makers = self._number_by_number(x)
+        if makers and all(maker.rpartition(".")[0] == parent for maker in makers):
+            self.found.made[name] = tuple(sorted(makers, key=list(self.leaves).index))
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if self._own:
@@ -216,8 +270,24 @@ class _Watch(TorchFunctionMode):
                 self.found.remembered |= self._made_of(tensor)
         made_up = self._make_up(name, args, kwargs)
         result = func(*args, **kwargs) if made_up is None else made_up[0]
+        self._note_attention(name, args, result)
         self._note_reading(name, args, kwargs, result)
         return result
+
+    def _note_attention(self, name: str, args: Any, result: Any) -> None:
+        """Keys are what a softmax's input was multiplied by, and values what its output is."""
+        if not isinstance(result, Tensor) or result.grad_fn is None:
+            return
+        operands = [t for t in _tensors(args) if t.dim() > 2][-2:]
+        if name in _MATMULS and len(operands) == 2:
+            self._products[result.grad_fn] = operands[1]
+            if any(node in self._softmax for node in self._before(operands[0])):
+                self.found.remembered |= self._made_of(operands[1])
+        elif name == "softmax" and args and isinstance(args[0], Tensor):
+            scores = self._before(args[0]) & self._products.keys()
+            self._softmax |= {result.grad_fn} if scores else set()
+            for node in scores:
+                self.found.remembered |= self._made_of(self._products[node])
 
     def _note_reading(self, name: str, args: Any, kwargs: Any, result: Any) -> None:
         """A weight is read by whatever makes a tensor of it; a view of it is the weight still."""
@@ -263,6 +333,14 @@ class _Watch(TorchFunctionMode):
     def _made_of(self, tensor: Tensor) -> set[str]:
         """Linears whose outputs, up to element-wise operations, a tensor is made of."""
         found: set[str] = set()
+        for node in self._before(tensor):
+            variable = getattr(node, "variable", None)
+            if variable is not None and id(variable) in self._names:
+                found.add(self._names[id(variable)])
+        return found
+
+    def _before(self, tensor: Tensor) -> set[Any]:
+        """Nodes that a tensor comes from, up to the last products."""
         seen: set[Any] = set()
         nodes: list[Any] = [tensor.grad_fn]
         while nodes and len(seen) < _MOST_NODES:
@@ -270,12 +348,36 @@ class _Watch(TorchFunctionMode):
             if node is None or node in seen:
                 continue
             seen.add(node)
-            variable = getattr(node, "variable", None)
-            if variable is not None and id(variable) in self._names:
-                found.add(self._names[id(variable)])
             if not any(product in node.name() for product in _PRODUCTS):
                 nodes += [before for before, _ in node.next_functions]
-        return found
+        return seen
+
+    def _number_by_number(self, tensor: Tensor) -> set[str]:
+        """Linears whose outputs, and nothing else that was computed, a tensor is made of.
+
+        None where numbers of different columns meet, and where nothing but moves and sums is done.
+        """
+        found: set[str] = set()
+        seen: set[Any] = set()
+        nodes: list[Any] = [tensor.grad_fn]
+        changes = False
+        while nodes:
+            node = nodes.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            before = [one for one, _ in node.next_functions if one is not None]
+            leaves = [getattr(one, "variable", None) for one in before]
+            linears = {self._names[id(leaf)] for leaf in leaves if id(leaf) in self._names}
+            if linears:  # a linear's output; how that was made is its own affair
+                found |= linears
+                continue
+            kind = node.name()
+            if len(seen) > _MOST_NODES or any(k in kind for k in (*_PRODUCTS, *_REDUCTIONS)):
+                return set()
+            changes = changes or not kind.startswith(_MOVES)
+            nodes += before
+        return found if changes else set()
 
     def find_selecting(self, logits: Tensor) -> None:
         """Linears to which no gradient comes back from the logits."""

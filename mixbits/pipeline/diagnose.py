@@ -18,21 +18,26 @@ from ..files.io import last_part, without_folders, write_text
 from ..formats.arrange import Arrangement
 from ..formats.schemes import BF16, Assignment
 from ..measuring.evaluate import logits_kl
-from ..measuring.scores import Scores
+from ..measuring.scores import VERSION, Scores
 from ..measuring.text import Sequences
-from ..model.layout import CausalLM, LinearInfo
+from ..model.layout import LinearInfo
 from ..model.streaming import StreamedModel
 from ..planning import curve
 from ..planning.allocate import Allocation
 from ..planning.plan import Budget, Plan, Problem, average_bits
 from ..planning.stability import next_swaps, spearman, stability
 from ..progress import steps
-from ..report import charts
-from ..report.tables import environment
+from ..report import frontier, style
+from ..report.clock import environment
+from ..report.report import Baseline, Report, Rounding
 from ..report.verdict import Circumstances
 from ..rounding.whole_model import RoundedModel, round_model
 from .gate import Choice
-from .stages import Planned, Run, Solved, Text, make_problem, score
+from .plans import Planned, Solved, make_problem
+from .roundings import Subject
+from .run import Run
+from .scoring import score
+from .texts import Text
 
 POINTS = 17  # of the report's own curve
 MOST_POINTS = 40  # in report.json, of a finer curve or of one with many breakpoints
@@ -68,17 +73,16 @@ def swaps(solved: Solved, dearer: bool) -> list[dict[str, Any]]:
     ]
 
 
-def curve_rows(run: Run, planned: Planned) -> list[dict[str, Any]]:
+def frontier_rows(run: Run, problem: Problem, points: int = POINTS) -> list[dict[str, Any]]:
     """What every budget buys; both ways of counting, and bytes, only where --curve asks for it."""
-    problem = next(iter(planned.solved.values())).problem
 
     def describe(allocation: Allocation) -> dict[str, Any]:
         assignment = problem.plan(allocation, "optimal", Budget()).assignment
-        if run.args.curve:
+        if run.settings.curve:
             return run.reached(assignment)
         return {"avg_bits": average_bits(run.linears, assignment)}
 
-    return curve.rows(curve.frontier(problem.items, run.args.curve or POINTS), describe)
+    return curve.rows(curve.frontier(problem.items, points), describe)
 
 
 def _thinned(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -107,19 +111,17 @@ def _describe(run: Run, plan: Plan, planned: Planned) -> dict[str, Any]:
     return found
 
 
-def report(run: Run, sha256: str, planned: Planned, choice: Choice, text: Text) -> dict[str, Any]:
+def report(run: Run, sha256: str, planned: Planned, choice: Choice, text: Text) -> Report:
     """report.json as far as it is known before anything is packed."""
-    args, plan, scores = run.args, choice.winner.plan, planned.scores
-    rounding: dict[str, Any] = {"method": args.rounding, **choice.winner.how}
-    if rounding["method"] == "gptq":
-        rounding["correction"] = choice.winner.share
+    plan, scores = choice.winner.plan, planned.scores
+    rounding = dict(choice.outcome.told)
     if text.notes:
         rounding["notes"] = text.notes
-    if rounding["method"] == "gptq" or choice.winner.how:
+    if choice.winner.rounding.uses_text:
         rounding |= text.calibration.describe()
-    return {
-        "mixbits_report": 1,
-        "command": without_folders(run.args.command),
+    data = {
+        "mixbits_report": VERSION,
+        "command": without_folders(run.settings.command),
         "environment": environment(),
         "source": {"name": last_part(run.source.name), "sha256": sha256},
         "calibration": None if scores is None else scores.data["calibration"],
@@ -136,34 +138,38 @@ def report(run: Run, sha256: str, planned: Planned, choice: Choice, text: Text) 
         **planned.found,
         **_describe(run, plan, planned),
     }
+    return Report.of(data, "what this run found")
 
 
-def circumstances(run: Run, choice: Choice, rounding: dict[str, Any]) -> Circumstances:
+def circumstances(run: Run, choice: Choice, rounding: Rounding | None) -> Circumstances:
     """What advice on a bad verdict goes by; `rounding` is that of report.json."""
     plan = choice.winner.plan.assignment
     parts = [p for i in run.linears if i.name in plan for p in plan[i.name].parts(i.in_features)]
     used = {scheme.name: scheme for scheme, _ in parts}
-    offered = [*used.values(), *([] if run.args.plan else run.schemes)]
-    seen = rounding["nsamples"] * rounding["seqlen"] if "nsamples" in rounding else None
+    offered = [*used.values(), *([] if run.settings.plan else run.schemes)]
+    seen = None
+    if rounding and rounding.nsamples is not None:
+        seen = rounding.nsamples * (rounding.seqlen or 0)
     return Circumstances(
         schemes=list(used.values()),
         avg_bits=average_bits(run.linears, plan),
         widest=max(s.storage_bits(128, 4096) / (128 * 4096) for s in offered or [BF16]),
         gated=bool(choice.rows),
-        gate_possible=not run.args.plan and run.args.strategy == "optimal",
+        gate_possible=not run.settings.plan and run.settings.strategy == "optimal",
         tokens=seen,
     )
 
 
 def write_curve(
-    run: Run, folder: Path, plan: Plan, report: dict[str, Any], rows: list[dict[str, Any]]
+    run: Run, folder: Path, plan: Plan, report: Report, rows: list[dict[str, Any]]
 ) -> None:
-    """curve.csv and curve.png, the latter with the plan and those it was compared with."""
+    """curve.csv and curve.svg, the latter with the plan and those it was compared with."""
     write_text(folder / "curve.csv", curve.to_csv(rows))
-    marks = [_mark(run, "this plan", plan), *report.get("baselines", [])]
-    title = f"{Path(run.source.name).name}, {run.args.schemes}"
-    loss_name = f"predicted loss ({plan.data['method']})"
-    charts.plot(rows, folder / "curve.png", title, marks, loss_name)
+    plans = [Baseline.of(_mark(run, "this plan", plan)), *(report.baselines or [])]
+    title = f"{Path(run.source.name).name}, {run.settings.comma('schemes')}"
+    look = {"loss_name": f"predicted loss ({plan.data['method']})", "width": 720, "height": 400}
+    plot = frontier.of_rows(rows, plans, **look)
+    write_text(folder / "curve.svg", style.svg_file(plot, title))
 
 
 def fidelity(
@@ -183,7 +189,7 @@ def fidelity(
     linears = [info for c in choices for info in c.unit.linears]
     rounded = round_model(model, linears, {i.name: recipes[i.name] for i in linears}, "rtn")
     sums = [0.0] * count
-    batches = ids.split(run.args.batch_size)
+    batches = ids.split(run.settings.batch_size)
     advance = steps(count * len(ids), len(model.blocks))
     for batch in batches:
         reference = model.logits(batch)
@@ -221,16 +227,16 @@ def _arrangements(run: Run, scores: Scores, device: torch.device) -> dict[str, A
     return arranged
 
 
-def diagnose(run: Run, model: CausalLM, planned: Planned, text: Text) -> dict[str, Any]:
+def diagnose(run: Run, subject: Subject, planned: Planned, text: Text) -> dict[str, Any]:
     """Keys of report.json: `measured` and its `rank_correlation`, and `stability`."""
     solved = next(iter(planned.solved.values()))
     scores = solved.problem.scores
-    streamed = StreamedModel(model, device=run.args.device)
+    streamed = subject.streamed
     gate = text.gate.ids, text.gate.judged_from
     pairs = fidelity(run, streamed, solved.problem, *gate)
     arranged = _arrangements(run, scores, streamed.device)
     method, sha256 = scores.data["method"], scores.data["model"]["sha256"]
-    slabs = run.args.granularity == "slab"
+    slabs = run.settings.slabs
     halves = [
         make_problem(run, score(run, streamed, half, method, arranged, sha256), slabs).items
         for half in _halves(text.calibration)

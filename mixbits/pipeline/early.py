@@ -6,7 +6,6 @@ is asked by `mixbits.pipeline.feasibility`.
 
 from __future__ import annotations
 
-import argparse
 import difflib
 import importlib.util
 import os
@@ -16,65 +15,72 @@ from typing import Any
 
 from ..errors import UsageError
 from ..export.targets import DEFAULT_SCHEMES
-from ..files.atomic import check_destination
+from ..files.atomic import check_destination, recover
 from ..files.io import read_object
 from ..formats.schemes import parse_scheme
-from ..measuring.hub_data import _OTHERS, check_dataset
-from ..report.charts import check_plotting
+from ..measuring.hub_data import check_dataset
 from ..source.model_files import already_quantized, check_name
-from .options import parse_keep
+from .settings import Settings
 
-_OTHERS |= {".pkl", ".pickle", ".safetensors", ".gguf", ".h5", ".hdf5", ".tfrecord", ".msgpack"}
-_OTHERS |= {".gz", ".bz2", ".xz", ".zst", ".zip", ".7z", ".tar", ".tgz", ".rar", ".lz4", ".sqlite"}
-_OTHERS |= {".db", ".xls", ".xlsx", ".pdf", ".doc", ".docx", ".odt", ".epub"}
 _TASKS = Path(__file__).parent.parent / "demo" / "tasks"
 _SIZES = {"hidden_size", "intermediate_size", "moe_intermediate_size", "head_dim"}
 _KEYS = re.compile(r"(?:task|group|tag)s?\s*:|-\s")  # of a YAML line that may name a task
 
 
-def check_seqlen(args: argparse.Namespace, longest: Any) -> None:
+def check_seqlen(settings: Settings, longest: Any) -> None:
     """Raises UsageError for sequences that are longer than a model's positions."""
-    if isinstance(longest, int) and longest and args.seqlen > longest:
-        raise UsageError(f"--seqlen must be at most {longest} for this model: got {args.seqlen}")
+    if isinstance(longest, int) and longest and settings.seqlen > longest:
+        raise UsageError(
+            f"--seqlen must be at most {longest} for this model: got {settings.seqlen}"
+        )
 
 
-def check(args: argparse.Namespace) -> None:
-    """Raises UsageError for what needs no model to be known as wrong."""
-    for name in args.schemes.split(",") if args.schemes else ():
+def check(settings: Settings) -> None:
+    """Raises UsageError for what needs no model to be known as wrong.
+
+    What a killed run has left of the output is put right before.
+    """
+    if not settings.dry_run:
+        recover(settings.folder)
+    for name in settings.schemes or ():
         parse_scheme(name)
-    for text in args.keep:
-        parse_keep(text, (args.weight_scale_mode, args.act_scale_mode))
-    check_name(args.model)
-    if not args.dry_run:
-        check_destination(args.out, args.overwrite, inputs(args))
-        _check_inputs(args)
-    if args.curve:
-        check_plotting()
-    _check_config(args)
-    if args.tasks and not (args.dry_run or args.solve_only):
-        _check_tasks(args.tasks.split(","), args.include_path)
+    settings.kept()
+    check_name(str(settings.model))
+    if not settings.dry_run:
+        check_destination(settings.folder, settings.overwrite, inputs(settings))
+        _check_inputs(settings)
+    _check_config(settings)
+    if settings.tasks and not (settings.dry_run or settings.solve_only):
+        _check_tasks(list(settings.tasks), settings.include_path)
 
 
-def inputs(args: argparse.Namespace) -> list[Path]:
+def inputs(settings: Settings) -> list[Path]:
     """What the run reads, as far as it is files: the output does not replace it."""
-    names = (args.model, args.dataset, args.eval_dataset, args.plan, args.scores, args.include_path)
+    names = (
+        settings.model,
+        settings.dataset,
+        settings.eval_dataset,
+        settings.plan,
+        settings.scores,
+        settings.include_path,
+    )
     return [Path(name) for name in names if name]
 
 
-def _check_inputs(args: argparse.Namespace) -> None:
-    for path in (args.scores, args.plan):
+def _check_inputs(settings: Settings) -> None:
+    for path in (settings.scores, settings.plan):
         if path is not None:
             try:
                 path.stat()
             except OSError as error:
                 raise UsageError(f"cannot read {path}: {error.strerror}") from None
-    for source in (args.dataset, args.eval_dataset):
-        if source is not None and not args.demo:
+    for source in (settings.dataset, settings.eval_dataset):
+        if source is not None and not settings.demo:
             check_dataset(source)
 
 
-def _check_config(args: argparse.Namespace) -> None:
-    folder = Path(args.model)
+def _check_config(settings: Settings) -> None:
+    folder = Path(str(settings.model))
     if not folder.is_dir():
         return  # the hub's
     if not (folder / "config.json").is_file():
@@ -85,34 +91,32 @@ def _check_config(args: argparse.Namespace) -> None:
         raise already_quantized(folder)
     inner = config.get("text_config")
     text = inner if isinstance(inner, dict) else config
-    check_seqlen(args, text.get("max_position_embeddings"))
-    _check_bits(args, text)
+    check_seqlen(settings, text.get("max_position_embeddings"))
+    _check_bits(settings, text)
 
 
-def _check_bits(args: argparse.Namespace, config: dict[str, Any]) -> None:
+def _check_bits(settings: Settings, config: dict[str, Any]) -> None:
     """Raises UsageError for fewer bits than any scheme has, where the range is the same for all.
 
     It is where whole groups fill all rows, as far as sizes in a configuration tell; the others are
     left to `feasibility.check_budget`.
     """
-    is_varied = args.keep or args.quantize_lm_head or args.granularity == "slab"
-    if args.avg_bits is None or not args.asks_budget or is_varied:
+    is_varied = settings.keep or settings.quantize_lm_head or settings.slabs
+    if settings.avg_bits is None or not settings.asks_budget or is_varied:
         return
-    if not args.schemes and (args.target or args.scores):
+    if not settings.schemes and (settings.target or settings.scores):
         return
-    schemes = [
-        parse_scheme(name) for name in (args.schemes or ",".join(DEFAULT_SCHEMES)).split(",")
-    ]
+    schemes = [parse_scheme(name) for name in settings.schemes or DEFAULT_SCHEMES]
     groups = [s.weight.group_size for s in schemes if s.weight is not None]
     sizes = [v for k, v in config.items() if k in _SIZES and isinstance(v, int)]
     if not sizes or any(value % group for value in sizes for group in groups):
         return
     width = 128 * 32  # columns that all groups divide
-    bits = [s.storage_bits(1, width, args.ignore_scale_bits) / width for s in schemes]
-    if args.avg_bits < min(bits):
+    bits = [s.storage_bits(1, width, settings.ignore_scale_bits) / width for s in schemes]
+    if settings.avg_bits < min(bits):
         raise UsageError(
             f"--avg-bits must be between {min(bits):g} and {max(bits):g} for these schemes: "
-            f"got {args.avg_bits:g}"
+            f"got {settings.avg_bits:g}"
         )
 
 

@@ -19,7 +19,8 @@ from ..measuring.scores import Scores
 from ..model.layout import decoder_blocks, head_is_tied, output_head
 from ..planning.plan import unit_options
 from ..report.tables import size
-from .stages import Run, budget_of, given_plan, is_gated, make_problem, solve
+from .plans import budget_of, make_problem, solve
+from .run import Run, given_plan
 
 _CGROUPS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
@@ -28,19 +29,19 @@ def check(run: Run) -> list[str]:
     """Lines to tell. Raises UsageError for what cannot be done."""
     lines = check_head(run)
     expected = check_budget(run)
-    if run.args.dry_run:
+    if run.settings.dry_run:
         return lines
-    if not (run.args.fake or run.args.solve_only):
+    if not (run.settings.fake or run.settings.solve_only):
         rehearse(run.source, run.shapes, run.linears, cheapest(run))
-    check_room(run.args.out.absolute().parent, room(run, expected))
-    if run.args.device == "cpu":
+    check_room(run.settings.folder.absolute().parent, room(run, expected))
+    if run.settings.device == "cpu":
         check_memory(run, available_memory())
     return lines
 
 
 def cheapest(run: Run) -> Assignment:
     """The plan that is given, or every unit in the cheapest scheme that it may take."""
-    if run.args.plan is not None:
+    if run.settings.plan is not None:
         return given_plan(run).assignment
     options = unit_options(run.units, run.schemes, run.keep)
     return {
@@ -57,26 +58,28 @@ def check_budget(run: Run) -> int:
 
     Raises UsageError for a budget that no plan meets, whatever the scores will be.
     """
-    args = run.args
-    is_unasked = args.dry_run and (not args.asks_budget or run.source.quantization)
-    if args.plan is not None or args.max_kl is not None or is_unasked:
+    settings = run.settings
+    is_unasked = settings.dry_run and (not settings.asks_budget or run.source.quantization)
+    if settings.plan is not None or settings.max_kl is not None or is_unasked:
         return run.predicted_bytes(cheapest(run))
-    slabs = args.granularity == "slab"
+    slabs = settings.slabs
     scores = Scores.unknown(run.linears, run.all_schemes, run.scale_modes, slabs)
-    strategy = "uniform" if args.strategy == "uniform" else "head"  # which spends all of it
-    problem = make_problem(run, scores, slabs, args.strategy)
+    strategy = "uniform" if settings.strategy == "uniform" else "head"  # which spends all of it
+    problem = make_problem(run, scores, slabs, settings.strategy)
     try:
-        found = solve(run, problem, budget_of(args), strategy)
+        found = solve(run, problem, budget_of(settings), strategy)
     except UsageError as error:
-        default = "" if args.asks_budget else f", which is the default ({args.schemes})"
+        default = (
+            "" if settings.asks_budget else f", which is the default ({settings.comma('schemes')})"
+        )
         raise UsageError(f"{error}{default}") from None
     return run.predicted_bytes(found.plan.assignment)
 
 
 def check_head(run: Run) -> list[str]:
     """What a tied head costs that is stored beside its embedding. Raises UsageError, if unasked."""
-    args = run.args
-    if not (args.quantize_lm_head and head_is_tied(run.shapes)):
+    settings = run.settings
+    if not (settings.quantize_lm_head and head_is_tied(run.shapes)):
         return []
     plan = cheapest(run)
     head = output_head(run.shapes)[0]
@@ -88,18 +91,18 @@ def check_head(run: Run) -> list[str]:
         f"the head is tied to the embedding, which stays in 16 bits: in {scheme} beside it, it "
         f"makes the files {size(more)} larger"
     )
-    if args.dry_run or args.untie_head or args.plan:
+    if settings.dry_run or settings.untie_head or settings.plan:
         return [told]
     raise UsageError(f"{told}; leave out --quantize-lm-head, or pass --untie-head to have that")
 
 
 def room(run: Run, expected: int) -> int:
     """Bytes that the disk must have: the output's, and those of what is made plain before."""
-    args, source = run.args, run.source
+    settings, source = run.settings, run.source
     plain = 0 if source.weights.is_plain else source.plain_bytes()
-    if args.solve_only:
+    if settings.solve_only:
         return plain
-    return plain + (run.predicted_bytes({}) if args.fake else expected)
+    return plain + (run.predicted_bytes({}) if settings.fake else expected)
 
 
 # --- memory ----------------------------------------------------------------------------------
@@ -135,19 +138,21 @@ def needs(run: Run) -> Iterator[tuple[int, str, str]]:
 
     Lower bounds: weights in 16 bits are mapped from files and do not count.
     """
-    args, text = run.args, run.source.config.get_text_config()
+    settings, text = run.settings, run.source.config.get_text_config()
     vocabulary, hidden = (getattr(text, name, 0) for name in ("vocab_size", "hidden_size"))
-    measures = args.method != "weight" and not (args.scores or args.plan)
-    compares = (args.eval_nsamples and not args.solve_only) or is_gated(args)
+    measures = settings.method != "weight" and not (settings.scores or settings.plan)
+    compares = (settings.eval_nsamples and not settings.solve_only) or settings.is_gated
     count = max(
-        args.nsamples if measures else 0,
-        args.eval_nsamples if compares else 0,
-        args.gate if is_gated(args) else 0,
+        settings.nsamples if measures else 0,
+        settings.eval_nsamples if compares else 0,
+        settings.gate if settings.is_gated else 0,
     )
-    logits = 2 * min(args.batch_size, count) * args.seqlen * vocabulary * 4  # and their gradient
+    logits = (
+        2 * min(settings.batch_size, count) * settings.seqlen * vocabulary * 4
+    )  # and their gradient
     yield logits, "the logits of a batch, twice", "--batch-size or --seqlen"
-    if args.rounding == "gptq" and not args.solve_only:
-        tokens = args.nsamples * args.seqlen
+    if settings.rounding == "gptq" and not settings.solve_only:
+        tokens = settings.nsamples * settings.seqlen
         widest = max(info.in_features for info in run.linears)
         streams = 4 * tokens * (2 * hidden + widest)
         yield (

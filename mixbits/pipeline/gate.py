@@ -12,113 +12,64 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..formats.pack import Rounded
 from ..measuring.evaluate import sequence_kl
-from ..model.layout import LinearInfo
-from ..model.streaming import StreamedModel
-from ..planning.plan import Plan
 from ..progress import numbered
-from ..rounding.whole_model import RoundedModel, round_model
-from ..source.kept import NO_CODES, OwnCodes
+from ..rounding.whole_model import RoundedModel
+from .candidates import Candidate
+from .roundings import Outcome, Subject
 
 CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)
-class Candidate:
-    """A plan, and the share of `mixbits.rounding.gptq.retarget` that it is rounded with.
-
-    `learned` has its packed weights where they are known already: their rounding was learned
-    (`mixbits.rounding.distill`, `mixbits.rounding.signround`), and `how` says so in report.json,
-    or they were measured while a budget was sought.
-    """
-
-    name: str
-    plan: Plan
-    share: float
-    learned: Rounded | None = None
-    how: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
 class Choice:
-    """The winner with its packed weights, and a row for every candidate, the best first.
+    """The winner, its packed weights, and a row for every candidate, the best first.
 
     A row has `name`, `kl` (mean, nats per token), and for all but the winner `behind`: by how
     much it is worse, with `interval`, half the width of a confidence interval of that.
     """
 
     winner: Candidate
-    rounded: Rounded
+    outcome: Outcome
     rows: list[dict[str, Any]]
 
 
-def candidates(plans: dict[str, Plan], method: str, share: float) -> list[Candidate]:
-    """The plans in their order, the first also without correction; equal plans once."""
-    found: list[Candidate] = []
-    for name, plan in plans.items():
-        if all(plan.assignment != other.plan.assignment for other in found):
-            found.append(Candidate(name, plan, share))
-    if method == "gptq" and share:
-        first = found[0]
-        found.insert(1, Candidate(f"{first.name}, correction 0", first.plan, 0.0))
-    return found
-
-
 def judge(
-    model: StreamedModel,
-    linears: Sequence[LinearInfo],
-    candidate: Candidate,
-    method: str,
-    calibration: Tensor,
-    held_out: Tensor,
-    batch_size: int = 8,
-    first: int = 0,
-    own: OwnCodes = NO_CODES,
-) -> tuple[Rounded, Tensor]:
-    """Round one candidate; its weights, and its mean KL on each held-out sequence, float64.
+    subject: Subject, candidate: Candidate, held_out: Tensor, first: int = 0
+) -> tuple[Outcome, Tensor]:
+    """Round one candidate; what it gives, and its mean KL on each held-out sequence, float64.
 
     Positions before `first` are not judged (`Sequences.judged_from`).
     """
-    recipes, rounded = candidate.plan.assignment, candidate.learned
-    if rounded is None:
-        kept = own.rounded(recipes)
-        rounded = round_model(model, linears, recipes, method, calibration, candidate.share, kept)
-    quantized = RoundedModel(model, linears, recipes, rounded)
-    return rounded, sequence_kl(model, quantized, held_out, batch_size, first)
+    outcome, recipes = candidate.rounded(subject), candidate.plan.assignment
+    quantized = RoundedModel(subject.streamed, subject.linears, recipes, outcome.weights)
+    return outcome, sequence_kl(subject.streamed, quantized, held_out, subject.batch_size, first)
 
 
 def choose(
-    model: StreamedModel,
-    linears: Sequence[LinearInfo],
-    candidates: Sequence[Candidate],
-    method: str,
-    calibration: Tensor,
-    held_out: Tensor,
-    batch_size: int = 8,
-    first: int = 0,
-    own: OwnCodes = NO_CODES,
+    subject: Subject, candidates: Sequence[Candidate], held_out: Tensor, first: int = 0
 ) -> Choice:
-    """Round every candidate with the calibration's sequences, and compare on the held-out ones.
+    """Round every candidate, and compare them on held-out sequences; `first` as of `judge`.
 
-    `first` as of `judge`.
+    One alone needs no comparison, and gets none.
     """
+    if len(candidates) == 1:
+        return Choice(candidates[0], candidates[0].rounded(subject), [])
     divergences: list[Tensor] = []
-    best: tuple[float, int, Rounded] | None = None
-    how = calibration, held_out, batch_size, first, own
+    best: tuple[float, int, Outcome] | None = None
     for index, candidate in enumerate(numbered(candidates, "candidate")):
-        rounded, kl = judge(model, linears, candidate, method, *how)
+        outcome, kl = judge(subject, candidate, held_out, first)
         divergences.append(kl)
-        mean = float(divergences[-1].mean())
+        mean = float(kl.mean())
         if best is None or mean < best[0]:
-            best = mean, index, rounded
+            best = mean, index, outcome
     assert best is not None
     rows: list[dict[str, Any]] = [
         {"name": c.name, "kl": float(kl.mean())}

@@ -229,7 +229,7 @@ class Plan:
             try:
                 plan._recipes(unit)
             except UsageError as error:
-                raise UsageError(f"{error} ({path}, unit {unit['unit']})") from None
+                raise UsageError(f"{error} ({path}, unit {unit['unit']})") from error
         return plan
 
     def write(self, path: Path) -> None:
@@ -245,8 +245,6 @@ def _out_of_reach(
     error: BudgetError, budget: Budget, elements: int, fixed_bytes: int
 ) -> UsageError:
     """The budget's bits in the user's own unit, with the lowest and highest possible."""
-    if budget.total_bits is not None:
-        return error
     if budget.size_bytes is not None:
         low, high = (fixed_bytes + -(-bits // 8) for bits in (error.lowest, error.highest))
         return UsageError(
@@ -405,7 +403,9 @@ class Problem:
                 raise BudgetError(bits, lowest, highest)
             return allocate(self.items, bits, strategy, seed)
         except BudgetError as error:
-            raise _out_of_reach(error, budget, self.elements, fixed_bytes) from None
+            if budget.total_bits is not None:
+                raise
+            raise _out_of_reach(error, budget, self.elements, fixed_bytes) from error
 
     def plan(self, allocation: Allocation, strategy: str, budget: Budget) -> Plan:
         """An allocation of these items, as plan.json has it."""

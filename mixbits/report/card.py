@@ -17,9 +17,8 @@ from typing import Any
 from ..errors import printable
 from ..files.io import hub_name, last_part
 from ..source.source import Source
-from .tables import plus_minus, result_rows, size, task_rows
-
-Rows = Sequence[Sequence[str]]
+from .report import Report
+from .tables import Rows, number, plus_minus, result_rows, size, task_rows
 
 _MARKUP = re.compile(r"[\\`*\[\]|#~$]|(?<!\w)_|_(?!\w)")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -74,10 +73,11 @@ def snippet(template: str, folder: str) -> str:
 def _original(path: Path) -> dict[str, Any]:
     """The YAML of the original's card; nothing where there is none that can be read."""
     from huggingface_hub.repocard import metadata_load
+    from yaml import YAMLError
 
     try:
         return metadata_load(path) or {}
-    except Exception:  # of three libraries: it is not our file
+    except (OSError, RecursionError, TypeError, ValueError, YAMLError):  # it is not our file
         return {}
 
 
@@ -120,72 +120,65 @@ def _is_hub_name(name: object) -> bool:
     return isinstance(name, str) and bool(_HUB_NAME.fullmatch(name)) and not Path(name).exists()
 
 
-def _scores(report: dict[str, Any]) -> list[str]:
-    evaluation = report["evaluation"] or {}
+def _scores(report: Report) -> list[str]:
     parts = []
-    if held_out := evaluation.get("held_out"):
+    if held_out := report.held_out:
         parts += [
-            f"On {held_out['nsamples']} x {held_out['seqlen']} tokens of "
-            f"{escaped(last_part(held_out['source']))}, of which nothing else has seen any. KL is "
-            "that of the quantized model's next token from the original's; after ± is a standard "
-            "error.",
-            _table(result_rows(report["bytes_before"], report["bytes_after"], evaluation)),
+            f"On {held_out.nsamples} x {held_out.seqlen} tokens of "
+            f"{escaped(last_part(held_out.source or '-'))}, of which nothing else has seen any. KL "
+            "is that of the quantized model's next token from the original's; after ± is a "
+            "standard error.",
+            _table(result_rows(report)),
         ]
-    if tasks := evaluation.get("tasks"):
-        limit = f", the first {tasks['limit']} of each" if tasks["limit"] else ""
-        parts += [
-            f"lm-eval's tasks{limit}:",
-            _table(task_rows(evaluation)),
-        ]
+    if report.evaluation and (tasks := report.evaluation.tasks):
+        limit = f", the first {tasks.limit} of each" if tasks.limit else ""
+        parts += [f"lm-eval's tasks{limit}:", _table(task_rows(report.evaluation))]
     return ["## Scores", *parts] if parts else []
 
 
-def _verdict(report: dict[str, Any]) -> list[str]:
+def _verdict(report: Report) -> list[str]:
     """Whether it is good, in a sentence; what its maker could do is not for its readers."""
-    if not (found := (report["evaluation"] or {}).get("verdict")):
+    found = report.evaluation.verdict if report.evaluation else None
+    if found is None:
         return []
-    word, colon, figures = found["sentence"].partition(":")
+    word, colon, figures = (found.sentence or "").partition(":")
     return [f"**{word}**{colon}{figures}"]
 
 
-def _made(report: dict[str, Any]) -> str:
+def _made(report: Report) -> str:
     """What was done, in the order in which it was."""
     lines = []
-    if text := report["calibration"]:
+    if text := report.calibration:
         lines.append(
-            f"Sensitivities from {text['nsamples']} x {text['seqlen']} tokens of "
-            f"{escaped(last_part(text['source']))}; an exact allocation within the budget."
+            f"Sensitivities from {text.nsamples} x {text.seqlen} tokens of "
+            f"{escaped(last_part(text.source or '-'))}; an exact allocation within the budget."
         )
-    rounding = report["rounding"]
-    learned = f", then learned in {rounding['distilled']} steps" if "distilled" in rounding else ""
-    lines.append(f"Weights rounded by `{rounding['method']}`{learned}.")
-    if report["gate"]:
-        best, *others = report["gate"]["candidates"]
-        lines += [
-            f"Of {len(others) + 1} plans of this size, the best on other text: KL "
-            f"{best['kl']:.4f}; next is {other['name']}, behind by "
-            f"{plus_minus(other['behind'], other['interval'])} (95 %)."
-            for other in others[:1]
-        ]
-    where = report["environment"]
-    lines.append(f"mixbits {where['mixbits']}, torch {where['torch']}.")
+    if rounding := report.rounding:
+        steps = rounding.distilled
+        learned = "" if steps is None else f", then learned in {steps} steps"
+        lines.append(f"Weights rounded by `{rounding.method}`{learned}.")
+    if len(report.candidates) > 1:
+        best, second, *_ = report.candidates
+        lines.append(
+            f"Of {len(report.candidates)} plans of this size, the best on other text: KL "
+            f"{number(best.kl, '.4f')}; next is {second.name}, behind by "
+            f"{plus_minus(second.behind, second.interval)} (95 %)."
+        )
+    if where := report.environment:
+        lines.append(f"mixbits {where.mixbits}, torch {where.torch}.")
     return "\n".join(f"* {line}" for line in lines)
 
 
-def render(
-    folder: str, source: Source, plan: Rows, report: dict[str, Any], fake: bool = False
-) -> str:
-    """The whole card of an output folder of that name.
-
-    `plan` are rows of `report.scheme_rows`; `report` is what report.json holds.
-    """
-    reached, schemes = report["reached"], plan[0][1:-1]
+def render(folder: str, source: Source, plan: Rows, report: Report, fake: bool = False) -> str:
+    """The whole card of an output folder of that name; `plan` are rows of `tables.scheme_rows`."""
+    schemes = plan[0][1:-1]
+    after, before = (size(n or 0) for n in (report.bytes_after, report.bytes_before))
     parts = [
         f"---\n{metadata(source, schemes)}\n---",
         f"# {escaped(folder)}",
         f"{escaped(last_part(source.name))} with weights in {', '.join(schemes)}: "
-        f"{reached['avg_bits']:.2f} bits per weight of its linears, scales and everything counted; "
-        f"{size(report['bytes_after'])} instead of {size(report['bytes_before'])}.",
+        f"{number(report.reached.avg_bits, '.2f')} bits per weight of its linears, scales and "
+        f"everything counted; {after} instead of {before}.",
         *_verdict(report),
         "## How to load it",
         _FAKE if fake else snippet(_PACKED, folder),

@@ -1,52 +1,28 @@
-"""Charts as SVG text for report.html: heat maps, curves, points and intervals.
+"""Charts as SVG text, for the page, for files and for notebooks: heat maps, curves, intervals.
 
 Colours are CSS classes (`q0`..`q8` are the levels of a heat map, `c0`..`c5` kinds of points), so
-that the page decides how they look in light, in dark and on paper. Kinds of points differ in
-shape too. Every mark carries its figures as a `<title>`, which browsers show and readers hear.
+that whoever shows a chart decides how it looks (`style`). Kinds of points differ in shape too.
+Every mark carries its figures as a `<title>`, which browsers show and readers hear.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
-from pathlib import Path
-from typing import Any
 
-import numpy as np
-
-from ..errors import UsageError, printable
+from markupsafe import Markup, escape
 
 WIDTH = 720  # of a heat map, in units that a page scales
 WIDE = 620  # from here on it scrolls on a phone; what is smaller is made to fit
 LEVELS = 9
-# Kinds of points, in light colours of equal weight that can be told apart without colour vision
-# (after Okabe and Ito), with matplotlib's names of their shapes: the same on page and picture.
-COLORS = ("#c2410c", "#0072b2", "#00805c", "#a8497f", "#8a6a00", "#3b4a5a")
-MARKERS = ("*", "s", "^", "v", "D", "o")
-KINDS = len(COLORS)
 _PLANS = {"this plan": 0, "uniform": 1, "head": 2, "tail": 3, "optimal": 4}
 _BAND = 24  # blocks side by side in a heat map; more continue below
 _LETTER = 6.4  # width of a letter, about
 
 
-class Html(str):
-    """Text that is markup already; everything else is escaped."""
-
-    __slots__ = ()
-
-
-def text(value: object) -> Html:
-    """Escaped, unless it is markup."""
-    if isinstance(value, Html):
-        return value
-    return Html(escape(str(value).encode("utf-8", "replace").decode()))  # half an emoji is "?"
-
-
-def _svg(width: float, height: float, parts: Sequence[str], label: str, kind: str = "") -> Html:
-    return Html(
+def _svg(width: float, height: float, parts: Sequence[str], label: str, kind: str = "") -> Markup:
+    return Markup(
         f'<svg class="{kind}" viewBox="0 0 {width:g} {height:g}" width="{width:g}" '
         f'height="{height:g}" role="img" aria-label="{escape(label)}">{"".join(parts)}</svg>'
     )
@@ -54,7 +30,7 @@ def _svg(width: float, height: float, parts: Sequence[str], label: str, kind: st
 
 def _write(x: float, y: float, value: object, anchor: str = "start", kind: str = "") -> str:
     mark = f' class="{kind}"' if kind else ""
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{mark}>{text(value)}</text>'
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{mark}>{escape(value)}</text>'
 
 
 def _line(x1: float, y1: float, x2: float, y2: float, kind: str) -> str:
@@ -106,7 +82,7 @@ class HeatMap:
         legend = left + 14 * LEVELS + _LETTER * (len(self.unit) + 30)
         return min(WIDTH, max(legend, left + 52.0 * across))
 
-    def draw(self) -> Html:
+    def draw(self) -> Markup:
         """Modules down, blocks across, in bands of at most 24 blocks, with a legend."""
         blocks = sorted({block for block, _ in self.cells})
         modules = list(dict.fromkeys(module for _, module in self.cells))
@@ -138,7 +114,7 @@ class HeatMap:
         value = self.cells[block, module]
         title = f"block {block}, {module}: {value:{self.digits}} {self.unit}"
         shape = f'<rect x="{x:.1f}" y="{y}" width="{side - 1:.1f}" height="18" class="q{level}">'
-        cell = f"{shape}<title>{text(title)}</title></rect>"
+        cell = f"{shape}<title>{escape(title)}</title></rect>"
         if self.logarithmic:  # exponents do not fit
             return cell
         middle = x + side / 2 - 0.5
@@ -199,6 +175,7 @@ _SHAPES = [  # paths around the origin, within 6 units
     "M0-6L6 0 0 6-6 0Z",
     "M-4.5 0a4.5 4.5 0 1 0 9 0a4.5 4.5 0 1 0-9 0Z",
 ]
+KINDS = len(_SHAPES)
 
 
 def plan_kind(name: str) -> int:
@@ -206,17 +183,28 @@ def plan_kind(name: str) -> int:
     return _PLANS.get(name, KINDS - 1)
 
 
-def symbol(kind: int, size: float = 16) -> Html:
+def _shape(kind: int, x: float, y: float, title: str = "") -> str:
+    """A point's shape around (x, y)."""
+    number = kind % KINDS
+    told = f"<title>{escape(title)}</title>" if title else ""
+    place = f"translate({x:.1f} {y:.1f})"
+    return f'<path transform="{place}" d="{_SHAPES[number]}" class="c{number}">{told}</path>'
+
+
+def symbol(kind: int, size: float = 16) -> Markup:
     """A point's shape alone, for the table that explains a chart."""
     path = f'<path d="{_SHAPES[kind % KINDS]}" class="c{kind % KINDS}"/>'
-    return Html(
+    return Markup(
         f'<svg viewBox="-8 -8 16 16" width="{size}" height="{size}" aria-hidden="true">{path}</svg>'
     )
 
 
 @dataclass(frozen=True)
 class Plot:
-    """Points, and lines through points, over axes; y is logarithmic, x if asked for."""
+    """Points, and a line through points, over axes; y is logarithmic, x if asked for.
+
+    `legend` has the names of kinds of points, and is drawn in the upper right corner.
+    """
 
     name: str
     x_name: str
@@ -225,10 +213,12 @@ class Plot:
     line: Sequence[tuple[float, float]] = ()
     diagonal: bool = False  # a dashed line y = x, and equal axes
     log_x: bool = False
+    dots: bool = False  # at the points of the line
+    legend: Sequence[tuple[int, str]] = ()
     width: float = 580
     height: float = 330
 
-    def draw(self) -> Html:
+    def draw(self) -> Markup:
         """Everything must be above 0 on a logarithmic axis."""
         x0, x1, y0, y1 = self._limits()
         left, right, top, bottom = 62.0, self.width - 12, 24.0, self.height - 40
@@ -254,19 +244,23 @@ class Plot:
         if self.line:
             path = " ".join(f"{across(x):.1f},{up(y):.1f}" for x, y in self.line)
             parts.append(f'<polyline points="{path}" class="curve"/>')
-        parts += [self._draw_mark(across(m.x), up(m.y), m) for m in self.marks]
+        for x, y in self.line if self.dots else ():
+            parts.append(f'<circle cx="{across(x):.1f}" cy="{up(y):.1f}" r="3" class="c5"/>')
+        parts += [_shape(m.kind, across(m.x), up(m.y), m.title) for m in self.marks]
+        parts += self._draw_legend(right, top)
         return _svg(self.width, self.height, parts, self.name, "plot")
 
-    def _draw_mark(self, x: float, y: float, mark: Mark) -> str:
-        kind = mark.kind % KINDS
-        return (
-            f'<path transform="translate({x:.1f} {y:.1f})" d="{_SHAPES[kind]}" class="c{kind}">'
-            f"<title>{text(mark.title)}</title></path>"
-        )
+    def _draw_legend(self, right: float, top: float) -> list[str]:
+        left = right - 24 - _LETTER * max((len(name) for _, name in self.legend), default=0)
+        parts = []
+        for row, (kind, name) in enumerate(self.legend):
+            y = top + 14 + 18 * row
+            parts += [_shape(kind, left, y), _write(left + 12, y + 4, name)]
+        return parts
 
     def _limits(self) -> tuple[float, float, float, float]:
-        xs = [m.x for m in self.marks] + [x for x, _ in self.line]
-        ys = [m.y for m in self.marks] + [y for _, y in self.line]
+        xs = [m.x for m in self.marks] + [x for x, _ in self.line] or [1.0]
+        ys = [m.y for m in self.marks] + [y for _, y in self.line] or [1.0]
         if self.diagonal:
             xs = ys = xs + ys
         (x0, x1), (y0, y1) = ((min(v), max(v)) for v in (xs, ys))
@@ -279,7 +273,7 @@ class Plot:
         return x0 - pad, x1 + pad, y0, y1
 
 
-def interval(low: float, value: float, high: float, least: float, most: float) -> Html:
+def interval(low: float, value: float, high: float, least: float, most: float) -> Markup:
     """A value with its interval on an axis from `least` to `most`, 0 marked."""
     width, height = 170.0, 18.0
     span = (most - least) or 1.0
@@ -294,57 +288,3 @@ def interval(low: float, value: float, high: float, least: float, most: float) -
     parts.append(f'<circle cx="{across(value):.1f}" cy="9" r="4" class="c1"/>')
     label = f"{value:.4g}, between {low:.4g} and {high:.4g}"
     return _svg(width, height, parts, label, "interval")
-
-
-def check_plotting() -> None:
-    """Raises UsageError without matplotlib: an optional dependency should be missed early."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise UsageError(
-            "plotting needs matplotlib, which is not installed: pip install matplotlib"
-        )
-
-
-def plot(
-    table: Sequence[Mapping[str, Any]],
-    path: Path,
-    title: str,
-    marks: Sequence[Mapping[str, Any]] = (),
-    loss_name: str = "predicted loss",
-) -> None:
-    """Rows -> a PNG: loss over bits per weight, and `marks` beside the curve.
-
-    A mark is {"name", "avg_bits", "predicted_loss"}, such as the plan chosen or a baseline. Where
-    rows have no `avg_bits`, `cost_bits` takes its place in both. Losses of 0 are left out.
-    Raises UsageError without matplotlib.
-    """
-    check_plotting()
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot, ticker
-
-    key = "avg_bits" if table and "avg_bits" in table[0] else "cost_bits"
-    shown = [row for row in table if row["predicted_loss"] > 0]
-    bits, losses = (np.array([row[k] for row in shown]) for k in (key, "predicted_loss"))
-    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
-    axes.plot(bits, losses, color=COLORS[-1], marker=".", label="optimal")
-    for mark in marks:
-        if mark["predicted_loss"] > 0:
-            where, kind = (mark[key], mark["predicted_loss"]), plan_kind(mark["name"])
-            look: dict[str, Any] = {
-                "color": COLORS[kind],
-                "markersize": 9,
-                "label": printable(mark["name"]),
-            }
-            axes.plot(*where, MARKERS[kind], **look)
-    axes.set(yscale="log", ylabel=loss_name)
-    axes.yaxis.set_minor_locator(ticker.LogLocator(subs=(2, 3, 5)))
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter("{x:g}")
-    axes.set_xlabel("bits per weight, everything counted" if key == "avg_bits" else "bits")
-    axes.set_title(printable(title).replace("$", r"\$"), fontsize=9)
-    axes.grid(color="0.9", which="both")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)

@@ -1,17 +1,8 @@
 """report.html: what a run did and why, as one page that needs nothing else.
 
-A pure function of what the other files hold: report.json, plan.json and scores.json. These keys
-of the report, each optional, have a section each:
-
-    linear_bits  {linear: average bits}
-    curve        rows of `curve.rows`, with avg_bits
-    baselines    [{"name", "avg_bits", "predicted_loss"}]
-    search       {"max_kl", "tolerance", "measured": [{"avg_bits", "kl"}]}: for the smallest model
-    measured     [{"unit", "scheme", "predicted", "measured"}]: KL of one unit in one scheme
-    upgrades, downgrades   [{"unit", "before", "after", "bits", "loss"}]: `diagnostics.next_swaps`
-    gate         {"candidates": rows of `gate.Choice`}, the one that ships first
-    stability    `diagnostics.stability`
-    evaluation, stages     as `quantize` writes them
+A pure function of what the other files hold: report.json, plan.json and scores.json. Sections are
+data (`blocks`), made here and in `html_plan`; the template lays them out. What a report does not
+have, no section tells.
 
 No script, no picture, no font is loaded: the style is inline, the charts are SVG.
 """
@@ -19,281 +10,267 @@ No script, no picture, no font is loaded: the style is inline, the charts are SV
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from ..errors import UsageError
-from ..formats.schemes import parse_scheme
-from . import html_pieces as pieces
-from . import html_plan as report_plan
-from . import verdict
-from .charts import HeatMap, Html, text
-from .html_pieces import Data
-from .html_style import STYLE
-from .tables import average_name, size
+from . import html_plan, style, verdict
+from .blocks import Block, Code, Facts, Figure, Note, Section, Table, together
+from .maps import BITS, heat_map, scheme_bits
+from .report import Evaluation, HeldOut, Report
+from .tables import is_number, number, size, task_rows
 
-# --- summary ---------------------------------------------------------------------------------
+Data = Mapping[str, Any]
 
 
-def _card(name: str, value: str, more: str = "") -> str:
-    detail = f"<small>{text(pieces.together(more))}</small>" if more else ""
-    shown = text(pieces.together(value))
-    return f'<div class="card"><span>{text(name)}</span><b>{shown}</b>{detail}</div>'
+@dataclass(frozen=True)
+class Card:
+    name: str
+    value: str
+    more: str
 
 
-def _cards(report: Data) -> Html:
-    reached, held = report.get("reached") or {}, pieces.held_out(report)
-    after = report.get("bytes_after") or reached.get("predicted_bytes")
-    before = report.get("bytes_before") or after
-    cards = []
-    if after and before:
-        more = f"{after / before:.0%} of {size(before)}"
-        cards.append(_card("weight files", size(after), more))
-    if pieces.is_number(reached.get("avg_bits")):
-        without = pieces.number(reached.get("avg_bits_without_scales"), ".4f")
-        more = f"{without} without scales"
-        cards.append(_card("bits per weight", f"{reached['avg_bits']:.4f}", more))
-    if pieces.is_number(held.get("kl")):
-        more = "nats per token" + _error(held, "kl", ".4f")
-        cards.append(_card("KL divergence", f"{held['kl']:.4f}", more))
-    if pieces.is_number(held.get("perplexity")):
-        more = f"from {pieces.number(held.get('perplexity_reference'), '.3f')}"
-        more += _error(held, "perplexity", ".3f")
-        cards.append(_card("perplexity", f"{held['perplexity']:.3f}", more))
-    if pieces.is_number(held.get("top1_agreement")):
-        more = "of likeliest tokens" + _error(held, "top1_agreement", ".2%")
-        cards.append(_card("agreement", f"{held['top1_agreement']:.2%}", more))
-    errors = any("±" in card for card in cards)
-    note = pieces.note(
-        "± is a standard error, of how much figures vary between sequences: over much more text of "
-        "this kind a figure would come out within twice that, in 19 of 20 cases."
-    )
-    return Html(f'<div class="cards">{"".join(cards)}</div>' + note * errors)
+@dataclass(frozen=True)
+class Judgement:
+    """The verdict: its word, and the rest of the sentence."""
+
+    word: str
+    figures: str
 
 
-def _judgement(report: Data) -> str:
+@dataclass(frozen=True)
+class Page:
+    """What the template shows: a header, cards with the figures that matter, and sections."""
+
+    title: str
+    verdict: Judgement | None
+    judgement: list[Block]
+    cards: list[Card]
+    notes: list[Block]
+    sections: list[Section]
+
+
+# --- header -----------------------------------------------------------------------------------
+
+
+def _title(report: Report) -> str:
+    name = str((report.source and report.source.name) or "model").rstrip("/").rpartition("/")[2]
+    bits = report.reached.avg_bits
+    return f"{name} at {bits:.2f} bits" if is_number(bits) else name
+
+
+def _judged(report: Report) -> tuple[Judgement | None, list[Block]]:
     """Whether it is good, in words; and what the plan was compared with."""
-    said = verdict.lines(report.get("evaluation"))
+    said = verdict.lines(report.evaluation)
     if not said:
-        return ""
-    candidates = (report.get("gate") or {}).get("candidates")
+        return None, []
     compared = (
-        f"Of {len(candidates)} candidates of this size, it was the best on other text."
-        if candidates
+        f"Of {len(report.candidates)} candidates of this size, it was the best on other text."
+        if report.candidates
         else "No other plan of this size was compared with it."
     )
-    word, colon, figures = pieces.together(said[0]).partition(":")
-    rest = "".join(pieces.note(pieces.together(line)) for line in [*said[1:], compared])
-    return f'<p class="verdict"><b>{text(word)}</b>{colon}{text(figures)}</p>{rest}'
+    word, colon, figures = together(said[0]).partition(":")
+    notes: list[Block] = [Note(together(line)) for line in [*said[1:], compared]]
+    return Judgement(word, colon + figures), notes
 
 
-def _sample(report: Data) -> str:
-    evaluation = report.get("evaluation") or {}
-    if not evaluation.get("sample"):
-        return ""
-    note = pieces.note("What the quantized model makes of the prompt, drawn with the run's seed.")
-    prompt, said = str(evaluation.get("prompt") or ""), str(evaluation["sample"])
-    begins = len(prompt) if prompt and said.startswith(prompt) else 0
-    shown = f"<pre><b>{text(said[:begins])}</b>{text(said[begins:])}</pre>"
-    return pieces.section("A sample", note, shown)
+def _cards(report: Report) -> list[Card]:
+    return [
+        Card(card.name, together(card.value), together(card.more))
+        for card in [*_size_cards(report), *_score_cards(report.held_out or HeldOut())]
+    ]
 
 
-def _error(held: Data, name: str, digits: str) -> str:
-    stderr = held.get(f"{name}_stderr")
-    return f", ±\u00a0{stderr:{digits}}" if pieces.is_number(stderr) else ""
+def _size_cards(report: Report) -> list[Card]:
+    reached, cards = report.reached, []
+    after = report.bytes_after or reached.predicted_bytes
+    before = report.bytes_before or after
+    if after and before:
+        cards.append(Card("weight files", size(after), f"{after / before:.0%} of {size(before)}"))
+    if is_number(reached.avg_bits):
+        more = f"{number(reached.avg_bits_without_scales, '.4f')} without scales"
+        cards.append(Card("bits per weight", f"{reached.avg_bits:.4f}", more))
+    return cards
 
 
-def _tasks(report: Data) -> str:
-    evaluation = report.get("evaluation") or {}
-    quantized, original = evaluation.get("tasks"), evaluation.get("original_tasks")
-    if not quantized:
-        return ""
-    models = [m for m in (original, quantized) if m]
-    rows = []
-    for task, metrics in quantized["tasks"].items():
-        for name in metrics:
-            if not name.endswith("_stderr"):
-                scores = [m["tasks"].get(task, {}) for m in models]
-                cells = [pieces.plus_minus(s.get(name), s.get(f"{name}_stderr")) for s in scores]
-                rows.append([task, name, *cells])
-    if len(quantized["tasks"]) > 1:
-        cells = [pieces.plus_minus(m.get("average"), m.get("average_stderr")) for m in models]
-        rows.append([average_name(quantized), "acc", *cells])
-    scored = evaluation.get("scored", "quantized")
-    heads = ["task", "metric", *(["original"] if original else []), scored]
-    return pieces.section("Tasks", pieces.table(heads, rows, "names2"))
+def _score_cards(held: HeldOut) -> list[Card]:
+    cards = []
+    if is_number(held.kl):
+        more = "nats per token" + _error(held.kl_stderr, ".4f")
+        cards.append(Card("KL divergence", f"{held.kl:.4f}", more))
+    if is_number(held.perplexity):
+        more = f"from {number(held.perplexity_reference, '.3f')}"
+        more += _error(held.perplexity_stderr, ".3f")
+        cards.append(Card("perplexity", f"{held.perplexity:.3f}", more))
+    if is_number(held.top1_agreement):
+        more = "of likeliest tokens" + _error(held.top1_agreement_stderr, ".2%")
+        cards.append(Card("agreement", f"{held.top1_agreement:.2%}", more))
+    return cards
 
 
-def _how(report: Data, plan: Data) -> Html:
-    """The command, and what it met."""
-    facts: dict[str, Any] = {}
-    source, held = report.get("source") or {}, pieces.held_out(report)
-    facts["model"] = f"{source.get('name', '-')} ({str(source.get('sha256', '-'))[:16]})"
-    for name, value in (
-        ("budget", report.get("budget")),
-        ("calibration", report.get("calibration")),
-        ("rounding", report.get("rounding")),
-    ):
-        if value:
-            facts[name] = ", ".join(f"{k} {v}" for k, v in value.items() if v not in (None, []))
-    if held.get("source"):
-        facts["held-out text"] = held["source"]
-    if scored := (report.get("evaluation") or {}).get("scored"):
-        facts["scored"] = scored
-    for key in ("strategy", "method", "weight_scale_mode", "act_scale_mode"):
-        if plan.get(key):
-            facts[key.replace("_", " ")] = plan[key]
-    loss, bound = report.get("predicted_loss", plan.get("predicted_loss")), plan.get("lower_bound")
-    if pieces.is_number(loss) and pieces.is_number(bound):
-        least = f"no plan within the budget can have less than {bound:.4g}"
-        proven = loss - bound <= 1e-9 * abs(loss)
-        facts["predicted loss"] = f"{loss:.4g}; {'proven to be the least' if proven else least}"
-    for key, value in (report.get("environment") or {}).items():
-        if value is not None:
-            facts[key] = ", ".join(map(str, value)) if isinstance(value, list) else value
-    terms = "".join(f"<dt>{text(k)}</dt><dd>{text(v)}</dd>" for k, v in facts.items())
-    command = f"<pre>{text(report['command'])}</pre>" if report.get("command") else ""
-    return pieces.section("How it was made", command, f"<dl>{terms}</dl>")
+def _error(stderr: Any, digits: str) -> str:
+    return f", ±\u00a0{stderr:{digits}}" if is_number(stderr) else ""
 
 
-# --- heat maps -------------------------------------------------------------------------------
+_ERRORS = Note(
+    "± is a standard error, of how much figures vary between sequences: over much more text of "
+    "this kind a figure would come out within twice that, in 19 of 20 cases."
+)
 
-_BLOCK = re.compile(r"(?:^|\.)(\d+)\.(.+)")
+# --- sections -----------------------------------------------------------------------------------
 
 
-def _place(linear: str) -> tuple[int, str] | None:
-    """`model.layers.3.mlp.experts.7.up_proj` -> (3, `experts.up_proj`); None outside blocks."""
-    match = _BLOCK.search(linear)
-    if match is None:
+def _sample(report: Report) -> Section | None:
+    evaluation = report.evaluation or Evaluation()
+    if not evaluation.sample:
         return None
-    parts = [part for part in match[2].split(".") if not part.isdigit()]
-    return int(match[1]), ".".join(parts[1:] or parts)
+    note = Note("What the quantized model makes of the prompt, drawn with the run's seed.")
+    prompt, said = evaluation.prompt or "", evaluation.sample
+    begins = len(prompt) if prompt and said.startswith(prompt) else 0
+    return Section("A sample", [note, Code(said[begins:], said[:begins])])
 
 
-def _cells(values: Mapping[str, float], weights: Mapping[str, int]) -> dict[Any, float]:
-    """Weighted means over the linears of one (block, module); experts share a cell.
-
-    Linears outside the blocks are keyed by their names.
-    """
-    sums: dict[Any, list[float]] = {}
-    for name, value in values.items():
-        weight = weights.get(name, 1)
-        entry = sums.setdefault(_place(name) or name, [0.0, 0.0])
-        entry[0] += value * weight
-        entry[1] += weight
-    return {place: total / weight for place, (total, weight) in sums.items()}
+def _tasks(report: Report) -> Section | None:
+    rows = task_rows(report.evaluation or Evaluation())
+    return Section("Tasks", [Table(rows[0], rows[1:], "names2")]) if rows else None
 
 
-def _heat_map(
-    name: str, values: Mapping[str, float], weights: Mapping[str, int], **look: Any
-) -> str:
-    found = _cells(values, weights)
-    inside = {place: v for place, v in found.items() if isinstance(place, tuple)}
-    outside = [f"{place} {v:{look['digits']}}" for place, v in found.items() if place not in inside]
-    chart = HeatMap(name, inside, **look)
-    drawn = pieces.figure(chart.draw(), chart.wide) if inside else ""
-    return drawn + (pieces.note(f"Outside the blocks: {', '.join(outside)}.") if outside else "")
+def _map(title: str, told: str, name: str, *values: Any, **look: Any) -> Section:
+    chart, outside = heat_map(name, *values, **look)
+    drawn = [Figure(chart.draw(), chart.wide)] if chart else []
+    return Section(title, [Note(told), *drawn, *([Note(outside)] if outside else [])])
 
 
-def _sensitivity(scores: Data) -> tuple[str, dict[str, float]]:
-    """The scheme of fewest bits, and every linear's loss per weight in it."""
+def _bits(report: Report, weights: Mapping[str, int]) -> Section | None:
+    if not report.linear_bits:
+        return None
+    told = "Bits per weight of every linear; blocks from left to right."
+    values = report.linear_bits, weights
+    return _map("Where the bits went", told, "bits per weight", *values, **BITS)
+
+
+def _sensitivity(scores: Data, weights: Mapping[str, int]) -> Section | None:
+    """Every linear's loss per weight in the scheme of fewest bits."""
     linears = scores.get("linears") or {}
     names = list(next(iter(linears.values()))["scores"]) if linears else []
     if not names:
-        return "", {}
-    cheapest = min(names, key=lambda name: _storage_bits(name))
-    return cheapest, {
+        return None
+    cheapest = min(names, key=_known_bits)
+    per_weight = {
         linear: row["scores"][cheapest] / math.prod(row["shape"])
         for linear, row in linears.items()
-        if pieces.is_number(row["scores"].get(cheapest))
+        if is_number(row["scores"].get(cheapest))
     }
+    if not per_weight:
+        return None
+    unit = {"fisher": "nats per weight"}.get(str(scores.get("method")), "per weight")
+    look: dict[str, Any] = {"unit": unit, "ramp": "orange", "digits": ".1e", "logarithmic": True}
+    told = f"Predicted loss of {cheapest}, the smallest scheme, for each weight."
+    return _map("Where it hurts", told, "sensitivity", per_weight, weights, **look)
 
 
-def _storage_bits(scheme: str) -> float:
+def _known_bits(scheme: str) -> float:
     try:
-        return parse_scheme(scheme).storage_bits(128, 4096)
+        return scheme_bits(scheme)
     except UsageError:  # of a later version
         return math.inf
 
 
-def _maps(report: Data, scores: Data) -> str:
-    linears = scores.get("linears") or {}
-    weights = {name: math.prod(row["shape"]) for name, row in linears.items()}
-    parts = ""
-    if report.get("linear_bits"):
-        look: dict[str, Any] = {"unit": "bits", "ramp": "blue", "digits": ".2f"}
-        parts += pieces.section(
-            "Where the bits went",
-            pieces.note("Bits per weight of every linear; blocks from left to right."),
-            _heat_map("bits per weight", report["linear_bits"], weights, **look),
-        )
-    scheme, per_weight = _sensitivity(scores)
-    if per_weight:
-        unit = {"fisher": "nats per weight"}.get(str(scores.get("method")), "per weight")
-        look = {"unit": unit, "ramp": "orange", "digits": ".1e", "logarithmic": True}
-        parts += pieces.section(
-            "Where it hurts",
-            pieces.note(f"Predicted loss of {scheme}, the smallest scheme, for each weight."),
-            _heat_map("sensitivity", per_weight, weights, **look),
-        )
-    return parts
-
-
-# --- time and memory ------------------------------------------------------------------------
-
-
-def _stages(report: Data) -> str:
-    stages = report.get("stages") or []
+def _stages(report: Report) -> Section | None:
+    stages = report.stages or []
     if not stages:
-        return ""
-    gpu = any("peak_gpu_memory_bytes" in s for s in stages)
+        return None
+    gpu = any(s.peak_gpu_memory_bytes is not None for s in stages)
     rows = [
         (
-            s["stage"],
-            f"{s['seconds']:.1f}",
-            size(s["peak_memory_bytes"]),
-            *([size(s.get("peak_gpu_memory_bytes") or 0)] if gpu else []),
+            s.stage,
+            f"{s.seconds:.1f}",
+            size(s.peak_memory_bytes),
+            *([size(s.peak_gpu_memory_bytes or 0)] if gpu else []),
         )
         for s in stages
     ]
-    total = sum(s["seconds"] for s in stages)
     peaks = [
-        max(s.get(k) or 0 for s in stages) for k in ("peak_memory_bytes", "peak_gpu_memory_bytes")
+        max(s.peak_memory_bytes for s in stages),
+        max(s.peak_gpu_memory_bytes or 0 for s in stages),
     ]
+    total = sum(s.seconds for s in stages)
     rows.append(("all", f"{total:.1f}", *map(size, peaks[: 1 + gpu])))
     heads = ["stage", "seconds", "peak memory", *(["peak GPU memory"] if gpu else [])]
-    return pieces.section("Time and memory", pieces.table(heads, rows, "total"))
+    return Section("Time and memory", [Table(heads, rows, "total")])
 
 
-# --- the page --------------------------------------------------------------------------------
+def _how(report: Report, plan: Data) -> Section:
+    """The command, and what it met."""
+    command = [Code(report.command)] if report.command else []
+    return Section("How it was made", [*command, Facts(_facts(report, plan))])
 
 
-def render(report: Data, plan: Data | None = None, scores: Data | None = None) -> str:
-    """The page, from the contents of report.json, plan.json and scores.json. See the module."""
-    plan, scores = plan or {}, scores or {}
-    name = str((report.get("source") or {}).get("name") or "model").rstrip("/").rpartition("/")[2]
-    bits = (report.get("reached") or {}).get("avg_bits")
-    title = f"{name} at {bits:.2f} bits" if pieces.is_number(bits) else name
+def _facts(report: Report, plan: Data) -> dict[str, Any]:
+    facts: dict[str, Any] = {}
+    name = sha256 = "-"
+    if source := report.source:
+        name, sha256 = source.name or "-", source.sha256 or "-"
+    facts["model"] = f"{name} ({sha256[:16]})"
+    for key, of in (
+        ("budget", report.budget),
+        ("calibration", report.calibration and report.calibration.data()),
+        ("rounding", report.rounding and report.rounding.data()),
+    ):
+        if of:
+            facts[key] = ", ".join(f"{k} {v}" for k, v in of.items() if v not in (None, []))
+    if (held := report.held_out) and held.source:
+        facts["held-out text"] = held.source
+    if report.evaluation and "scored" in report.evaluation.model_fields_set:
+        facts["scored"] = report.evaluation.scored
+    for key in ("strategy", "method", "weight_scale_mode", "act_scale_mode"):
+        if plan.get(key):
+            facts[key.replace("_", " ")] = plan[key]
+    loss, bound = html_plan.predicted_loss(report, plan), plan.get("lower_bound")
+    if is_number(loss) and is_number(bound):
+        least = f"no plan within the budget can have less than {bound:.4g}"
+        proven = loss - bound <= 1e-9 * abs(loss)
+        facts["predicted loss"] = f"{loss:.4g}; {'proven to be the least' if proven else least}"
+    for key, value in (report.environment.data() if report.environment else {}).items():
+        if value is not None:
+            facts[key] = ", ".join(map(str, value)) if isinstance(value, list) else value
+    return facts
+
+
+# --- the page -------------------------------------------------------------------------------------
+
+
+def _page(report: Report, plan: Data, scores: Data) -> Page:
+    judgement, compared = _judged(report)
+    cards = _cards(report)
+    weights = {n: math.prod(row["shape"]) for n, row in (scores.get("linears") or {}).items()}
     sections = (
         _sample(report),
         _tasks(report),
-        _maps(report, scores),
-        report_plan.budgets(report, plan),
-        report_plan.predicted_and_measured(report, plan),
-        report_plan.search(report),
-        report_plan.candidates(report),
-        report_plan.fidelity(report),
-        report_plan.swaps(report),
-        report_plan.stability(report),
+        _bits(report, weights),
+        _sensitivity(scores, weights),
+        html_plan.budgets(report, plan),
+        html_plan.predicted_and_measured(report, plan),
+        html_plan.search(report),
+        html_plan.candidates(report),
+        html_plan.fidelity(report),
+        html_plan.swaps(report),
+        html_plan.stability(report),
         _stages(report),
         _how(report, plan),
     )
-    return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        '<meta name="color-scheme" content="light dark">'
-        f"<title>{text(title)}</title><style>{STYLE}</style></head>\n<body><main>"
-        f"<header><h1>{text(title)}</h1>{_judgement(report)}</header>{_cards(report)}"
-        f'<div class="sections">{"".join(sections)}</div></main></body></html>\n'
+    return Page(
+        _title(report),
+        judgement,
+        compared,
+        cards,
+        [_ERRORS] if any("±" in card.more for card in cards) else [],
+        [section for section in sections if section],
     )
+
+
+def render(report: Report, plan: Data | None = None, scores: Data | None = None) -> str:
+    """The page, from the contents of report.json, plan.json and scores.json. See the module."""
+    page = _page(report.as_read(), plan or {}, scores or {})
+    return style.render("report.html", page=page, style=style.of_page())

@@ -1,106 +1,48 @@
-"""What a run did: stages with their time and memory, tables for the terminal, report.json."""
+"""Tables of a run: figures as text, and rows that terminal, card and page show alike.
+
+Rows are lists of cells, the first row the heading. `table` shows them in the terminal, `card` in
+Markdown, `html` on the page. Figures that are not known are "-", and errors that are not known are
+not there.
+"""
 
 from __future__ import annotations
 
-import os
-import platform
-import resource
-import sys
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
-
-import torch
+import math
+from collections.abc import Sequence
+from typing import Any, TypeGuard
 
 from ..errors import printable
 from ..formats.schemes import LEFT_ALONE, Assignment
 from ..model.layout import LinearInfo
 from ..planning.plan import average_bits
-from ..progress import Progress, duration, say
+from .report import Candidate, Evaluation, Report, Stability, Tasks
+
+Rows = list[list[str]]
 
 
-def _reset_peak() -> None:
-    """Let the kernel's peak-memory counter start again (Linux; harmless elsewhere)."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return
+def is_number(value: Any) -> TypeGuard[float]:
+    """Whether it is a finite number."""
+    return isinstance(value, (int, float)) and math.isfinite(value)
 
 
-def _peak_memory() -> int:
-    """Largest resident size in bytes since `_reset_peak`, mapped weight files included."""
-    try:
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+def number(value: Any, digits: str = ".4g") -> str:
+    """A figure in a format; "-" where it is not known."""
+    return f"{value:{digits}}" if is_number(value) else "-"
 
 
-@dataclass
-class Stages:
-    """Names, seconds and peak memory of the stages, printed as they go: a table of contents.
-
-    `progress` is the whole run's, and is told which stage it is in.
-    """
-
-    names: Sequence[str]
-    progress: Progress = field(default_factory=lambda: Progress({}))
-    rows: list[dict[str, Any]] = field(default_factory=list)
-
-    @contextmanager
-    def run(self, name: str, what: str) -> Iterator[None]:
-        number = self.names.index(name) + 1
-        say(f"[{number}/{len(self.names)}] {name:<12} {printable(what)}")
-        _reset_peak()
-        start = time.perf_counter()
-        with self.progress.stage(name):
-            yield
-        seconds = time.perf_counter() - start
-        say(f"      {duration(seconds)}")
-        row = {"stage": name, "seconds": round(seconds, 2), "peak_memory_bytes": _peak_memory()}
-        if torch.cuda.is_available():
-            row["peak_gpu_memory_bytes"] = torch.cuda.max_memory_allocated()
-            torch.cuda.reset_peak_memory_stats()
-        self.rows.append(row)
+def plus_minus(value: Any, error: Any, digits: int = 4) -> str:
+    """A figure with its error, if that is known."""
+    shown = number(value, f".{digits}f")
+    return f"{shown} ± {error:.{digits}f}" if is_number(error) else shown
 
 
-def quiet() -> None:
-    """Our own progress bars only; warnings of loaders that our checks make superfluous."""
-    import logging
-    import warnings
-
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    for name in ("lm_eval", "lm-eval", "datasets", "httpx"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module="(transformers|lm_eval|datasets|torch).*")
-
-
-def environment() -> dict[str, Any]:
-    """Versions, machine, and backends: what a figure was measured with."""
-    import transformers
-
-    from .. import __version__, ops
-
-    return {
-        "mixbits": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "machine": platform.machine(),
-        "cpus": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "backends": [name for name, why in ops.backends().items() if why is None],
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-    }
+def size(nbytes: float) -> str:
+    """Bytes for people, decimal units as in `--size`."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if nbytes < 1000 or unit == "GB":
+            break
+        nbytes /= 1000
+    return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.2f} {unit}"
 
 
 def table(rows: Sequence[Sequence[str]], indent: str = "  ") -> str:
@@ -117,8 +59,8 @@ def table(rows: Sequence[Sequence[str]], indent: str = "  ") -> str:
     return "\n".join(lines)
 
 
-def scheme_rows(linears: Sequence[LinearInfo], assignment: Assignment) -> list[list[str]]:
-    """Of a table: how many linears of each kind got which scheme; average bits, scales counted.
+def scheme_rows(linears: Sequence[LinearInfo], assignment: Assignment) -> Rows:
+    """How many linears of each kind got which scheme; average bits, scales counted.
 
     Where linears are divided among schemes: the share of weights instead.
     """
@@ -142,51 +84,91 @@ def scheme_rows(linears: Sequence[LinearInfo], assignment: Assignment) -> list[l
     return rows
 
 
-def size(nbytes: float) -> str:
-    """Bytes for people, decimal units as in `--size`."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if nbytes < 1000 or unit == "GB":
-            break
-        nbytes /= 1000
-    return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.2f} {unit}"
+def result_rows(report: Report) -> Rows:
+    """Size, KL and perplexity of the original and of the quantized model."""
+    evaluation = report.evaluation or Evaluation()
+    rows = [["", "original", evaluation.scored]]
+    sizes = report.bytes_before or 0, report.bytes_after or 0
+    rows.append(["weight files", *map(size, sizes)])
+    if scores := evaluation.held_out:
+        rows.append(["KL, nats/token", "0", plus_minus(scores.kl, scores.kl_stderr)])
+        pair = [
+            plus_minus(scores.perplexity_reference, scores.perplexity_reference_stderr, 3),
+            plus_minus(scores.perplexity, scores.perplexity_stderr, 3),
+        ]
+        rows.append(["perplexity", *pair])
+        agreement = plus_minus(scores.top1_agreement, scores.top1_agreement_stderr)
+        rows.append(["top-1 agreement", "1", agreement])
+    return rows
 
 
-def plus_minus(value: float, stderr: float, digits: int = 4) -> str:
-    return f"{value:.{digits}f} ± {stderr:.{digits}f}"
-
-
-def search_line(report: dict[str, Any]) -> list[str]:
-    """Of --max-kl: what was promised, on which text, and what came out on another."""
-    found = report.get("search")
-    held_out = (report.get("evaluation") or {}).get("held_out")
-    if not found:
+def task_rows(evaluation: Evaluation) -> Rows:
+    """lm-eval's metrics with standard errors, of both models where both were scored."""
+    original, quantized = evaluation.original_tasks, evaluation.tasks
+    if quantized is None:
         return []
-    gate = report.get("gate") or {}
-    kl = gate["candidates"][0]["kl"] if gate else found["kl"]
-    line = f"--max-kl {found['max_kl']:g}: KL is {kl:.4f} on the gate's text, where it was sought"
-    if held_out:
-        line += f", and {plus_minus(held_out['kl'], held_out['kl_stderr'])} on other text"
+    models = [m for m in (original, quantized) if m]
+    rows = [["task", "metric", *(["original"] if original else []), evaluation.scored]]
+    for task, metrics in quantized.tasks.items():
+        for name in metrics:
+            if not name.endswith("_stderr"):
+                scores = [m.tasks.get(task, {}) for m in models]
+                cells = [plus_minus(s.get(name), s.get(f"{name}_stderr")) for s in scores]
+                rows.append([task, name, *cells])
+    if quantized.average is not None and len(quantized.tasks) > 1:
+        cells = [plus_minus(m.average, m.average_stderr) for m in models]
+        rows.append([_average_name(quantized), "acc", *cells])
+    return rows
+
+
+def _average_name(tasks: Tasks) -> str:
+    """What lm-eval's average is over: not every task has an accuracy."""
+    averaged = tasks.averaged
+    if averaged is None:  # of older reports
+        averaged = [name for name, scores in tasks.tasks.items() if "acc" in scores]
+    return f"mean of {len(averaged)} tasks"
+
+
+def gate_rows(candidates: Sequence[Candidate]) -> Rows:
+    """Candidates on the gate's text, the one that ships first."""
+    rows = [["candidate", "KL, nats/token", "behind the best, 95 %"]]
+    for row in candidates:
+        rows.append([row.name, number(row.kl, ".4f"), plus_minus(row.behind, row.interval)])
+    return rows
+
+
+def excess_loss(stability: Stability) -> str:
+    """What plans from either half of the text lose by all of it, such as `+0.41% and +0.63%`."""
+    return " and ".join(number(x, "+.2%") for x in stability.excess_loss)
+
+
+# --- lines of the terminal ------------------------------------------------------------------------
+
+
+def search_line(report: Report) -> list[str]:
+    """Of --max-kl: what was promised, on which text, and what came out on another."""
+    if report.search is None:
+        return []
+    kl = report.candidates[0].kl if report.candidates else report.search.kl
+    line = (
+        f"--max-kl {number(report.search.max_kl, 'g')}: KL is {number(kl, '.4f')} on the gate's "
+        "text, where it was sought"
+    )
+    if held_out := report.held_out:
+        line += f", and {plus_minus(held_out.kl, held_out.kl_stderr)} on other text"
     return [line + "."]
 
 
-def gate_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Candidates on held-out text, the one that ships first."""
-    cells = [["candidate", "KL, nats/token", "behind the best, 95 %"]]
-    for row in rows:
-        behind = plus_minus(row["behind"], row["interval"]) if "behind" in row else "-"
-        cells.append([row["name"], f"{row['kl']:.4f}", behind])
-    return table(cells)
-
-
-def diagnosis(found: dict[str, Any]) -> str:
+def diagnosis(report: Report) -> str:
     """A line for what predictions are worth, and one for how far the plan depends on the text."""
-    stable = found["stability"]
-    excess = " and ".join(f"{x:+.2%}" for x in stable["excess_loss"])
+    stable, measured = report.stability or Stability(), report.measured or []
     return (
-        f"  rank correlation of predicted and measured KL: {found['rank_correlation']:.3f} "
-        f"({len(found['measured'])} units, each alone in its cheapest scheme)\n"
-        f"  plans from either half of the text agree on {stable['same_units']:.1%} of the choices "
-        f"and {stable['same_bits']:.1%} of the bits; they lose {excess} by all of it"
+        "  rank correlation of predicted and measured KL: "
+        f"{number(report.rank_correlation, '.3f')} "
+        f"({len(measured)} units, each alone in its cheapest scheme)\n"
+        f"  plans from either half of the text agree on {number(stable.same_units, '.1%')} of the "
+        f"choices and {number(stable.same_bits, '.1%')} of the bits; they lose "
+        f"{excess_loss(stable)} by all of it"
     )
 
 
@@ -203,54 +185,3 @@ def refinement(rounds: Sequence[dict[str, Any]]) -> str:
 def fake_column(rounded: bool) -> str:
     """What the scores of `--fake` are headed by: what has been scored, and what the files are."""
     return f"fake, activations {'rounded' if rounded else 'in 16 bits'}"
-
-
-def result_rows(before: int, after: int, evaluation: dict[str, Any]) -> list[list[str]]:
-    """Of a table: size, KL and perplexity of the original and of the quantized model.
-
-    `evaluation` is that of report.json.
-    """
-    rows = [["", "original", evaluation.get("scored", "quantized")]]
-    rows.append(["weight files", size(before), size(after)])
-    scores = evaluation.get("held_out")
-    if scores:
-        rows.append(["KL, nats/token", "0", plus_minus(scores["kl"], scores["kl_stderr"])])
-        pair = [
-            plus_minus(scores[k], scores[f"{k}_stderr"], 3)
-            for k in ("perplexity_reference", "perplexity")
-        ]
-        rows.append(["perplexity", *pair])
-        agreement = scores["top1_agreement"], scores["top1_agreement_stderr"]
-        rows.append(["top-1 agreement", "1", plus_minus(*agreement)])
-    return rows
-
-
-def task_rows(evaluation: dict[str, Any]) -> list[list[str]]:
-    """Of a table: lm-eval's metrics with standard errors, of both models where both were scored."""
-    original, quantized = evaluation.get("original_tasks"), evaluation["tasks"]
-    scored = evaluation.get("scored", "quantized")
-    rows = [["task", "metric", *(["original"] if original else []), scored]]
-    models = [m for m in (original, quantized) if m]
-    for task, metrics in quantized["tasks"].items():
-        for name in metrics:
-            if name.endswith("_stderr"):
-                continue
-            cells = [
-                plus_minus(m["tasks"][task][name], m["tasks"][task].get(f"{name}_stderr", 0.0))
-                for m in models
-            ]
-            rows.append([task, name, *cells])
-    if quantized["average"] is not None and len(quantized["tasks"]) > 1:
-        rows.append([average_name(quantized), "acc", *map(_average, models)])
-    return rows
-
-
-def average_name(tasks: dict[str, Any]) -> str:
-    """What lm-eval's average is over: not every task has an accuracy."""
-    count = len(tasks.get("averaged", [n for n, s in tasks["tasks"].items() if "acc" in s]))
-    return f"mean of {count} tasks"
-
-
-def _average(tasks: dict[str, Any]) -> str:
-    stderr = tasks.get("average_stderr")  # of older reports: not known
-    return plus_minus(tasks["average"], stderr) if stderr else f"{tasks['average']:.4f}"

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..formats.schemes import BF16, Scheme
+from .report import Evaluation
 
 # The worst that still has the name: perplexity as a multiple of the original's, top-1 agreement.
 LEVELS: tuple[tuple[str, float, float], ...] = (
@@ -86,10 +87,10 @@ class _Figure:
         return cls(math.nan if value is None else value, float(stderr or 0.0) if known else 0.0)
 
 
-def lines(evaluation: Mapping[str, Any] | None) -> list[str]:
+def lines(evaluation: Evaluation | None) -> list[str]:
     """What is said of it: the sentence, and the advice if any. Of older reports nothing."""
-    found = (evaluation or {}).get("verdict") or {}
-    return [str(found[key]) for key in ("sentence", "advice") if found.get(key)]
+    found = evaluation.verdict if evaluation else None
+    return [said for said in (found.sentence, found.advice) if said] if found else []
 
 
 def _level(value: float, within: Callable[[float, float, float], bool]) -> int:

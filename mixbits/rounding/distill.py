@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -37,6 +36,7 @@ from ..formats.reference import Quantized, dequantize, encode, join_groups, spli
 from ..formats.schemes import Assignment, Format, Recipe
 from ..model.layout import CausalLM, LinearInfo, decoder_blocks
 from ..model.probing import probed
+from ..model.replaced import replaced
 from ..model.streaming import StreamedModel
 from .nearest import fake_input
 
@@ -234,7 +234,7 @@ def written(
     )
     found = []
     # Options that are not given would come from the model's own, such as a penalty of repetition.
-    own = patch.object(model, "generation_config", options)
+    own = replaced(model, "generation_config", options)
     advance = progress.steps(count, len(decoder_blocks(model)[1]))
     with own, progress.part("the original writes text"), torch.random.fork_rng():
         torch.manual_seed(seed)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import UsageError, first_line
+from ..errors import UsageError, plain_errors
 from ..formats.compensate import search
 from ..formats.pack import Packed, pack
 from ..formats.reference import Quantized, dequantize, encode
@@ -116,13 +116,13 @@ def tune(
             pack_weight(info.name, weight_of(model, info).detach(), schemes[info.name])
     try:
         from auto_round import AutoRound
-    except ImportError:
-        raise UsageError("--tune needs auto-round: pip install auto-round") from None
+    except ImportError as error:
+        raise UsageError("--tune needs auto-round: pip install auto-round") from error
     if tokenizer is None:
         raise UsageError("--tune needs a tokenizer: auto-round wants one, and the model has none")
     logging.getLogger("autoround").setLevel(logging.ERROR)
     count, length = ids.shape
-    try:
+    with plain_errors("auto-round failed"):
         rounding: Any = AutoRound(
             model,
             tokenizer=tokenizer,
@@ -138,6 +138,4 @@ def tune(
             disable_model_free=True,
         )
         tuned, _ = rounding.quantize()
-    except Exception as error:
-        raise UsageError(f"auto-round failed: {first_line(error)}") from error
     return {name: [_packed(name, tuned, scheme)] for name, scheme in schemes.items()}

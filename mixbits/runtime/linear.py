@@ -11,7 +11,7 @@ import ctypes
 import itertools
 import threading
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import is_
 from typing import Any, Protocol
 
@@ -25,7 +25,7 @@ from ..formats import checks
 from ..formats.arrange import Arrangement, check_order
 from ..formats.pack import Operand, Packed, Part, order_dtype, packed_spec, recipe_tensors
 from ..formats.schemes import Format, Recipe, Scheme
-from ..model.layout import FUSED_GROUPS
+from ..model.families import DEFAULT
 
 
 def check_loaded(linear: nn.Module, state: Mapping[str, Any], prefix: str) -> None:
@@ -418,13 +418,21 @@ class SharedInput:
         return len(ways) == 1 and all(t.is_cpu and not t.is_inference() for t in tensors)
 
 
-def share_inputs(model: nn.Module) -> None:
-    """Let q/k/v, and gate/up, of every module be multiplied in one call where both are packed."""
-    for module in model.modules():
-        for names in FUSED_GROUPS:
-            linears = [getattr(module, name, None) for name in names]
-            group = [linear for linear in linears if isinstance(linear, PackedLinear)]
-            if len(group) > 1 and len({linear.in_features for linear in group}) == 1:
-                shared = SharedInput(group)
-                for linear in group:
-                    linear.siblings = shared
+def share_inputs(model: nn.Module, groups: Iterable[Sequence[str]] | None = None) -> None:
+    """Let linears of a module that read one input be multiplied in one call where all are packed.
+
+    `groups` has their names; without, those are taken that most models call so: q/k/v, gate/up.
+    """
+    modules = dict(model.named_modules())
+    if groups is None:
+        groups = [
+            [f"{name}.{leaf}".lstrip(".") for leaf in leaves]
+            for name in modules
+            for leaves in DEFAULT.shared_inputs
+        ]
+    for names in groups:
+        group = [m for n in names if isinstance(m := modules.get(n), PackedLinear)]
+        if len(group) > 1 and len({linear.in_features for linear in group}) == 1:
+            shared = SharedInput(group)
+            for linear in group:
+                linear.siblings = shared

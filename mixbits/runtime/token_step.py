@@ -32,15 +32,11 @@ from .. import ops
 from ..backends import cpu
 from ..formats import checks
 from ..formats.pack import packed_spec
+from ..model.families import family_of
 from . import attention
 from .cache import growing_layers
 from .linear import PackedLinear, Segment, content_of
 
-KINDS = ("Llama", "Mistral", "Qwen2", "Qwen3")  # transformers' <kind>ForCausalLM
-_LINEARS = (
-    *(("self_attn", name) for name in ("q_proj", "k_proj", "v_proj", "o_proj")),
-    *(("mlp", name) for name in ("gate_proj", "up_proj", "down_proj")),
-)
 _NAME = "_mixbits_decode"
 
 
@@ -105,8 +101,10 @@ class Plan:
     """
 
     def __init__(self, model: Any) -> None:
-        kind = type(model).__name__.removesuffix("ForCausalLM")
-        _require(kind in KINDS, "the model")
+        self.family = family_of(model.config)
+        kind = self.family.native_step
+        _require(kind is not None, "the model")
+        assert kind is not None
         self.prefix = f"transformers.models.{kind.lower()}.modeling_{kind.lower()}.{kind}"
         self._require_class(model, "ForCausalLM")
         self.dtype = model.model.embed_tokens.weight.dtype
@@ -205,10 +203,10 @@ class Plan:
         queries = keys * group * width
         shapes = [(queries, hidden), *2 * [(keys * width, hidden)], (hidden, queries)]
         shapes += [*2 * [(inner, hidden)], (hidden, inner)]
-        return [
-            self._linear(getattr(getattr(layer, part), name), shape)
-            for (part, name), shape in zip(_LINEARS, shapes, strict=True)
-        ]
+        family = self.family
+        linears = [getattr(layer.self_attn, name) for name in family.attention]
+        linears += [getattr(layer.mlp, name) for name in (*family.ffn_inputs, family.ffn_output)]
+        return [self._linear(*entry) for entry in zip(linears, shapes, strict=True)]
 
     def _linear(self, linear: Any, shape: tuple[int, int]) -> list[int]:
         """A linear [N, K] in the numbers of `backends.cpu.decoder`."""
@@ -225,8 +223,8 @@ class Plan:
         _require(linear.backend in (None, "cpu"), "a linear's backend")
         try:  # what is wrong is said where a linear is called
             linear.checked(torch.device("cpu"))
-        except (TypeError, ValueError):
-            raise UnknownPart("a linear's tensors") from None
+        except (TypeError, ValueError) as error:
+            raise UnknownPart("a linear's tensors") from error
         for part in linear.parts:
             for name in packed_spec(part.format, *shape):
                 self._keep(part._buffers, name)

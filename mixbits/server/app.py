@@ -210,14 +210,14 @@ class Service:
                         raise self._too_large()
                     if self._reading > BODIES * self.max_body:
                         raise _busy("too much is being sent to this server at once")
-        except TimeoutError:
+        except TimeoutError as error:
             raise RequestError(
                 408,
                 f"the body has not arrived within {BODY_SECONDS:g} s",
                 headers={"Connection": "close"},
-            ) from None
-        except ClientDisconnect:
-            raise ClientGone from None
+            ) from error
+        except ClientDisconnect as error:
+            raise ClientGone from error
         finally:
             self._reading -= len(body)
         return bytes(body)

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria
 from transformers import StoppingCriteriaList as Criteria
 
-from ..errors import UsageError, first_line
+from ..errors import UsageError, plain_errors
 from ..model.layout import decoder_blocks
 from .jobs import Done, Job, Options, Piece, Token
 from .texts import Decoder, Transcript, Vocabulary
@@ -69,16 +69,14 @@ class Engine:
         job = Job([0, 0], Options(max_tokens=1), emit=lambda event: None)
         chunk, self.chunk = self.chunk, self.chunk and 1
         if chunk:
-            try:
+            # A cache of its own kind may be none that can be filled in parts.
+            with suppress(UsageError), plain_errors("a prompt must go in as a whole"):
                 self.run(job)
                 self.chunk = chunk
                 return
-            except Exception:  # a cache of its own kind, which cannot be filled in parts
-                self.chunk = None
-        try:
+            self.chunk = None
+        with plain_errors("the model cannot generate"):
             self.run(job)
-        except Exception as error:
-            raise UsageError(f"the model cannot generate: {first_line(error)}") from error
 
     def run(self, job: Job) -> None:
         """Emit the pieces of a job, and Done. Nothing more comes of one that is cancelled."""

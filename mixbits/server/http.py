@@ -212,7 +212,7 @@ def bind(host: str, port: int) -> list[socket.socket]:
     except (OSError, OverflowError) as error:
         for made in bound:
             made.close()
-        raise UsageError(f"cannot listen at {host}, port {port}: {error}") from None
+        raise UsageError(f"cannot listen at {host}, port {port}: {error}") from error
     return bound
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
-from ..errors import first_line
+from ..errors import UsageError, plain_errors
 from .errors import RequestError
 from .texts import Vocabulary
 
@@ -87,16 +87,17 @@ class Prompts:
                 "use /v1/completions",
                 "messages",
             )
+        refused = "the chat template refuses these messages"
         try:
-            with bounded(TEMPLATE_SECONDS, TEMPLATE_BYTES):
+            with plain_errors(refused), bounded(TEMPLATE_SECONDS, TEMPLATE_BYTES):
                 text = self._tokenizer.apply_chat_template(
                     list(messages), tokenize=False, add_generation_prompt=True, **variables
                 )
-        except Exception as error:  # whatever a template raises
-            why = first_line(error)
-        else:
-            return self._encoded(str(text), "messages", add_special_tokens=False)
-        raise RequestError(400, f"the chat template refuses these messages: {why}", "messages")
+        except TemplateBounds as error:
+            raise RequestError(400, f"{refused}: {error}", "messages") from error
+        except UsageError as error:
+            raise RequestError(400, str(error), "messages") from error
+        return self._encoded(str(text), "messages", add_special_tokens=False)
 
     def room(self, prompt: Sequence[int], asked: int | None, default: int | None) -> int:
         """New tokens: those asked for, or the default, or as many as there is room for.

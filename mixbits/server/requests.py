@@ -267,13 +267,13 @@ def parse(kind: type[AnyRequest], body: bytes) -> AnyRequest:
     try:
         found = from_json(body, allow_inf_nan=True)
     except ValueError as error:
-        raise RequestError(400, f"the body is not JSON: {shortened(str(error), 200)}") from None
+        raise RequestError(400, f"the body is not JSON: {shortened(str(error), 200)}") from error
     if not isinstance(found, dict):
         raise RequestError(400, f"the body must be a JSON object: got a {type(found).__name__}")
     try:
         request = kind.model_validate(found)
     except ValidationError as error:
-        raise _refusal(error) from None
+        raise _refusal(error) from error
     request._check()
     return request
 

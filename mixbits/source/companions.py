@@ -14,7 +14,8 @@ _WEIGHT_FILES += (".gguf", ".onnx", ".onnx_data", ".npz", ".pkl", ".pickle", ".o
 _OF_THE_SOURCE = {"config.json", "quantize_config.json", "quant_config.json", "recipe.yaml"}
 _OF_THE_SOURCE |= {"hf_quant_config.json", "mixbits-export.json", "README.md", "plan.json"}
 _OF_THE_SOURCE |= {"mixbits-manifest.json"}
-_OF_THE_SOURCE |= {"scores.json", "report.json", "report.html", "curve.csv", "curve.png"}
+_OF_THE_SOURCE |= {"scores.json", "report.json", "report.html", "curve.csv", "curve.svg"}
+_OF_THE_SOURCE |= {"curve.png"}  # of older versions
 
 
 def copy_companions(source: Path, folder: Path) -> None:

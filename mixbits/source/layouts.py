@@ -227,14 +227,14 @@ def _compressed_tensors(reader: _Reader) -> None:
         from compressed_tensors.compressors.format import infer_module_format
         from compressed_tensors.quantization import QuantizationConfig
         from compressed_tensors.utils.match import match_quantizable_tensors
-    except ImportError:
+    except ImportError as error:
         raise UsageError(
             "weights stored by compressed-tensors are read by it: pip install compressed-tensors"
-        ) from None
+        ) from error
     try:
         config = QuantizationConfig.model_validate(dict(reader.settings))
     except ValueError as error:
-        raise UsageError(f"quantization_config is not compressed-tensors': {error}") from None
+        raise UsageError(f"quantization_config is not compressed-tensors': {error}") from error
     for scheme in config.config_groups.values():
         layout = str((scheme.format or infer_module_format(torch.nn.Linear, scheme)).value)
         compressor: Any = BaseCompressor.get_value_from_registry(layout)

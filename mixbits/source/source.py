@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import UsageError, first_line, plain_errors
+from ..errors import UsageError, plain_errors
 from ..files.atomic import scratch_folder
 from ..files.io import is_text, read_object
 from ..formats.pack import check_finite
@@ -57,6 +57,7 @@ class Source:
     scratch: Path | None = None
     untied: bool = False
     _plain: Any = field(default=None, repr=False)  # the temporary folder
+    _digests: list[bytes] = field(default_factory=list, repr=False)  # of the weight files
 
     def weight_files(self) -> list[Path]:
         """The files that transformers reads, sorted by name. Raises UsageError for none."""
@@ -142,11 +143,12 @@ class Source:
         return Weights(self.shapes, Files(self.weight_files()), self.quantization, self.dtype)
 
     def sha256(self) -> str:
-        """Hash of the configuration and of every weight file."""
+        """Hash of the configuration and of every weight file, which `load` has by the way."""
+        files = Files([] if self._digests else self.weight_files())
+        digests = self._digests or [files.sha256(path, lambda *_: None) for path in files.paths]
         digest = hashlib.sha256((self.path / "config.json").read_bytes())
-        for path in self.weight_files():
-            with path.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
+        for one in digests:
+            digest.update(one)
         return digest.hexdigest()
 
     @property
@@ -179,7 +181,7 @@ class Source:
 
         Raises UsageError that names the file or tensor otherwise.
         """
-        self._check_files()
+        self._digests = self._digests or self._checked()
         folder = self.path if self.weights.is_plain else self._plain_folder()
         config = copy.deepcopy(self.config)
         for part in (config, config.get_text_config()):
@@ -205,13 +207,16 @@ class Source:
             )
         return model.eval().requires_grad_(False)
 
-    def _check_files(self) -> None:
-        """Every tensor of every file is readable and finite."""
+    def _checked(self) -> list[bytes]:
+        """Every tensor of every file is readable and finite; returns the files' hashes."""
         files = self.weights.files
-        for name, header in files.headers.items():
-            value, kind = files.read(name), header.dtype
+
+        def look(name: str, value: Tensor) -> None:
+            kind = value.dtype
             is_byte = kind.is_floating_point and kind.itemsize == 1  # torch cannot look at these
             check_finite(f"{name} in {files.places[name]}", value.float() if is_byte else value)
+
+        return [files.sha256(path, look) for path in files.paths]
 
     def _plain_folder(self) -> Path:
         """The model with plain weights under its own names, made once for this process."""
@@ -316,10 +321,11 @@ def _download(model: str, patterns: list[str], revision: str | None = None) -> P
     check_name(model)
     from huggingface_hub import snapshot_download
 
-    try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
-    except Exception as error:  # the hub client raises dozens of kinds
-        raise UsageError(
+    def sentence(why: str) -> str:
+        return (
             f"{model!r} is no folder, and no model of that name could be fetched "
-            f"({first_line(error)}): pass the folder of a downloaded model"
-        ) from None
+            f"({why}): pass the folder of a downloaded model"
+        )
+
+    with plain_errors(sentence):
+        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))

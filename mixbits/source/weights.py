@@ -10,8 +10,11 @@ Values are then read tensor by tensor, plain, or as they are stored (`mixbits.so
 from __future__ import annotations
 
 import functools
+import hashlib
+import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -54,6 +57,19 @@ DTYPE_NAMES = {  # in the order of safetensors, which stores the last first
 DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """What safetensors and torch raise of a file that they cannot read is a UsageError."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (SafetensorError, OSError, RuntimeError) as error:
+        raise UsageError(
+            f"cannot read {path}: {first_line(error)}; is the file complete?"
+        ) from error
+
+
 class Files:
     """Tensors of safetensors files by name: their headers at once, their values when asked for.
 
@@ -69,25 +85,20 @@ class Files:
             self._read_headers(path)
 
     def _read_headers(self, path: Path) -> None:
-        from safetensors import SafetensorError, safe_open
+        from safetensors import safe_open
 
         check_file(path)
-        try:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 (a safetensors file is no dict)
-                    if not is_plain_name(name):
-                        raise UsageError(f"a tensor has no printable name: {name!r:.80} ({path})")
-                    if name in self.places:
-                        raise UsageError(f"{name} is in two weight files ({path} is the second)")
-                    part = file.get_slice(name)
-                    if (kind := part.get_dtype()) not in DTYPES:
-                        raise UsageError(f"dtype {kind} of {name} cannot be read ({path})")
-                    self.places[name] = path
-                    self.headers[name] = Header(DTYPES[kind], tuple(part.get_shape()))
-        except (SafetensorError, OSError) as error:
-            raise UsageError(
-                f"cannot read {path}: {first_line(error)}; is the file complete?"
-            ) from None
+        with _readable(path), safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 (a safetensors file is no dict)
+                if not is_plain_name(name):
+                    raise UsageError(f"a tensor has no printable name: {name!r:.80} ({path})")
+                if name in self.places:
+                    raise UsageError(f"{name} is in two weight files ({path} is the second)")
+                part = file.get_slice(name)
+                if (kind := part.get_dtype()) not in DTYPES:
+                    raise UsageError(f"dtype {kind} of {name} cannot be read ({path})")
+                self.places[name] = path
+                self.headers[name] = Header(DTYPES[kind], tuple(part.get_shape()))
 
     def nbytes(self, names: Iterable[str]) -> int:
         """Of these tensors, without headers."""
@@ -96,18 +107,32 @@ class Files:
 
     def read(self, name: str) -> Tensor:
         """The value, mapped from its file."""
-        from safetensors import SafetensorError, safe_open
+        from safetensors import safe_open
 
         path = self.places[name]
-        try:
+        with _readable(path):
             if path not in self._opened:
                 self._opened[path] = safe_open(path, framework="pt").__enter__()
             value: Tensor = self._opened[path].get_tensor(name)
-        except (SafetensorError, OSError, RuntimeError) as error:
-            raise UsageError(
-                f"cannot read {path}: {first_line(error)}; is the file complete?"
-            ) from None
         return value
+
+    def sha256(self, path: Path, look: Callable[[str, Tensor], None]) -> bytes:
+        """The SHA-256 of one of the files, whose tensors go to `look` on the way, name and value.
+
+        So a file that is larger than the memory is read once, and not a second time for its hash:
+        its data are its tensors, one after the other without a gap, as safetensors insists.
+        """
+        with _readable(path), path.open("rb") as file:
+            length = file.read(8)
+            header = file.read(int.from_bytes(length, "little"))
+        digest, places = hashlib.sha256(length + header), json.loads(header)
+        places.pop("__metadata__", None)
+        for name in sorted(places, key=lambda name: places[name]["data_offsets"]):
+            value = self.read(name)
+            look(name, value)
+            data: Any = value.reshape(-1).view(torch.uint8).numpy()
+            digest.update(data)
+        return digest.digest()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_opened": {}}  # of a copy, or in another process, anew
@@ -295,10 +320,10 @@ class Weights:
             part = functools.partial(_of_expert, layout, expert, projection)
             return (one, part) if isinstance(one, GptOss) else None
         patterns = list(dict.fromkeys(pattern for pattern, _ in group.members))
-        joins_two = layout.stack(projection) != projection  # gate and up, in this order
+        joins_two = layout.joins(projection)  # gate and up, in this order
         if layout.interleaved or len(patterns) != 1 + joins_two:
             return None
-        wanted = patterns[joins_two and projection == "up_proj"]
+        wanted = patterns[joins_two and projection != layout.projections[0]]
         members = [one for pattern, one in group.members if pattern == wanted]
         return (members[expert], lambda rows: rows) if expert < len(members) else None
 

@@ -16,22 +16,24 @@ from pathlib import Path
 import pytest
 import sass
 import torch
+from compiled import CSRC, needs_gpp, output_of
 from conftest import assert_same_bits
 
 from mixbits.formats import reference
 from mixbits.formats.schemes import MINIFLOATS
 
 TESTS = Path(__file__).resolve().parent
-CSRC = TESTS.parents[1] / "csrc"
-SOURCES = sorted(CSRC.glob("cuda/*.cu"))
+SOURCES = {
+    "_".join(path.relative_to(CSRC / "cuda").with_suffix("").parts): path
+    for path in sorted(CSRC.glob("cuda/**/*.cu"))
+}
 # Registers per thread of files whose kernels want more than 64, which let two thirds of an SM's
 # warps be resident. What the matrix kernels may have follows from their launch bounds.
-MAX_REGISTERS = {"matmul": 128, "matmul_mma": 255, "matmul_wgmma": 168, "matmul_e4m3": 168}
+MAX_REGISTERS = {"matmul_simple": 128, "matmul_mma": 255, "matmul_wgmma": 168, "matmul_e4m3": 168}
 HOPPER = ("matmul_wgmma", "matmul_e4m3")
 BUDGETS = TESTS / "cuda_budgets.csv"
 
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on the PATH")
-needs_gpp = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not on the PATH")
 needs_cuobjdump = pytest.mark.skipif(
     sass.find_cuobjdump() is None, reason="Triton, which ships cuobjdump, is not installed"
 )
@@ -40,11 +42,11 @@ needs_cuobjdump = pytest.mark.skipif(
 # --- compile ---------------------------------------------------------------------------------
 
 
-def architectures(source: Path) -> list[str]:
-    return ["90a"] if source.stem in HOPPER else ["80", "90a", "100a", "120a"]
+def architectures(name: str) -> list[str]:
+    return ["90a"] if name in HOPPER else ["80", "90a", "100a", "120a"]
 
 
-BUILDS = [(source.stem, arch) for source in SOURCES for arch in architectures(source)]
+BUILDS = [(name, arch) for name in SOURCES for arch in architectures(name)]
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +58,8 @@ def builds(tmp_path_factory):
         target = folder / f"{name}.{arch}.o"
         # The host's half of a file is the same for all architectures: one of them compiles it.
         output = "-c" if arch == "90a" else "-cubin"
-        command = ["nvcc", "-std=c++17", "-O3", "-Xptxas", "-v", output, f"{CSRC}/cuda/{name}.cu"]
+        command = ["nvcc", "-std=c++17", "-O3", "-Xptxas", "-v", f"-I{CSRC}", output]
+        command += [str(SOURCES[name])]
         command += ["-gencode", f"arch=compute_{arch},code=sm_{arch}", "-o", str(target)]
         result = subprocess.run(command, capture_output=True, text=True, check=False)
         return target, result.returncode, result.stdout + result.stderr
@@ -262,15 +265,6 @@ int main() {
 """
 
 
-def output_of(program: str, folder: Path) -> bytes:
-    """What a C++ program that includes our headers prints."""
-    source, binary = folder / "program.cpp", folder / "program"
-    source.write_text(program)
-    command = ["g++", "-std=c++17", "-O2", "-ffp-contract=off", f"-I{CSRC}"]
-    subprocess.run([*command, str(source), "-o", str(binary)], check=True)
-    return subprocess.run([str(binary)], capture_output=True, check=True).stdout
-
-
 @needs_gpp
 def test_host_numerics(tmp_path):
     output = output_of(NUMERICS_PROGRAM, tmp_path)
@@ -291,7 +285,7 @@ def test_host_numerics(tmp_path):
 
 FRAGMENTS_PROGRAM = r"""
 #include <stdio.h>
-#include "cuda/fragments.h"
+#include "cuda/codes/fragments.h"
 using namespace mixbits::cuda;
 int main() {
   for (int bits = 2; bits <= 8; bits *= 2) {

@@ -7,20 +7,26 @@ show is that the instructions do what the stand-in takes them to do, and speed.
 
 import importlib.machinery
 import importlib.util
-import os
-import re
-import shutil
-import subprocess
 import sys
-import sysconfig
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from pathlib import Path
 
+import checks
 import pytest
-import test_triton as checks
 import torch
+from compiled import needs_gpp
 from conftest import FORMATS, INT_FORMATS, MX_FORMATS, assert_same_bits, format_id, hard_rows
+from emulator import build_emulation
+from fp8_checks import (
+    FP8,
+    HALVES,
+    MXFP4,
+    check_fp8_bad_tokens,
+    check_fp8_long_rows,
+    check_fp8_matmul,
+    check_fp8_tokens,
+    check_fp8_weights,
+)
+from mixes import ARRANGED, make_mix
 from torch import Tensor
 
 from mixbits import ops
@@ -32,47 +38,11 @@ from mixbits.formats.recipes import parse_recipe
 from mixbits.formats.schemes import INTEGERS, MINIFLOATS, MX_GROUP, Format
 from mixbits.runtime.linear import PackedLinear, allow_fp8_activations
 
-TESTS = Path(__file__).resolve().parent
-CSRC = TESTS.parents[1] / "csrc"
-needs_gpp = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not on the PATH")
 needs_gpu = pytest.mark.skipif(
     cuda.why_unavailable() is not None, reason=f"cuda backend: {cuda.why_unavailable()}"
 )
 
 # --- emulate ---------------------------------------------------------------------------------
-
-LAUNCH = re.compile(r"([\w:]+(?:<[^;<>]*>)?)\s*<<<(.*?),([^,]*),([^,]*)>>>\s*\((.*?)\);", re.DOTALL)
-DYNAMIC = re.compile(r"extern __shared__ (?:__align__\(\d+\) )?(\w+) (\w+)\[\];")
-
-
-def build_emulation(folder: Path) -> Path:
-    """Compiles csrc/cuda for the host into `folder`; the path of the extension module."""
-    import pybind11
-
-    shutil.copytree(CSRC, folder / "csrc")
-    for header in ("cuda_runtime.h", "cuda_fp16.h", "cuda_bf16.h"):
-        (folder / header).write_text('#pragma once\n#include "stand_in.h"\n')
-    shutil.copy(TESTS / "emulation/stand_in.h", folder)
-    shutil.copy(TESTS / "emulation/ptx.cuh", folder / "csrc/cuda")
-    include = (folder, folder / "csrc", pybind11.get_include(), sysconfig.get_path("include"))
-    command = ["g++", "-std=c++17", "-O1", "-ffp-contract=off", "-fPIC", "-w", "-DMB_WGMMA"]
-    command += [f"-I{path}" for path in include]
-    sources = [folder / "csrc/bindings_cuda.cpp"]
-    for path in sorted((folder / "csrc/cuda").glob("*.cu")):
-        text = LAUNCH.sub(r"emulate::launch(\2,\3, [=] { \1(\5); });", path.read_text())
-        text = DYNAMIC.sub(r"\1* \2 = emulate::shared<\1>();", text)
-        sources.append(path.with_suffix(".cpp"))
-        sources[-1].write_text(text)
-    objects = [str(source.with_suffix(".o")) for source in sources]
-
-    def compile_one(source: Path, target: str) -> None:
-        subprocess.run([*command, "-c", str(source), "-o", target], check=True)
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(compile_one, sources, objects))
-    library = folder / f"_cuda{importlib.machinery.EXTENSION_SUFFIXES[0]}"
-    subprocess.run(["g++", "-shared", *objects, "-o", str(library)], check=True)
-    return library
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +115,6 @@ def test_emulated_empty(emulated):
 
 # --- the matrix units ------------------------------------------------------------------------
 
-HALVES = [torch.bfloat16, torch.float16]
 MMA = [Choice("mma", row_tiles=r, token_tiles=t, warps=w) for r, t, w in ((1, 1, 5), (4, 1, 4))]
 MMA += [Choice("mma", row_tiles=4, token_tiles=2, warps=8)]
 WGMMA = [
@@ -201,7 +170,7 @@ def test_emulated_mixed(emulated, segments, choice, monkeypatch):
 def test_emulated_mixed_as_chosen(emulated, segments, monkeypatch):
     """All ways but wgmma's occur, and scratch in several blocks."""
     monkeypatch.setattr(scratch, "SCRATCH_BYTES", 8 * 320 * 4)
-    for shape, arranged in zip(((1, 15), (3, 100), (17, 17)), checks.ARRANGED, strict=True):
+    for shape, arranged in zip(((1, 15), (3, 100), (17, 17)), ARRANGED, strict=True):
         checks.check_mixed(emulated, CPU, segments, shape, arranged)
 
 
@@ -225,7 +194,7 @@ def test_emulated_arrange(emulated):
 @emulated_test
 def test_emulated_mixed_misaligned(emulated):
     """Codes that begin anywhere take narrower loads; an input that does is staged."""
-    mix, _ = checks.make_mix(checks.MIXES["MX, inputs alone"], "natural", 5)
+    mix, _ = make_mix(checks.MIXES["MX, inputs alone"], "natural", 5)
     x = torch.randn(3 * 224 + 1).bfloat16()[1:].view(3, 224)
     expected = cuda.packed_matmul(x, mix)
     codes = mix.parts[1].packed.weight_packed
@@ -327,101 +296,12 @@ def test_emulated_misaligned_codes(emulated):
 
 # --- activations in 8-bit floats -------------------------------------------------------------
 
-FP8 = Choice("fp8", block_tokens=128)
-MXFP4 = MX_FORMATS[0]
-
 
 @pytest.fixture
 def fp8(monkeypatch):
     """The products of cuda_fp8, for any number of tokens."""
     monkeypatch.setattr(cuda_fp8, "explain", lambda x, packed, fmt: FP8)
     return cuda_fp8
-
-
-def staged_codes(staged: Tensor, tokens: int, columns: int) -> Tensor:
-    """[tokens, columns] from the tiles of 128 by 128 that the product reads, said once more."""
-    tiles = staged.view(-1, staged.shape[1] // 128, 128, 8, 16)  # block, tile, token, piece, byte
-    swizzle = torch.arange(8)[None] ^ torch.arange(128)[:, None] % 8
-    pieces = tiles.gather(3, swizzle[None, None, :, :, None].expand_as(tiles))
-    # [step, half, lane, code] of a row of 128 bytes -> columns [lane, step, half, code].
-    rows = pieces.reshape(*tiles.shape[:3], 4, 2, 4, 4).permute(0, 2, 1, 5, 3, 4, 6)
-    return rows.reshape(staged.shape)[:tokens, :columns]
-
-
-def check_fp8_tokens(device: torch.device, columns: int) -> None:
-    """The codes and scales of the definition, and zeros where there are no tokens and columns."""
-    for dtype in HALVES:
-        x = torch.cat([hard_rows(columns, dtype), torch.randn(7, columns).to(dtype)])
-        x[0] = 0
-        staged, got_scale = cuda_fp8.quantize_tokens(x.to(device))
-        codes, scale = folding.quantize_tokens(x)
-        assert_same_bits(got_scale[: len(x)].cpu(), scale)
-        finite = scale.isfinite()
-        assert finite.sum() > 8 and not finite.all()
-        got = staged_codes(staged.cpu(), len(x), staged.shape[1])
-        assert_same_bits(got[finite, :columns], codes.view(torch.uint8)[finite])
-        assert not got[finite, columns:].any()
-        assert not staged_codes(staged.cpu(), *staged.shape)[len(x) :].any()
-
-
-def fp8_product(device: torch.device, x: Tensor, packed: pack.Packed) -> Tensor:
-    row_scale = folding.fold_rows(packed)
-    there = packed.to(device), MXFP4, row_scale.to(device)
-    return cuda_fp8.packed_matmul(x.to(device), *there).cpu()
-
-
-def check_fp8_matmul(device: torch.device, shape: tuple[int, int, int]) -> None:
-    """As check_matmul, of the tokens that 8 bits leave."""
-    m, n, k = shape
-    generator = torch.Generator().manual_seed(m + n + k)
-    weight = torch.randn(n, k, generator=generator) * torch.rand(n, 1, generator=generator)
-    q = reference.quantize(weight, MXFP4)
-    w = reference.dequantize(q, MXFP4)
-    for dtype in HALVES:
-        x = torch.randn(m, k, generator=generator).to(dtype)
-        codes, scale = folding.quantize_tokens(x)
-        rounded = codes.double() * scale.double()[:, None]
-        exact = rounded @ w.double().T
-        plain = (rounded.float() @ w.T).to(dtype)
-        got = fp8_product(device, x, pack.pack(q, MXFP4))
-        assert (got.dtype, got.shape) == (dtype, (m, n))
-        allowed = 2 * (plain.double() - exact).abs().max().item()
-        allowed = max(allowed, torch.finfo(dtype).eps * exact.abs().max().item())
-        error = (got.double() - exact).abs().max().item()
-        assert error <= allowed, f"{dtype} {shape}: error {error:.3g}, allowed {allowed:.3g}"
-
-
-def check_fp8_weights(device: torch.device) -> None:
-    """Every code in every binade of a row, and zeros beyond them: exact, as the identity shows."""
-    rows = torch.arange(20)[:, None]
-    scale = (120 + (torch.arange(15) + rows) % 15).to(torch.uint8)
-    codes = ((torch.arange(480) + 7 * rows) % 16).to(torch.uint8)
-    codes[17, 32:64], scale[17, 1] = 8, 3
-    codes[18, 32:64], scale[18, 1] = 0, 250
-    codes[19], scale[19] = 0, 254
-    q = reference.Quantized(codes, scale)
-    got = fp8_product(device, torch.eye(480, dtype=torch.bfloat16), pack.pack(q, MXFP4))
-    assert torch.equal(got.T, reference.dequantize(q, MXFP4, torch.bfloat16))
-
-
-def check_fp8_long_rows(device: torch.device) -> None:
-    """Terms of one sign: added in 14 digits throughout, they would lose one part in a hundred."""
-    generator = torch.Generator().manual_seed(0)
-    weight, x = (0.5 + torch.rand(n, 8192, generator=generator) for n in (8, 3))
-    packed = pack.pack(reference.quantize(weight, MXFP4), MXFP4)
-    got = fp8_product(device, x.half(), packed)
-    expected = folding.matmul(x.half().float(), packed, folding.fold_rows(packed))
-    torch.testing.assert_close(got.float(), expected, rtol=2.0**-10, atol=0)
-
-
-def check_fp8_bad_tokens(device: torch.device) -> None:
-    """A token that is not finite is NaN, and no other."""
-    x = torch.randn(5, 96, dtype=torch.bfloat16)
-    packed = pack.pack(reference.quantize(torch.randn(6, 96), MXFP4), MXFP4)
-    expected = fp8_product(device, x, packed)
-    x[1, 7], x[3, 90] = torch.nan, -torch.inf
-    expected[[1, 3]] = torch.nan
-    assert_same_bits(fp8_product(device, x, packed), expected)
 
 
 @emulated_test
@@ -521,7 +401,7 @@ def test_matrix_units(fmt, choice, monkeypatch):
 
 
 @needs_gpu
-@pytest.mark.parametrize("arranged", checks.ARRANGED)
+@pytest.mark.parametrize("arranged", ARRANGED)
 @pytest.mark.parametrize("segments", checks.MIXES)
 def test_mixed_matmul(segments, arranged):
     for shape in ((1, 15), (3, 257), (17, 100), (118, 17), (1100, 100)):

@@ -8,7 +8,7 @@ import warnings
 import pytest
 import torch
 from conftest import DTYPES
-from test_mixed import filled, slab_recipe
+from mixes import filled, slab_recipe
 from tiny import make_model
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint

@@ -22,7 +22,7 @@ def integer_bound(x, values):
 
     In a block of 32 the step is 2^-14 (float32: 2^-22) of the power of two below the largest
     value, or twice that just below the next power; rounding moves a value by half of it
-    (csrc/cpu/activations.h).
+    (csrc/cpu/matmul/activations.h).
     """
     blocks = torch.nn.functional.pad(x.double().abs(), (0, -x.shape[1] % 32)).unflatten(1, (-1, 32))
     half = 2.0**-23 if x.dtype == torch.float32 else 2.0**-15

@@ -20,14 +20,15 @@ from typing import Any
 
 import pytest
 import torch
+from recipes import slabs, whole
 from safetensors.torch import load_file, save_file
-from test_hub import slabs, whole
 from tiny import add_tokenizer, make_model
 from transformers import AutoModelForCausalLM
 
 import mixbits
 from mixbits import serve
 from mixbits.checkpoint import folder as checkpoint
+from mixbits.checkpoint.saving import save
 from mixbits.errors import UsageError
 from mixbits.model.layout import find_linears
 from mixbits.source.source import open_source
@@ -51,7 +52,7 @@ def intact(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             if kind == "qwen3_moe":
                 patch.setattr(checkpoint, "SHARD_BYTES", 40_000)
             model = source.load()
-            checkpoint.save(folder / "out", source, model, linears, recipes(linears), {})
+            save(folder / "out", source, model, linears, recipes(linears), {})
         folders[kind] = folder / "out"
     return folders
 

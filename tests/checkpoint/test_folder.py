@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM
 
 import mixbits
 from mixbits.checkpoint import folder as checkpoint
-from mixbits.checkpoint.folder import make_shards, predicted_bytes, save, tensor_specs
+from mixbits.checkpoint.folder import make_shards, predicted_bytes, tensor_specs
+from mixbits.checkpoint.saving import save
 from mixbits.errors import UsageError
 from mixbits.formats.recipes import parse_recipe
 from mixbits.formats.schemes import Recipe, parse_scheme
@@ -109,7 +110,7 @@ def test_experts_left_alone_beside_packed_ones(tmp_path: Path) -> None:
     reference = source.load()
     for info in plain:
         value = stored[f"{info.name}.weight_plain"]
-        assert torch.equal(value, checkpoint.weight_of(reference, info))
+        assert torch.equal(value, weight_of(reference, info))
 
 
 @pytest.mark.parametrize("kind", ["qwen3_moe", "mixtral"])

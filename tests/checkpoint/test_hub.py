@@ -6,7 +6,6 @@ import copy
 import importlib
 import json
 import pickle
-import random
 import shutil
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import assert_same_bits
+from recipes import slabs, whole
 from safetensors.torch import load_file
 from tiny import VOCAB, make_model, read
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -23,37 +23,14 @@ from transformers.quantizers import auto
 
 import mixbits
 from mixbits.checkpoint import folder as checkpoint
-from mixbits.checkpoint import transformers_quantizer
-from mixbits.checkpoint.folder import save
+from mixbits.checkpoint import stock, transformers_quantizer
+from mixbits.checkpoint.saving import save
 from mixbits.errors import UsageError
 from mixbits.export.__main__ import main as export
-from mixbits.formats.recipes import parse_recipe
-from mixbits.formats.schemes import Recipe, parse_scheme
-from mixbits.model.layout import LinearInfo, find_linears
+from mixbits.model.layout import find_linears
 from mixbits.runtime.linear import PackedLinear
 from mixbits.runtime.swap import Experts
 from mixbits.source.source import open_source
-
-SCHEMES = ["MXFP4", "MXFP8", "W4A16", "W2A16G32ASYM", "BF16", "MXFP8E5M2A16", "W8A16G64ASYM"]
-
-
-def whole(linears: list[LinearInfo]) -> dict[str, Recipe]:
-    """Every scheme in turn."""
-    return {info.name: parse_recipe(SCHEMES[i % 7]) for i, info in enumerate(linears)}
-
-
-def slabs(linears: list[LinearInfo]) -> dict[str, Recipe]:
-    """Two schemes in each linear: with and without an order, folded or stored, and rotated."""
-    numbers = random.Random(0)
-    low, high = parse_scheme("MXFP4"), parse_scheme("MXFP8")
-    recipes: dict[str, Recipe] = {}
-    for i, info in enumerate(linears):
-        order = tuple(numbers.sample(range(info.in_features), info.in_features))
-        segments = ((high, 32), (low, info.in_features - 32))
-        folded = info.name.endswith("down_proj") and i % 2 == 0
-        recipes[info.name] = Recipe(segments, order if i % 3 else None, i % 4 == 1, folded)
-    return recipes
-
 
 # (kind, recipes, quantize the head, overrides)
 CASES: dict[str, tuple[str, Any, bool, dict[str, Any]]] = {
@@ -184,6 +161,14 @@ def test_damage_is_refused_by_transformers_alone(llama: Path, tmp_path: Path) ->
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
+def test_a_fault_of_our_own_is_no_fault_of_the_checkpoint(
+    llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stock, "checksum", None)  # which is called amid from_pretrained
+    with pytest.raises(TypeError, match="'NoneType' object is not callable"):
+        mixbits.load(llama)
+
+
 def test_a_state_dict_is_refused(llama: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(llama)
     config = AutoConfig.from_pretrained(llama)
@@ -232,6 +217,24 @@ def test_either_may_be_imported_first(imports: tuple[str, str], llama: Path) -> 
     )
     assert done.stdout.strip() == "PackedLinear", done.stderr[-2000:]
     assert "MISSING" not in done.stderr
+
+
+ROOMS = """
+import sys, torch, mixbits
+model = mixbits.load(sys.argv[1])
+model.generate(torch.arange(5)[None], max_new_tokens=2)
+print(*sorted({name.split(".")[1] for name in sys.modules if name.startswith("mixbits.")}))
+"""
+
+
+def test_loading_imports_nothing_that_quantizes(llama: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", ROOMS, str(llama)], capture_output=True, text=True, check=False
+    )
+    rooms = set(done.stdout.split())
+    assert {"checkpoint", "runtime"} <= rooms, done.stderr[-2000:]
+    others = {"measuring", "planning", "rounding", "pipeline", "report", "export", "quantize"}
+    assert not rooms & others
 
 
 def test_modules_may_be_reloaded(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,11 +16,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoRoundConfig
 
 from mixbits.export.__main__ import main
-from mixbits.export.packed import STORED_NAMES
 from mixbits.formats import reference
 from mixbits.formats.recipes import parse_recipe
 from mixbits.formats.schemes import Recipe
 from mixbits.model.experts import EXPERT_PROJECTIONS
+from mixbits.model.families import FAMILIES
 from mixbits.model.layout import find_linears, weight_of
 from mixbits.source.source import Source
 
@@ -246,7 +246,7 @@ def test_other_experts_are_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     *_, folder = model(tmp_path, "mixtral", "BF16", experts("MXFP4"))
-    monkeypatch.delitem(STORED_NAMES, "mixtral")
+    monkeypatch.delitem(FAMILIES, "mixtral")
     for name in ("compressed-tensors", "auto-round"):
         argv = [str(folder), "--format", name, "--out", str(tmp_path / name), "--lossy"]
         assert main(argv) == 2

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mixbits
 from mixbits.checkpoint import folder as checkpoint
-from mixbits.checkpoint.folder import save
+from mixbits.checkpoint.saving import save
 from mixbits.errors import UsageError
 from mixbits.export.__main__ import main
 from mixbits.formats.schemes import Recipe, parse_scheme

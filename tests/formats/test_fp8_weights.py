@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from compiled import needs_gpp, output_of
 from conftest import assert_same_bits
-from test_cuda_build import needs_gpp, output_of
 from torch import Tensor
 
 from mixbits import ops

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from conftest import by_dtype
-from test_mixed import exact_product
+from mixes import exact_product
 from tiny import make_model
 from torch import Tensor
 

@@ -12,10 +12,12 @@ import pytest
 import torch
 from tiny import add_tokenizer, make_model, read, write_ids
 
-from benchmarks import autoscheme, random_llama, tables
-from benchmarks.meter import Meter
-from benchmarks.records import Records
-from benchmarks.text import GATE, make_text
+from benchmarks.peers import autoscheme
+from benchmarks.quality import tables
+from benchmarks.tools import random_llama
+from benchmarks.tools.meter import Meter
+from benchmarks.tools.records import Records
+from benchmarks.tools.text import GATE, make_text
 from mixbits import quantize
 from mixbits.formats.schemes import parse_scheme
 from mixbits.measuring.evaluate import compare

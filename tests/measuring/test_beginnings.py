@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from byte_tokens import BOS, EOS, MASK, SOP, SPECIAL, VOCAB, make_tokenizer
 from tiny import read
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from mixbits import quantize
 from mixbits.errors import UsageError
@@ -21,9 +22,6 @@ from mixbits.measuring.text import begin, cut, load_sequences, prefix_tokens
 from mixbits.model.streaming import StreamedModel
 from mixbits.rounding.distill import written
 
-BOS, EOS, MASK, SOP = range(4)
-SPECIAL = {"<s>": BOS, "</s>": EOS, "[gMASK]": MASK, "<sop>": SOP}
-VOCAB = 132
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 TEMPLATES: dict[str, tuple[list[str], tuple[int, ...]]] = {
     "one": (["<s>", "$A"], (BOS,)),
@@ -32,23 +30,6 @@ TEMPLATES: dict[str, tuple[list[str], tuple[int, ...]]] = {
     "both ends": (["<s>", "$A", "</s>"], (BOS,)),
     "end only": (["$A", "</s>"], ()),
 }
-
-
-def make_tokenizer(template: list[str] | None, **options: Any) -> PreTrainedTokenizerFast:
-    """One token per byte, four special ones, and what stands around a text."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from tokenizers.processors import TemplateProcessing
-
-    vocab = SPECIAL | {chr(i): i + len(SPECIAL) for i in range(128)}
-    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="?"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    if template is not None:
-        known = list(SPECIAL.items())
-        tokenizer.post_processor = TemplateProcessing(single=template, special_tokens=known)
-    names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>"}
-    names["additional_special_tokens"] = ["[gMASK]", "<sop>"]
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names, **options)
 
 
 @torch.no_grad()

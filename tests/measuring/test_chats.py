@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_beginnings import BOS, VOCAB, make_tokenizer
+from byte_tokens import BOS, VOCAB, make_tokenizer
 from tiny import read
 
 from mixbits.errors import UsageError

@@ -16,7 +16,7 @@ from mixbits.measuring.sensitivity import METHODS, PRIOR_SEQUENCES, _draw, measu
 from mixbits.measuring.text import tokenize
 from mixbits.model.layout import find_linears, weight_of
 from mixbits.model.streaming import StreamedModel
-from mixbits.pipeline import options
+from mixbits.pipeline import settings
 from mixbits.runtime.fake import fake_quantize_model
 from mixbits.source.source import open_source
 
@@ -213,7 +213,7 @@ def test_eight_bits_cost_less_than_four_and_bf16_nothing(tmp_path):
 
 
 def test_the_command_line_offers_these_methods():
-    assert options.METHODS == METHODS
+    assert settings.METHODS == METHODS
 
 
 def test_unknown_method_is_refused(tmp_path):

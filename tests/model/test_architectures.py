@@ -20,10 +20,11 @@ from mixbits.runtime.linear import PackedLinear
 if not (Path(__file__).parents[2] / "benchmarks").is_dir():
     pytest.skip("installed without its benchmarks", allow_module_level=True)
 
-from benchmarks.architectures import SPREAD, run_kind
-from benchmarks.tiny_models import save_model, small_config
+from benchmarks.quality.architectures import SPREAD, run_kind
+from benchmarks.tools.tiny_models import save_model, small_config
 
-# What the default command makes of them; SPREAD and the whole table are benchmarks.architectures'.
+# What the default command makes of them; SPREAD and the whole table are
+# benchmarks/quality/architectures.py's.
 KINDS = (
     "bloom",  # ALiBi
     "cohere2",

@@ -17,9 +17,13 @@ from mixbits.measuring.text import Sequences
 from mixbits.model.layout import find_linears
 from mixbits.model.streaming import StreamedModel
 from mixbits.pipeline import diagnose as findings
+from mixbits.pipeline import process
 from mixbits.pipeline.diagnose import fidelity, linear_bits, swaps
 from mixbits.pipeline.options import parse_arguments
-from mixbits.pipeline.stages import Planned, Run, Solved, Text, measure, prepare
+from mixbits.pipeline.plans import Planned, Solved
+from mixbits.pipeline.run import Run, prepare
+from mixbits.pipeline.scoring import measure
+from mixbits.pipeline.texts import Text
 from mixbits.planning.plan import Budget, Problem, average_bits
 from mixbits.runtime.fake import fake_quantize_model
 from mixbits.source.source import open_source
@@ -30,11 +34,10 @@ IDS = torch.randint(0, 130, (8, 24), generator=torch.Generator().manual_seed(0))
 def prepared(folder: Path, *options: str) -> tuple[Run, nn.Module, Problem]:
     words = [str(make_model(folder / "model")), "--device", "cpu", "--seqlen", "24", *options]
     words += ["--schemes", "MXFP4,MXFP8"]
-    run = prepare(parse_arguments(words))
-    run.args.out = folder / "out"
+    run = prepare(parse_arguments([*words, "--out", str(folder / "out")]))
     model = run.source.load()
     scores = measure(run, model, Sequences(IDS, "ids"), "none")
-    return run, model, findings.make_problem(run, scores, run.args.granularity == "slab")
+    return run, model, findings.make_problem(run, scores, run.settings.slabs)
 
 
 @pytest.mark.parametrize("most", [200, 5])
@@ -77,7 +80,7 @@ def test_the_halves_are_scored_on_their_own_text(
     calls = []
     monkeypatch.setattr(findings, "stability", lambda *args: calls.append(args))
     text = Text(Sequences(IDS[:5], "ids"), Sequences(IDS[5:], "ids"), Sequences(IDS[:0], "none"))
-    found = findings.diagnose(run, model, planned, text)
+    found = findings.diagnose(run, process.make_subject(run, model, text), planned, text)
     assert -1 <= found["rank_correlation"] <= 1 and len(found["measured"]) == len(run.units)
     ((items, halves, bits),) = calls
     assert items is problem.items and bits == allocation.cost

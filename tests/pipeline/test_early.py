@@ -12,7 +12,8 @@ from tiny import make_model
 
 from mixbits.errors import UsageError
 from mixbits.pipeline import early
-from mixbits.pipeline.options import DEFAULT_DATASET, EFFORTS, parse_arguments
+from mixbits.pipeline.options import parse_arguments
+from mixbits.pipeline.settings import DEFAULT_DATASET, EFFORTS
 
 CONFIG = {
     "model_type": "llama",

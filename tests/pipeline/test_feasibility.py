@@ -19,8 +19,9 @@ from mixbits.checkpoint.stock import rehearse
 from mixbits.errors import UsageError
 from mixbits.files import atomic
 from mixbits.formats.recipes import parse_recipe
-from mixbits.pipeline import feasibility, stages
+from mixbits.pipeline import feasibility
 from mixbits.pipeline.options import parse_arguments
+from mixbits.pipeline.run import Run, prepare
 from mixbits.source.source import open_source
 
 
@@ -31,14 +32,12 @@ def untouched(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("work was begun")
 
-    monkeypatch.setattr("mixbits.quantize.quantize", fail)
+    monkeypatch.setattr("mixbits.pipeline.process.quantize", fail)
 
 
-def prepared(model: Path, *options: object) -> stages.Run:
+def prepared(model: Path, *options: object) -> Run:
     words = [model, "--dataset", "none.npy", "--seqlen", 32, "--out", model.parent / "o", *options]
-    args = parse_arguments([str(word) for word in words])
-    args.device = "cpu"
-    return stages.prepare(args)
+    return prepare(parse_arguments([*map(str, words), "--device", "cpu"]))
 
 
 SLABS = ("--granularity", "slab")

@@ -11,9 +11,11 @@ from tiny import make_model
 
 from mixbits.formats.recipes import parse_recipe
 from mixbits.measuring.evaluate import sequence_kl
+from mixbits.measuring.text import Sequences
 from mixbits.model.layout import find_linears
-from mixbits.model.streaming import StreamedModel
-from mixbits.pipeline.gate import Candidate, candidates, choose
+from mixbits.pipeline.candidates import Candidate, compared
+from mixbits.pipeline.gate import choose
+from mixbits.pipeline.roundings import Gptq, Nearest, Rounding, Search, Subject
 from mixbits.planning.plan import Plan
 from mixbits.rounding.whole_model import RoundedModel, round_model
 from mixbits.source.source import open_source
@@ -29,9 +31,11 @@ def plan(linears: list[Any], schemes: list[str]) -> Plan:
 
 
 @pytest.fixture
-def subject(tmp_path: Path) -> tuple[StreamedModel, list[Any], dict[str, Plan]]:
-    model = StreamedModel(open_source(str(make_model(tmp_path))).load())
-    linears = find_linears(model.model)
+def given(tmp_path: Path) -> tuple[Subject, dict[str, Plan]]:
+    source = open_source(str(make_model(tmp_path)))
+    model = source.load()
+    linears = find_linears(model)
+    text = Sequences(torch.randint(0, 130, (8, 32)), "ids")
     count = len(linears)
     plans = {
         "optimal": plan(linears, ["MXFP4"] * count),
@@ -39,34 +43,36 @@ def subject(tmp_path: Path) -> tuple[StreamedModel, list[Any], dict[str, Plan]]:
         "head": plan(linears, ["MXFP8"] * (count - 2) + ["MXFP4"] * 2),
         "tail": plan(linears, ["MXFP4"] * (count - 2) + ["MXFP8"] * 2),
     }
-    return model, linears, plans
+    return Subject(source, model, linears, text), plans
 
 
-def test_candidates_are_the_plans_without_repetition(subject: Any) -> None:
-    _, _, plans = subject
-    named = [(c.name, c.share) for c in candidates(plans, "gptq", 0.5)]
-    assert named == [
-        ("optimal", 0.5),
-        ("optimal, correction 0", 0.0),
-        ("head", 0.5),
-        ("tail", 0.5),
+def test_candidates_are_the_plans_without_repetition(given: Any) -> None:
+    plans = given[1]
+    assert [(c.name, c.rounding) for c in compared(plans, Gptq(0.5))] == [
+        ("optimal", Gptq(0.5)),
+        ("optimal, correction 0", Gptq(0.0)),
+        ("head", Gptq(0.5)),
+        ("tail", Gptq(0.5)),
     ]
-    assert [c.name for c in candidates(plans, "search", 0.5)] == ["optimal", "head", "tail"]
-    assert [c.name for c in candidates(plans, "gptq", 0.0)] == ["optimal", "head", "tail"]
+    for how in (Search(), Gptq(0.0)):
+        assert [c.name for c in compared(plans, how)] == ["optimal", "head", "tail"]
 
 
-@pytest.mark.parametrize("method", ["rtn", "gptq"])
+@pytest.mark.parametrize("how", [Nearest(), Gptq(0.5)])
 def test_the_lowest_divergence_wins_and_the_rows_tell_the_paired_differences(
-    subject: Any, method: str
+    given: Any, how: Rounding
 ) -> None:
-    model, linears, plans = subject
-    ids, held_out = torch.randint(0, 130, (8, 32)), torch.randint(0, 130, (6, 32))
-    found = candidates(plans, method, 0.5)
-    choice = choose(model, linears, found, method, ids, held_out)
+    subject, plans = given
+    model, linears = subject.streamed, subject.linears
+    held_out = torch.randint(0, 130, (6, 32))
+    found = compared(plans, how)
+    choice = choose(subject, found, held_out)
     measured = {}
     for c in found:
         recipes = c.plan.assignment
-        rounded = round_model(model, linears, recipes, method, ids, c.share)
+        told = c.rounding.describe()
+        share = told.get("correction", 0.0)
+        rounded = round_model(model, linears, recipes, told["method"], subject.text.ids, share)
         measured[c.name] = sequence_kl(
             model, RoundedModel(model, linears, recipes, rounded), held_out
         )
@@ -82,16 +88,24 @@ def test_the_lowest_divergence_wins_and_the_rows_tell_the_paired_differences(
             stderr = float(difference.std()) / 6**0.5
             assert row["interval"] == pytest.approx(1.959964 * stderr, rel=1e-6)
     winner = choice.winner.plan.assignment
-    shipped = sequence_kl(model, RoundedModel(model, linears, winner, choice.rounded), held_out)
+    shipped = sequence_kl(
+        model, RoundedModel(model, linears, winner, choice.outcome.weights), held_out
+    )
     assert torch.equal(shipped, measured[best])
 
 
-def test_equals_are_settled_for_the_first(subject: Any) -> None:
-    model, linears, plans = subject
-    twice = [Candidate(name, plans["tail"], 0.0) for name in ("first", "second")]
-    ids = torch.randint(0, 130, (4, 32))
-    choice = choose(model, linears, twice, "rtn", ids, ids)
+def test_equals_are_settled_for_the_first(given: Any) -> None:
+    subject, plans = given
+    twice = [Candidate(name, plans["tail"], Nearest()) for name in ("first", "second")]
+    choice = choose(subject, twice, torch.randint(0, 130, (4, 32)))
     assert choice.winner.name == "first"
     assert choice.rows[0].keys() == {"name", "kl"}
     assert (choice.rows[1]["behind"], choice.rows[1]["interval"]) == (0.0, 0.0)
     assert parse_recipe("MXFP8", "floor", "floor") in choice.winner.plan.assignment.values()
+
+
+def test_one_alone_ships_without_a_comparison(given: Any) -> None:
+    subject, plans = given
+    choice = choose(subject, [Candidate("only", plans["tail"], Nearest())], torch.empty(0))
+    assert choice.winner.name == "only" and not choice.rows
+    assert choice.outcome.weights and choice.outcome.told == {"method": "rtn"}

@@ -17,13 +17,11 @@ from tiny import KINDS, SMALL, add_tokenizer, entries, make_model, read
 from transformers import AutoModelForCausalLM
 
 import mixbits
-from mixbits import quantize
 from mixbits.checkpoint import folder as checkpoint
 from mixbits.files.manifest import foreign
 from mixbits.formats.recipes import parse_recipe
 from mixbits.model.layout import find_linears, make_units
-from mixbits.pipeline import stages
-from mixbits.pipeline.options import parse_arguments
+from mixbits.pipeline import process
 from mixbits.planning.plan import average_bits
 from mixbits.source.source import open_source
 
@@ -66,7 +64,7 @@ def test_everything_is_written_and_the_report_tells_it(
     weights = (out / "model.safetensors").stat().st_size
     assert reached["predicted_bytes"] == report["bytes_after"] == weights
     assert report["bytes_before"] == (shared / "llama" / "model.safetensors").stat().st_size
-    assert [row["stage"] for row in report["stages"]] == list(quantize.STAGES)
+    assert [row["stage"] for row in report["stages"]] == list(process.STAGES)
     assert all(row["seconds"] >= 0 for row in report["stages"])
     assert all(row["peak_memory_bytes"] > 1e7 for row in report["stages"])
     held = report["evaluation"]["held_out"]
@@ -94,8 +92,8 @@ def test_everything_is_written_and_the_report_tells_it(
     assert verdict["advice"] in printed and verdict["advice"] in page
     assert "4 bits" in verdict["advice"]  # that of MXFP4's activations
     assert not re.search(r"[\x00-\x08\x0b-\x1f]|%\|", printed)  # no bar without a terminal
-    for number, stage in enumerate(quantize.STAGES, 1):
-        assert f"[{number}/{len(quantize.STAGES)}] {stage}" in printed
+    for number, stage in enumerate(process.STAGES, 1):
+        assert f"[{number}/{len(process.STAGES)}] {stage}" in printed
     assert f"{reached['avg_bits']:.4f} bits per weight with everything counted" in printed
 
 
@@ -220,20 +218,6 @@ def test_scores_of_something_else_are_refused(
     assert entries(tmp_path) == ["other", "out"]
 
 
-def test_held_out_text_follows_what_the_scores_were_measured_on(
-    run: Callable[..., int], tmp_path: Path
-) -> None:
-    assert run("--avg-bits", 5, "--nsamples", 9) == 0
-    scores = tmp_path / "out" / "scores.json"
-    assert run("--avg-bits", 5, "--nsamples", 2, "--scores", scores, out="b") == 0
-    assert run("--avg-bits", 5, "--nsamples", 9, "--scores", scores, out="c") == 0
-    a, b, c = (read(tmp_path / x / "report.json") for x in ("out", "b", "c"))
-    held = [x["evaluation"]["held_out"] for x in (a, b, c)]
-    assert held[0]["sha256"] == held[1]["sha256"] == held[2]["sha256"]
-    assert [x["rounding"]["nsamples"] for x in (a, b, c)] == [9, 2, 9]
-    assert held[0]["kl"] == held[2]["kl"] != held[1]["kl"]
-
-
 def test_an_edited_plan_is_applied(run: Callable[..., int], tmp_path: Path) -> None:
     assert run("--avg-bits", 5, "--solve-only") == 0
     plan = read(tmp_path / "out" / "plan.json")
@@ -305,13 +289,6 @@ def test_the_same_command_gives_the_same_bytes(run: Callable[..., int], tmp_path
         runs.append({name: (tmp_path / "out" / name).read_bytes() for name in names})
     for name in names:
         assert runs[0][name] == runs[1][name], name
-
-
-def test_one_held_out_sequence_has_no_standard_error(
-    run: Callable[..., int], tmp_path: Path
-) -> None:
-    assert run("--avg-bits", 5, "--eval-nsamples", 1) == 0
-    assert read(tmp_path / "out" / "report.json")["evaluation"]["held_out"]["kl_stderr"] is None
 
 
 def test_fuse_and_prompt_and_lm_eval(run: Callable[..., int], tmp_path: Path) -> None:
@@ -450,64 +427,3 @@ def test_every_rounding_is_recorded_and_compensation_pays(
         assert config["rounding"] == report["rounding"]
         kl[rounding] = report["evaluation"]["held_out"]["kl"]
     assert kl["gptq"] < min(kl["search"], kl["rtn"])
-
-
-@pytest.mark.parametrize("text", [True, False])
-def test_quick_needs_no_text(text: bool, shared: Path, tmp_path: Path) -> None:
-    """It is judged on what there is; what is given beside the preset wins."""
-    model = make_model(tmp_path / "model") if text else shared / "llama"
-    given = ["--dataset", shared / "ids.npy"] if text else []
-    words = [model, "--effort", "quick", "--seqlen", 32, *given, "--out", tmp_path / "out"]
-    assert quantize.main(list(map(str, words))) == 0
-    report, scores = (read(tmp_path / "out" / f"{name}.json") for name in ("report", "scores"))
-    assert scores["method"] == "weight" and scores["calibration"]["nsamples"] == 0
-    assert report["rounding"]["method"] == "search" and report["gate"] is None
-    held = report["evaluation"]["held_out"]
-    assert held["nsamples"] == 8 and held["kl"] > 0
-    assert held["source"] == ("ids.npy" if text else "its held-out modules")
-    options = ["--scores", tmp_path / "out" / "scores.json", "--dataset", shared / "ids.npy"]
-    assert quantize.main([*map(str, [model, *options, *SMALL[:-2], "--out", tmp_path / "b"])]) == 0
-    assert {u["scheme"] for u in read(tmp_path / "b" / "plan.json")["units"]} <= {
-        "W4A16G64",  # what the scores have
-        "W8A16G64",
-    }
-
-
-def test_a_model_without_tokenizer_and_text_is_not_judged(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    model = make_model(tmp_path / "model")
-    words = [model, "--effort", "quick", "--seqlen", 32, "--out", tmp_path / "out"]
-    assert quantize.main(list(map(str, words))) == 0
-    assert "not judged: there is no --dataset, and no tokenizer" in capsys.readouterr().out
-    assert read(tmp_path / "out" / "report.json")["evaluation"]["verdict"]["word"] == "not judged"
-
-
-def test_little_text_is_not_followed_closely(
-    run: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Twice as many tokens as the widest input has columns, 172, are enough."""
-    for nsamples, given, correction, note in (
-        (10, [], 0.0, "the text is short for gptq: 320 tokens, and inputs of 172 columns want 344"),
-        (10, ["--correction", "0.5"], 0.5, "which --correction follows closely"),
-        (11, [], 0.5, None),
-    ):
-        words = ("--avg-bits", 5, "--nsamples", nsamples, *given, "--eval-nsamples", 1)
-        assert run(*words, "--overwrite") == 0
-        rounding = read(tmp_path / "out" / "report.json")["rounding"]
-        assert rounding["correction"] == correction
-        notes, printed = rounding.get("notes", []), capsys.readouterr().out
-        assert all(one in printed for one in notes) and bool(notes) == (note is not None)
-        assert note is None or note in notes[0]
-
-
-def test_what_is_read_is_what_is_announced() -> None:
-    for words, told in (
-        ([], "NeelNanda/pile-10k"),
-        (["--dataset", "a.txt", "--eval-dataset", "b.txt"], "a.txt, b.txt"),
-        (["--plan", "p", "--rounding", "rtn", "--eval-nsamples", "0"], "no text is needed"),
-        (["--scores", "s", "--solve-only"], "no text is needed"),
-        (["--scores", "s", "--rounding", "rtn", "--gate", "0", "--eval-dataset", "b"], "b"),
-        (["--effort", "quick"], "modules of Python's standard library"),
-    ):
-        assert stages.text_read(parse_arguments(["m", *words])) == told

@@ -21,8 +21,10 @@ from mixbits.measuring.evaluate import sequence_kl
 from mixbits.measuring.text import Sequences
 from mixbits.model.streaming import StreamedModel
 from mixbits.pipeline.options import parse_arguments
+from mixbits.pipeline.plans import make_problem
 from mixbits.pipeline.refine import Meter, Options, divergences, marginals, proposals, refine
-from mixbits.pipeline.stages import make_problem, measure, prepare
+from mixbits.pipeline.run import prepare
+from mixbits.pipeline.scoring import measure
 from mixbits.planning.allocate import Allocation, Item, allocate, total
 from mixbits.planning.plan import Budget, Problem
 from mixbits.runtime.fake import fake_quantize_model

@@ -1,4 +1,4 @@
-"""The curve: monotone, complete, and within the bounds; as CSV and as a picture."""
+"""The curve: monotone, complete, and within the bounds; as CSV."""
 
 from __future__ import annotations
 
@@ -6,18 +6,15 @@ import csv
 import io
 import itertools
 import random
-import struct
-from pathlib import Path
 from typing import Any
 
 import pytest
-from test_allocate import random_items
+from knapsacks import random_items
 
 from mixbits.errors import UsageError
 from mixbits.planning import curve, knapsack
 from mixbits.planning.allocate import Allocation, Item, allocate, cost_range, total
 from mixbits.planning.curve import frontier, rows, to_csv
-from mixbits.report.charts import plot
 
 THREE = [
     Item("a", (4, 8, 16), (9.0, 3.0, 0.0)),
@@ -95,22 +92,3 @@ def test_csv_holds_what_the_points_hold() -> None:
         assert float(row["gap"]) == pytest.approx(plan.gap, rel=1e-8, abs=1e-12)
         assert row["proven"] == "True"
     assert "avg_bits" not in to_csv(rows(points))
-
-
-@pytest.mark.parametrize("described", [None, describe])
-def test_the_plot_is_a_picture(described: Any, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    key = "avg_bits" if described else "cost_bits"
-    marks = [{"name": "chosen", key: 7.0, "predicted_loss": 4.0}]
-    marks.append({"name": "perfect", key: 9.0, "predicted_loss": 0.0})
-    plot(rows(frontier(THREE), described), tmp_path / "a.png", "three items", marks)
-    data = (tmp_path / "a.png").read_bytes()
-    assert data.startswith(b"\x89PNG")
-    assert min(struct.unpack(">II", data[16:24])) >= 500
-
-
-def test_a_missing_matplotlib_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UsageError, match="needs matplotlib"):
-        plot(rows(frontier(THREE)), tmp_path / "a.png", "three items")
-    assert not list(tmp_path.iterdir())

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_allocate import brute_force, close, random_items
+from knapsacks import brute_force, close, random_items
 
 from mixbits.planning import knapsack
 from mixbits.planning.allocate import Item, allocate, as_items, optimal, total

@@ -7,7 +7,7 @@ import random
 
 import numpy as np
 import pytest
-from test_allocate import random_items
+from knapsacks import random_items
 
 from mixbits.planning.allocate import Item, allocate, cost_range, total
 from mixbits.planning.stability import next_swaps, spearman, stability

@@ -15,6 +15,7 @@ from huggingface_hub import ModelCard
 
 from mixbits.files import io as files
 from mixbits.report import card
+from mixbits.report.report import Report
 from mixbits.source.source import Source
 
 
@@ -60,7 +61,8 @@ def test_tasks_are_in_it(run: Callable[..., int], tmp_path: Path, shared: Path) 
     tasks = {"tasks": {"t": scores}, "average": 0.25, "limit": 7, "add_bos_token": None}
     report["evaluation"].update(tasks=tasks, original_tasks=tasks)
     rows = [["module", "MXFP4", "bits"], ["all", "14", "4.25"]]
-    text = card.render("out", Source("org/name", shared / "llama", None), rows, report)
+    source = Source("org/name", shared / "llama", None)
+    text = card.render("out", source, rows, Report.of(report))
     assert "| t | acc | 0.2500 ± 0.1250 | 0.2500 ± 0.1250 |" in text and "ppl\\|x" in text
     assert "the first 7 of each" in text
 
@@ -125,8 +127,8 @@ def report_of(name: str) -> dict:
 
 def test_names_of_others_are_text_and_nothing_else(shared: Path) -> None:
     """Of folder, model, datasets, tasks and metrics: no markup, HTML, lines or terminal codes."""
-    source = Source(BAD, shared / "llama", None)
-    text = card.render(BAD, source, [["module", "MXFP4", "bits"], [BAD, "1", "4"]], report_of(BAD))
+    source, made_up = Source(BAD, shared / "llama", None), Report.of(report_of(BAD))
+    text = card.render(BAD, source, [["module", "MXFP4", "bits"], [BAD, "1", "4"]], made_up)
     body = text.split("---\n", 2)[2]
     assert body.count("alert(1)") >= 8  # it is all there
     assert "\n# b" not in body and "\x1b" not in body and "\u202e" not in body

@@ -9,7 +9,7 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
-from mixbits.report.charts import HeatMap, Mark, Plot, interval, levels, symbol, text, ticks
+from mixbits.report.charts import HeatMap, Mark, Plot, interval, levels, symbol, ticks
 
 
 def parse(chart: str) -> ElementTree.Element:
@@ -113,7 +113,6 @@ def test_an_interval_covers_its_ends() -> None:
 
 def test_what_is_no_markup_is_escaped() -> None:
     bad = '<script>"&'
-    assert text(bad) == text(text(bad)) == "&lt;script&gt;&quot;&amp;"
     for chart in (
         HeatMap(bad, {(0, bad): 1.0}, bad, "blue", ".2f").draw(),
         Plot(bad, bad, bad, [Mark(1, 1, 0, bad)]).draw(),

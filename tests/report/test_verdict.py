@@ -11,6 +11,7 @@ import pytest
 
 from mixbits.formats.schemes import parse_scheme
 from mixbits.report import verdict as v
+from mixbits.report.report import Evaluation, HeldOut
 
 DOCS = Path(__file__).parents[2] / "docs" / "budget.md"
 
@@ -81,7 +82,7 @@ def test_without_text_nothing_is_judged() -> None:
     for nothing in (None, {}):
         found = v.verdict(nothing)
         assert found["word"] == v.NOT_JUDGED and found["sentence"].startswith("Not judged")
-    assert v.lines(None) == v.lines({}) == v.lines({"held_out": {}}) == []
+    assert v.lines(None) == v.lines(Evaluation()) == v.lines(Evaluation(held_out=HeldOut())) == []
 
 
 def circumstances(*schemes: str, **changes: Any) -> v.Circumstances:

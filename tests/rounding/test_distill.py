@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import FORMATS, assert_same_bits, by_format, format_id
-from test_whole_model import MODES, opened
+from recipes import MODES, opened
 from tiny import add_tokenizer, make_model, read
 
 from mixbits import ops

@@ -3,56 +3,26 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from recipes import MODES, opened
 from tiny import KINDS, MOE_KINDS, make_model
 
 import mixbits
-from mixbits.checkpoint import folder as checkpoint
+from mixbits.checkpoint.folder import predicted_bytes
+from mixbits.checkpoint.saving import save
 from mixbits.errors import UsageError
 from mixbits.formats.recipes import parse_recipe
 from mixbits.formats.schemes import LEFT_ALONE, Recipe, parse_scheme
 from mixbits.measuring.evaluate import sequence_kl
 from mixbits.model.layout import LinearInfo, find_linears
 from mixbits.model.streaming import StreamedModel
-from mixbits.pipeline import options
+from mixbits.pipeline import settings
 from mixbits.rounding.gptq import METHODS
 from mixbits.rounding.whole_model import RoundedModel, _Compensation, round_model
 from mixbits.runtime.fake import fake_quantize_model
 from mixbits.source.source import open_source
-
-MODES = "floor", "even"
-
-
-def recipes(linears: list[Any]) -> dict[str, Recipe]:
-    """Every kind of recipe in turn; columns of some are ordered and rotated."""
-    mxfp4, mxfp8, w4 = (parse_scheme(s, *MODES) for s in ("MXFP4", "MXFP8", "W4A16G32"))
-    found: dict[str, Recipe] = {}
-    for number, info in enumerate(linears):
-        columns = info.in_features
-        order = tuple(reversed(range(columns)))
-        found[info.name] = [
-            Recipe.plain(mxfp4),
-            Recipe(((mxfp8, 32), (mxfp4, columns - 32)), order),
-            Recipe.plain(w4),
-            Recipe(((mxfp4, columns),), None, rotated=True),
-            Recipe(((parse_scheme("W8A16G32"), 32), (w4, columns - 32)), order, rotated=True),
-        ][number % 5]
-        if info.name.endswith("down_proj"):  # its order goes into the rows of gate and up
-            found[info.name] = Recipe(
-                ((mxfp8, 32), (mxfp4, columns - 32)), order, True, folded=True
-            )
-    return found
-
-
-def opened(folder: Path, kind: str) -> tuple[Any, Any, list[Any], dict[str, Recipe], torch.Tensor]:
-    source = open_source(str(make_model(folder, kind)))
-    model = source.load()
-    linears = find_linears(model, include_head=True)
-    ids = torch.randint(0, 130, (12, 32))
-    return source, model, linears, recipes(linears), ids
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -75,8 +45,8 @@ def test_what_is_stored_is_what_ran(kind: str, method: str, tmp_path: Path) -> N
     assert set(rounded) == {info.name for info in linears}
     (tmp_path / "out").mkdir()
     modes = dict(zip(("weight_scale_mode", "act_scale_mode"), MODES, strict=True))
-    written = checkpoint.save(tmp_path / "out", source, model, linears, chosen, modes, rounded)
-    assert written == checkpoint.predicted_bytes(model, linears, chosen, source.dtype)
+    written = save(tmp_path / "out", source, model, linears, chosen, modes, rounded)
+    assert written == predicted_bytes(model, linears, chosen, source.dtype)
     packed = mixbits.load(tmp_path / "out", dtype=torch.float32)
     logits = packed(input_ids=ids, use_cache=False).logits
     expected = RoundedModel(streamed, linears, chosen, rounded).logits(ids)
@@ -104,7 +74,7 @@ def test_a_folded_order_changes_no_logit(kind: str, left_alone: str, tmp_path: P
                 chosen[info.name] = Recipe.plain(mxfp8)
         folder = tmp_path / f"folded {folded}"
         folder.mkdir()
-        checkpoint.save(folder, source, model, linears, chosen, {})
+        save(folder, source, model, linears, chosen, {})
         packed = mixbits.load(folder, dtype=torch.float32)
         assert any(n.endswith("down_proj.order") for n in packed.state_dict()) != folded
         logits.append(packed(input_ids=ids, use_cache=False).logits)
@@ -171,7 +141,7 @@ def test_inputs_that_change_in_place_are_looked_at_again() -> None:
 def test_bad_arguments(tmp_path: Path) -> None:
     _, model, linears, chosen, ids = opened(tmp_path / "model", "llama")
     streamed = StreamedModel(model)
-    assert options.ROUNDINGS == METHODS
+    assert settings.ROUNDINGS == METHODS
     with pytest.raises(UsageError, match="rtn, search, gptq: got 'best'"):
         round_model(streamed, linears, chosen, "best", ids)
     with pytest.raises(UsageError, match="needs calibration text"):

@@ -61,7 +61,7 @@ def test_other_attention_is_left_alone(tmp_path):
 @pytest.mark.parametrize("kind", ["dots3_note_text", "deepseek_v32", "falcon"])
 def test_code_that_asks_for_sdpa_keeps_it(kind):
     """Sparse attention of these is in the mask, which they make for "sdpa" and "eager" only."""
-    tiny_models = pytest.importorskip("benchmarks.tiny_models")
+    tiny_models = pytest.importorskip("benchmarks.tools.tiny_models")
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(tiny_models.small_config(kind)).float().eval()
     ids = torch.randint(0, 90, (2, 24))

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
+from mixes import packed_copy
 from tiny import KINDS, make_model
 
 from mixbits import ops
@@ -21,7 +22,6 @@ from mixbits.model.layout import find_linears, weight_of
 from mixbits.rounding.nearest import pack_weight, round_weights
 from mixbits.runtime.fake import FakeLinear, fake_quantize_model
 from mixbits.runtime.linear import PackedLinear, share_inputs
-from mixbits.runtime.swap import swap_linears
 from mixbits.source.source import open_source
 
 SCHEMES = ["MXFP4", "MXFP8", "MXFP8E5M2", "MXFP4A16", "MXFP8A16", "MXFP8E5M2A16"]
@@ -35,16 +35,6 @@ def _restore_isa():
     yield
     if before:
         cpu.set_isa(before)
-
-
-def packed_copy(model, schemes):
-    """Replace the linears of `model` by packed ones, in place."""
-
-    def make(name, weight, bias):
-        return PackedLinear.from_weight(weight, schemes[name], bias, name)
-
-    swap_linears(model, list(schemes), make)
-    return model
 
 
 def logit_gap(folder, scheme, dtype, ids, head=False):
@@ -313,7 +303,7 @@ def test_copies_share_nothing_with_the_original():
 def test_offloaded_weights(recipe, buffers):
     """accelerate puts them on the meta device but while their module runs."""
     from accelerate import cpu_offload
-    from test_mixed import filled, slab_recipe
+    from mixes import filled, slab_recipe
 
     recipe = slab_recipe(64) if recipe == "slabs" else parse_recipe(recipe)
     parent = torch.nn.Module()

@@ -5,67 +5,24 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import DTYPES
+from mixes import ARRANGED, SEGMENTS, exact_product, filled, make_mix, slab_recipe
 from tiny import make_model
 
 import mixbits
 from mixbits import ops
-from mixbits.checkpoint import folder as checkpoint
-from mixbits.formats.arrange import Arrangement, arrangement_of
+from mixbits.checkpoint import saving as checkpoint
+from mixbits.formats.arrange import arrangement_of
 from mixbits.formats.pack import Operand, Part, order_dtype
 from mixbits.formats.recipes import parse_recipe
-from mixbits.formats.schemes import MAX_SEGMENTS, Recipe, parse_scheme
+from mixbits.formats.schemes import MAX_SEGMENTS, parse_scheme
 from mixbits.model.layout import find_linears
 from mixbits.runtime.fake import FakeLinear, fake_quantize_model
-from mixbits.runtime.linear import PackedLinear, packed_linear, share_inputs
+from mixbits.runtime.linear import packed_linear, share_inputs
 from mixbits.runtime.swap import swap_linears
 from mixbits.source.source import open_source
 
-# Names of segments' schemes, with columns: whole blocks, blocks across a boundary, a short end.
-SEGMENTS = {
-    "slabs": (("MXFP8", 64), ("MXFP4", 96)),
-    "short end": (("MXFP8", 32), ("MXFP4", 140)),
-    "across blocks": (("MXFP4", 33), ("MXFP8", 50), ("MXFP8E5M2", 17)),
-    "weights only": (("W8A16", 128), ("W4A16", 160), ("W2A16G32ASYM", 1)),
-    "both": (("MXFP8A16", 40), ("MXFP4", 31), ("W4A16ASYM", 130), ("MXFP4A16", 7)),
-    "one": (("MXFP4", 172),),
-    "many columns": (("MXFP8", 1024), ("MXFP4", 3072)),
-}
-ARRANGED = {"natural": (False, False), "ordered": (True, False), "rotated": (True, True)}
 by_segments = pytest.mark.parametrize("segments", SEGMENTS)
 by_arrangement = pytest.mark.parametrize("arranged", ARRANGED)
-
-
-def make_mix(segments, arranged, rows):
-    """An `Operand` of random weights, and what it stands for: float64 [N, K].
-
-    `segments` are schemes with their columns, or the name of some.
-    """
-    ordered, rotated = ARRANGED[arranged]
-    segments = SEGMENTS.get(segments, segments)
-    parts, values = [], []
-    for name, columns in segments:
-        scheme = parse_scheme(name)
-        packed = ops.quantize_pack(torch.randn(rows, columns), scheme.weight, "reference")
-        parts.append(Part(packed, scheme.weight, scheme.activation))
-        values.append(ops.dequantize(packed, scheme.weight, columns, backend="reference"))
-    columns = tuple(n for _, n in segments)
-    order = torch.randperm(sum(columns)).to(order_dtype(sum(columns))) if ordered else None
-    return Operand(tuple(parts), columns, order, rotated), torch.cat(values, 1).double()
-
-
-def exact_product(x, mix, values):
-    """In float64, of x rounded as the reference does; and the sums of magnitudes."""
-    order = None if mix.order is None else mix.order.long()
-    pieces = []
-    for piece, one in zip(
-        Arrangement(order, mix.rotated).input(x).split(mix.columns, -1), mix.parts, strict=True
-    ):
-        rounded = piece
-        if one.activation is not None:
-            rounded = ops.fake_quantize(piece, one.activation, "reference")
-        pieces.append(rounded.double())
-    rounded = torch.cat(pieces, 1)
-    return rounded @ values.T, rounded.abs() @ values.abs().T, rounded
 
 
 def check_mix(x, mix, values, got):
@@ -177,21 +134,6 @@ def test_refused_mixes():
 
 
 # --- linears and models ---------------------------------------------------------------------------
-
-
-def filled(weight, recipe, bias=None):
-    return PackedLinear.from_weight(weight, recipe, bias)
-
-
-def slab_recipe(columns, low="MXFP4", high="MXFP8", rotated=False, seed=0, folded=False):
-    """A third of the columns, in blocks of 32, in the higher scheme; blocks in random order."""
-    generator = torch.Generator().manual_seed(seed)
-    blocks = torch.arange(columns // 32 * 32).unflatten(0, (-1, 32))
-    shuffled = blocks[torch.randperm(len(blocks), generator=generator)].flatten().tolist()
-    order = (*shuffled, *range(len(shuffled), columns))
-    first = max(32, columns // 96 * 32)
-    segments = ((parse_scheme(high), first), (parse_scheme(low), columns - first))
-    return Recipe(segments, order, rotated, folded)
 
 
 @pytest.mark.parametrize("rotated", [False, True])

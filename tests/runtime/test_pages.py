@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_linear import packed_copy
+from mixes import packed_copy
 from tiny import make_model
 
 from mixbits.formats.recipes import parse_recipe

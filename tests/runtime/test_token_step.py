@@ -9,8 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from test_linear import packed_copy
-from test_mixed import filled, slab_recipe
+from mixes import filled, packed_copy, slab_recipe
 from tiny import make_model
 from transformers import AutoTokenizer, DynamicCache, StaticCache
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_serve import Command, folder, send  # noqa: F401 - a fixture
+from served import Command, send, to_serve
 
 SECONDS = float(os.environ.get("MIXBITS_FUZZ_SECONDS", "1"))
 HEAD = b"Host: localhost\r\nContent-Type: application/json\r\n"
@@ -60,7 +60,12 @@ EDGES: dict[str, list[Any]] = {
 
 
 @pytest.fixture(scope="module")
-def port(folder: Path) -> Iterator[int]:  # noqa: F811
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return to_serve(tmp_path_factory.mktemp("serve"))
+
+
+@pytest.fixture(scope="module")
+def port(folder: Path) -> Iterator[int]:
     command = Command(folder, "--max-body", "0.1", "--max-tokens", "400")
     before = _resources(command.process.pid)
     try:

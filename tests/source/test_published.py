@@ -2,31 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import published
+import published_integers as integers
 import pytest
 import torch
-from published import BLOCK, COMPRESSED, Published
+from makers import PLAIN, QUANTIZED, Maker
+from published import BLOCK
+from published_integers import COMPRESSED
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-from benchmarks.tiny_models import SEEING, picture_inputs, text_ids
-
-Maker = Callable[[Path], Published]
-QUANTIZED: dict[str, Maker] = {
-    "deepseek_v3": published.deepseek_v3,
-    "deepseek_v31": lambda folder: published.deepseek_v3(folder, "ue8m0"),
-    "qwen3_fp8": published.qwen3_fp8,
-    "gpt_oss": published.gpt_oss,
-    "kimi_k2": published.kimi_k2,
-    "awq": published.awq,
-    "gptq": published.gptq,
-    **{name: lambda f, name=name: published.compressed(f, name) for name in COMPRESSED},
-}
-PLAIN: dict[str, Maker] = {"qwen3_5": published.qwen3_5, "gemma3": published.gemma3}
+from benchmarks.tools.tiny_models import SEEING, picture_inputs, text_ids
 
 
 @pytest.mark.parametrize("maker", {**QUANTIZED, **PLAIN})
@@ -112,7 +101,7 @@ def test_compressed_tensors_as_transformers_reads_them(name: str, tmp_path: Path
     pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed")
     from transformers import CompressedTensorsConfig
 
-    found = published.compressed(tmp_path, name)
+    found = integers.compressed(tmp_path, name)
     model = AutoModelForCausalLM.from_pretrained(
         tmp_path,
         dtype=torch.bfloat16,
@@ -126,7 +115,7 @@ def test_compressed_tensors_as_transformers_reads_them(name: str, tmp_path: Path
 
 def test_kimi_k2_has_experts_in_int4_only(tmp_path: Path) -> None:
     pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed")
-    found = published.kimi_k2(tmp_path)
+    found = integers.kimi_k2(tmp_path)
     stored = found.stored
     assert found.encoded
     assert all(".mlp.experts." in name for name in found.encoded)
@@ -163,7 +152,7 @@ GPTQ = [
 
 @pytest.mark.parametrize("options", GPTQ, ids=str)
 def test_gptq_word_by_word(options: dict[str, Any], tmp_path: Path) -> None:
-    found = published.gptq(tmp_path, "qwen2", **options)
+    found = integers.gptq(tmp_path, "qwen2", **options)
     bits, stored = options["bits"], found.stored
     minus_one = options.get("checkpoint_format", "gptq") == "gptq"
     for name in list(found.encoded)[:3]:
@@ -187,7 +176,7 @@ def test_gptq_as_auto_round_reads_it(
     pytest.importorskip("auto_round", reason="auto-round is not installed")
     from auto_round_extension.torch import qlinear_torch, qlinear_torch_zp
 
-    found = published.gptq(tmp_path, bits=bits, sym=sym, checkpoint_format=checkpoint_format)
+    found = integers.gptq(tmp_path, bits=bits, sym=sym, checkpoint_format=checkpoint_format)
     reader = qlinear_torch_zp if checkpoint_format == "gptq" else qlinear_torch
     name = next(iter(found.encoded))
     weight = found.plain[name]
@@ -205,7 +194,7 @@ def test_awq_as_auto_round_reads_it(kind: str, group_size: int, tmp_path: Path) 
     pytest.importorskip("auto_round", reason="auto-round is not installed")
     from auto_round.export.export_to_awq.utils import dequantize_gemm
 
-    found = published.awq(tmp_path, kind, group_size)
+    found = integers.awq(tmp_path, kind, group_size)
     stored = found.stored
     for name, parts in found.encoded.items():
         words, zeros, scales = (stored[part] for part in parts)
@@ -245,6 +234,6 @@ def test_models_that_see(kind: str, tmp_path: Path) -> None:
 def test_the_same_bytes_each_time(tmp_path: Path) -> None:
     files = []
     for name in ("one", "two"):
-        published.gptq(tmp_path / name, desc_act=True)
+        integers.gptq(tmp_path / name, desc_act=True)
         files.append({p.name: p.read_bytes() for p in (tmp_path / name).iterdir()})
     assert files[0] == files[1]

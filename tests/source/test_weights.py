@@ -30,10 +30,11 @@ if not (Path(__file__).parents[2] / "benchmarks").is_dir():
 pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed")
 
 import published
+import published_integers as integers
+from makers import PLAIN, QUANTIZED, Maker
 from published import Published
-from test_published import PLAIN, QUANTIZED, Maker
 
-from benchmarks.tiny_models import picture_inputs
+from benchmarks.tools.tiny_models import picture_inputs
 
 
 def in_fp8(found: Published) -> Published:
@@ -66,8 +67,8 @@ GPTQ: dict[str, dict[str, Any]] = {
 MAKERS: dict[str, Maker] = {
     **QUANTIZED,
     **PLAIN,
-    **{f"gptq, {k}": lambda f, k=k: published.gptq(f, **GPTQ[k]) for k in GPTQ},
-    "awq, groups of 32": lambda f: published.awq(f, group_size=32),
+    **{f"gptq, {k}": lambda f, k=k: integers.gptq(f, **GPTQ[k]) for k in GPTQ},
+    "awq, groups of 32": lambda f: integers.awq(f, group_size=32),
     "qwen3_5_fp8": lambda f: in_fp8(published.qwen3_5(f)),
 }
 
@@ -318,13 +319,13 @@ Q = "model.layers.0.self_attn.q_proj"
 BAD: dict[str, tuple[Callable[[Path], Any], Callable[[Path], None], str]] = {
     "no scale": (published.qwen3_fp8, _tensors(lambda t: t.pop(f"{Q}.weight_scale_inv")), "float8"),
     "other blocks": (published.qwen3_fp8, _said(weight_block_size=[64, 64]), "must be"),
-    "no zero points": (published.awq, _tensors(lambda t: t.pop(f"{Q}.qzeros")), "is missing"),
-    "another version": (published.awq, _said(version="gemv"), "version gemm: got 4, gemv"),
-    "another format": (published.gptq, _said(checkpoint_format="marlin"), "got 'marlin'"),
-    "other groups": (published.gptq, _said(group_size=64), "in groups of 64 must have"),
-    "another method": (published.gptq, _said(quant_method="hqq"), "stored by hqq cannot be read"),
+    "no zero points": (integers.awq, _tensors(lambda t: t.pop(f"{Q}.qzeros")), "is missing"),
+    "another version": (integers.awq, _said(version="gemv"), "version gemm: got 4, gemv"),
+    "another format": (integers.gptq, _said(checkpoint_format="marlin"), "got 'marlin'"),
+    "other groups": (integers.gptq, _said(group_size=64), "in groups of 64 must have"),
+    "another method": (integers.gptq, _said(quant_method="hqq"), "stored by hqq cannot be read"),
     "no such scheme": (
-        lambda f: published.compressed(f, "W4A16"),
+        lambda f: integers.compressed(f, "W4A16"),
         _said(config_groups={"group_0": {"targets": ["Linear"], "weights": {"num_bits": "x"}}}),
         "compressed-tensors",
     ),
@@ -341,7 +342,7 @@ def test_what_cannot_be_made_plain_is_refused_by_name(case: str, tmp_path: Path)
 
 
 def test_codes_that_nothing_explains_are_refused(tmp_path: Path) -> None:
-    published.gptq(tmp_path)
+    integers.gptq(tmp_path)
     config = read(tmp_path / "config.json")
     del config["quantization_config"]
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -427,7 +428,7 @@ def test_folders_beside_the_weights_come_along(tmp_path: Path) -> None:
 def test_the_command_says_it_in_one_sentence(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    published.gptq(tmp_path / "model")
+    integers.gptq(tmp_path / "model")
     _said(group_size=64)(tmp_path / "model")
     dataset = ["--dataset", str(write_ids(tmp_path / "ids.npy")), "--out", str(tmp_path / "out")]
     assert main([str(tmp_path / "model"), "--avg-bits", "5", *dataset]) == 2
@@ -437,7 +438,7 @@ def test_the_command_says_it_in_one_sentence(
 
 
 def test_bytes_before_are_those_that_are_read(tmp_path: Path) -> None:
-    published.gptq(tmp_path)
+    integers.gptq(tmp_path)
     source = open_source(str(tmp_path))
     shutil.copyfile(tmp_path / "model.safetensors", tmp_path / "consolidated.safetensors")
     assert source.weight_files() == [tmp_path / "model.safetensors"]

@@ -1,7 +1,7 @@
 // CUDA on a CPU, as far as csrc/cuda needs it: the lanes of a block (of a cluster, where there is
 // one) are coroutines on one thread, shuffles and barriers switch between them, and a lane that
-// others wait for in vain is reported as a deadlock. tests/backends/test_cuda_build.py compiles the kernels'
-// own source with this in place of the CUDA headers.
+// others wait for in vain is reported as a deadlock. tests/backends/test_cuda_build.py compiles the
+// kernels' own source with this in place of the CUDA headers.
 #pragma once
 #include <math.h>
 #include <stdint.h>

@@ -1,5 +1,6 @@
 // Models for decode_step in memory of exact size, and the step once more in double, without any
-// rounding: tests/backends/native/decode_test.cpp compares them, fuzz.cpp makes models of any bytes.
+// rounding: tests/backends/native/decode_test.cpp compares them, fuzz.cpp makes models of any
+// bytes.
 #pragma once
 
 #include <memory>

@@ -237,7 +237,7 @@ void check_statistics(Random& random) {
           const double off = fabs(got[i] - expected[i]) / std::max(expected[i], DBL_MIN);
           if (!isnan(expected[i]) && !(off <= worst)) worst = off;
         }
-        // 16 roundings to float32, as csrc/cpu/statistics.cpp says: 2^-20.
+        // 16 roundings to float32, as csrc/cpu/ops/statistics.cpp says: 2^-20.
         check(worst <= 1e-6, "statistics [%d, %d] %s fisher %d: off by %g", rows, columns,
               dtype_name(s.dtype), fisher, worst);
         for (int threads = 2; threads <= 3; ++threads)

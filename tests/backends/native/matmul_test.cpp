@@ -272,7 +272,7 @@ void check_empty(Random& random) {
 // --- matmul of numbers at the ends of their ranges ----------------------------------------------
 
 // A token's numbers are of one magnitude, as are those of real ones: bfloat16 dot products take
-// subnormal numbers for zeros beside large ones (csrc/cpu/bfloat16.h).
+// subnormal numbers for zeros beside large ones (csrc/cpu/matmul/bfloat16.h).
 void fill_extreme_tokens(Random& random, const Matmul& m) {
   for (int64_t t = 0; t < m.tokens; ++t) {
     static const int powers[] = {0, 0, 0, -20, 20, -126, -140, -70, 70, 110, 127};

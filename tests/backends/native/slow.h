@@ -90,7 +90,7 @@ inline SlowGroup slow_mx_group(const float* x, int64_t count, const Format& form
   return group;
 }
 
-// Scale and zero point come from formats.h; vector code has its own (csrc/cpu/group.h).
+// Scale and zero point come from formats.h; vector code has its own (csrc/cpu/codes/group.h).
 inline SlowGroup slow_int_group(const float* x, int64_t count, const Format& format) {
   const int bits = element_bits(format.element);
   float low = 0, high = 0;
@@ -220,9 +220,9 @@ inline Bytes slow_fake_quantize(const std::vector<float>& x, int64_t rows, int64
 
 // --- activations that become integers -----------------------------------------------------------
 
-// By how much rounding may move each of a block's `count` values, as csrc/cpu/activations.h says:
-// by half a step, or, where at most half of the values are large, by half a step of what rounding
-// left, of which the largest is half a step itself.
+// By how much rounding may move each of a block's `count` values, as csrc/cpu/matmul/activations.h
+// says: by half a step, or, where at most half of the values are large, by half a step of what
+// rounding left, of which the largest is half a step itself.
 inline double integer_error(const double* x, int64_t count, int dtype, bool int8) {
   double largest = 0;
   for (int64_t k = 0; k < count; ++k) largest = std::max(largest, fabs(x[k]));

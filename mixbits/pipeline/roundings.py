@@ -1,0 +1,165 @@
+"""The ways to round a plan's weights, as values: a candidate has one.
+
+Nearest()                  to the nearest values
+Search()                   the same, with the scale of least error for each group
+Gptq(correction)           with error compensation (`mixbits.rounding.gptq`)
+SignRound(steps)           learned by auto-round, block by block
+Distill(steps, after)      learned by the whole model, from where another way ends
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, ClassVar, Protocol
+
+from ..formats.pack import Rounded
+from ..formats.schemes import Assignment
+from ..measuring.text import Sequences
+from ..model.layout import CausalLM, LinearInfo
+from ..model.streaming import StreamedModel, gradient_dtype
+from ..rounding.distill import distill, enough_text
+from ..rounding.whole_model import round_model
+from ..source.kept import NO_CODES, OwnCodes
+from ..source.source import Source
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model whose `linears` are rounded, with calibration `text`; it is not changed.
+
+    `own` has the codes of linears that the source stores quantized: a plan may keep them.
+    """
+
+    source: Source
+    model: CausalLM
+    linears: Sequence[LinearInfo]
+    text: Sequences
+    own: OwnCodes = NO_CODES
+    batch_size: int = 8
+    seed: int = 0
+    device: str = "cpu"
+
+    @cached_property
+    def streamed(self) -> StreamedModel:
+        return StreamedModel(self.model, device=self.device)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Packed weights, and `rounding` of report.json: how they came about."""
+
+    weights: Rounded
+    told: dict[str, Any]
+
+
+class Rounding(Protocol):
+    """How a plan's weights are rounded."""
+
+    @property
+    def uses_text(self) -> bool: ...
+
+    def describe(self) -> dict[str, Any]:
+        """`rounding` of report.json, as far as it is known before."""
+
+    def __call__(self, subject: Subject, recipes: Assignment) -> Outcome: ...
+
+
+@dataclass(frozen=True)
+class _Plain:
+    """What `mixbits.rounding.whole_model.round_model` does by itself."""
+
+    method: ClassVar[str]
+    uses_text: ClassVar[bool] = False
+
+    def describe(self) -> dict[str, Any]:
+        return {"method": self.method}
+
+    def __call__(self, subject: Subject, recipes: Assignment) -> Outcome:
+        weights = round_model(
+            subject.streamed,
+            subject.linears,
+            recipes,
+            self.method,
+            subject.text.ids,
+            self.describe().get("correction", 0.0),
+            subject.own.rounded(recipes),
+        )
+        return Outcome(weights, self.describe())
+
+
+@dataclass(frozen=True)
+class Nearest(_Plain):
+    method = "rtn"
+
+
+@dataclass(frozen=True)
+class Search(_Plain):
+    method = "search"
+
+
+@dataclass(frozen=True)
+class Gptq(_Plain):
+    """`correction`: the share of `mixbits.rounding.gptq.retarget`."""
+
+    correction: float = 0.5
+    method = "gptq"
+    uses_text = True
+
+    def describe(self) -> dict[str, Any]:
+        return {"method": self.method, "correction": self.correction}
+
+
+@dataclass(frozen=True)
+class SignRound:
+    """`steps` for a block."""
+
+    steps: int
+    uses_text = True
+
+    def describe(self) -> dict[str, Any]:
+        return {"method": "signround", "iterations": self.steps}
+
+    def __call__(self, subject: Subject, recipes: Assignment) -> Outcome:
+        from ..rounding.signround import tune  # auto-round is optional
+
+        model, tokenizer = subject.source.load(), subject.source.tokenizer()
+        sizes = self.steps, subject.batch_size, subject.device
+        rounded = tune(model, tokenizer, subject.linears, recipes, subject.text.ids, *sizes)
+        return Outcome(dict(rounded) | subject.own.rounded(recipes), self.describe())
+
+
+@dataclass(frozen=True)
+class Distill:
+    """`steps` of a batch each, on the calibration text and more that the original has written."""
+
+    steps: int
+    after: Rounding
+    uses_text = True
+
+    def describe(self) -> dict[str, Any]:
+        method, *rest = self.after.describe().items()
+        return dict([method, ("distilled", self.steps), *rest])
+
+    def __call__(self, subject: Subject, recipes: Assignment) -> Outcome:
+        start = self.after(subject, recipes).weights
+        source, text = subject.source, subject.text
+        streamed = StreamedModel(
+            subject.model, gradient_dtype(source.dtype, subject.device), subject.device
+        )
+        sizes = self.steps, subject.batch_size, subject.seed
+        writer = source.load().to(subject.device)
+        enough = enough_text(writer, text.ids, *sizes, text.prefix)
+        learned = distill(streamed, subject.linears, recipes, start, enough, *sizes)
+        told = {}
+        for key, value in self.describe().items():
+            told[key] = value
+            if key == "distilled":
+                told["written_sequences"] = len(enough) - len(text.ids)
+        return Outcome(dict(learned) | subject.own.rounded(recipes), told)
+
+
+def plain(method: str, correction: float) -> Rounding:
+    """The rounding that `--rounding` names."""
+    return Gptq(correction) if method == "gptq" else {"rtn": Nearest, "search": Search}[method]()

@@ -1,0 +1,180 @@
+"""A run: its settings, and what config.json alone says of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ..checkpoint.folder import predicted_bytes
+from ..errors import UsageError
+from ..export.targets import TARGETS, advice, check_fused, check_together, default_schemes, fit
+from ..formats.schemes import Assignment, Recipe, Scheme, parse_scheme
+from ..measuring.scores import Scores
+from ..model.layout import (
+    CausalLM,
+    LinearInfo,
+    Survey,
+    Unit,
+    check_layout,
+    ignore,
+    make_units,
+    match_units,
+    survey,
+)
+from ..planning.plan import Plan, average_bits, slab_width, unit_options
+from ..report.coverage import Coverage
+from ..source.kept import NO_CODES, OwnCodes
+from ..source.source import Source, open_source
+from .early import check_seqlen
+from .settings import Settings
+
+
+@dataclass
+class Run:
+    """What is asked for, and what config.json alone says of the model."""
+
+    settings: Settings
+    schemes: list[Scheme]
+    keep: list[tuple[str, Scheme]]
+    source: Source
+    shapes: CausalLM  # without storage
+    linears: list[LinearInfo]  # what may be quantized
+    units: list[Unit]
+    coverage: Coverage  # and what else there is
+    own: OwnCodes = NO_CODES  # of linears that the source has quantized
+
+    @property
+    def all_schemes(self) -> list[Scheme]:
+        """Those to choose from, those of kept units, and those that the source has."""
+        found = [*self.schemes, *(s for _, s in self.keep), *self.own_schemes]
+        return list({s.name: s for s in found}.values())
+
+    @property
+    def own_schemes(self) -> list[Scheme]:
+        """Those that the source has, as far as the target holds them."""
+        if not self.settings.target:
+            return self.own.schemes
+        target, found = TARGETS[self.settings.target], []
+        for scheme in self.own.schemes:
+            linears = [i for i in self.linears if self.own.is_free(i.name, scheme)]
+            with suppress(UsageError):
+                fit(target, linears, dict.fromkeys((i.name for i in linears), Recipe.plain(scheme)))
+                found.append(scheme)
+        return found
+
+    @property
+    def scale_modes(self) -> tuple[str, str]:
+        return self.settings.scale_modes
+
+    def predicted_bytes(self, assignment: Assignment) -> int:
+        """Exact size of the weight files; of 16-bit weights, where only config.json is here."""
+        here = self.source.has_weights
+        weights = self.source.weights if here else None
+        return predicted_bytes(self.shapes, self.linears, assignment, self.source.dtype, weights)
+
+    def reached(self, assignment: Assignment) -> dict[str, Any]:
+        """What a plan comes to, in both ways of counting."""
+        return {
+            "avg_bits": average_bits(self.linears, assignment),
+            "avg_bits_without_scales": average_bits(self.linears, assignment, True),
+            "predicted_bytes": self.predicted_bytes(assignment),
+        }
+
+
+def prepare(settings: Settings, source: Source | None = None) -> Run:
+    """Check everything that can be checked from the arguments and config.json."""
+    keep = settings.kept()
+    if source is None:
+        source = open_source(
+            str(settings.model), settings.trust_remote_code, config_only=settings.dry_run
+        )
+    if not settings.dry_run:
+        source.scratch = settings.folder.absolute().parent
+    check_seqlen(
+        settings, getattr(source.config.get_text_config(), "max_position_embeddings", None)
+    )
+    shapes = source.shapes
+    found = survey(shapes, include_head=settings.quantize_lm_head)
+    linears, coverage = _take_part(settings, found)
+    settings = _with_schemes(settings, linears)
+    schemes = [parse_scheme(name, *settings.scale_modes) for name in settings.schemes or ()]
+    schemes = list({s.name: s for s in schemes}.values())
+    slabs = settings.slabs
+    fuse = settings.fuse or (slabs and not settings.free_slabs)
+    units = make_units(linears, fuse, settings.per_expert, by_input=slabs)
+    if slabs:
+        slab_width([*schemes, *(scheme for _, scheme in keep)])
+    for pattern, _ in keep:
+        match_units(units, pattern)
+    own = NO_CODES
+    if source.quantization and not settings.dry_run:
+        own = OwnCodes.find(source.weights, linears)
+    run = Run(settings, schemes, keep, source, shapes, linears, units, coverage, own)
+    if settings.target:
+        _check_target(run)
+    return run
+
+
+def _with_schemes(settings: Settings, linears: Sequence[LinearInfo]) -> Settings:
+    """With what to choose from: as asked for, or measured, or as the target holds it."""
+    if settings.schemes is not None:
+        return settings
+    if settings.scores is not None:
+        return replace(settings, schemes=tuple(Scores.read(settings.scores).schemes))
+    target = TARGETS[settings.target] if settings.target else None
+    return replace(settings, schemes=tuple(default_schemes(target, linears)))
+
+
+def _take_part(settings: Settings, found: Survey) -> tuple[list[LinearInfo], Coverage]:
+    """The linears that the budget is for. Raises UsageError where that is not what is asked for."""
+    if settings.quantize_lm_head and all(info.block is not None for info in found.linears):
+        raise UsageError(
+            "--quantize-lm-head needs a head that is a plain nn.Linear: got one that does more"
+        )
+    left = [n for one in found.left for n in (one.name, one.name.rpartition(".")[0])]
+    linears = ignore(found.linears, settings.ignore, left)
+    coverage = Coverage(found, settings.ignore)
+    if not (settings.dry_run or settings.allow_partial or settings.plan):
+        coverage.check("a budget")
+    if settings.rotate == "ffn" and not any(info.ffn_output for info in linears):
+        leaves = ", ".join(dict.fromkeys(i.name.rpartition(".")[2] for i in linears))
+        raise UsageError(
+            "--rotate ffn rotates what the last linear of an FFN reads, made number by number by "
+            f"the linears before it: got none among {leaves}"
+        )
+    return linears, coverage
+
+
+def _check_target(run: Run) -> None:
+    """Whatever is chosen, the target can hold. Raises UsageError that names what it cannot."""
+    name = run.settings.target
+    assert name is not None
+    check_layout(run.shapes, run.linears, name)
+    if run.settings.plan is not None:
+        given_plan(run)
+        return
+    target, options = TARGETS[name], unit_options(run.units, run.schemes, run.keep)
+    kept = {scheme.name: f"--ignore '{pattern}' instead" for pattern, scheme in run.keep}
+    instead = kept | dict.fromkeys((s.name for s in run.schemes), advice(target, run.linears))
+    check_together(target, run.all_schemes)
+    for scheme in [*run.schemes, *(scheme for _, scheme in run.keep)]:
+        open_to = [u for u, of in zip(run.units, options, strict=True) if scheme in of]
+        linears = [info for unit in open_to for info in unit.linears]
+        try:
+            fit(target, linears, dict.fromkeys((i.name for i in linears), Recipe.plain(scheme)))
+        except UsageError as error:
+            raise UsageError(f"{error}; try {instead[scheme.name]}") from None
+
+
+def given_plan(run: Run) -> Plan:
+    """The plan of --plan. Raises UsageError where --target cannot hold it."""
+    assert run.settings.plan is not None
+    plan = Plan.read(run.settings.plan, run.linears)
+    if run.settings.target:
+        target = TARGETS[run.settings.target]
+        fit(target, run.linears, plan.assignment)
+        groups = [[i.name for i in unit.linears] for unit in make_units(run.linears, fuse=True)]
+        check_fused(target, groups, plan.assignment)
+    return plan

@@ -1,0 +1,77 @@
+"""Scores of a run: every scheme on every linear, its columns arranged."""
+
+from __future__ import annotations
+
+from ..errors import UsageError
+from ..files.io import last_part
+from ..formats.arrange import Arrangement
+from ..measuring.scores import Scores
+from ..measuring.sensitivity import measure as measure_sensitivity
+from ..measuring.sensitivity import sorted_columns
+from ..measuring.text import (
+    Sequences,
+)
+from ..model.layout import (
+    CausalLM,
+    LinearInfo,
+)
+from ..model.streaming import StreamedModel, gradient_dtype
+from .run import Run
+
+
+def _arrangements(run: Run, model: StreamedModel, sequences: Sequences) -> dict[str, Arrangement]:
+    """Orders of columns for slabs, and which linears are rotated."""
+    settings = run.settings
+    arrangements: dict[str, Arrangement] = {}
+    if settings.slabs:
+        readers = [u.linears for u in run.units if len({_input(i) for i in u.linears}) == 1]
+        cheapest = min(run.schemes, key=lambda s: s.element_bits)
+        options = sequences.ids, settings.batch_size, settings.seed
+        arrangements = sorted_columns(model, run.linears, readers, cheapest, *options)
+    for info in run.linears if settings.rotate == "ffn" else ():
+        if info.ffn_output:
+            order = arrangements[info.name].order if info.name in arrangements else None
+            arrangements[info.name] = Arrangement(order, rotated=True)
+    return arrangements
+
+
+def _input(info: LinearInfo) -> str:
+    """The linear, where it alone reads its input; "" where others may read the same."""
+    own = info.is_expert and info.ffn_output  # an expert's intermediate is its own
+    return info.name if own else ""
+
+
+def measure(run: Run, model: CausalLM, sequences: Sequences, sha256: str) -> Scores:
+    """Read scores.json, or make it."""
+    settings = run.settings
+    if settings.scores is not None:
+        scores = Scores.read(settings.scores)
+        modes, prefix = run.scale_modes, sequences.prefix
+        scores.check(settings.scores, run.linears, run.all_schemes, modes, sha256, prefix)
+        if settings.rotate == "ffn" and not any(scores.rotated(i.name) for i in run.linears):
+            raise UsageError(f"{settings.scores} was measured without --rotate ffn: measure again")
+        return scores
+    dtype = gradient_dtype(run.source.dtype, settings.computes_on)
+    streamed = StreamedModel(model, dtype, settings.computes_on)
+    arranged = _arrangements(run, streamed, sequences)
+    return score(run, streamed, sequences, settings.method, arranged, sha256)
+
+
+def score(
+    run: Run,
+    model: StreamedModel,
+    sequences: Sequences,
+    method: str,
+    arranged: dict[str, Arrangement],
+    sha256: str,
+) -> Scores:
+    """Scores of every scheme on every linear, its columns arranged."""
+    settings = run.settings
+    options = method, settings.batch_size, settings.seed, arranged
+    slabs = measure_sensitivity(model, run.linears, run.all_schemes, sequences.ids, *options)
+    described = {**sequences.describe(), "batch_size": settings.batch_size, "seed": settings.seed}
+    for linear, scores in slabs.items():
+        free = [s.name for s in run.all_schemes if run.own.is_free(linear, s)]
+        scores |= {name: [0.0] * len(scores[name]) for name in free}
+    name = {"name": last_part(run.source.name), "sha256": sha256}
+    return Scores.build(slabs, run.linears, method, run.scale_modes, name, described, arranged)

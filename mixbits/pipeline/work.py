@@ -1,0 +1,36 @@
+"""How much work a run has ahead, in forwards of a block and a sequence: for its progress bar."""
+
+from __future__ import annotations
+
+from ..progress import BACKWARD
+from .settings import Settings
+
+PROPOSALS = 5  # of --max-kl: half of the searches need no more
+CANDIDATES = 5  # of the gate: optimal with and without correction, uniform, head, tail
+CHOICES, DOCUMENTS = 4, 1000  # of an lm-eval task, before it is known
+
+
+def planned_work(settings: Settings, blocks: int, units: int = 0) -> dict[str, float]:
+    """Work of each stage that has any, as far as arguments and the number of blocks tell it.
+
+    `units` are those that --diagnose measures alone. How many requests lm-eval's tasks have is
+    known when they are read, and is guessed until then; plans of --refine are added as they come.
+    """
+    rounding = 2 * settings.nsamples if settings.rounding == "gptq" else 1
+    judged = rounding + 2 * settings.gate
+    measured = BACKWARD * settings.nsamples
+    passes = len(settings.schemes or ()) if settings.method == "deltaloss" else 1
+    gated = settings.gate and not settings.plan and settings.strategy == "optimal"
+    learned = settings.distill * settings.batch_size * (BACKWARD + 1) if settings.distill else 0
+    tasks = len(settings.tasks) * (2 if settings.eval_original else 1)
+    requests = tasks * CHOICES * (settings.limit or DOCUMENTS)
+    work = {
+        "measure": 0 if settings.scores or settings.plan else measured * passes,
+        "allocate": PROPOSALS * judged if settings.max_kl else 0,
+        "diagnose": (units * settings.gate + measured * passes) if settings.diagnose else 0,
+        "round": learned + (CANDIDATES * judged if gated else rounding),
+        "evaluate": 2 * settings.eval_nsamples + requests,
+    }
+    if settings.granularity == "slab":
+        work["measure"] *= 2  # once more for the order of columns
+    return {stage: float(count * blocks) for stage, count in work.items()}
