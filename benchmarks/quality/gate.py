@@ -27,12 +27,13 @@ import torch
 from benchmarks.quality.ablation import VARIANTS, Subject
 from benchmarks.tools.records import Records
 from benchmarks.tools.text import DEMO, GATE, make_text
+from mixbits.command import quiet
 from mixbits.measuring.evaluate import sequence_kl
 from mixbits.pipeline.candidates import Candidate, candidates
 from mixbits.pipeline.gate import behind, choose, judge
 from mixbits.pipeline.roundings import plain
 from mixbits.planning.plan import average_bits
-from mixbits.report.tables import quiet, table
+from mixbits.report.tables import table
 from mixbits.rounding.whole_model import RoundedModel
 
 BASELINES = ("uniform", "head", "tail")

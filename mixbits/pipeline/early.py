@@ -73,7 +73,7 @@ def _check_inputs(settings: Settings) -> None:
             try:
                 path.stat()
             except OSError as error:
-                raise UsageError(f"cannot read {path}: {error.strerror}") from None
+                raise UsageError(f"cannot read {path}: {error.strerror}") from error
     for source in (settings.dataset, settings.eval_dataset):
         if source is not None and not settings.demo:
             check_dataset(source)

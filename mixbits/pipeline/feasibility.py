@@ -72,7 +72,7 @@ def check_budget(run: Run) -> int:
         default = (
             "" if settings.asks_budget else f", which is the default ({settings.comma('schemes')})"
         )
-        raise UsageError(f"{error}{default}") from None
+        raise UsageError(f"{error}{default}") from error
     return run.predicted_bytes(found.plan.assignment)
 
 

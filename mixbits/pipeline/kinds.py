@@ -48,8 +48,8 @@ def whole(value: Any) -> int:
         if isinstance(value, (bool, float)):
             raise ValueError
         return int(value)
-    except (ValueError, TypeError):
-        raise WrongKind(f"invalid int value: {value!r}") from None
+    except (ValueError, TypeError) as error:
+        raise WrongKind(f"invalid int value: {value!r}") from error
 
 
 def size(value: Any) -> int:

@@ -165,7 +165,7 @@ def _check_target(run: Run) -> None:
         try:
             fit(target, linears, dict.fromkeys((i.name for i in linears), Recipe.plain(scheme)))
         except UsageError as error:
-            raise UsageError(f"{error}; try {instead[scheme.name]}") from None
+            raise UsageError(f"{error}; try {instead[scheme.name]}") from error
 
 
 def given_plan(run: Run) -> Plan:

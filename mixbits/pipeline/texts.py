@@ -152,7 +152,7 @@ def _demo_sequences(
     try:
         files, held_out = demo.training_files(), demo.held_out_text()
     except FileNotFoundError as error:
-        raise UsageError(str(error)) from None
+        raise UsageError(str(error)) from error
     random.Random(settings.seed).shuffle(files)
     wanted, text = count * settings.seqlen * CHARS_PER_TOKEN, ""
     for path in files:
