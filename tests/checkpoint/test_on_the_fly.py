@@ -18,6 +18,7 @@ import mixbits
 from mixbits import MixbitsConfig, UsageError
 from mixbits.checkpoint.on_the_fly import largest_that_fits
 from mixbits.checkpoint.saving import save
+from mixbits.formats.recipes import parse_recipe
 from mixbits.formats.schemes import parse_scheme
 from mixbits.model.layout import find_linears
 from mixbits.runtime.linear import PackedLinear
@@ -65,7 +66,7 @@ def test_it_generates_is_saved_and_loaded_as_the_same(kind: str, tmp_path: Path)
 
     source = open_source(str(folder))  # and what the command writes of one scheme
     original = source.load()
-    linears, mxfp4 = find_linears(original), parse_scheme("MXFP4", act_scale_mode="even")
+    linears, mxfp4 = find_linears(original), parse_recipe("MXFP4", act_scale_mode="even")
     (tmp_path / "uniform").mkdir()
     recipes = {info.name: mxfp4 for info in linears}
     save(tmp_path / "uniform", source, original, linears, recipes, {"act_scale_mode": "even"})
@@ -96,7 +97,7 @@ def test_the_scheme_is_the_largest_that_fits(llama: Path, caplog: pytest.LogCapt
         largest_that_fits(linears, schemes, 2.1)
     with caplog.at_level(logging.WARNING, "mixbits"):
         model = from_pretrained(llama, {"schemes": "w8a16,mxfp4", "avg_bits": 8.5})
-    assert {m.scheme.name for m in model.modules() if isinstance(m, PackedLinear)} == {"W8A16"}
+    assert {m.recipe.name for m in model.modules() if isinstance(m, PackedLinear)} == {"W8A16"}
     said = [r.getMessage() for r in caplog.records if r.name.startswith("mixbits")]
     assert len(said) == 1
     assert said[0].startswith("quantized without data: all 14 linears in W8A16, 8.")

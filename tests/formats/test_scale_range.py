@@ -14,6 +14,7 @@ from mixbits import ops, quantize
 from mixbits.errors import UsageError
 from mixbits.formats.compensate import search
 from mixbits.formats.pack import pack
+from mixbits.formats.recipes import parse_recipe
 from mixbits.formats.reference import e8m0_to_float
 from mixbits.formats.schemes import Recipe, parse_scheme
 from mixbits.rounding.gptq import Curvature, gptq
@@ -25,24 +26,22 @@ MX = ("MXFP4", "MXFP8", "MXFP8E5M2", "MXFP4A16")
 
 
 def rtn(weight: Tensor, name: str) -> Tensor:
-    scheme = parse_scheme(name)
-    return packed_values(pack_recipe("w", weight, scheme), scheme, weight.shape[1])
+    recipe = parse_recipe(name)
+    return packed_values(pack_recipe("w", weight, recipe), recipe, weight.shape[1])
 
 
 def searched(weight: Tensor, name: str) -> Tensor:
     scheme = parse_scheme(name)
-    assert scheme.weight is not None
-    packed = check_packed("w", weight, scheme, pack(search(weight, scheme.weight), scheme.weight))
-    return packed_values([packed], scheme, weight.shape[1])
+    packed = check_packed("w", weight, scheme, pack(search(weight, scheme.format), scheme.format))
+    return packed_values([packed], Recipe.plain(scheme), weight.shape[1])
 
 
 def compensated(weight: Tensor, name: str) -> Tensor:
     scheme = parse_scheme(name)
-    assert scheme.weight is not None
     curvature = Curvature(torch.eye(weight.shape[1]))
-    (codes,) = gptq(weight, curvature, [(scheme.weight, weight.shape[1])], ops.compensate_group)
-    packed = check_packed("w", weight, scheme, pack(codes, scheme.weight))
-    return packed_values([packed], scheme, weight.shape[1])
+    (codes,) = gptq(weight, curvature, [(scheme.format, weight.shape[1])], ops.compensate_group)
+    packed = check_packed("w", weight, scheme, pack(codes, scheme.format))
+    return packed_values([packed], Recipe.plain(scheme), weight.shape[1])
 
 
 ROUNDINGS = {"rtn": rtn, "search": searched, "gptq": compensated}
@@ -119,14 +118,14 @@ def test_the_least_scale_of_mx_is_two_to_the_minus_127() -> None:
 @pytest.mark.parametrize("mode", ["floor", "even", "rceil"])
 @pytest.mark.parametrize("name", ["MXFP4", "MXFP8", "MXFP8E5M2"])
 def test_the_largest_weights_are_finite_or_refused(name: str, mode: str) -> None:
-    scheme = parse_scheme(name, mode, mode)  # type: ignore[arg-type]
+    recipe = parse_recipe(name, mode, mode)  # type: ignore[arg-type]
     for value in (2.0**127, 1.7 * 2.0**127, 3.3e38):
         try:
-            packed = pack_recipe("w", torch.full((2, 64), value), scheme)
+            packed = pack_recipe("w", torch.full((2, 64), value), recipe)
         except UsageError as error:
             assert "needs rounded weights within float32" in str(error) and mode != "floor"
             continue
-        assert torch.isfinite(packed_values(packed, scheme, 64)).all()
+        assert torch.isfinite(packed_values(packed, recipe, 64)).all()
 
 
 @pytest.mark.parametrize("name", INTEGERS)

@@ -19,7 +19,7 @@ from benchmarks.tools.meter import Meter
 from benchmarks.tools.records import Records
 from benchmarks.tools.text import GATE, make_text
 from mixbits import quantize
-from mixbits.formats.schemes import parse_scheme
+from mixbits.formats.recipes import parse_recipe
 from mixbits.measuring.evaluate import compare
 from mixbits.model.streaming import StreamedModel
 from mixbits.pipeline.options import parse_arguments
@@ -206,7 +206,7 @@ def test_autoscheme_is_given_our_tokens_and_judged_by_us(tmp_path):
     assert allocated["measure_seconds"] > 0 and "kl" not in allocated
     assert plain["differs_from_ours"] == 0
     fake = open_source(str(model)).load()
-    fake_quantize_model(fake, {n: parse_scheme(s) for n, s in plain["plan"].items()})
+    fake_quantize_model(fake, {n: parse_recipe(s) for n, s in plain["plan"].items()})
     original = StreamedModel(open_source(str(model)).load())
     held_out = torch.from_numpy(np.load(job.held_out))
     assert plain["kl"] == pytest.approx(compare(original, StreamedModel(fake), held_out)["kl"])

@@ -10,7 +10,7 @@ from mixbits.demo import MODEL_DIR, training_files
 from mixbits.errors import UsageError
 from mixbits.formats import reference
 from mixbits.formats.arrange import Arrangement
-from mixbits.formats.schemes import parse_scheme
+from mixbits.formats.schemes import Recipe, parse_scheme
 from mixbits.measuring.evaluate import compare
 from mixbits.measuring.sensitivity import METHODS, PRIOR_SEQUENCES, _draw, measure, sorted_columns
 from mixbits.measuring.text import tokenize
@@ -239,7 +239,7 @@ def test_fisher_ranks_linears_as_direct_measurement_does(capsys):
     predicted, measured = [], []
     for info in linears:
         one = source.load()
-        fake_quantize_model(one, {info.name: scheme})
+        fake_quantize_model(one, {info.name: Recipe.plain(scheme)})
         figures = compare(StreamedModel(model), StreamedModel(one), ids[8:16])
         predicted.append(sum(scores[info.name]["MXFP4"]))
         measured.append(figures["kl"])

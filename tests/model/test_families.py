@@ -26,7 +26,7 @@ import mixbits
 from mixbits.checkpoint.saving import save
 from mixbits.errors import UsageError
 from mixbits.export import gguf
-from mixbits.formats.schemes import parse_scheme
+from mixbits.formats.recipes import parse_recipe
 from mixbits.model import families
 from mixbits.model.families import FAMILIES, Family, Gguf, Stacks, name_from_vllm
 from mixbits.model.layout import find_linears, make_units, meta_model, shared_inputs
@@ -320,7 +320,7 @@ def test_exports(tmp_path: Path, entry: Family) -> None:
         linears = find_linears(source.load())
         folder = tmp_path / f"{kind}-packed"
         folder.mkdir()
-        assignment = {info.name: parse_scheme("MXFP4A16") for info in linears}
+        assignment = {info.name: parse_recipe("MXFP4A16") for info in linears}
         modes = {"weight_scale_mode": "floor", "act_scale_mode": "even"}
         save(folder, source, source.load(), linears, assignment, modes)
         found[kind] = entries(export(folder, "gguf") / gguf.FILE)

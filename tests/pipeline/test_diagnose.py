@@ -10,6 +10,7 @@ import torch
 from tiny import make_model
 from torch import nn
 
+from mixbits.formats.recipes import parse_recipe
 from mixbits.formats.schemes import Recipe, parse_scheme
 from mixbits.measuring.evaluate import sequence_kl
 from mixbits.measuring.sensitivity import measure as measure_sensitivity
@@ -117,8 +118,8 @@ def test_swaps_name_units_and_schemes(how: str, tmp_path: Path) -> None:
 
 def test_the_experts_of_a_block_share_an_entry(tmp_path: Path) -> None:
     linears = find_linears(open_source(str(make_model(tmp_path, "qwen3_moe"))).load())
-    schemes = [parse_scheme(name) for name in ("MXFP4", "MXFP8", "MXFP4")]
-    plan = {info.name: schemes[i % 3] for i, info in enumerate(linears)}
+    recipes = [parse_recipe(name) for name in ("MXFP4", "MXFP8", "MXFP4")]
+    plan = {info.name: recipes[i % 3] for i, info in enumerate(linears)}
     bits = linear_bits(linears, plan)
     assert len(bits) == 2 * (4 + 3)
     members = [i for i in linears if i.name.startswith("model.layers.1.mlp.experts.")]

@@ -200,7 +200,7 @@ def test_a_single_scheme_says_its_bits_and_takes_them(llama: list[LinearInfo]) -
 
 
 def test_uniform_takes_one_scheme(llama: list[LinearInfo]) -> None:
-    most = average_bits(llama, {info.name: MX[1] for info in llama})
+    most = average_bits(llama, {info.name: PLAIN[1] for info in llama})
     for bits, expected in ((most - 1e-3, "MXFP4"), (most, "MXFP8")):
         plan = solved(llama, Budget(bits), strategy="uniform")
         assert {s.name for s in plan.assignment.values()} == {expected}
@@ -240,7 +240,8 @@ def test_slabs_keep_the_budget_with_their_orders_counted(
     llama: list[LinearInfo], names: tuple[str, ...], order: bool
 ) -> None:
     schemes = [parse_scheme(n, *MODES) for n in names]
-    low, high = (average_bits(llama, {i.name: s for i in llama}) for s in schemes)
+    alike = [dict.fromkeys((i.name for i in llama), Recipe.plain(s)) for s in schemes]
+    low, high = (average_bits(llama, recipes) for recipes in alike)
     for ignore in (False, True):
         for part in (0.3, 0.6):
             bits = low + part * (high - low) - 0.5 * ignore
