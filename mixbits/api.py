@@ -11,19 +11,22 @@ text is to be read). TEXT is what `--dataset` takes, or texts, conversations or 
 Settings have the names of the command's options, which `mixbits.pipeline.settings` lists, and are
 refused with the command's own sentences, as `mixbits.UsageError`.
 
+Any thread may call them; they take turns, since transformers patches itself while it loads a model.
 Nothing is printed, no signal is caught, and no environment variable is set: work is told to
 `progress`, and lines to the logger `mixbits`. Importing this module imports no torch.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
 
 from .errors import UsageError
 from .progress import Bar, Progress, Watch
@@ -33,6 +36,21 @@ if TYPE_CHECKING:
     from .pipeline.run import Run
     from .planning.plan import Plan as Allocated
     from .report.report import Report
+
+F = TypeVar("F", bound=Callable[..., Any])
+_turn = threading.RLock()
+
+
+def _in_turn(verb: F) -> F:
+    """One call at a time, in all threads."""
+
+    @functools.wraps(verb)
+    def called(*args: Any, **kwargs: Any) -> Any:
+        with _turn:
+            return verb(*args, **kwargs)
+
+    return cast(F, called)
+
 
 Model: TypeAlias = Any  # a folder, a hub name, or a transformers model
 Text: TypeAlias = Any  # a name for --dataset, texts, conversations, or token ids
@@ -172,6 +190,7 @@ class Result:
         return bits_map(self.plan or {}) + (frontier_chart(curve) if curve else "")
 
 
+@_in_turn
 def measure(
     model: Model,
     text: Text = None,
@@ -201,6 +220,7 @@ def measure(
     return Scores(table, run, given, holds)
 
 
+@_in_turn
 def allocate(
     scores: Scores,
     *,
@@ -233,6 +253,7 @@ def allocate(
     return Plan(next(iter(planned.plans.values())), run, scores.holds)
 
 
+@_in_turn
 def apply(
     model: Model,
     plan: Plan | str | Path,
@@ -269,6 +290,7 @@ def apply(
     return packed
 
 
+@_in_turn
 def quantize_model(
     model: Model = None,
     out: str | Path | None = None,

@@ -74,12 +74,18 @@ def plain_errors(what: str | Callable[[str], str]) -> Iterator[None]:
 _TOOLS = {"torch", "numpy", "safetensors", "pydantic", *sys.stdlib_module_names}
 
 
+# Kinds that a mistake in a program raises. Of other kinds what is read is as likely the cause.
+_MISTAKES = (TypeError, AttributeError, NameError, AssertionError)
+
+
 def _is_own_fault(error: BaseException) -> bool:
-    """Whether code of ours failed that a block of `plain_errors` had called, at any depth.
+    """Whether code of ours made a mistake that a block of `plain_errors` had called, at any depth.
 
     That is, whether it was ours that ran last but for tools. What the block itself calls is
     others' by declaration.
     """
+    if not isinstance(error, _MISTAKES):
+        return False
     called = [frame for frame, _ in traceback.walk_tb(error.__traceback__)][2:]  # below the block
     names = [frame.f_globals.get("__name__", "").partition(".")[0] for frame in called]
     last = next((name for name in reversed(names) if name not in _TOOLS), None)

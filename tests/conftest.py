@@ -16,7 +16,7 @@ import torch
 from tiny import SMALL, add_tokenizer, make_model, write_ids
 from torch import Tensor
 
-from mixbits import quantize
+from mixbits import progress, quantize
 from mixbits.backends import cpu
 from mixbits.formats.schemes import INT_GROUPS, INTEGERS, MINIFLOATS, SCALE_MODES, Format
 
@@ -63,6 +63,13 @@ def poisoned_memory() -> Iterator[None]:
     assert torch.utils.deterministic.fill_uninitialized_memory
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def printed() -> Iterator[None]:
+    """Lines of the logger `mixbits` are printed, as by a command."""
+    with progress.printed():
+        yield
 
 
 @pytest.fixture(params=ISAS)

@@ -99,6 +99,7 @@ def test_functions_called_from_python_show_nothing(capsys: pytest.CaptureFixture
     assert capsys.readouterr() == ("", "")
 
 
+@pytest.mark.usefixtures("printed")
 def test_without_a_terminal_a_line_now_and_then(capsys: pytest.CaptureFixture[str]) -> None:
     clock, stream = Clock(), io.StringIO()
     run = p.Progress({"measure": 1000.0}, stream, clock)

@@ -41,7 +41,7 @@ from .folder import checksum, crc, kinds_of, quantization_config, require_mixbit
 from .stock import Stock, check_files
 from .unpacking import unpack_model
 
-_UNSAID = "even, of a folder floor"  # the default of act_scale_mode: this object, not its text
+_UNSAID = "even, of a folder floor"  # the default of act_scale_mode
 
 
 class MixbitsConfig(QuantizationConfigMixin):
@@ -78,14 +78,14 @@ class MixbitsConfig(QuantizationConfigMixin):
         self.quant_method = "mixbits"  # type: ignore[assignment]
         is_of_folder = any(given is not None for given in (modules, layout, checksum))
         if not is_of_folder and ("quant_method" not in provenance or schemes or avg_bits):
-            unsaid = act_scale_mode is _UNSAID
+            unsaid = act_scale_mode == _UNSAID
             modes = weight_scale_mode, "even" if unsaid else act_scale_mode
             self._ask(schemes, avg_bits, modes, provenance.keys() - {"quant_method"})
             return
         for key, value in (("schemes", schemes), ("avg_bits", avg_bits)):
             if value is not None:  # of a folder, it means nothing
                 provenance[key] = value
-        act_scale_mode = "floor" if act_scale_mode is _UNSAID else act_scale_mode
+        act_scale_mode = "floor" if act_scale_mode == _UNSAID else act_scale_mode
         provenance.pop("quant_method", None)
         for key, value in provenance.items():
             if hasattr(type(self), key):  # a file must not replace a method
@@ -196,6 +196,7 @@ class MixbitsQuantizer(HfQuantizer):
 
             self.on_the_fly = prepare(model, files, *self._asked)
             self.stock = self.on_the_fly.stock
+            self.shared_inputs = shared_inputs(model, self.stock.recipes)
             self._expect(model)
             return
         self.stock = check_files(model, recipes, files, config.to_dict())

@@ -210,8 +210,9 @@ def read_vocabulary(folder: Path, rows: int, lossy: bool) -> Vocabulary:
     except UsageError:
         raise
     except BaseException as error:  # of a foreign file: gguf looks no further; tokenizers panics
-        is_panic = type(error).__name__ == "PanicException"
-        if not (isinstance(error, _MALFORMED) or is_panic):
+        # What is written in Rust raises Exception itself, or panics.
+        is_rust = type(error) is Exception or type(error).__name__ == "PanicException"
+        if not (isinstance(error, _MALFORMED) or is_rust):
             raise
         what = f"{type(error).__name__}: {_shown(first_line(error))}"
         raise UsageError(f"cannot read the tokenizer in {folder} ({what})") from error

@@ -155,6 +155,7 @@ def test_who_says_what_a_special_token_is(tmp_path: Path, case: str) -> None:
     assert found.add_special_token == {"bos": False, "eos": False}
 
 
+@pytest.mark.usefixtures("printed")
 def test_a_fourth_end_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ends = {"eos_token_id": [6, 7, 8]}
     found = vocabulary(tmp_path, byte_level(GPT2), generation_config=ends).special
@@ -233,6 +234,7 @@ TEMPLATES: dict[str, tuple[dict[str, Any], str | None, list[str] | None]] = {
 }
 
 
+@pytest.mark.usefixtures("printed")
 @pytest.mark.parametrize("case", TEMPLATES)
 def test_chat_templates(tmp_path: Path, case: str, capsys: pytest.CaptureFixture[str]) -> None:
     files, default, names = TEMPLATES[case]
@@ -354,6 +356,7 @@ def test_nothing_is_written_of_a_tokenizer_that_does_not_fit(
     assert settings["tokenizer.ggml.add_bos_token"] is True
 
 
+@pytest.mark.usefixtures("printed")
 def test_tokenizers_that_llama_cpp_has_not(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -27,7 +27,7 @@ from mixbits.files.atomic import (
     reserved,
 )
 from mixbits.files.manifest import MANIFEST, Manifest, foreign
-from mixbits.files.system import rename_new
+from mixbits.files.system import ended_by_signals, rename_new
 
 
 @pytest.fixture(params=[True, False], ids=["in one step", "in two"])
@@ -88,7 +88,11 @@ def test_an_error_keeps_the_folder_that_was_to_be_replaced(
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_leaves_nothing(number: signal.Signals, tmp_path: Path) -> None:
     before = signal.getsignal(number)
-    with pytest.raises(SystemExit) as caught, atomic_folder(tmp_path / "out"):
+    with (
+        pytest.raises(SystemExit) as caught,
+        ended_by_signals(),
+        atomic_folder(tmp_path / "out"),
+    ):
         os.kill(os.getpid(), number)
         pytest.fail("never reached")
     assert caught.value.code == 128 + number
@@ -98,7 +102,7 @@ def test_a_signal_leaves_nothing(number: signal.Signals, tmp_path: Path) -> None
 def test_what_nohup_ignores_is_ignored(tmp_path: Path) -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with atomic_folder(tmp_path / "out"):
+        with ended_by_signals(), atomic_folder(tmp_path / "out"):
             os.kill(os.getpid(), signal.SIGHUP)
     finally:
         signal.signal(signal.SIGHUP, before)

@@ -184,6 +184,7 @@ def test_removing_leaves_what_is_not_ours(tmp_path: Path) -> None:
     assert [p.name for p in out.rglob("*")] == ["sub", "mine"]
 
 
+@pytest.mark.usefixtures("printed")
 def test_what_comes_into_the_old_output_at_the_last_moment_is_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

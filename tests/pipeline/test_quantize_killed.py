@@ -18,7 +18,7 @@ import torch
 from tiny import SMALL, command, entries, read
 
 import mixbits
-from mixbits.checkpoint import folder as checkpoint
+from mixbits.checkpoint import saving as checkpoint
 from mixbits.files.atomic import atomic_folder
 
 KILLS = int(os.environ.get("MIXBITS_TEST_KILLS", "4"))

@@ -10,6 +10,7 @@ from mixbits.report.clock import Clock, environment
 from mixbits.report.report import Environment, Stage
 
 
+@pytest.mark.usefixtures("printed")
 def test_stages_are_told_and_kept(capsys: pytest.CaptureFixture[str]) -> None:
     clock = Clock(["open", "write"])
     with clock.run("write", "a\x1b folder"):
