@@ -184,7 +184,11 @@ def test_e4m3_machine_code(builds):
 @needs_cuobjdump
 @pytest.mark.parametrize(
     ("name", "store", "count"),  # stage: rows, and tiles
-    [("dequantize", "STG.E.128", 1), ("fake_quant", "STG.E.64", 1), ("stage", "STG.E.64", 2)],
+    [
+        ("ops_dequantize", "STG.E.128", 1),
+        ("ops_fake_quant", "STG.E.64", 1),
+        ("matmul_stage", "STG.E.64", 2),
+    ],
 )
 def test_16_bit_values_move_together(builds, name, store, count):
     """8 or 16 bytes per lane and store: the compiler splits copies of structs of 16-bit values."""
