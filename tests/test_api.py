@@ -85,6 +85,7 @@ def test_one_sentence_is_the_command(folder: Path, ids: Path, tmp_path: Path) ->
         written["command"]
         == f"python -m mixbits.quantize model {typed} --out out --dataset ids.npy"
     )
+    assert mixbits.Result.read(result.folder).report.data() == written
     assert result.verdict == written["evaluation"]["verdict"]["word"]
     assert result.plan == read(tmp_path / "out" / "plan.json")
     assert result.scores == read(tmp_path / "out" / "scores.json")
@@ -166,6 +167,10 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "another strategy": ({"strategy": "best"}, "--strategy: invalid choice: 'best'"),
     "no setting": ({"avgbits": 5}, r"there is no setting 'avgbits' \(avg_bits\?\)"),
     "a flag of no kind": ({"fuse": "yes"}, "--fuse: must be True or False: got 'yes'"),
+    "a scheme without scores": ({"schemes": ["MXFP4", "W4A16G64"]}, "no scores for W4A16G64"),
+    "another scale mode": ({"act_scale_mode": "floor"}, "measured with scale mode even"),
+    "a rotation after the fact": ({"rotate": "ffn"}, "was measured without --rotate ffn"),
+    "a linear without scores": ({"quantize_lm_head": True}, "scores has no scores for lm_head"),
     "a pattern of nothing": ({"keep": "*.nothing=MXFP8"}, "matches no unit"),
 }
 
