@@ -182,6 +182,14 @@ def test_it_is_refused_with_the_commands_own_sentence(case: str, scores: mixbits
         mixbits.allocate(scores, **settings)
 
 
+def test_slabs_that_were_free_cannot_be_made_to_agree(folder: Path, ids: Path) -> None:
+    how = {**SIZES, "schemes": SCHEMES, "granularity": "slab", "free_slabs": True}
+    free = mixbits.measure(folder, ids, **how)
+    assert mixbits.allocate(free, avg_bits=5).avg_bits <= 5
+    with pytest.raises(mixbits.UsageError, match="in several orders, where slabs are to agree"):
+        mixbits.allocate(free, avg_bits=5, free_slabs=False)
+
+
 @pytest.mark.parametrize(
     ("model", "text", "message"),
     [

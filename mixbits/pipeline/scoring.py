@@ -57,6 +57,12 @@ def check_known(
     scores.check(where, run.linears, run.all_schemes, run.scale_modes, sha256, prefix)
     if run.settings.rotate == "ffn" and not any(scores.rotated(i.name) for i in run.linears):
         raise UsageError(f"{where} was measured without --rotate ffn: measure again")
+    for unit in run.units if run.settings.slabs else ():
+        if len({tuple(scores.order(info.name) or ()) for info in unit.linears}) > 1:
+            raise UsageError(
+                f"{where} was measured with the columns of {unit.name} in several orders, where "
+                "slabs are to agree: measure again, or pass --free-slabs"
+            )
 
 
 def measure(run: Run, model: CausalLM, sequences: Sequences, sha256: str) -> Scores:
