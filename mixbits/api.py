@@ -84,6 +84,7 @@ class Scores:
     def load(cls, path: str | Path, model: Model, **settings: Any) -> Scores:
         """What was saved, for `model`. Raises UsageError for scores of another one."""
         from .measuring.scores import Scores as Table
+        from .pipeline.scoring import check_known
 
         table = Table.read(Path(path))
         made = {"schemes": table.schemes, "method": table.data["method"]}
@@ -92,8 +93,7 @@ class Scores:
         for name in ("nsamples", "seqlen"):
             made[name] = table.data["calibration"].get(name)
         run, given, holds = _open(model, None, {**made, **settings})
-        sha256 = run.source.sha256() if run.source.has_weights else None
-        table.check(Path(path), run.linears, run.all_schemes, run.scale_modes, sha256)
+        check_known(run, table, path, run.source.sha256())
         return cls(table, run, given, holds)
 
     def frontier(self, points: int = 17) -> list[dict[str, Any]]:
@@ -156,6 +156,13 @@ class Result:
 
     folder: Path
     report: Report | None = field(repr=False)
+
+    @classmethod
+    def read(cls, folder: str | Path) -> Result:
+        """That of an earlier run. Raises UsageError where there is no report."""
+        from .report.report import Report
+
+        return cls(Path(folder), Report.read(Path(folder) / "report.json"))
 
     @property
     def verdict(self) -> str:
@@ -237,19 +244,19 @@ def allocate(
     """
     from .pipeline.plans import make_plans
     from .pipeline.process import make_subject
-    from .pipeline.texts import Text as Found
+    from .pipeline.scoring import check_known
     from .pipeline.texts import calibrate
 
     asked = {"avg_bits": avg_bits, "size": size, "max_kl": max_kl, **settings}
     measures = {} if max_kl is None else {"solve_only": False, "gate": None}
     run = _run({**scores.given, **measures, **asked}, scores.run.source)
-    subject: Any = None
-    found: Any = Found
+    check_known(run, scores.table, "scores")
+    subject = found = None
     with _watched(run, "allocate", progress if max_kl else False):
         if max_kl is not None:
             found = calibrate(run, run.source.tokenizer())
             subject = make_subject(run, run.source.load(), found)
-        planned = make_plans(run, subject, scores.table, found)
+        planned = make_plans(run, scores.table, subject, found)
     return Plan(next(iter(planned.plans.values())), run, scores.holds)
 
 
@@ -323,12 +330,12 @@ def quantize_model(
 
         if quiet:
             silence()
-        run, lines = process.start(asked)
-        if asked.dry_run:
-            telling.sizes(run)
-        for line in lines:
-            say(f"  {line}")
         with _watching(progress) as watch:
+            run, lines = process.start(asked, watch)
+            if asked.dry_run:
+                telling.sizes(run)
+            for line in lines:
+                say(f"  {line}")
             report = None if asked.dry_run else process.quantize(run, watch)
     return Result(asked.folder, report)
 
@@ -408,11 +415,15 @@ def _open(
 
 
 def _run(given: Mapping[str, Any], source: Any = None) -> Run:
-    from .pipeline.process import with_device
+    from .pipeline import early
     from .pipeline.rules import settled
+
+    settings = settled(given)
+    early.check(settings)
+    from .pipeline.process import with_device
     from .pipeline.run import prepare
 
-    return prepare(with_device(settled(given)), source)
+    return prepare(with_device(settings), source)
 
 
 @contextmanager

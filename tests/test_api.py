@@ -85,6 +85,7 @@ def test_one_sentence_is_the_command(folder: Path, ids: Path, tmp_path: Path) ->
         written["command"]
         == f"python -m mixbits.quantize model {typed} --out out --dataset ids.npy"
     )
+    assert mixbits.Result.read(result.folder).report.data() == written
     assert result.verdict == written["evaluation"]["verdict"]["word"]
     assert result.plan == read(tmp_path / "out" / "plan.json")
     assert result.scores == read(tmp_path / "out" / "scores.json")
@@ -166,6 +167,10 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "another strategy": ({"strategy": "best"}, "--strategy: invalid choice: 'best'"),
     "no setting": ({"avgbits": 5}, r"there is no setting 'avgbits' \(avg_bits\?\)"),
     "a flag of no kind": ({"fuse": "yes"}, "--fuse: must be True or False: got 'yes'"),
+    "a scheme without scores": ({"schemes": ["MXFP4", "W4A16G64"]}, "no scores for W4A16G64"),
+    "another scale mode": ({"act_scale_mode": "floor"}, "measured with scale mode even"),
+    "a rotation after the fact": ({"rotate": "ffn"}, "was measured without --rotate ffn"),
+    "a linear without scores": ({"quantize_lm_head": True}, "scores has no scores for lm_head"),
     "a pattern of nothing": ({"keep": "*.nothing=MXFP8"}, "matches no unit"),
 }
 
@@ -175,6 +180,14 @@ def test_it_is_refused_with_the_commands_own_sentence(case: str, scores: mixbits
     settings, message = WRONG[case]
     with pytest.raises(mixbits.UsageError, match=message):
         mixbits.allocate(scores, **settings)
+
+
+def test_slabs_that_were_free_cannot_be_made_to_agree(folder: Path, ids: Path) -> None:
+    how = {**SIZES, "schemes": SCHEMES, "granularity": "slab", "free_slabs": True}
+    free = mixbits.measure(folder, ids, **how)
+    assert mixbits.allocate(free, avg_bits=5).avg_bits <= 5
+    with pytest.raises(mixbits.UsageError, match="in several orders, where slabs are to agree"):
+        mixbits.allocate(free, avg_bits=5, free_slabs=False)
 
 
 @pytest.mark.parametrize(

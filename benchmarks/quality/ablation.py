@@ -127,7 +127,7 @@ class Subject:
         key = settings.scale_modes, settings.granularity, settings.free_slabs, settings.rotate
         if key not in self._scores:
             self._scores[key] = measure(run, self.model, text.calibration, "")
-        planned = make_plans(run, subject, self._scores[key], text)
+        planned = make_plans(run, self._scores[key], subject, text)
         if settings.refine:
             refine_plan(run, subject, planned, text)
         return subject, text, planned

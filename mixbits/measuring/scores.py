@@ -163,7 +163,7 @@ class Scores:
 
     def check(
         self,
-        path: Path,
+        path: object,
         linears: Sequence[LinearInfo],
         schemes: Sequence[Scheme],
         scale_modes: tuple[str, str],
@@ -201,7 +201,7 @@ class Scores:
                     known = ", ".join(row["scores"])
                     raise UsageError(f"{path} has no scores for {scheme.name}, only for {known}")
 
-    def _check_prefix(self, path: Path, prefix: Sequence[int] | None) -> None:
+    def _check_prefix(self, path: object, prefix: Sequence[int] | None) -> None:
         before: list[int] = self.data["calibration"].get("prefix", [])  # older files: none
         if self.data["method"] == "weight":  # measured without text
             return

@@ -88,13 +88,19 @@ def budget_of(settings: Settings) -> Budget:
     return Budget(settings.avg_bits, settings.size, settings.ignore_scale_bits)
 
 
-def make_plans(run: Run, subject: Subject, scores: Scores, text: Text) -> Planned:
-    """Solve within the budget, or within the smallest one that meets --max-kl."""
+def make_plans(
+    run: Run, scores: Scores, subject: Subject | None = None, text: Text | None = None
+) -> Planned:
+    """Solve within the budget, or within the smallest one that meets --max-kl.
+
+    For the latter `subject` is rounded and measured, with `text`.
+    """
     settings, found, rounded = run.settings, {}, None
     problem = make_problem(run, scores, settings.slabs, settings.strategy)
     if settings.max_kl is None:
         budget = budget_of(settings)
     else:
+        assert subject is not None and text is not None
         budget, found["search"], rounded = _smallest_budget(run, subject, problem, text)
     solved = _of_one_size(run, scores, problem, budget)
     plans = {name: entry.plan for name, entry in solved.items()}

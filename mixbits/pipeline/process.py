@@ -8,7 +8,7 @@ near it: `texts` (calibrate), `scoring` (measure), `plans` (allocate, refine), `
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -21,11 +21,10 @@ from ..files.io import write_text
 from ..measuring.scores import dump
 from ..model.layout import decoder_blocks
 from ..ops import choose_backend
-from ..progress import Progress, duration, say
+from ..progress import Progress, Watch, duration, say
 from ..report.clock import Clock
 from ..report.report import Report
 from ..report.tables import diagnosis, refinement
-from ..source.source import Source
 from . import early, feasibility, telling
 from .candidates import Candidate, candidates
 from .diagnose import POINTS, circumstances, diagnose, frontier_rows, report
@@ -43,15 +42,15 @@ from .work import planned_work
 STAGES = ("open", "calibrate", "measure", "allocate", "round", "write", "evaluate")
 
 
-def start(settings: Settings, source: Source | None = None) -> tuple[Run, list[str]]:
+def start(settings: Settings, watch: Watch | None = None) -> tuple[Run, list[str]]:
     """All that is known before any weight is read, and lines to tell of it.
 
-    What `early.check` tells is known before. `source`: what `settings.model` names, where that is
-    open already. Raises UsageError for whatever could not come to its end.
+    What `early.check` tells is known before; `watch` as of `quantize`. Raises UsageError for
+    whatever could not come to its end.
     """
     settings = with_device(settings)
-    with Progress({}).stage("look at the source"):
-        run = prepare(settings, source)
+    with Progress({}, watch=watch).stage("look at the source"):
+        run = prepare(settings)
         lines = feasibility.check(run)
     if not (settings.dry_run or settings.solve_only):
         check_evaluation(run)
@@ -69,7 +68,7 @@ def with_device(settings: Settings) -> Settings:
     return replace(settings, device=device)
 
 
-def quantize(run: Run, watch: Callable[[float, str], None] | None = None) -> Report:
+def quantize(run: Run, watch: Watch | None = None) -> Report:
     """All stages, in order; report.json. Leaves a complete output folder or none.
 
     What was measured for an output that did not come about lies beside it. `watch` is told of the
@@ -93,7 +92,7 @@ def _told_of_scores(place: Destination) -> Iterator[None]:
         raise
 
 
-def _quantize(run: Run, place: Destination, watch: Callable[[float, str], None] | None) -> Report:
+def _quantize(run: Run, place: Destination, watch: Watch | None) -> Report:
     settings, source = run.settings, run.source
     blocks = len(decoder_blocks(run.shapes)[1])
     progress = Progress(planned_work(settings, blocks, len(run.units)), watch=watch)
@@ -150,7 +149,7 @@ def make_subject(run: Run, model: Any, text: Text) -> Subject:
         own=run.own,
         batch_size=settings.batch_size,
         seed=settings.seed,
-        device=settings.device or "cpu",
+        device=settings.computes_on,
     )
 
 
@@ -177,7 +176,7 @@ def _planned(
         if not settings.scores:
             place.set_aside(".scores.json", dump(scores.data))
     with clock.run("allocate", settings.strategy):
-        planned = make_plans(run, subject, scores, text)
+        planned = make_plans(run, scores, subject, text)
         problem = next(iter(planned.solved.values())).problem
         planned.curve = frontier_rows(run, problem, settings.curve or POINTS)
     if settings.refine:
@@ -195,13 +194,13 @@ def _planned(
 def _rounded(run: Run, clock: Clock, subject: Subject, planned: Planned, text: Text) -> Choice:
     """The plan that ships: the best of those that are compared, or the only one."""
     settings, plans = run.settings, planned.plans
-    if not settings.is_gated:
-        plans = dict(list(plans.items())[:1])
+    name, plan = next(iter(plans.items()))
     if settings.solve_only:
-        how, plan = plain(settings.rounding, 0.0), next(iter(plans.values()))
+        how = plain(settings.rounding, 0.0)
         return Choice(Candidate("only", plan, how), Outcome({}, how.describe()), [])
     what = [settings.rounding] + ["distilled"] * bool(settings.distill)
-    listed = ("the best of " if len(plans) > 1 else "") + ", ".join(plans)
+    is_compared = settings.is_gated and len(plans) > 1
+    listed = f"the best of {', '.join(plans)}" if is_compared else name
     with clock.run("round", ", ".join([*what, listed])):
         found = candidates(settings, plans, text.correction, planned.rounded)
         return choose(subject, found, text.gate.ids, text.gate.judged_from)

@@ -138,9 +138,9 @@ class Distill:
     after: Rounding
     uses_text = True
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self, **more: Any) -> dict[str, Any]:
         method, *rest = self.after.describe().items()
-        return dict([method, ("distilled", self.steps), *rest])
+        return dict([method, ("distilled", self.steps), *more.items(), *rest])
 
     def __call__(self, subject: Subject, recipes: Assignment) -> Outcome:
         start = self.after(subject, recipes).weights
@@ -152,11 +152,7 @@ class Distill:
         writer = source.load().to(subject.device)
         enough = enough_text(writer, text.ids, *sizes, text.prefix)
         learned = distill(streamed, subject.linears, recipes, start, enough, *sizes)
-        told = {}
-        for key, value in self.describe().items():
-            told[key] = value
-            if key == "distilled":
-                told["written_sequences"] = len(enough) - len(text.ids)
+        told = self.describe(written_sequences=len(enough) - len(text.ids))
         return Outcome(dict(learned) | subject.own.rounded(recipes), told)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from ..errors import UsageError
 from ..files.io import last_part
 from ..formats.arrange import Arrangement
@@ -41,15 +43,34 @@ def _input(info: LinearInfo) -> str:
     return info.name if own else ""
 
 
+def check_known(
+    run: Run,
+    scores: Scores,
+    where: object,
+    sha256: str | None = None,
+    prefix: Sequence[int] | None = None,
+) -> None:
+    """Raises UsageError unless scores that were measured before, `where`, are what the run needs.
+
+    `sha256` of the model, and `prefix` of sequences: None where these are known to be the same.
+    """
+    scores.check(where, run.linears, run.all_schemes, run.scale_modes, sha256, prefix)
+    if run.settings.rotate == "ffn" and not any(scores.rotated(i.name) for i in run.linears):
+        raise UsageError(f"{where} was measured without --rotate ffn: measure again")
+    for unit in run.units if run.settings.slabs else ():
+        if len({tuple(scores.order(info.name) or ()) for info in unit.linears}) > 1:
+            raise UsageError(
+                f"{where} was measured with the columns of {unit.name} in several orders, where "
+                "slabs are to agree: measure again, or pass --free-slabs"
+            )
+
+
 def measure(run: Run, model: CausalLM, sequences: Sequences, sha256: str) -> Scores:
     """Read scores.json, or make it."""
     settings = run.settings
     if settings.scores is not None:
         scores = Scores.read(settings.scores)
-        modes, prefix = run.scale_modes, sequences.prefix
-        scores.check(settings.scores, run.linears, run.all_schemes, modes, sha256, prefix)
-        if settings.rotate == "ffn" and not any(scores.rotated(i.name) for i in run.linears):
-            raise UsageError(f"{settings.scores} was measured without --rotate ffn: measure again")
+        check_known(run, scores, settings.scores, sha256, sequences.prefix)
         return scores
     dtype = gradient_dtype(run.source.dtype, settings.computes_on)
     streamed = StreamedModel(model, dtype, settings.computes_on)
