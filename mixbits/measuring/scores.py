@@ -32,7 +32,7 @@ from ..formats.arrange import Arrangement
 from ..formats.schemas import ScoresFile, check
 from ..formats.schemes import MX_GROUP, Scheme
 from ..model.layout import LinearInfo
-from .sensitivity import Arrangements, SlabScores
+from .slabs import Arrangements, SlabScores
 
 VERSION = 1
 UNITS = {

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from ..errors import UsageError
 from ..files.io import last_part
 from ..formats.arrange import Arrangement
+from ..measuring.fisher import sorted_columns
 from ..measuring.scores import Scores
 from ..measuring.sensitivity import measure as measure_sensitivity
-from ..measuring.sensitivity import sorted_columns
 from ..measuring.text import (
     Sequences,
 )

@@ -12,7 +12,8 @@ from mixbits.formats import reference
 from mixbits.formats.arrange import Arrangement
 from mixbits.formats.schemes import Recipe, parse_scheme
 from mixbits.measuring.evaluate import compare
-from mixbits.measuring.sensitivity import METHODS, PRIOR_SEQUENCES, _draw, measure, sorted_columns
+from mixbits.measuring.fisher import PRIOR_SEQUENCES, _draw, sorted_columns
+from mixbits.measuring.sensitivity import METHODS, measure
 from mixbits.measuring.text import tokenize
 from mixbits.model.layout import find_linears, weight_of
 from mixbits.model.streaming import StreamedModel

@@ -1,0 +1,35 @@
+"""What the methods of measuring share: scores per slab of 32 columns, and rounding a linear."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..formats.arrange import Arrangement
+from ..formats.schemes import MX_GROUP, Scheme
+from ..model.streaming import Progress, StreamedModel
+from ..progress import BACKWARD, steps
+
+SlabScores = dict[str, dict[str, list[float]]]  # linear -> scheme -> score per 32-column slab
+Arrangements: TypeAlias = Mapping[str, Arrangement]  # linear -> how its columns are arranged
+
+
+def slab_sums(columns: Tensor) -> Tensor:
+    """float64 [..., K] -> [..., slabs]: sums over 32 columns, the last slab may be short."""
+    pad = -columns.shape[-1] % MX_GROUP
+    padded = torch.nn.functional.pad(columns, (0, pad))
+    return padded.unflatten(-1, (-1, MX_GROUP)).sum(-1)
+
+
+def rounded_linear(x: Tensor, weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
+    rounded_x = x if scheme.activation is None else ops.fake_quantize(x, scheme.activation)
+    return ops.fake_quantize(weight, scheme.format), rounded_x
+
+
+def progress_of(model: StreamedModel, sequences: int, calls: int) -> Progress:
+    """For `calls` calls while every sequence is differentiated through all blocks."""
+    return steps(calls, BACKWARD * sequences * len(model.blocks) / max(1, calls))
