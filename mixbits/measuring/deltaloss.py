@@ -20,7 +20,7 @@ from ..formats.schemes import MX_GROUP, Scheme
 from ..model.layout import LinearInfo
 from ..model.probing import probed
 from ..model.streaming import Progress, StreamedModel
-from .reached import check_reached, idle_experts
+from .reached import fill_idle
 from .slabs import Arrangements, SlabScores, rounded_linear, slab_sums
 
 
@@ -111,7 +111,4 @@ def _deltaloss_pass(
     with probed(model.model, linears, probe):
         for ids in batches:
             model.forward_backward(ids, _next_token_loss, progress)
-    check_reached(linears, reached)
-    for active, idle in idle_experts(linears, reached):
-        mean = torch.stack([records[name] for name in active]).mean(0)
-        records |= dict.fromkeys(idle, mean)
+    fill_idle(records, linears, reached, lambda parts: torch.stack(list(parts)).mean(0))

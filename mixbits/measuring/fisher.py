@@ -38,7 +38,7 @@ from ..formats.schemes import MX_GROUP, Format, Scheme
 from ..model.layout import LinearInfo, weight_of
 from ..model.probing import probed
 from ..model.streaming import Progress, StreamedModel
-from .reached import check_reached, idle_experts
+from .reached import fill_idle
 from .slabs import Arrangements, SlabScores, progress_of, rounded_linear, slab_sums
 
 # So many sequences err in their sampling as much as taking tokens for independent does: by half.
@@ -212,9 +212,7 @@ def _collect(
         for ids in batches:
             model.forward_backward(ids, loss, progress)
     reached = {name for name, m in moments.items() if m.reached}
-    check_reached(linears, reached)
-    for active, idle in idle_experts(linears, reached):
-        moments |= dict.fromkeys(idle, _mean([moments[name] for name in active]))
+    fill_idle(moments, linears, reached, _mean)
     return moments
 
 

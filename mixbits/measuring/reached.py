@@ -1,14 +1,35 @@
-"""Which linears the text reached: whom no token reached looks free of charge, and is not."""
+"""What becomes of linears that no token of the text reached: they would look free of charge.
+
+An expert takes what its peers have on average; anything else is refused.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
+from typing import TypeVar
 
 from ..errors import UsageError
 from ..model.layout import LinearInfo
 
+Record = TypeVar("Record")  # what a method keeps of a linear
 
-def idle_experts(
+
+def fill_idle(
+    records: dict[str, Record],
+    linears: Sequence[LinearInfo],
+    reached: Collection[str],
+    mean: Callable[[Sequence[Record]], Record],
+) -> None:
+    """Give experts that no gradient reached, in `records`, the `mean` of those of their peers.
+
+    Raises UsageError for a linear that has no peer which was reached.
+    """
+    _check_reached(linears, reached)
+    for active, idle in _idle_experts(linears, reached):
+        records.update(dict.fromkeys(idle, mean([records[name] for name in active])))
+
+
+def _idle_experts(
     linears: Sequence[LinearInfo], reached: Collection[str]
 ) -> list[tuple[list[str], list[str]]]:
     """Of every projection of a block's experts: those that were reached, and those that were not.
@@ -34,7 +55,7 @@ def _pattern_of(info: LinearInfo) -> str:
     return f"*.{info.name.rpartition('.')[2]}"
 
 
-def check_reached(linears: Sequence[LinearInfo], reached: Collection[str]) -> None:
+def _check_reached(linears: Sequence[LinearInfo], reached: Collection[str]) -> None:
     """Raises UsageError for a linear that no gradient reached: it would look free of charge.
 
     Not for an expert that one of its peers can stand for.

@@ -59,7 +59,7 @@ def measure(
         raise UsageError(
             f"{method} scores columns as they come: ordered or rotated ones need fisher"
         )
-    if method == "fisher":  # a sum over tokens, so batches are nobody's business
+    if method == "fisher":  # a sum over tokens, however they are batched: what fits in memory
         batch_size = min(batch_size, model.tokens_at_once() // ids.shape[1] or batch_size)
     batches = list(ids.split(batch_size)) if method != "weight" else []
     passes = sum(s.weight is not None for s in schemes) if method == "deltaloss" else 1

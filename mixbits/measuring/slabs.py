@@ -26,6 +26,7 @@ def slab_sums(columns: Tensor) -> Tensor:
 
 
 def rounded_linear(x: Tensor, weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
+    """Q(W) and Q(x) of a linear in `scheme`, in their own dtypes; x may stay as it is."""
     rounded_x = x if scheme.activation is None else ops.fake_quantize(x, scheme.activation)
     return ops.fake_quantize(weight, scheme.format), rounded_x
 
