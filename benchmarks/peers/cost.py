@@ -41,8 +41,9 @@ def measure_ours(model: str, ids_path: str, schemes: str, batch_size: int) -> di
     from mixbits.formats.schemes import parse_scheme
     from mixbits.measuring.scores import Scores
     from mixbits.measuring.sensitivity import measure
-    from mixbits.model.layout import find_linears, make_units
+    from mixbits.model.layout import find_linears
     from mixbits.model.streaming import StreamedModel, gradient_dtype
+    from mixbits.model.units import make_units
     from mixbits.planning.plan import Budget, solve, unit_options
     from mixbits.source.source import open_source
 

@@ -26,8 +26,9 @@ from mixbits.measuring.evaluate import compare
 from mixbits.measuring.scores import Scores
 from mixbits.measuring.sensitivity import METHODS, measure
 from mixbits.measuring.text import Sequences, load_sequences
-from mixbits.model.layout import LinearInfo, Unit, find_linears, make_units
+from mixbits.model.layout import LinearInfo, find_linears
 from mixbits.model.streaming import StreamedModel
+from mixbits.model.units import Unit, make_units
 from mixbits.planning.plan import Budget, Plan, average_bits, solve, unit_options
 from mixbits.report.clock import environment
 from mixbits.report.tables import table

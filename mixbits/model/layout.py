@@ -4,8 +4,6 @@ A *linear* is one [N, K] weight: an `nn.Linear` or GPT-2's `Conv1D` in a decoder
 one slice of the 3-D parameters in which transformers 5 holds a block's experts. Slices get the
 names that they have in most checkpoints: `model.layers.0.mlp.experts.7.gate_proj`. What each part
 is shows in what it does (`mixbits.model.recognise`, `experts`, `usage`); the rest is left alone.
-
-A *unit* is what the allocation decides on: one linear, or several that must agree.
 """
 
 from __future__ import annotations
@@ -13,7 +11,6 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any, TypeAlias
 
 import torch
@@ -105,14 +102,6 @@ class Survey:
 
     linears: list[LinearInfo]
     left: list[LeftAlone]
-
-
-@dataclass(frozen=True)
-class Unit:
-    """What takes one scheme: linears that must agree, in the model's order."""
-
-    name: str
-    linears: tuple[LinearInfo, ...]
 
 
 def split_expert_name(name: str) -> tuple[str, int, str]:
@@ -390,92 +379,6 @@ def weight_of(model: nn.Module, info: LinearInfo) -> Tensor:
     weight = linear_weight(model.get_submodule(info.name))
     assert weight is not None
     return weight
-
-
-def _unit_name(info: LinearInfo, fuse: bool, per_expert: bool, by_input: bool) -> str:
-    parent, _, leaf = info.name.rpartition(".")
-    if info.is_expert and not per_expert:
-        parent = split_expert_name(info.name)[0]
-        if not by_input:
-            return parent
-    if fuse and info.shared:
-        return f"{parent}.{'+'.join(info.shared)}"
-    return f"{parent}.{leaf}"
-
-
-def make_units(
-    linears: Iterable[LinearInfo],
-    fuse: bool = False,
-    per_expert: bool = False,
-    by_input: bool = False,
-) -> list[Unit]:
-    """Group linears into units, in the model's order.
-
-    fuse        linears that read one input agree, as engines that fuse them require: q/k/v, and
-                gate/up.
-    per_expert  every expert's linear is free; otherwise all experts of a block agree.
-    by_input    but not their gate and up projections with their down projections, whose inputs
-                are others: the linears of a unit then have as many columns.
-    """
-    groups: dict[str, list[LinearInfo]] = {}
-    for info in linears:
-        name = _unit_name(info, fuse, per_expert, by_input)
-        if by_input and name in groups and groups[name][0].in_features != info.in_features:
-            name = info.name  # it reads something else
-        groups.setdefault(name, []).append(info)
-    return [Unit(name, tuple(members)) for name, members in groups.items()]
-
-
-def name_matches(name: str, pattern: str) -> bool:
-    """Whether a wildcard, or a regular expression after `re:`, names it. Raises re.error."""
-    if pattern.startswith("re:"):
-        return re.fullmatch(pattern[3:], name) is not None
-    return fnmatchcase(name, pattern)
-
-
-def match_units(units: Sequence[Unit], pattern: str, option: str = "--keep") -> list[int]:
-    """Indices of the units that a pattern, given as `option`, names.
-
-    A pattern is a shell wildcard over unit or linear names (`*.down_proj`), or a regular
-    expression after `re:`. Raises UsageError where nothing matches.
-    """
-
-    try:
-        found = [
-            index
-            for index, unit in enumerate(units)
-            if any(name_matches(n, pattern) for n in (unit.name, *(i.name for i in unit.linears)))
-        ]
-    except re.error as error:
-        raise UsageError(f"{option} {pattern!r} is not a regular expression: {error}") from error
-    if not found:
-        meant = f"*.{pattern}"
-        inner = any(fnmatchcase(i.name, meant) for unit in units for i in unit.linears)
-        hint = f"; '{meant}' would" if inner else ""
-        raise UsageError(f"{option} {pattern!r} matches no unit, such as {units[0].name}{hint}")
-    return found
-
-
-def ignore(
-    linears: Sequence[LinearInfo], patterns: Sequence[str], left: Sequence[str] = ()
-) -> list[LinearInfo]:
-    """The linears that no `--ignore` pattern names. Raises UsageError where none is left.
-
-    A pattern may as well name one of `left`, which are left alone anyway.
-    """
-    units = make_units(linears, per_expert=True)
-    ignored: set[int] = set()
-    for pattern in patterns:
-        try:
-            ignored.update(match_units(units, pattern, "--ignore"))
-        except UsageError as error:
-            is_pattern = not isinstance(error.__context__, re.error)
-            if not is_pattern or not any(name_matches(name, pattern) for name in left):
-                raise
-    kept = [info for i, unit in enumerate(units) if i not in ignored for info in unit.linears]
-    if not kept:
-        raise UsageError(f"--ignore must leave a linear: got {' '.join(patterns)}, which name all")
-    return kept
 
 
 def model_class(config: Any) -> Any:

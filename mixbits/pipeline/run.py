@@ -12,17 +12,8 @@ from ..errors import UsageError
 from ..export.targets import TARGETS, advice, check_fused, check_together, default_schemes, fit
 from ..formats.schemes import Assignment, Recipe, Scheme, parse_scheme
 from ..measuring.scores import Scores
-from ..model.layout import (
-    CausalLM,
-    LinearInfo,
-    Survey,
-    Unit,
-    check_layout,
-    ignore,
-    make_units,
-    match_units,
-    survey,
-)
+from ..model.layout import CausalLM, LinearInfo, Survey, check_layout, survey
+from ..model.units import Unit, ignore, make_units, match_units
 from ..planning.plan import Plan, average_bits, slab_width, unit_options
 from ..report.coverage import Coverage
 from ..source.kept import NO_CODES, OwnCodes

@@ -44,7 +44,8 @@ from ..formats.schemes import (
     parse_scheme,
 )
 from ..measuring.scores import VERSION, Scores, dump, read_json
-from ..model.layout import LinearInfo, Unit, match_units
+from ..model.layout import LinearInfo
+from ..model.units import Unit, match_units
 from .allocate import Allocation, BudgetError, Item, allocate, cost_range, total
 
 

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import UsageError
-from ..model.layout import LeftAlone, LinearInfo, Survey, name_matches
+from ..model.layout import LeftAlone, LinearInfo, Survey
+from ..model.units import name_matches
 from .tables import size
 
 LEAST_SHARE = 0.5  # of a budget: with less, what it says is not true of the model

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field, replace
 
 from ..formats.pack import Packed
 from ..formats.schemes import Assignment, Format, Scheme, parse_scheme
-from ..model.layout import LinearInfo, Unit
+from ..model.layout import LinearInfo
+from ..model.units import Unit
 from ..progress import steps
 from .weights import Weights
 

@@ -13,12 +13,9 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from mixbits.errors import UsageError
 from mixbits.formats.schemes import parse_scheme
 from mixbits.measuring.sensitivity import measure
-from mixbits.model.layout import (
-    find_linears,
-    make_units,
-    survey,
-)
+from mixbits.model.layout import find_linears, survey
 from mixbits.model.streaming import StreamedModel
+from mixbits.model.units import make_units
 from mixbits.report.coverage import Coverage
 from mixbits.runtime.swap import PlainLinear, swap_linears
 

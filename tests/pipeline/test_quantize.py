@@ -20,7 +20,8 @@ import mixbits
 from mixbits.checkpoint import folder as checkpoint
 from mixbits.files.manifest import foreign
 from mixbits.formats.recipes import parse_recipe
-from mixbits.model.layout import find_linears, make_units
+from mixbits.model.layout import find_linears
+from mixbits.model.units import make_units
 from mixbits.pipeline import process
 from mixbits.planning.plan import average_bits
 from mixbits.source.source import open_source

@@ -10,7 +10,8 @@ from transformers import AutoConfig
 
 from mixbits.formats.schemes import parse_scheme
 from mixbits.measuring.scores import Scores
-from mixbits.model.layout import LinearInfo, find_linears, make_units, meta_model
+from mixbits.model.layout import LinearInfo, find_linears, meta_model
+from mixbits.model.units import make_units
 from mixbits.pipeline.settings import parse_keep
 from mixbits.planning.plan import (
     Budget,

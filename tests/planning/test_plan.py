@@ -18,7 +18,8 @@ from mixbits.formats.arrange import Arrangement
 from mixbits.formats.recipes import parse_recipe
 from mixbits.formats.schemes import BF16, Recipe, parse_scheme
 from mixbits.measuring.scores import Scores
-from mixbits.model.layout import LinearInfo, find_linears, make_units, meta_model
+from mixbits.model.layout import LinearInfo, find_linears, meta_model
+from mixbits.model.units import make_units
 from mixbits.pipeline.settings import parse_keep
 from mixbits.planning.plan import (
     Budget,

@@ -12,7 +12,8 @@ from scored import linears_of_llama, made_up_scores, solved
 
 from mixbits.errors import UsageError
 from mixbits.formats.schemes import parse_scheme
-from mixbits.model.layout import LinearInfo, Unit
+from mixbits.model.layout import LinearInfo
+from mixbits.model.units import Unit
 from mixbits.planning.plan import (
     Budget,
     Plan,
