@@ -1,4 +1,4 @@
-"""The operations: argument checks, choice of backend, and torch.library registration.
+"""The operations: argument checks, and choice of backend.
 
     operation             arguments                            result
     fake_quantize         x [..., K]                           [..., K], x's dtype
@@ -20,7 +20,7 @@ need not be contiguous, and lie on one device. Gradients flow to x through produ
 The backend is the argument `backend`, else the environment variable MIXBITS_BACKEND, else the
 best there is for the tensor's device. In eager mode its functions are called directly;
 `fake_quantize` and `packed_matmul` are also registered as torch.ops.mixbits.*, and that is what
-torch.compile sees.
+torch.compile sees (`mixbits.backends.registered`).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from .backends import gradients
+from .backends import gradients, registered
 from .errors import UsageError
 from .formats import compensate, reference
 from .formats import fp8_weights as folding
@@ -145,7 +145,7 @@ def fake_quantize(x: Tensor, fmt: Format, backend: str | None = None) -> Tensor:
     """
     if torch.compiler.is_compiling():
         check_format("format", fmt)
-        return torch.ops.mixbits.fake_quantize(x, fmt.code, backend)
+        return registered.fake_quantize(x, fmt, backend)
     check_values("x", x)
     check_format("format", fmt)
     if x.dim() == 0:
@@ -448,79 +448,13 @@ def _product_of_part(x: Tensor, one: Part, multiply: _Multiply, backend: str | N
     return _one_by_one(x.contiguous().float(), plain, multiply, backend)
 
 
-# --- torch.ops.mixbits: what torch.compile sees ------------------------------------------------
-
-_library = torch.library.Library("mixbits", "DEF")
-_library.define("fake_quantize(Tensor x, int format, str? backend=None) -> Tensor")
-_library.define(
-    "packed_matmul(Tensor x, Tensor weight_packed, Tensor weight_scale, "
-    "Tensor? weight_zero_point, int format, int activation, str? backend=None, "
-    "bool int8_activations=False) -> Tensor"
-)
-
-
 def _compiled_matmul(
     x: Tensor, operand: Operand, backend: str | None, int8_activations: bool
 ) -> Tensor:
     def multiply(x: Tensor, operand: Operand) -> Tensor:
-        packed, fmt, activation = operand.parts[0]
-        code = 0 if activation is None else activation.code
-        out: Tensor = torch.ops.mixbits.packed_matmul(
-            x, *packed, fmt.code, code, backend, int8_activations
-        )
-        return out
+        return registered.packed_matmul(x, operand, backend, int8_activations)
 
     return _one_by_one(x, operand, multiply, backend)
 
 
-@functools.cache
-def _format(code: int) -> Format:
-    return Format.from_code(code)
-
-
-def _fake_quantize_impl(x: Tensor, code: int, backend: str | None = None) -> Tensor:
-    return fake_quantize(x, _format(code), backend)
-
-
-def _packed_matmul_impl(
-    x: Tensor,
-    weight_packed: Tensor,
-    weight_scale: Tensor,
-    weight_zero_point: Tensor | None,
-    code: int,
-    activation: int,
-    backend: str | None = None,
-    int8_activations: bool = False,
-) -> Tensor:
-    packed = Packed(weight_packed, weight_scale, weight_zero_point)
-    act = _format(activation) if activation else None
-    return packed_matmul(x, packed, _format(code), act, backend, int8_activations)
-
-
-def _fake_quantize_meta(x: Tensor, code: int, backend: str | None = None) -> Tensor:
-    check_values("x", x)
-    _format(code)
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-def _packed_matmul_meta(
-    x: Tensor,
-    weight_packed: Tensor,
-    weight_scale: Tensor,
-    weight_zero_point: Tensor | None,
-    code: int,
-    activation: int,
-    backend: str | None = None,
-    int8_activations: bool = False,
-) -> Tensor:
-    check_values("x", x, 2)
-    packed = Packed(weight_packed, weight_scale, weight_zero_point)
-    check_packed(packed, _format(code), x.shape[1], x.device)
-    return x.new_empty((x.shape[0], weight_packed.shape[0]))
-
-
-_library.impl("fake_quantize", _fake_quantize_impl, "CompositeExplicitAutograd")
-_library.impl("packed_matmul", _packed_matmul_impl, "CompositeExplicitAutograd")
-torch.library.register_fake("mixbits::fake_quantize", _fake_quantize_meta, lib=_library)
-torch.library.register_fake("mixbits::packed_matmul", _packed_matmul_meta, lib=_library)
-gradients.register(_library, dequantize)
+registered.register(fake_quantize, packed_matmul, dequantize)

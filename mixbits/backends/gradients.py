@@ -151,17 +151,8 @@ def register(library: torch.library.Library, dequantize: Callable[..., Tensor]) 
     `dequantize` is that of `mixbits.ops`.
     """
 
-    def packed_matmul_backward(
-        gradient: Tensor,
-        weight_packed: Tensor,
-        weight_scale: Tensor,
-        weight_zero_point: Tensor | None,
-        code: int,
-        in_features: int,
-        backend: str | None = None,
-    ) -> Tensor:
-        packed, fmt = Packed(weight_packed, weight_scale, weight_zero_point), Format.from_code(code)
-        _check_backward(gradient, packed, fmt, in_features)
+    def packed_matmul_backward(*arguments: Any) -> Tensor:
+        gradient, packed, fmt, in_features, backend = _checked(*arguments)
         gradient, packed = in_memory("gradient", gradient), packed_in_memory(packed)
         dtype, rows = _dtype(gradient), gradient.shape[1]
         block = max(1, SCRATCH_BYTES // max(1, in_features * dtype.itemsize))
@@ -190,14 +181,7 @@ def register(library: torch.library.Library, dequantize: Callable[..., Tensor]) 
         )
 
 
-def _check_backward(gradient: Tensor, packed: Packed, fmt: Format, in_features: int) -> None:
-    check_values("gradient", gradient, 2)
-    check_packed(packed, fmt, in_features, gradient.device)
-    shape = (gradient.shape[0], packed.weight_packed.shape[0])
-    check_shape("gradient", gradient, shape)
-
-
-def _backward_meta(
+def _checked(
     gradient: Tensor,
     weight_packed: Tensor,
     weight_scale: Tensor,
@@ -205,9 +189,17 @@ def _backward_meta(
     code: int,
     in_features: int,
     backend: str | None = None,
-) -> Tensor:
-    packed = Packed(weight_packed, weight_scale, weight_zero_point)
-    _check_backward(gradient, packed, Format.from_code(code), in_features)
+) -> tuple[Tensor, Packed, Format, int, str | None]:
+    """The arguments of the operator `packed_matmul_backward`, checked."""
+    packed, fmt = Packed(weight_packed, weight_scale, weight_zero_point), Format.from_code(code)
+    check_values("gradient", gradient, 2)
+    check_packed(packed, fmt, in_features, gradient.device)
+    check_shape("gradient", gradient, (gradient.shape[0], packed.weight_packed.shape[0]))
+    return gradient, packed, fmt, in_features, backend
+
+
+def _backward_meta(*arguments: Any) -> Tensor:
+    gradient, _, _, in_features, _ = _checked(*arguments)
     return gradient.new_empty((gradient.shape[0], in_features), dtype=_dtype(gradient))
 
 
