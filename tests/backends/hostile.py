@@ -188,10 +188,10 @@ def trial(name: str, argument: str, way: str, change: Callable[[Tensor], Any]) -
 SECOND = packed(fmt=MXFP4)
 
 
-def mixes() -> dict[str, Any]:
-    """Mixes for x [2, 64] that cannot be."""
-    half, order = (part(8, 32), part(8, 32)), torch.randperm(64)
-    ordered: dict[str, Any] = {
+def orders() -> dict[str, Any]:
+    """Orders of 64 columns that are none."""
+    order = torch.randperm(64)
+    return {
         "too short": order[:-1],
         "too long": torch.cat([order, order[:1]]),
         "a number twice": torch.where(order == 3, 4, order),
@@ -211,7 +211,12 @@ def mixes() -> dict[str, Any]:
         "shrunk": shrunk(order),
         "fake": fake(order),
     }
-    found = {f"an order {name}": Operand(half, (32, 32), one) for name, one in ordered.items()}
+
+
+def mixes() -> dict[str, Any]:
+    """Mixes for x [2, 64] that cannot be."""
+    half = (part(8, 32), part(8, 32))
+    found = {f"an order {name}": Operand(half, (32, 32), one) for name, one in orders().items()}
     return found | {
         "second has fewer rows": Operand((part(4000, 32), part(1, 32)), (32, 32)),
         "second has no rows": Operand((part(8, 32), part(0, 32)), (32, 32)),

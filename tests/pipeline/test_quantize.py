@@ -20,11 +20,40 @@ import mixbits
 from mixbits.checkpoint import folder as checkpoint
 from mixbits.files.manifest import foreign
 from mixbits.formats.recipes import parse_recipe
-from mixbits.model.layout import find_linears
+from mixbits.model.layout import LinearInfo, find_linears
 from mixbits.model.units import make_units
 from mixbits.pipeline import process
 from mixbits.planning.plan import average_bits
 from mixbits.source.source import open_source
+
+
+def check_reached(report: dict[str, Any], out: Path, linears: list[LinearInfo]) -> None:
+    """What the report says of the plan's size is so."""
+    plan = {
+        name: parse_recipe(unit["scheme"])
+        for unit in read(out / "plan.json")["units"]
+        for name in unit["linears"]
+    }
+    reached = report["reached"]
+    assert reached["avg_bits"] == average_bits(linears, plan) <= 5
+    assert reached["avg_bits_without_scales"] == average_bits(linears, plan, True)
+    assert len(set(plan.values())) == 2
+    weights = (out / "model.safetensors").stat().st_size
+    assert reached["predicted_bytes"] == report["bytes_after"] == weights
+
+
+def check_told(report: dict[str, Any], out: Path, printed: str) -> None:
+    """What is printed, the page and the card say what the report does."""
+    verdict, reached = report["evaluation"]["verdict"], report["reached"]
+    page = html.unescape((out / "report.html").read_text()).replace("\u00a0", " ")
+    card, figures = (out / "README.md").read_text(), verdict["sentence"].partition(":")[2]
+    assert all(figures in shown for shown in (printed, page, card))
+    assert verdict["advice"] in printed and verdict["advice"] in page
+    assert "4 bits" in verdict["advice"]  # that of MXFP4's activations
+    assert not re.search(r"[\x00-\x08\x0b-\x1f]|%\|", printed)  # no bar without a terminal
+    for number, stage in enumerate(process.STAGES, 1):
+        assert f"[{number}/{len(process.STAGES)}] {stage}" in printed
+    assert f"{reached['avg_bits']:.4f} bits per weight with everything counted" in printed
 
 
 def test_everything_is_written_and_the_report_tells_it(
@@ -52,18 +81,7 @@ def test_everything_is_written_and_the_report_tells_it(
     report = read(out / "report.json")
     assert report["budget"] == {"avg_bits": 5.0, "counted": "elements, scales and zero points"}
     source = open_source(str(shared / "llama"))
-    linears = find_linears(source.load())
-    plan = {
-        name: parse_recipe(unit["scheme"])
-        for unit in read(out / "plan.json")["units"]
-        for name in unit["linears"]
-    }
-    reached = report["reached"]
-    assert reached["avg_bits"] == average_bits(linears, plan) <= 5
-    assert reached["avg_bits_without_scales"] == average_bits(linears, plan, True)
-    assert len(set(plan.values())) == 2
-    weights = (out / "model.safetensors").stat().st_size
-    assert reached["predicted_bytes"] == report["bytes_after"] == weights
+    check_reached(report, out, find_linears(source.load()))
     assert report["bytes_before"] == (shared / "llama" / "model.safetensors").stat().st_size
     assert [row["stage"] for row in report["stages"]] == list(process.STAGES)
     assert all(row["seconds"] >= 0 for row in report["stages"])
@@ -86,16 +104,7 @@ def test_everything_is_written_and_the_report_tells_it(
     assert report["calibration"]["nsamples"] == 4 and report["calibration"]["seed"] == 0
     assert report["environment"]["mixbits"] == mixbits.__version__
     assert report["predicted_loss"] == read(out / "plan.json")["predicted_loss"] > 0
-    printed = capsys.readouterr().out
-    page = html.unescape((out / "report.html").read_text()).replace("\u00a0", " ")
-    card, figures = (out / "README.md").read_text(), verdict["sentence"].partition(":")[2]
-    assert all(figures in shown for shown in (printed, page, card))
-    assert verdict["advice"] in printed and verdict["advice"] in page
-    assert "4 bits" in verdict["advice"]  # that of MXFP4's activations
-    assert not re.search(r"[\x00-\x08\x0b-\x1f]|%\|", printed)  # no bar without a terminal
-    for number, stage in enumerate(process.STAGES, 1):
-        assert f"[{number}/{len(process.STAGES)}] {stage}" in printed
-    assert f"{reached['avg_bits']:.4f} bits per weight with everything counted" in printed
+    check_told(report, out, capsys.readouterr().out)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from html.parser import HTMLParser
 from typing import Any
 
@@ -72,6 +73,34 @@ def linear_names(blocks: int, experts: int = 0) -> list[str]:
     return [*names, "lm_head"]
 
 
+def evaluated() -> dict[str, Any]:
+    """What a report says of a made-up model's quality."""
+    held_out = {"source": "text.txt", "kl": 0.04321, "kl_stderr": 0.0012, "perplexity": 7.2134,
+                "perplexity_stderr": 0.081, "perplexity_reference": 7.0115,
+                "perplexity_reference_stderr": 0.07, "top1_agreement": 0.9317,
+                "top1_agreement_stderr": None}  # fmt: skip
+    return {
+        "held_out": held_out,
+        "verdict": {"word": "good", "border": "fair", "advice": "Take <more> text.",
+                    "sentence": "Good, at the border of fair: perplexity is 1.029 times 5 %."},
+        "prompt": "def f(", "sample": "def f(x):\n    return <x>",
+        "tasks": {"tasks": {"lambada": {"acc": 0.7412, "acc_stderr": 0.0061}}, "average": 0.7},
+        "original_tasks": {"tasks": {"lambada": {"acc": 0.7655}}, "average": 0.7655},
+    }  # fmt: skip
+
+
+def swapped(names: list[str], items: list[Item], choice: Sequence[int]) -> dict[str, Any]:
+    """The next upgrades and downgrades of a plan."""
+    return {
+        key: [
+            {"unit": names[s.item], "before": "MXFP4", "after": "MXFP8", "bits": s.bits,
+             "loss": s.loss}
+            for s in diagnostics.next_swaps(items, choice, key == "upgrades")
+        ]
+        for key in ("upgrades", "downgrades")
+    }  # fmt: skip
+
+
 def made_up(blocks: int = 4, experts: int = 0) -> tuple[dict[str, Any], ...]:
     """A report, a plan and scores, as `quantize` would write them."""
     names = linear_names(blocks, experts)
@@ -80,18 +109,6 @@ def made_up(blocks: int = 4, experts: int = 0) -> tuple[dict[str, Any], ...]:
     weights = 1000 * len(names)
     plan = allocate(items, 5 * weights)
     rows = curve.rows(curve.frontier(items, 9), lambda p: {"avg_bits": p.cost / weights})
-    swaps = {
-        key: [
-            {"unit": names[s.item], "before": "MXFP4", "after": "MXFP8", "bits": s.bits,
-             "loss": s.loss}
-            for s in diagnostics.next_swaps(items, plan.choice, key == "upgrades")
-        ]
-        for key in ("upgrades", "downgrades")
-    }  # fmt: skip
-    held_out = {"source": "text.txt", "kl": 0.04321, "kl_stderr": 0.0012, "perplexity": 7.2134,
-                "perplexity_stderr": 0.081, "perplexity_reference": 7.0115,
-                "perplexity_reference_stderr": 0.07, "top1_agreement": 0.9317,
-                "top1_agreement_stderr": None}  # fmt: skip
     report = {
         "command": "python -m mixbits.quantize ./tiny --avg-bits 5",
         "environment": {"mixbits": "0.1.0", "torch": "2.13.0", "gpu": None, "backends": ["cpu"]},
@@ -102,14 +119,7 @@ def made_up(blocks: int = 4, experts: int = 0) -> tuple[dict[str, Any], ...]:
         "predicted_loss": plan.loss,
         "bytes_before": 16_000_000,
         "bytes_after": 5_120_000,
-        "evaluation": {
-            "held_out": held_out,
-            "verdict": {"word": "good", "border": "fair", "advice": "Take <more> text.",
-                        "sentence": "Good, at the border of fair: perplexity is 1.029 times 5 %."},
-            "prompt": "def f(", "sample": "def f(x):\n    return <x>",
-            "tasks": {"tasks": {"lambada": {"acc": 0.7412, "acc_stderr": 0.0061}}, "average": 0.7},
-            "original_tasks": {"tasks": {"lambada": {"acc": 0.7655}}, "average": 0.7655},
-        },
+        "evaluation": evaluated(),
         "stages": [
             {"stage": "measure", "seconds": 312.44, "peak_memory_bytes": 11_200_000_000},
             {"stage": "write", "seconds": 8.06, "peak_memory_bytes": 9_000_000_000},
@@ -128,7 +138,7 @@ def made_up(blocks: int = 4, experts: int = 0) -> tuple[dict[str, Any], ...]:
             {"name": "layer", "kl": 0.05432, "behind": 0.01111, "interval": 0.002},
         ]},
         "stability": {"same_units": 0.953, "same_bits": 0.967, "excess_loss": [0.0041, 0.0063]},
-        **swaps,
+        **swapped(names, items, plan.choice),
     }  # fmt: skip
     plan_data = {"strategy": "optimal", "method": "fisher", "predicted_loss": 0.02,
                  "lower_bound": 0.9 * plan.loss}  # fmt: skip
