@@ -32,7 +32,8 @@ class _Parsed(BaseException):
 def parse(module: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the module's own parser read `arguments`, and stop. Raises where it refuses them."""
     if module == "mixbits.quantize":
-        parse_arguments(arguments)  # with its checks of what goes together
+        settings = parse_arguments(arguments)  # with its checks of what goes together
+        assert settings.demo == ("--demo" in arguments) != (settings.model in arguments)
         return
     parse_args = argparse.ArgumentParser.parse_args
 
