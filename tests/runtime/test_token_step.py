@@ -98,39 +98,58 @@ def decode_logits(model, count=24, prompt=9, **options):
     return torch.cat(logits[1:]).double()
 
 
+def strays(model, exact, count=24):
+    """How far from the truth a model's modules lead, and then its native steps."""
+    modules, truth = decode_logits(model, count), decode_logits(exact, count)
+    use_decode_step(model)
+    return modules - truth, decode_logits(model, count) - truth
+
+
+def assert_steps_see(change, model, steps, count=24, atol=1e-4):
+    """Steps after a change are those of modules that have it, and no longer those before."""
+    use_decode_step(model)
+    before = decode_logits(model, count)
+    change(model)
+    other = copy.deepcopy(model)
+    del other.forward
+    taken = len(steps)
+    changed, expected = decode_logits(model, count), decode_logits(other, count)
+    assert (len(steps) > taken) == (model.dtype != torch.float64)
+    assert not torch.equal(changed, before)
+    # Of bfloat16: as far as roundings of one unit per operation lead.
+    atol += 0.1 * (model.dtype == torch.bfloat16)
+    torch.testing.assert_close(changed, expected, rtol=0, atol=atol)
+
+
+def assert_left_to_the_modules(model, steps):
+    expected = decode_logits(model)
+    use_decode_step(model)
+    assert torch.equal(decode_logits(model), expected) and not steps
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("mix", [*MIXES, *MIXED])
 @pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3"])
 def test_steps_stray_no_further_than_the_modules_do(tmp_path, steps, kind, mix, dtype):
-    model, exact = make(tmp_path, kind, mix, dtype)
-    modules, truth = decode_logits(model), decode_logits(exact)
-    use_decode_step(model)
-    native = decode_logits(model)
+    modules, native = strays(*make(tmp_path, kind, mix, dtype))
     assert len(steps) == 23
     # Both round in the same places, and stray independently. What is compared is the mean over
     # all logits: where activations are rounded, a single one may take the neighbouring code.
-    own = (modules - truth).square().mean().sqrt()
-    assert 0 < (native - truth).square().mean().sqrt() <= 2 * own
+    assert 0 < native.square().mean().sqrt() <= 2 * modules.square().mean().sqrt()
 
 
 @pytest.mark.parametrize("rope", ROPES)
 def test_every_kind_of_rotary_embedding(tmp_path, steps, rope):
     parameters = {"rope_type": rope, "rope_theta": 10000.0, **ROPES[rope]}
-    model, exact = make(tmp_path, mix="plain", rope_parameters=parameters)
-    modules, truth = decode_logits(model, 80), decode_logits(exact, 80)
-    use_decode_step(model)
-    native = decode_logits(model, 80)
+    modules, native = strays(*make(tmp_path, mix="plain", rope_parameters=parameters), 80)
     assert len(steps) == 79
-    own = (modules - truth).abs().max()
-    assert (native - truth).abs().max() <= 2 * own
+    assert native.abs().max() <= 2 * modules.abs().max()
 
 
 @pytest.mark.parametrize("mix", ["weights", "slabs"])
 def test_steps_with_every_instruction_set(tmp_path, isa, steps, mix):
-    model, exact = make(tmp_path, "qwen3", mix)
-    modules, truth = decode_logits(model), decode_logits(exact)
-    use_decode_step(model)
-    assert (decode_logits(model) - truth).abs().max() <= 2 * (modules - truth).abs().max()
+    modules, native = strays(*make(tmp_path, "qwen3", mix))
+    assert native.abs().max() <= 2 * modules.abs().max()
     assert steps
 
 
@@ -197,26 +216,22 @@ def test_angles_stay_while_they_are_read(tmp_path):
     assert start == (300 - 256) * 16 * 4
 
 
-@pytest.mark.parametrize("change", ["in place", "data", "replaced", "scaling"])
-def test_angles_see_new_frequencies(tmp_path, steps, change):
+def replace_data(rotary):
+    rotary.inv_freq.data = rotary.inv_freq / 2
+
+
+FREQUENCIES = {
+    "in place": lambda rotary: rotary.inv_freq.mul_(0.5),
+    "data": replace_data,
+    "replaced": lambda rotary: setattr(rotary, "inv_freq", rotary.inv_freq / 2),
+    "scaling": lambda rotary: setattr(rotary, "attention_scaling", 1.5),
+}
+
+
+@pytest.mark.parametrize("name", FREQUENCIES)
+def test_angles_see_new_frequencies(tmp_path, steps, name):
     model, _ = make(tmp_path)
-    use_decode_step(model)
-    before = decode_logits(model, 3)
-    rotary = model.model.rotary_emb
-    if change == "in place":
-        rotary.inv_freq.mul_(0.5)
-    elif change == "data":
-        rotary.inv_freq.data = rotary.inv_freq / 2
-    elif change == "replaced":
-        rotary.inv_freq = rotary.inv_freq / 2
-    else:
-        rotary.attention_scaling = 1.5
-    other = copy.deepcopy(model)
-    del other.forward
-    taken = len(steps)
-    changed, expected = decode_logits(model, 3), decode_logits(other, 3)
-    assert len(steps) > taken and not torch.equal(changed, before)
-    torch.testing.assert_close(changed, expected, rtol=0, atol=1e-4)
+    assert_steps_see(lambda m: FREQUENCIES[name](m.model.rotary_emb), model, steps, 3)
 
 
 def test_a_loaded_model_takes_native_steps(run, tmp_path, steps):
@@ -340,27 +355,13 @@ def test_models_with_other_parts_run_as_they_are(tmp_path, steps, name, late):
 )
 def test_steps_see_new_tensors(tmp_path, steps, change):
     model, _ = make(tmp_path, mix="plain")
-    use_decode_step(model)
-    before = decode_logits(model)
-    change(model)
-    other = copy.deepcopy(model)
-    del other.forward
-    taken = len(steps)
-    changed, expected = decode_logits(model), decode_logits(other)
-    assert (len(steps) > taken) == (model.dtype != torch.float64)
-    assert not torch.equal(changed, before)
-    # Of bfloat16: as far as roundings of one unit per operation lead.
-    torch.testing.assert_close(
-        changed, expected, rtol=0, atol=1e-5 + 0.1 * (model.dtype == torch.bfloat16)
-    )
+    assert_steps_see(change, model, steps, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["gemma", "qwen3_moe", "mixtral"])
 def test_other_models_keep_their_modules_and_grow_their_cache(tmp_path, steps, kind):
     model, _ = make(tmp_path, kind)
-    expected = decode_logits(model)
-    use_decode_step(model)
-    assert torch.equal(decode_logits(model), expected) and not steps
+    assert_left_to_the_modules(model, steps)
     cache = after_prompt(model)
     model(ONE, past_key_values=cache)
     assert all(type(layer) is GrowingLayer for layer in cache.layers)
@@ -368,9 +369,7 @@ def test_other_models_keep_their_modules_and_grow_their_cache(tmp_path, steps, k
 
 def test_a_sliding_window_is_left_to_the_modules(tmp_path, steps):
     model, _ = make(tmp_path, "mistral", sliding_window=4)
-    expected = decode_logits(model)
-    use_decode_step(model)
-    assert torch.equal(decode_logits(model), expected) and not steps
+    assert_left_to_the_modules(model, steps)
 
 
 def reverse_order(model):
@@ -399,17 +398,7 @@ def swap_buffer(model):
 )
 def test_steps_see_changes_of_mixed_linears(tmp_path, steps, change):
     model, _ = make(tmp_path, mix="slabs")
-    use_decode_step(model)
-    before = decode_logits(model)
-    change(model)
-    other = copy.deepcopy(model)
-    del other.forward
-    taken = len(steps)
-    changed, expected = decode_logits(model), decode_logits(other)
-    assert len(steps) > taken and not torch.equal(changed, before)
-    torch.testing.assert_close(
-        changed, expected, rtol=0, atol=1e-4 + 0.1 * (model.dtype == torch.bfloat16)
-    )
+    assert_steps_see(change, model, steps)
 
 
 # --- within transformers --------------------------------------------------------------------------
