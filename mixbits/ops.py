@@ -13,9 +13,9 @@
     fold_rows             Packed, K                            uint8 [N], or None
     packed_matmul_fp8     x [M, K], Packed [N, K], uint8 [N]   [M, N], x's dtype
 
-What each means is said in `mixbits.formats.reference`. Values may be bfloat16, float16 or float32,
-need not be contiguous, and lie on one device. Gradients flow to x through products and
-`fake_quantize` (`mixbits.backends.gradients`), and through nothing else.
+What each means is said in `mixbits.formats.reference`, `compensate` and `fp8_weights`. Values may
+be bfloat16, float16 or float32, need not be contiguous, and lie on one device. Gradients flow to x
+through products and `fake_quantize` (`mixbits.backends.gradients`), and through nothing else.
 
 The backend is the argument `backend`, else the environment variable MIXBITS_BACKEND, else the
 best there is for the tensor's device. In eager mode its functions are called directly;
@@ -36,8 +36,7 @@ from torch import Tensor
 
 from .backends import gradients, registered
 from .errors import UsageError
-from .formats import compensate, reference
-from .formats import fp8_weights as folding
+from .formats import compensate, fp8_weights, reference
 from .formats.arrange import Arrangement
 from .formats.checks import (
     DTYPES,
@@ -110,16 +109,19 @@ def explain_matmul(
 
     The choice depends on these arguments, MIXBITS_BACKEND and what is installed; nothing runs.
     """
-    name = choose_backend(device_type, backend or os.environ.get("MIXBITS_BACKEND") or None)
+    name = choose_backend(device_type, _requested(backend))
     explain = getattr(_module(name), "explain_matmul", None)
     return name if explain is None else f"{name}: {explain(fmt, m, n, k, dtype)}"
+
+
+def _requested(backend: str | None) -> str | None:
+    return backend or os.environ.get("MIXBITS_BACKEND") or None
 
 
 def _backend(x: Tensor, requested: str | None) -> Any:
     if requested is not None and not isinstance(requested, str):
         raise TypeError(f"backend must be the name of one, or None: got {requested!s:.80}")
-    name = requested or os.environ.get("MIXBITS_BACKEND") or None
-    return _module(choose_backend(x.device.type, name))
+    return _module(choose_backend(x.device.type, _requested(requested)))
 
 
 def _ready(name: str, x: Tensor, module: Any) -> Tensor:
@@ -246,7 +248,7 @@ def gradient_statistics(
 def require_fp8(device: torch.device | str, backend: str | None = None) -> None:
     """Raise UsageError that says why products on `device` cannot have activations in e4m3."""
     device = torch.device(device)
-    name = choose_backend(device.type, backend or os.environ.get("MIXBITS_BACKEND") or None)
+    name = choose_backend(device.type, _requested(backend))
     why: str | None = f"the cuda backend is needed: got {name} on {device.type}"
     if name == "cuda":
         why = _module("cuda_fp8").why_unavailable(device)
@@ -264,7 +266,7 @@ def fold_rows(packed: Packed, fmt: Format, in_features: int) -> Tensor | None:
         raise UsageError(f"activations in 8-bit floats need weights in e2m1: got {fmt.element}")
     if in_features == 0:
         raise UsageError("activations in 8-bit floats need weights with columns: got none")
-    return folding.fold_rows(packed_in_memory(packed))
+    return fp8_weights.fold_rows(packed_in_memory(packed))
 
 
 def packed_matmul_fp8(

@@ -37,6 +37,7 @@ class _DeltaLossLinear(torch.autograd.Function):
         record: Tensor,
         reach: Callable[[], None],
     ) -> Tensor:
+        """x [..., K], weight [N, K] -> [..., N]; `reach` is called once a gradient comes back."""
         rounded, rounded_x = rounded_linear(x, weight, scheme)
         ctx.save_for_backward(x, weight, rounded, rounded_x)
         ctx.scheme, ctx.record, ctx.reach = scheme, record, reach

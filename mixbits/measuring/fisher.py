@@ -93,6 +93,7 @@ class _FisherLinear(torch.autograd.Function):
         arrangement: Arrangement,
         spread: Sequence[Scheme],
     ) -> Tensor:
+        """x [..., K], weight [N, K] -> [..., N]; for `spread`, x is [sequences, T, K]."""
         arranged = arrangement.input(x)
         rows = arranged.reshape(-1, x.shape[-1])
         moments.tokens += rows.shape[0]
@@ -100,19 +101,19 @@ class _FisherLinear(torch.autograd.Function):
         moments.x = moments.x + squares
         for fmt, moved in zip(activations, moves, strict=True):
             moments.dx[fmt] = moments.dx.get(fmt, 0.0) + moved
-        ctx.save_for_backward(weight, *[arranged] * bool(spread))
+        ctx.save_for_backward(weight, arranged if spread else None)
         ctx.moments, ctx.arrangement, ctx.spread = moments, arrangement, spread
         return torch.nn.functional.linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        weight, *inputs = ctx.saved_tensors
+        weight, x = ctx.saved_tensors
         gw = grads[0] @ weight
         moments: _Moments = ctx.moments
         moments.g = moments.g + ops.square_sums(grads[0].reshape(-1, weight.shape[0]), [])[0]
         arranged = ctx.arrangement.weight(gw)
         moments.gw = moments.gw + ops.square_sums(arranged.reshape(-1, weight.shape[1]), [])[0]
-        for x in inputs:
+        if x is not None:
             moments.sequences += len(x)
             arranged_weight = ctx.arrangement.weight(weight)
             for scheme in ctx.spread:

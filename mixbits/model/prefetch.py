@@ -2,8 +2,9 @@
 
 Weights stay mapped from their files. A worker thread copies them, piece by piece, into two pinned
 buffers that take turns, and from there to the device on a stream of its own: reading the file,
-crossing the bus and computing go on at the same time. What is brought is one module ahead of what
-runs, never more: the worker first waits until the module before the running one is done with.
+crossing the bus and computing go on at the same time. The device holds the module that runs and the
+next one, never a third: before it copies the next, the worker waits until the device has finished
+the module before these two.
 
 On a CPU device the same steps run without streams, for tests: nothing needs to be brought there.
 """
@@ -43,7 +44,7 @@ def foreign_tensors(module: nn.Module, device: torch.device) -> list[Tensor]:
     return [t for t in (*module.parameters(), *module.buffers()) if t.device != device]
 
 
-class Staging:
+class Prefetcher:
     """Copies of tensors on `device`: begun with `start`, used after `take`."""
 
     def __init__(self, device: torch.device, piece_bytes: int = PIECE_BYTES) -> None:
@@ -51,7 +52,7 @@ class Staging:
         self.piece_bytes = piece_bytes
         self._stream: Any = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._slots: list[_Slot] = []
-        self._worker = ThreadPoolExecutor(1, "mixbits-staging")
+        self._worker = ThreadPoolExecutor(1, "mixbits-prefetch")
         self._pending: tuple[frozenset[int], Future[dict[int, Tensor]], list[Tensor]] | None = None
 
     def start(self, tensors: Iterable[Tensor]) -> None:

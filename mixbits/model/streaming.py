@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .layout import CausalLM, LinearInfo, decoder_blocks, linear_weight, output_head
-from .prefetch import Staging, foreign_tensors
+from .prefetch import Prefetcher, foreign_tensors
 from .replaced import replaced
 
 GRAPH_BYTES = 512 << 20  # what a backward pass over all blocks may keep of the forward pass
@@ -43,15 +43,15 @@ def resident(
     module: nn.Module,
     dtype: torch.dtype | None,
     device: torch.device,
-    staged: dict[int, Tensor] | None = None,
+    prefetched: dict[int, Tensor] | None = None,
 ) -> Iterator[None]:
     """Copy what `module` holds to `device`, its parameters to `dtype` too, for the duration.
 
-    Buffers keep their dtype: they are packed codes and scales, and rotary frequencies. `staged`
+    Buffers keep their dtype: they are packed codes and scales, and rotary frequencies. `prefetched`
     has copies that are on the device already, by the id of parameter or buffer; it is emptied, so
     that those in another dtype do not stay.
     """
-    staged = {} if staged is None else staged
+    prefetched = {} if prefetched is None else prefetched
     parameters = [(p, p.data) for p in module.parameters()]
     buffers = [
         (owner, name, value)
@@ -61,9 +61,9 @@ def resident(
     ]
     try:
         for parameter, data in parameters:
-            parameter.data = staged.pop(id(parameter), data).to(device, dtype)
+            parameter.data = prefetched.pop(id(parameter), data).to(device, dtype)
         for owner, name, value in buffers:
-            owner._buffers[name] = staged.pop(id(value), value).to(device)
+            owner._buffers[name] = prefetched.pop(id(value), value).to(device)
         yield
     finally:
         for parameter, data in parameters:
@@ -118,19 +118,19 @@ class StreamedModel:
         self.model = model.eval().requires_grad_(False)
         self.dtype, self.device = dtype, torch.empty(0, device=device).device  # with its index
         self.blocks = decoder_blocks(model)[1]
-        self.staging = Staging(self.device) if self.device.type == "cuda" else None
+        self.prefetcher = Prefetcher(self.device) if self.device.type == "cuda" else None
 
     @contextmanager
     def _resident(
         self, module: nn.Module, dtype: torch.dtype | None, following: nn.Module | None = None
     ) -> Iterator[None]:
         """`module` is resident; meanwhile `following` is brought, which must be the next one."""
-        staged = {}
-        if self.staging is not None:
-            staged = self.staging.take(foreign_tensors(module, self.device))
+        prefetched = {}
+        if self.prefetcher is not None:
+            prefetched = self.prefetcher.take(foreign_tensors(module, self.device))
             if following is not None:
-                self.staging.start(foreign_tensors(following, self.device))
-        with resident(module, dtype, self.device, staged):
+                self.prefetcher.start(foreign_tensors(following, self.device))
+        with resident(module, dtype, self.device, prefetched):
             yield
 
     def _block(self, index: int) -> nn.Module | None:
@@ -260,8 +260,8 @@ class StreamedModel:
 
         with ExitStack() as stack, torch.enable_grad():
             logits = self._run(ids, stack, block)
-            if self.staging is not None:  # the last block runs again
-                self.staging.start(foreign_tensors(self.blocks[-1], self.device))
+            if self.prefetcher is not None:  # the last block runs again
+                self.prefetcher.start(foreign_tensors(self.blocks[-1], self.device))
             value = loss(logits, ids.to(self.device))
             del logits
             value.backward()

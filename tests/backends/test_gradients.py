@@ -60,6 +60,13 @@ def gradient_of(function, x, weights):
     return x.grad
 
 
+def assert_same_gradient(function, other, rows=(3,), rtol=1e-5, atol=1e-4):
+    """Two functions of x [*rows, 172], with values [*rows, 40], have one gradient."""
+    x, weights = torch.randn(*rows, 172), torch.randn(*rows, 40)
+    got, expected = (gradient_of(f, x, weights) for f in (function, other))
+    torch.testing.assert_close(got, expected, rtol=rtol, atol=atol)
+
+
 @by_recipe
 @by_backend
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -87,9 +94,7 @@ def test_outputs_are_those_without_gradients(name):
 def test_the_definition_has_the_same_gradient(name):
     weight, bias = torch.randn(40, 172), torch.nn.Parameter(torch.randn(40), requires_grad=False)
     packed, fake = filled(weight, RECIPES[name], bias), FakeLinear(weight, RECIPES[name], bias)
-    x, weights = torch.randn(5, 172), torch.randn(5, 40)
-    got, expected = (gradient_of(linear, x, weights) for linear in (packed, fake))
-    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-4)
+    assert_same_gradient(packed, fake)
 
 
 def test_a_weight_in_many_blocks_of_rows(monkeypatch):
@@ -137,23 +142,22 @@ def test_rounding_is_passed_straight_through(backend, name, dtype):
 
 
 def test_products_with_activations_in_8_bit_floats(monkeypatch):
-    from mixbits.formats import fp8_weights as folding
+    from mixbits.formats import fp8_weights
 
     operand = operand_of("MXFP4A16")
     module = type("Module", (), {})()
-    module.packed_matmul = lambda x, packed, fmt, scale: folding.matmul(x, packed, scale)
+    module.packed_matmul = lambda x, packed, fmt, scale: fp8_weights.matmul(x, packed, scale)
     original = ops._module
     monkeypatch.setattr(ops, "require_fp8", lambda *_: None)
     monkeypatch.setattr(ops, "_module", lambda n: module if n == "cuda_fp8" else original(n))
     packed, fmt, _ = operand.parts[0]
     row_scale = ops.fold_rows(packed, fmt, 172)
-    x, weights = torch.randn(3, 172), torch.randn(3, 40)
 
     def multiply(x):
         return ops.packed_matmul_fp8(x, packed, fmt, row_scale)
 
-    got = gradient_of(multiply, x, weights)
-    torch.testing.assert_close(got, weights @ value_of(operand), rtol=1e-5, atol=1e-4)
+    assert_same_gradient(multiply, lambda x: x @ value_of(operand).T)
+    x = torch.randn(3, 172)
     assert torch.equal(multiply(x.clone().requires_grad_()), multiply(x))
 
 
@@ -162,13 +166,12 @@ def test_registered_ops(name):
     operand = operand_of(name)
     packed, fmt, activation = operand.parts[0]
     code = 0 if activation is None else activation.code
-    x, weights = torch.randn(3, 172), torch.randn(3, 40)
 
     def multiply(x):
         return torch.ops.mixbits.packed_matmul(x, *packed, fmt.code, code)
 
-    got = gradient_of(multiply, x, weights)
-    torch.testing.assert_close(got, weights @ value_of(operand), atol=1e-4, rtol=1e-5)
+    assert_same_gradient(multiply, lambda x: x @ value_of(operand).T)
+    x = torch.randn(3, 172)
     assert torch.equal(gradient_of(lambda x: torch.ops.mixbits.fake_quantize(x, fmt.code), x, x), x)
     x.requires_grad_()
     torch.library.opcheck(torch.ops.mixbits.packed_matmul, (x, *packed, fmt.code, code))
@@ -184,9 +187,7 @@ def test_compiled(name):
     linear = make_linear(name)
     torch.compiler.reset()
     compiled = torch.compile(linear, backend="aot_eager", fullgraph=True)
-    x, weights = torch.randn(5, 172), torch.randn(5, 40)
-    got, expected = (gradient_of(f, x, weights) for f in (compiled, linear))
-    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-4)
+    assert_same_gradient(compiled, linear)
 
 
 # --- ways to ask for a gradient -----------------------------------------------------------------
@@ -237,9 +238,10 @@ def test_checkpointed(name, reentrant):
     def both(x):
         return parent.gate_proj(x) * parent.up_proj(x).sigmoid()
 
-    x, weights = torch.randn(2, 3, 172), torch.randn(2, 3, 40)
-    got = gradient_of(lambda x: checkpoint(both, x, use_reentrant=reentrant), x, weights)
-    torch.testing.assert_close(got, gradient_of(both, x, weights))
+    def checkpointed(x):
+        return checkpoint(both, x, use_reentrant=reentrant)
+
+    assert_same_gradient(checkpointed, both, (2, 3), rtol=1e-6, atol=1e-5)
 
 
 def test_autocast():
@@ -290,13 +292,12 @@ def test_an_input_that_begins_to_need_a_gradient_between_siblings():
 
 def test_an_input_that_is_used_twice():
     linear = make_linear("W8A16")
-    x, weights = torch.randn(3, 172), torch.randn(3, 40)
-    got = gradient_of(lambda x: linear(x) * linear(2 * x), x, weights)
     wide = linear.weight
-    plain = gradient_of(
-        lambda x: (x @ wide.T + linear.bias) * (2 * x @ wide.T + linear.bias), x, weights
-    )
-    torch.testing.assert_close(got, plain, rtol=1e-3, atol=1e-1)
+
+    def plain(x):
+        return (x @ wide.T + linear.bias) * (2 * x @ wide.T + linear.bias)
+
+    assert_same_gradient(lambda x: linear(x) * linear(2 * x), plain, rtol=1e-3, atol=1e-1)
 
 
 def test_a_product_without_gradients_knows_nothing_of_them(monkeypatch):

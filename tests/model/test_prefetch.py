@@ -8,14 +8,14 @@ from tiny import make_model
 
 from mixbits.measuring.sensitivity import measure
 from mixbits.model import streaming
-from mixbits.model.prefetch import Staging, foreign_tensors
+from mixbits.model.prefetch import Prefetcher, foreign_tensors
 from mixbits.model.streaming import StreamedModel
 from mixbits.source.source import open_source
 
 CPU = torch.device("cpu")
 
 
-class Counting(Staging):
+class Counting(Prefetcher):
     """Counts what is copied, and what is taken."""
 
     def __init__(self) -> None:
@@ -41,9 +41,9 @@ def test_copies_equal_their_sources(piece_bytes):
         torch.randint(256, (33,), generator=generator).to(torch.uint8),
         torch.tensor(2.5, dtype=torch.float16),
     ]
-    staging = Staging(CPU, piece_bytes)
+    prefetcher = Prefetcher(CPU, piece_bytes)
     for _ in range(2):
-        copies = staging.take(tensors)
+        copies = prefetcher.take(tensors)
         assert set(copies) == set(map(id, tensors))
         for tensor in tensors:
             copy = copies[id(tensor)]
@@ -53,20 +53,20 @@ def test_copies_equal_their_sources(piece_bytes):
 
 def test_take_gives_what_it_is_asked_for_and_not_what_was_begun():
     first, second = torch.ones(3), torch.zeros(3)
-    staging = Staging(CPU)
-    staging.start([first])
-    assert torch.equal(staging.take([second])[id(second)], second)
-    assert staging._pending is not None  # what was begun for others stays begun
-    assert torch.equal(staging.take([first])[id(first)], first)
-    assert staging._pending is None and staging.take([]) == {}
+    prefetcher = Prefetcher(CPU)
+    prefetcher.start([first])
+    assert torch.equal(prefetcher.take([second])[id(second)], second)
+    assert prefetcher._pending is not None  # what was begun for others stays begun
+    assert torch.equal(prefetcher.take([first])[id(first)], first)
+    assert prefetcher._pending is None and prefetcher.take([]) == {}
 
 
 def test_an_error_of_the_worker_reaches_the_one_who_takes():
-    staging = Staging(CPU)
+    prefetcher = Prefetcher(CPU)
     broken = torch.ones(3, device="meta")
-    staging.start([broken])
+    prefetcher.start([broken])
     with pytest.raises(RuntimeError):
-        staging.take([broken])
+        prefetcher.take([broken])
 
 
 def test_what_lies_on_the_device_is_not_foreign():
@@ -74,7 +74,7 @@ def test_what_lies_on_the_device_is_not_foreign():
 
 
 @pytest.fixture
-def staged(tmp_path, monkeypatch):
+def prefetched(tmp_path, monkeypatch):
     """A model whose tensors are all brought, as if the device were another one."""
 
     def everything(module, device):
@@ -83,7 +83,7 @@ def staged(tmp_path, monkeypatch):
     monkeypatch.setattr(streaming, "foreign_tensors", everything)
     make_model(tmp_path, "qwen2")
     model = StreamedModel(open_source(str(tmp_path)).load())
-    model.staging = Counting()
+    model.prefetcher = Counting()
     return model, StreamedModel(open_source(str(tmp_path)).load())
 
 
@@ -91,24 +91,24 @@ def _ids():
     return torch.randint(130, (4, 16), generator=torch.Generator().manual_seed(0))
 
 
-def test_staged_logits_and_scores_are_the_same(staged):
+def test_prefetched_logits_and_scores_are_the_same(prefetched):
     from mixbits.formats.schemes import parse_scheme
     from mixbits.model.layout import find_linears
 
-    model, plain = staged
+    model, plain = prefetched
     assert torch.equal(model.logits(_ids()), plain.logits(_ids()))
     schemes = [parse_scheme(name) for name in ("MXFP4", "W4A16")]
     linears = find_linears(plain.model, include_head=True)
     for method in ("fisher", "deltaloss"):
-        scores = [measure(m, linears, schemes, _ids(), method, 2) for m in staged]
+        scores = [measure(m, linears, schemes, _ids(), method, 2) for m in prefetched]
         assert scores[0] == scores[1]
     # Nothing is brought in vain.
-    assert model.staging.copied == model.staging.taken > 0
+    assert model.prefetcher.copied == model.prefetcher.taken > 0
 
 
-def test_blocks_that_run_twice_are_brought_ahead_all_the_same(staged):
+def test_blocks_that_run_twice_are_brought_ahead_all_the_same(prefetched):
     """Rounding with error compensation runs each block on two streams of hidden states."""
-    model, plain = staged
+    model, plain = prefetched
 
     def twice(streamed):
         def block(index, hidden, *args, **kwargs):
@@ -118,4 +118,4 @@ def test_blocks_that_run_twice_are_brought_ahead_all_the_same(staged):
         return streamed.run(_ids(), block)
 
     assert torch.equal(twice(model), twice(plain))
-    assert model.staging.copied == model.staging.taken > 0
+    assert model.prefetcher.copied == model.prefetcher.taken > 0

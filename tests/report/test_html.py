@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 
-from mixbits.planning import curve
-from mixbits.planning import stability as diagnostics
+from mixbits.planning import curve, stability
 from mixbits.planning.allocate import Item, allocate
 from mixbits.report import charts, frontier, html
 from mixbits.report.report import Baseline, Report
@@ -95,7 +94,7 @@ def swapped(names: list[str], items: list[Item], choice: Sequence[int]) -> dict[
         key: [
             {"unit": names[s.item], "before": "MXFP4", "after": "MXFP8", "bits": s.bits,
              "loss": s.loss}
-            for s in diagnostics.next_swaps(items, choice, key == "upgrades")
+            for s in stability.next_swaps(items, choice, key == "upgrades")
         ]
         for key in ("upgrades", "downgrades")
     }  # fmt: skip
