@@ -303,11 +303,11 @@ int main() {
   for (int token = 0; token < 64; ++token) {
     for (int position = 0; position < kPreparedColumns; ++position) {
       printf("byte %d %d %d\n", token, position, prepared_byte(64, token, position));
-      printf("folded_byte %d %d %d\n", token, position, folded_byte(token, position));
+      printf("e4m3_byte %d %d %d\n", token, position, e4m3_byte(token, position));
     }
   }
   for (int column = 0; column < kPreparedColumns; ++column) {
-    printf("folded %d %d\n", column, folded_position(column));
+    printf("e4m3 %d %d\n", column, e4m3_position(column));
   }
 }
 """
@@ -367,15 +367,15 @@ def test_prepared_bytes_are_swizzled(fragment_maps):
 
 
 @needs_gpp
-def test_folded_order_is_that_of_the_fragments(fragment_maps):
+def test_e4m3_order_is_that_of_the_fragments(fragment_maps):
     """Position 32 s + 16 u + 4 q + e holds what lane q's register 2u of step s has in byte e."""
-    positions = dict(fragment_maps["folded"])
+    positions = dict(fragment_maps["e4m3"])
     for lane in range(4):
         for step in range(4):
             for code in range(8):  # of the word that the step takes: four for each register
                 upper, byte = divmod(code, 4)
                 column = 32 * lane + 8 * step + code
                 assert positions[column] == 32 * step + 16 * upper + 4 * lane + byte
-    for token, position, place in fragment_maps["folded_byte"]:
+    for token, position, place in fragment_maps["e4m3_byte"]:
         plain = token * 128 + position
         assert place == plain ^ (plain >> 7 & 7) << 4

@@ -56,11 +56,11 @@ MB_HD static inline constexpr int prepared_byte(int block_tokens, int token, int
 // step s takes word s of each lane's chunk, its codes 0-3 as a0 (a1 of the row 8 below) and 4-7 as
 // a2 (a3) of the PTX manual's m16n8k32, which wgmma's m64k32 repeats. 128 values of a token are one
 // row of 128 bytes, tokens follow each other, and the swizzle is the same.
-MB_HD static inline constexpr int folded_position(int column) {
+MB_HD static inline constexpr int e4m3_position(int column) {
   const int lane = column / 32, step = column % 32 / 8, code = column % 8;
   return step * 32 + code / 4 * 16 + lane * 4 + code % 4;
 }
-MB_HD static inline constexpr int folded_byte(int token, int position) {
+MB_HD static inline constexpr int e4m3_byte(int token, int position) {
   return token * kPreparedColumns + (position / 16 ^ token % 8) * 16 + position % 16;
 }
 

@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(kThreads)
     // 4 adjacent columns are adjacent in the tile too.
     const uint32_t codes = ptx::to_e4m3(v[0] * by.inverse, v[1] * by.inverse) |
                            ptx::to_e4m3(v[2] * by.inverse, v[3] * by.inverse) << 16;
-    const int place = folded_byte(token % kBlockTokens, folded_position(lane * kLaneColumns));
+    const int place = e4m3_byte(token % kBlockTokens, e4m3_position(lane * kLaneColumns));
     *reinterpret_cast<uint32_t*>(block + int64_t(tile) * kStageBytes + place) = codes;
   }
 }
