@@ -6,6 +6,7 @@
 #include <pybind11/stl.h>
 #include <string.h>
 
+#include <iterator>
 #include <new>
 #include <string>
 #include <vector>
@@ -157,13 +158,13 @@ void packed_matmul(uintptr_t x, int64_t tokens, int64_t columns, int dtype, bool
       {pointer(x), list.data(), tokens, columns, dtype, int(list.size()), int8_activations}));
 }
 
-// A model for decode_step, which keeps addresses: what they point at must outlive it.
-class Decoder {
+// A model for token_step, which keeps addresses: what they point at must outlive it.
+class BoundModel {
  public:
-  Decoder(const std::vector<std::vector<uintptr_t>>& norms,
-          const std::vector<std::vector<std::vector<uintptr_t>>>& linears, uintptr_t norm,
-          const std::vector<uintptr_t>& head, const std::vector<int64_t>& sizes, float eps,
-          float scaling, int dtype) {
+  BoundModel(const std::vector<std::vector<uintptr_t>>& norms,
+             const std::vector<std::vector<std::vector<uintptr_t>>>& linears, uintptr_t norm,
+             const std::vector<uintptr_t>& head, const std::vector<int64_t>& sizes, float eps,
+             float scaling, int dtype) {
     for (size_t i = 0; i < norms.size(); ++i) {
       const auto& n = norms.at(i);
       const auto& l = linears.at(i);
@@ -176,31 +177,31 @@ class Decoder {
               sizes.at(2),    sizes.at(3),        sizes.at(4),       eps,         scaling,
               dtype,          int(layers_.size())};
   }
-  Decoder(const Decoder&) = delete;
+  BoundModel(const BoundModel&) = delete;
 
   double step(uintptr_t x, uintptr_t cos, uintptr_t sin, uintptr_t logits, int64_t length,
               const std::vector<uintptr_t>& caches) const {
     constexpr size_t members = 3;
     if (caches.size() != layers_.size() * members)
       throw py::value_error("caches must be three numbers for each layer");
-    std::vector<DecodeCache> list;
+    std::vector<StepCache> list;
     for (size_t i = 0; i < caches.size(); i += members)
       list.push_back({pointer(caches[i]), pointer(caches[i + 1]), int64_t(caches[i + 2])});
     for (const Linear& linear : ordered_) check_order(linear);
     double multiplying = 0;
-    check_memory(kernels().decode_step({&model_, list.data(), pointer(x), pointer(cos),
-                                        pointer(sin), pointer(logits), length, &multiplying}));
+    check_memory(kernels().token_step({&model_, list.data(), pointer(x), pointer(cos), pointer(sin),
+                                       pointer(logits), length, &multiplying}));
     return multiplying;
   }
 
  private:
   // A linear as Python passes it: its bias, whether activations may become 8-bit integers, and what
   // LinearReader reads.
-  DecodeLinear make_linear(const std::vector<uintptr_t>& numbers) {
+  StepLinear make_linear(const std::vector<uintptr_t>& numbers) {
     LinearReader reader(numbers);
     const void* bias = pointer(reader.next());
     const bool int8_activations = reader.next() != 0;
-    const DecodeLinear linear = {reader.linear(), bias, int8_activations};
+    const StepLinear linear = {reader.linear(), bias, int8_activations};
     for (auto& segments : reader.take_segments()) segments_.push_back(std::move(segments));
     if (linear.linear.order) ordered_.push_back(linear.linear);
     return linear;
@@ -208,8 +209,8 @@ class Decoder {
 
   Segments segments_;  // to which the linears of layers_ and model_ point
   std::vector<Linear> ordered_;
-  std::vector<DecodeLayer> layers_;
-  DecodeModel model_;
+  std::vector<StepLayer> layers_;
+  StepModel model_;
 };
 
 uint64_t sum_words(uintptr_t data, int64_t bytes) {
@@ -233,6 +234,8 @@ void force_isa(const std::string& name) {
 
 PYBIND11_MODULE(_cpu, m) {
   m.doc() = "Native CPU operations of mixbits on raw pointers; use mixbits.ops instead.";
+  m.attr("MAX_SEGMENTS") = kMaxSegments;
+  m.attr("SHARES") = std::vector<float>(std::begin(kShares), std::end(kShares));
   using release = py::call_guard<py::gil_scoped_release>;
   m.def("fake_quantize", &fake_quantize, release(), "x [rows, columns] -> out, same dtype");
   m.def("quantize_pack", &quantize_pack, release(),
@@ -253,7 +256,7 @@ PYBIND11_MODULE(_cpu, m) {
         "rotated, "
         "rows, segments; for each codes, scales, zero_points or 0, columns, format, activation's "
         "format or 0; one after the other) -> every out");
-  py::class_<Decoder>(m, "Decoder", "a model of which decode_step knows all addresses")
+  py::class_<BoundModel>(m, "StepModel", "a model of which token_step knows all addresses")
       .def(
           py::init<const std::vector<std::vector<uintptr_t>>&,
                    const std::vector<std::vector<std::vector<uintptr_t>>>&, uintptr_t,
@@ -262,7 +265,7 @@ PYBIND11_MODULE(_cpu, m) {
           "output, gate, up, down; each its bias or 0, int8_activations, and as targets of "
           "packed_matmul, without out); the last norm; the head; sizes (hidden, "
           "intermediate, key heads, query heads per key head, head width); eps; scaling; dtype")
-      .def("step", &Decoder::step, release(),
+      .def("step", &BoundModel::step, release(),
            "x [hidden], cos, sin [head width], length, caches (keys, values, capacity of every "
            "layer) -> logits; the caches grow by one; returns the seconds spent in matmuls");
   m.def("sum_words", &sum_words, release(), "sum of the 64-bit words of `bytes` bytes at data");

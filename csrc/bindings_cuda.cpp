@@ -54,6 +54,8 @@ PYBIND11_MODULE(_cuda, m) {
   m.doc() = "CUDA kernels of mixbits: device pointers, sizes and a stream; no allocation, no sync.";
   m.attr("MAX_TOKENS") = cuda::kMaxTokens;
   m.attr("MAX_FORMATS") = cuda::kMaxFormats;
+  m.attr("MAX_SEGMENTS") = cuda::kMaxSegments;
+  m.attr("MIXED_TOKENS") = cuda::kMixedTokens;
   m.attr("E4M3_TOKENS") = cuda::kE4M3Tokens;
 #ifdef MB_WGMMA
   m.attr("HAS_WGMMA") = true;
@@ -159,28 +161,28 @@ PYBIND11_MODULE(_cuda, m) {
       "As packed_matmul, for 16-bit x, segments side by side, on the matrix units of sm_80 and "
       "later.");
 
-  m.def("staged_bytes", &cuda::staged_bytes, py::arg("tokens"), py::arg("columns"),
-        py::arg("block_tokens"), "Bytes that stage_activations writes.");
+  m.def("prepared_bytes", &cuda::prepared_bytes, py::arg("tokens"), py::arg("columns"),
+        py::arg("block_tokens"), "Bytes that prepare_activations writes.");
 
   m.def(
-      "stage_activations",
+      "prepare_activations",
       [](uintptr_t x, uintptr_t out, uintptr_t order, int order_bytes, bool rotated,
          const Segments& segments, int64_t tokens, int64_t columns, int dtype, int out_dtype,
          int block_tokens, uintptr_t stream) {
         const auto parts = segment_args(segments);
-        const cuda::StageArgs args{pointer<void>(x),
-                                   pointer<void>(out),
-                                   pointer<void>(order),
-                                   order_bytes,
-                                   rotated,
-                                   parts.data(),
-                                   int(parts.size()),
-                                   tokens,
-                                   columns,
-                                   dtype,
-                                   out_dtype,
-                                   block_tokens};
-        check(cuda::stage_activations(args, pointer<void>(stream)));
+        const cuda::PrepareArgs args{pointer<void>(x),
+                                     pointer<void>(out),
+                                     pointer<void>(order),
+                                     order_bytes,
+                                     rotated,
+                                     parts.data(),
+                                     int(parts.size()),
+                                     tokens,
+                                     columns,
+                                     dtype,
+                                     out_dtype,
+                                     block_tokens};
+        check(cuda::prepare_activations(args, pointer<void>(stream)));
       },
       py::arg("x"), py::arg("out"), py::arg("order"), py::arg("order_bytes"), py::arg("rotated"),
       py::arg("segments"), py::arg("tokens"), py::arg("columns"), py::arg("dtype"),
@@ -190,28 +192,28 @@ PYBIND11_MODULE(_cuda, m) {
 
   m.def(
       "packed_matmul_wgmma",
-      [](uintptr_t staged, const Segments& segments, uintptr_t out, int64_t tokens, int64_t rows,
+      [](uintptr_t prepared, const Segments& segments, uintptr_t out, int64_t tokens, int64_t rows,
          int64_t columns, int dtype, int block_tokens, int parts, uintptr_t stream) {
 #ifdef MB_WGMMA
         const auto weights = segment_args(segments);
-        const auto args = matmul_args(staged, weights, out, tokens, rows, columns, dtype);
+        const auto args = matmul_args(prepared, weights, out, tokens, rows, columns, dtype);
         check(cuda::packed_matmul_wgmma(args, block_tokens, parts, pointer<void>(stream)));
 #else
         check("built without sm_90a");
 #endif
       },
-      py::arg("staged"), py::arg("segments"), py::arg("out"), py::arg("tokens"), py::arg("rows"),
+      py::arg("prepared"), py::arg("segments"), py::arg("out"), py::arg("tokens"), py::arg("rows"),
       py::arg("columns"), py::arg("dtype"), py::arg("block_tokens"), py::arg("parts"),
       py::arg("stream"),
-      "As packed_matmul_mma, from staged activations, on the warpgroup matrix units of sm_90a.");
+      "As packed_matmul_mma, from prepared activations, on the warpgroup matrix units of sm_90a.");
 
   m.def(
-      "stage_e4m3",
+      "prepare_e4m3",
       [](uintptr_t x, uintptr_t out, uintptr_t scales, int64_t tokens, int64_t columns, int dtype,
          uintptr_t stream) {
 #ifdef MB_WGMMA
-        check(cuda::stage_e4m3(pointer<void>(x), pointer<uint8_t>(out), pointer<float>(scales),
-                               tokens, columns, dtype, pointer<void>(stream)));
+        check(cuda::prepare_e4m3(pointer<void>(x), pointer<uint8_t>(out), pointer<float>(scales),
+                                 tokens, columns, dtype, pointer<void>(stream)));
 #else
         check("built without sm_90a");
 #endif
@@ -223,21 +225,21 @@ PYBIND11_MODULE(_cuda, m) {
 
   m.def(
       "packed_matmul_e4m3",
-      [](uintptr_t staged, uintptr_t codes, uintptr_t scales, uintptr_t row_scales,
+      [](uintptr_t prepared, uintptr_t codes, uintptr_t scales, uintptr_t row_scales,
          uintptr_t token_scales, uintptr_t out, int64_t tokens, int64_t rows, int64_t columns,
          int dtype, int format, uintptr_t stream) {
 #ifdef MB_WGMMA
         const auto weights =
             segment_args({{int64_t(codes), int64_t(scales), 0, columns, format, 0}});
-        const auto args = matmul_args(staged, weights, out, tokens, rows, columns, dtype);
+        const auto args = matmul_args(prepared, weights, out, tokens, rows, columns, dtype);
         check(cuda::packed_matmul_e4m3(args, pointer<uint8_t>(row_scales),
                                        pointer<float>(token_scales), pointer<void>(stream)));
 #else
         check("built without sm_90a");
 #endif
       },
-      py::arg("staged"), py::arg("codes"), py::arg("scales"), py::arg("row_scales"),
+      py::arg("prepared"), py::arg("codes"), py::arg("scales"), py::arg("row_scales"),
       py::arg("token_scales"), py::arg("out"), py::arg("tokens"), py::arg("rows"),
       py::arg("columns"), py::arg("dtype"), py::arg("format"), py::arg("stream"),
-      "As packed_matmul_wgmma, of e2m1 weights folded to e4m3, from stage_e4m3.");
+      "As packed_matmul_wgmma, of e2m1 weights folded to e4m3, from prepare_e4m3.");
 }

@@ -39,7 +39,7 @@ from mixbits.runtime.attention import use_grouped_attention
 from mixbits.runtime.linear import PackedLinear, share_inputs
 from mixbits.runtime.pages import use_large_pages
 from mixbits.runtime.swap import swap_linears
-from mixbits.runtime.token_step import use_decode_step
+from mixbits.runtime.token_step import use_token_step
 
 
 def random_model(
@@ -88,7 +88,7 @@ def pack(model: LlamaForCausalLM, schemes: dict[str, Scheme]) -> None:
     )
     share_inputs(model)
     use_grouped_attention(model)
-    use_decode_step(model)
+    use_token_step(model)
     use_large_pages(model)
 
 
@@ -97,12 +97,12 @@ class KernelClock:
 
     def __init__(self) -> None:
         self.seconds = 0.0
-        self._native, self._step = cpu._native, cpu.decode_step
+        self._native, self._step = cpu._native, cpu.token_step
 
     def install(self) -> None:
-        cpu._native, cpu.decode_step = self, self.decode_step
+        cpu._native, cpu.token_step = self, self.token_step
 
-    def decode_step(self, *args: Any) -> float:
+    def token_step(self, *args: Any) -> float:
         seconds = self._step(*args)
         self.seconds += seconds
         return seconds

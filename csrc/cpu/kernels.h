@@ -54,6 +54,10 @@ struct SquareSumsArgs {
   int dtype, format_count;
 };
 
+// Shares of an integer group's range whose scales compensate_group tries, in this order:
+// mixbits.formats.compensate._SHARES.
+constexpr float kShares[] = {1.0f, 0.95f, 0.9f, 0.85f, 0.8f, 0.75f, 0.7f};
+
 // One group of columns of a weight, whose rows are `stride` numbers apart. Row j of the factor,
 // `factor_stride` numbers from the next, says from number j on how later columns make up for j.
 struct CompensateArgs {
@@ -81,7 +85,7 @@ struct PackedSegment {
 // A linear's weight: segments side by side, at most kMaxSegments. Their columns are those of x in
 // another order, where there is one, and then rotated 32 by 32, where they are:
 // mixbits/formats/arrange.py.
-constexpr int kMaxSegments = 8;
+constexpr int kMaxSegments = 8;  // mixbits.formats.schemes.MAX_SEGMENTS
 struct Linear {
   const PackedSegment* segments;
   int segment_count;
@@ -107,24 +111,24 @@ struct MatmulArgs {
 
 // A linear of a model: packed, or left alone. Then it has one segment, whose format is 0 and whose
 // codes are the weight [rows, columns] of the model's dtype.
-struct DecodeLinear {
+struct StepLinear {
   Linear linear;
   const void* bias;  // [rows], or null
   bool int8_activations;
 };
 
 // Norms are weights of RMSNorm; those of queries and keys, [head_width], may be null.
-struct DecodeLayer {
+struct StepLayer {
   const void *input_norm, *attention_norm;  // before attention; after it
   const void *query_norm, *key_norm;
-  DecodeLinear query, key, value, output, gate, up, down;
+  StepLinear query, key, value, output, gate, up, down;
 };
 
 // A Llama, or a model that differs from one by biases and by norms of queries and keys.
-struct DecodeModel {
-  const DecodeLayer* layers;
+struct StepModel {
+  const StepLayer* layers;
   const void* norm;
-  DecodeLinear head;
+  StepLinear head;
   int64_t hidden, intermediate, key_heads, group, head_width;  // `group` query heads per key head
   float eps, scaling;
   int dtype, layer_count;
@@ -132,17 +136,17 @@ struct DecodeModel {
 
 // Keys and values of a layer, [key_heads, capacity, head_width] each, of which `length` positions
 // are filled; the step fills one more.
-struct DecodeCache {
+struct StepCache {
   void *keys, *values;
   int64_t capacity;
 };
 
-struct DecodeArgs {
-  const DecodeModel* model;
-  const DecodeCache* caches;  // one per layer
-  const void* x;              // [hidden]: the token's embedding
-  const void *cos, *sin;      // [head_width]: of the token's position
-  void* logits;               // [head.rows]
+struct StepArgs {
+  const StepModel* model;
+  const StepCache* caches;  // one per layer
+  const void* x;            // [hidden]: the token's embedding
+  const void *cos, *sin;    // [head_width]: of the token's position
+  void* logits;             // [head.rows]
   int64_t length;
   double* multiplying;  // seconds that the first thread spent in matmuls; null to not measure
 };
@@ -159,7 +163,7 @@ struct Kernels {
   bool (*compensate_group)(const CompensateArgs&);
   bool (*packed_matmul)(const MatmulArgs&);
   // One new token of one sequence, through the whole model.
-  bool (*decode_step)(const DecodeArgs&);
+  bool (*token_step)(const StepArgs&);
 };
 
 const Kernels* scalar_kernels();

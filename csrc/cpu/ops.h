@@ -14,7 +14,7 @@ bool statistics(const StatisticsArgs& a);
 bool square_sums(const SquareSumsArgs& a);
 bool compensate_group(const CompensateArgs& a);
 bool packed_matmul(const MatmulArgs& a);
-bool decode_step(const DecodeArgs& a);
+bool token_step(const StepArgs& a);
 
 // Below this many runs of 128 columns, waking the other threads costs more than they bring.
 constexpr int64_t kSerialRuns = 64;

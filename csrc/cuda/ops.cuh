@@ -93,11 +93,11 @@ constexpr int kE4M3Tokens = 128;  // of a block of `packed_matmul_e4m3`
 // x [tokens, columns] of dtype (not float32) rounded to e4m3, with a scale per token -> out
 // [T, columns rounded up to 128], as fragments.h says, and scales [T], T being tokens rounded up
 // to whole blocks.
-const char* stage_e4m3(const void* x, uint8_t* out, float* scales, int64_t tokens, int64_t columns,
-                       int dtype, void* stream);
+const char* prepare_e4m3(const void* x, uint8_t* out, float* scales, int64_t tokens,
+                         int64_t columns, int dtype, void* stream);
 
 // packed_matmul of one segment in e2m1, folded to e4m3 (fold.h), args.x and token_scales being
-// from `stage_e4m3`, args.x aligned to 16 bytes; row_scales [rows] are e8m0 bytes. Needs sm_90a,
+// from `prepare_e4m3`, args.x aligned to 16 bytes; row_scales [rows] are e8m0 bytes. Needs sm_90a,
 // columns a multiple of 32, and codes aligned to 16 bytes.
 const char* packed_matmul_e4m3(const MatmulArgs& args, const uint8_t* row_scales,
                                const float* token_scales, void* stream);
@@ -106,7 +106,7 @@ const char* packed_matmul_e4m3(const MatmulArgs& args, const uint8_t* row_scales
 // MX format that each segment has for activations. With block_tokens 0 out is [tokens, columns] of
 // out_dtype, else what packed_matmul_wgmma reads (fragments.h), in 16 bits. out_dtype is dtype or
 // float32.
-struct StageArgs {
+struct PrepareArgs {
   const void* x;
   void* out;
   const void* order;  // [columns] unsigned integers of order_bytes (1, 2 or 4), or null
@@ -117,13 +117,13 @@ struct StageArgs {
   int64_t tokens, columns;
   int dtype, out_dtype, block_tokens;
 };
-const char* stage_activations(const StageArgs& args, void* stream);
+const char* prepare_activations(const PrepareArgs& args, void* stream);
 
 // Bytes of what packed_matmul_wgmma reads; of segments, columns are those of all, each rounded up
 // to a multiple of 128.
-int64_t staged_bytes(int64_t tokens, int64_t columns, int block_tokens);
+int64_t prepared_bytes(int64_t tokens, int64_t columns, int block_tokens);
 
-// packed_matmul_mma with args.x from `stage_activations`, aligned to 16 bytes, for the same
+// packed_matmul_mma with args.x from `prepare_activations`, aligned to 16 bytes, for the same
 // block_tokens (64, 128 or 256); the columns are split between `parts` blocks (1, 2, 4 or 8) of
 // a cluster. Needs sm_90a. Several segments are e2m1 and e4m3, or integers, and have blocks of
 // kMixedTokens.

@@ -1,7 +1,8 @@
 """Triton kernels, imported as `mixbits.kernels`: one file per operation, kernel then launcher.
 
 A launcher takes tensors that are checked, contiguous and on one device, chooses tile sizes in
-plain Python, and returns new tensors. `numerics` holds the arithmetic that the files share.
+plain Python, and returns new tensors. `numerics` holds the arithmetic that the files share, `tiles`
+which part of a tensor a program owns.
 """
 
 import triton

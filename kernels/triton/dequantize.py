@@ -9,6 +9,7 @@ from mixbits.formats.schemes import Format
 
 from . import numerics
 from .launch import TILE_ROWS, device_of
+from .tiles import program_rows, program_span
 
 
 @triton.jit
@@ -43,24 +44,19 @@ def dequantize_kernel(
     bits: tl.constexpr = numerics.code_bits(CODE)
     tile_groups: tl.constexpr = COLUMNS // size
     tile_bytes: tl.constexpr = COLUMNS * bits // 8
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    row_inside = (row < rows)[:, None]
-    row = row.to(tl.int64)[:, None]
-
-    byte = tl.program_id(1) * tile_bytes + tl.arange(0, tile_bytes)[None, :]
-    byte_inside = row_inside & (byte < packed_bytes)
+    row, row_inside = program_rows(rows, ROWS)
+    byte, byte_inside = program_span(packed_bytes, row_inside, tile_bytes)
     packed = tl.load(packed_ptr + row * packed_bytes + byte, mask=byte_inside, other=0)
-    group = tl.program_id(1) * tile_groups + tl.arange(0, tile_groups)[None, :]
-    group_inside = row_inside & (group < groups)
+    group, group_inside = program_span(groups, row_inside, tile_groups)
     scale = tl.load(scale_ptr + row * groups + group, mask=group_inside, other=0)
     zero_point = load_zero_point(zero_ptr, row, group, zero_bytes, group_inside, CODE)
 
     codes = tl.reshape(numerics.unpack_bits(packed, bits), (ROWS, tile_groups, size))
     values = numerics.decode(codes, zero_point[:, :, None], CODE)
     values = values * numerics.scale_value(scale, CODE)[:, :, None]
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    column, inside = program_span(columns, row_inside, COLUMNS)
     out = numerics.from_float32(tl.reshape(values, (ROWS, COLUMNS)), out_ptr.dtype.element_ty)
-    tl.store(out_ptr + row * stride + column, out, mask=row_inside & (column < columns))
+    tl.store(out_ptr + row * stride + column, out, mask=inside)
 
 
 def dequantize(packed: Packed, fmt: Format, in_features: int, dtype: torch.dtype) -> torch.Tensor:

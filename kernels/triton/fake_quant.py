@@ -11,6 +11,7 @@ from mixbits.formats.schemes import Format
 
 from . import numerics
 from .launch import TILE_ROWS, device_of
+from .tiles import program_rows, program_span
 
 
 @triton.jit
@@ -24,10 +25,9 @@ def fake_quantize_kernel(
     COLUMNS: tl.constexpr,
 ):
     size: tl.constexpr = numerics.group_size(CODE)
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    offset = row.to(tl.int64)[:, None] * columns + column[None, :]
-    inside = (row < rows)[:, None] & (column < columns)[None, :]
+    row, row_inside = program_rows(rows, ROWS)
+    column, inside = program_span(columns, row_inside, COLUMNS)
+    offset = row * columns + column
     x = numerics.to_float32(tl.load(x_ptr + offset, mask=inside, other=0.0))
     grouped = tl.reshape(x, (ROWS, COLUMNS // size, size))
     values = tl.reshape(numerics.fake_quantize(grouped, CODE), (ROWS, COLUMNS))

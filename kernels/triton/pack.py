@@ -13,6 +13,7 @@ from mixbits.formats.schemes import Format
 
 from . import numerics
 from .launch import TILE_ROWS, device_of
+from .tiles import program_rows, program_span
 
 
 @triton.jit
@@ -34,33 +35,26 @@ def quantize_pack_kernel(
     bits: tl.constexpr = numerics.code_bits(CODE)
     tile_groups: tl.constexpr = COLUMNS // size
     tile_bytes: tl.constexpr = COLUMNS * bits // 8
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    row_inside = (row < rows)[:, None]
-    inside = row_inside & (column < columns)[None, :]
-    row = row.to(tl.int64)[:, None]
-
-    w = tl.load(weight_ptr + row * columns + column[None, :], mask=inside, other=0.0)
+    row, row_inside = program_rows(rows, ROWS)
+    column, inside = program_span(columns, row_inside, COLUMNS)
+    w = tl.load(weight_ptr + row * columns + column, mask=inside, other=0.0)
     grouped = tl.reshape(numerics.to_float32(w), (ROWS, tile_groups, size))
     codes, scale, zero_point = numerics.quantize(grouped, CODE)
 
     # Columns beyond the row fill the last byte with zeros.
     codes = tl.where(inside, tl.reshape(codes, (ROWS, COLUMNS)), 0)
-    byte = tl.program_id(1) * tile_bytes + tl.arange(0, tile_bytes)[None, :]
-    byte_inside = row_inside & (byte < packed_bytes)
+    byte, byte_inside = program_span(packed_bytes, row_inside, tile_bytes)
     packed = numerics.pack_bits(codes, bits)
     tl.store(packed_ptr + row * packed_bytes + byte, packed, mask=byte_inside)
 
-    group = tl.program_id(1) * tile_groups + tl.arange(0, tile_groups)[None, :]
-    group_inside = row_inside & (group < groups)
+    group, group_inside = program_span(groups, row_inside, tile_groups)
     scale = scale.to(scale_ptr.dtype.element_ty)
     tl.store(scale_ptr + row * groups + group, scale, mask=group_inside)
 
     if not numerics.is_symmetric(CODE):
         zero_point = tl.where(group_inside, zero_point, 0)
         tile_zero_bytes: tl.constexpr = tile_groups * bits // 8
-        byte = tl.program_id(1) * tile_zero_bytes + tl.arange(0, tile_zero_bytes)[None, :]
-        byte_inside = row_inside & (byte < zero_bytes)
+        byte, byte_inside = program_span(zero_bytes, row_inside, tile_zero_bytes)
         packed = numerics.pack_bits(zero_point, bits)
         tl.store(zero_ptr + row * zero_bytes + byte, packed, mask=byte_inside)
 

@@ -1,4 +1,4 @@
-"""Where operations run. Every module here has the same functions, which `mixbits.ops` calls:
+"""Where operations run. `reference`, `cpu`, `triton` and `cuda` have functions for `mixbits.ops`:
 
     why_unavailable() -> str | None        None when usable, else one sentence
     supports(device) -> bool
@@ -11,7 +11,7 @@
                                            `Operand`; else its parts are multiplied one by one
     square_sums(x, formats)                optional: else made of fake_quantize
     compensate_group(group, factor, importance, fmt)
-                                           optional: else that of mixbits.rounding.gptq
+                                           optional: else that of mixbits.formats.compensate
     explain_matmul(fmt, m, n, k, dtype)    optional: which way a product would take, in words
 
 Tensors arrive checked, contiguous and on one device. What an operation means is said once, in

@@ -207,7 +207,7 @@ def packed_matmuls(x: Tensor, operands: Sequence[Operand], int8_activations: boo
     return outs
 
 
-def decoder(
+def step_model(
     layer_norms: Sequence[Sequence[int]],
     layer_linears: Sequence[Sequence[Sequence[int]]],
     norm: int,
@@ -216,7 +216,7 @@ def decoder(
     eps: float,
     dtype: torch.dtype,
 ) -> Any:
-    """A model for `decode_step`, which keeps the addresses of its tensors.
+    """A model for `token_step`, which keeps the addresses of its tensors.
 
     Of a layer, norms are the addresses of RMSNorm's weights: of the input, after attention, of
     queries and of keys (0 without). Linears are query, key, value, output, gate, up and down, each
@@ -225,13 +225,13 @@ def decoder(
     hidden and of the intermediate state, key heads, query heads per key head, and a head's width.
     """
     scaling = sizes[-1] ** -0.5
-    return _native.Decoder(
+    return _native.StepModel(
         layer_norms, layer_linears, norm, head, sizes, eps, scaling, DTYPE_NUMBERS[dtype]
     )
 
 
-def decode_step(
-    decoder: Any,
+def token_step(
+    model: Any,
     x: int,
     cos: int,
     sin: int,
@@ -239,11 +239,11 @@ def decode_step(
     length: int,
     caches: Sequence[int],
 ) -> float:
-    """One token through all layers of a model, into `logits` [vocab].
+    """One token through all layers of a `step_model`, into `logits` [vocab].
 
     x is the address of its embedding [hidden]; those of cos and sin [head width] turn queries and
     keys to its position. Of every layer, `caches` has the addresses of keys and values [1, key
     heads, capacity, head width] and the capacity; `length` tokens are there, and one is added.
     Returns the seconds that one thread spent in matmuls.
     """
-    return float(decoder.step(x, cos, sin, logits.data_ptr(), length, caches))
+    return float(model.step(x, cos, sin, logits.data_ptr(), length, caches))

@@ -31,7 +31,7 @@ from torch import Tensor
 from ..errors import UsageError
 from ..formats.pack import Operand, Packed, packed_spec
 from ..formats.schemes import MX_GROUP, Format
-from .cuda_choice import KERNELS, TILE, Choice, Kernel, choose
+from .cuda_choice import KERNELS, TILE, Device, Kernel, KernelChoice, Product, choose
 from .scratch import matmul_through_scratch
 
 TAKES_PARTS = True  # `packed_matmul`, of regular operands
@@ -160,10 +160,10 @@ def gradient_statistics(weight: Tensor, gradient: Tensor, formats: Sequence[Form
 
 
 @functools.cache
-def _device_facts(device: torch.device) -> tuple[tuple[int, int], int]:
-    """Compute capability and number of multiprocessors."""
+def _device(device: torch.device) -> Device:
     properties = torch.cuda.get_device_properties(device)
-    return (properties.major, properties.minor), properties.multi_processor_count
+    capability = (properties.major, properties.minor)
+    return Device(capability, properties.multi_processor_count, _native().HAS_WGMMA)
 
 
 def _forced_kernel() -> Kernel | None:
@@ -173,32 +173,19 @@ def _forced_kernel() -> Kernel | None:
     return name
 
 
-def explain(x: Tensor, operand: Operand) -> Choice:
+def explain(x: Tensor, operand: Operand) -> KernelChoice:
     """How `packed_matmul` multiplies these; print it."""
     formats = tuple(part.format for part in operand.parts)
     aligned = all(part.packed.weight_packed.data_ptr() % 16 == 0 for part in operand.parts)
     sizes = (x.shape[0], operand.out_features, operand.columns)
-    return _choose(formats, operand.input_dtype(x.dtype), *sizes, x.device, aligned)
-
-
-def _choose(
-    formats: tuple[Format, ...],
-    dtype: torch.dtype,
-    tokens: int,
-    rows: int,
-    columns: tuple[int, ...],
-    device: torch.device,
-    aligned: bool,
-) -> Choice:
-    capability, processors = _device_facts(device)
-    sizes = (tokens, rows, columns, processors, _native().HAS_WGMMA, aligned, _forced_kernel())
-    return choose(capability, formats, dtype, *sizes)
+    product = Product(formats, operand.input_dtype(x.dtype), *sizes, aligned)
+    return choose(_device(x.device), product, _forced_kernel())
 
 
 def explain_matmul(fmt: Format, m: int, n: int, k: int, dtype: torch.dtype) -> str:
     """Which way `packed_matmul` takes for x [m, k] of `dtype` and a weight [n, k]."""
     device = torch.device("cuda", torch.cuda.current_device())
-    return str(_choose((fmt,), dtype, m, n, (k,), device, aligned=True))
+    return str(choose(_device(device), Product((fmt,), dtype, m, n, (k,)), _forced_kernel()))
 
 
 def _segments(operand: Operand) -> list[tuple[int, ...]]:
@@ -209,7 +196,9 @@ def _segments(operand: Operand) -> list[tuple[int, ...]]:
     ]
 
 
-def _stage(x: Tensor, operand: Operand, dtype: torch.dtype, block_tokens: int = 0) -> Tensor:
+def _prepare_activations(
+    x: Tensor, operand: Operand, dtype: torch.dtype, block_tokens: int = 0
+) -> Tensor:
     """x [M, K] as `operand` multiplies it, in one pass: rows of `dtype`, or what wgmma reads."""
     native = _native()
     tokens, columns = x.shape
@@ -218,21 +207,21 @@ def _stage(x: Tensor, operand: Operand, dtype: torch.dtype, block_tokens: int = 
             return x
         if operand.is_plain and (activation := operand.parts[0].activation) is not None:
             return fake_quantize(x, activation)
-        staged = x.new_empty((tokens, columns), dtype=dtype)
+        prepared = x.new_empty((tokens, columns), dtype=dtype)
     else:
         padded = sum(-(-width // TILE) * TILE for width in operand.columns)
-        size = native.staged_bytes(tokens, padded, block_tokens)
-        staged = torch.empty(size, dtype=torch.uint8, device=x.device)
+        size = native.prepared_bytes(tokens, padded, block_tokens)
+        prepared = torch.empty(size, dtype=torch.uint8, device=x.device)
     place = operand.order
     order = (0, 0) if place is None else (place.data_ptr(), place.element_size())
-    pointers = (x.data_ptr(), staged.data_ptr(), *order, operand.rotated, _segments(operand))
+    pointers = (x.data_ptr(), prepared.data_ptr(), *order, operand.rotated, _segments(operand))
     sizes = (tokens, columns, DTYPE_NUMBERS[x.dtype], DTYPE_NUMBERS[dtype], block_tokens)
     with torch.cuda.device(x.device):
-        native.stage_activations(*pointers, *sizes, _stream(x))
-    return staged
+        native.prepare_activations(*pointers, *sizes, _stream(x))
+    return prepared
 
 
-def packed_matmul(x: Tensor, operand: Operand, choice: Choice | None = None) -> Tensor:
+def packed_matmul(x: Tensor, operand: Operand, choice: KernelChoice | None = None) -> Tensor:
     """x [M, K] times a regular operand [N, K] -> [M, N], whose sums are rounded once.
 
     `choice` tries a kernel and sizes of one's own, for measurements.
@@ -243,13 +232,13 @@ def packed_matmul(x: Tensor, operand: Operand, choice: Choice | None = None) -> 
         return x.new_zeros((tokens, rows))
     choice = choice or explain(x, operand)
     dtype = operand.input_dtype(x.dtype)
-    staged = _stage(x, operand, dtype, choice.block_tokens)
+    prepared = _prepare_activations(x, operand, dtype, choice.block_tokens)
     if choice.kernel == "scratch":
-        return matmul_through_scratch(staged, operand.pieces, x.dtype, _dequantize_into)
+        return matmul_through_scratch(prepared, operand.pieces, x.dtype, _dequantize_into)
     if choice.kernel == "simple" and len(operand.parts) > 1:
-        staged = torch.cat([piece.flatten() for piece in staged.split(operand.columns, 1)])
+        prepared = torch.cat([piece.flatten() for piece in prepared.split(operand.columns, 1)])
     out = x.new_empty((tokens, rows), dtype=dtype)
-    pointers = (staged.data_ptr(), _segments(operand), out.data_ptr())
+    pointers = (prepared.data_ptr(), _segments(operand), out.data_ptr())
     sizes = (tokens, rows, columns, DTYPE_NUMBERS[dtype])
     with torch.cuda.device(x.device):
         if choice.kernel == "mma":

@@ -1,4 +1,4 @@
-"""Which CUDA kernel multiplies: a pure function of device, format, dtype and sizes.
+"""Which CUDA kernel multiplies: a pure function of the device and the product.
 
     kernel      weights                                   for
     simple      fp32 FMA in registers                     float32, or rows without 16-byte pieces;
@@ -34,7 +34,7 @@ FP8_TOKENS = 128  # of a block, csrc/cuda/matmul/e4m3.cu; it has WGMMA_ROWS too
 
 
 @dataclass(frozen=True)
-class Choice:
+class KernelChoice:
     """A kernel and its sizes; what a kernel does not have is 0. `str()` prints it.
 
     `row_tiles` (of 16 rows), `token_tiles` (of 8 tokens) and `warps` belong to mma;
@@ -60,33 +60,66 @@ class Choice:
         return f"{self.kernel} ({sizes[self.kernel]})"
 
 
+@dataclass(frozen=True)
+class Device:
+    """What a choice depends on of a GPU, and of the library that was built for it.
+
+    `processors` is the number of its multiprocessors; `has_wgmma` whether the library was built for
+    sm_90a.
+    """
+
+    capability: tuple[int, int]
+    processors: int = 132
+    has_wgmma: bool = True
+
+
+@dataclass(frozen=True)
+class Product:
+    """x [tokens, K] times a weight [rows, K] in segments of `formats`.
+
+    `columns` are those of each segment, K in all; `dtype` is that of x once it is in order, rotated
+    and rounded; `aligned` says whether all codes begin at a multiple of 16 bytes.
+    """
+
+    formats: tuple[Format, ...]
+    dtype: torch.dtype
+    tokens: int
+    rows: int
+    columns: tuple[int, ...]
+    aligned: bool = True
+
+    @property
+    def fits_matrix_units(self) -> bool:
+        """Whether its dtype is theirs, and rows of codes are chunks that one load brings.
+
+        csrc/cuda/codes/fragments.h has the chunks.
+        """
+        whole = all(width % 32 == 0 for width in self.columns)
+        return self.dtype in (torch.bfloat16, torch.float16) and whole and self.aligned
+
+
 @functools.cache
-def choose_fp8(
-    capability: tuple[int, int],
-    fmt: Format,
-    dtype: torch.dtype,
-    tokens: int,
-    rows: int,
-    columns: int,
-    processors: int = 132,
-    has_wgmma: bool = True,
-    aligned: bool = True,
-    forced: Kernel | None = None,
-) -> Choice:
-    """`choose` where activations may be e4m3 and the weight fits (`formats.fp8_weights`)."""
-    fits = dtype in (torch.bfloat16, torch.float16) and columns % 32 == 0 and aligned
-    possible = fits and fmt.element == "e2m1" and capability == (9, 0) and has_wgmma
+def choose_fp8(device: Device, product: Product, forced: Kernel | None = None) -> KernelChoice:
+    """`choose` for one segment where activations may be e4m3 and the weight fits.
+
+    Which weights do is said by `formats.fp8_weights`.
+    """
+    (fmt,) = product.formats
+    possible = product.fits_matrix_units and fmt.element == "e2m1" and _has_wgmma(device)
     # With few tokens the cost is that of reading the weight, which fp8 reads like the others. Its
     # blocks take half as long as those of wgmma, but do not split the columns to fill the device.
-    blocks = -(-rows // WGMMA_ROWS) * -(-tokens // FP8_TOKENS)
-    gains = tokens > FP8_TOKENS and 2 * blocks >= processors
+    blocks = -(-product.rows // WGMMA_ROWS) * -(-product.tokens // FP8_TOKENS)
+    gains = product.tokens > FP8_TOKENS and 2 * blocks >= device.processors
     if forced is None and possible and gains:
-        return Choice("fp8", block_tokens=FP8_TOKENS)
-    sizes = (tokens, rows, (columns,), processors, has_wgmma, aligned, forced)
-    return choose(capability, (fmt,), dtype, *sizes)
+        return KernelChoice("fp8", block_tokens=FP8_TOKENS)
+    return choose(device, product, forced)
 
 
-def _mma(tokens: int, columns: int, segments: int) -> Choice:
+def _has_wgmma(device: Device) -> bool:
+    return device.capability == (9, 0) and device.has_wgmma
+
+
+def _mma(tokens: int, columns: int, segments: int) -> KernelChoice:
     # A block reads x once per 16 * row_tiles rows: x must stay below the weight's own bytes, so
     # more tokens need more rows; few rows leave multiprocessors idle, so one token takes 16.
     row_tiles, token_tiles = (1, 1) if tokens <= 2 else (4, 1) if tokens <= 8 else (4, 2)
@@ -95,10 +128,10 @@ def _mma(tokens: int, columns: int, segments: int) -> Choice:
     most = 16 if row_tiles == 1 else 12 if token_tiles == 1 else 8  # max_warps, mma.cu
     # A warp wants at least two tiles of its rows; fewer than 4 warps leave the SM's parts idle.
     warps = max(4, segments, min(most, -(-columns // TILE) // 2))
-    return Choice("mma", row_tiles=row_tiles, token_tiles=token_tiles, warps=warps)
+    return KernelChoice("mma", row_tiles=row_tiles, token_tiles=token_tiles, warps=warps)
 
 
-def _wgmma(tokens: int, rows: int, columns: int, segments: int, processors: int) -> Choice:
+def _wgmma(tokens: int, rows: int, columns: int, segments: int, processors: int) -> KernelChoice:
     block_tokens = 64 if tokens <= 64 else 128 if tokens <= 128 else 256
     if segments > 1:
         block_tokens = MIXED_TOKENS
@@ -109,55 +142,40 @@ def _wgmma(tokens: int, rows: int, columns: int, segments: int, processors: int)
     parts = 1
     while parts < 8 and 2 * parts * blocks <= processors and columns >= 2 * parts * 4 * TILE:
         parts *= 2
-    return Choice("wgmma", block_tokens=block_tokens, parts=parts)
+    return KernelChoice("wgmma", block_tokens=block_tokens, parts=parts)
 
 
 @functools.cache
-def choose(
-    capability: tuple[int, int],
-    formats: tuple[Format, ...],
-    dtype: torch.dtype,
-    tokens: int,
-    rows: int,
-    columns: tuple[int, ...],
-    processors: int = 132,
-    has_wgmma: bool = True,
-    aligned: bool = True,
-    forced: Kernel | None = None,
-) -> Choice:
-    """The kernel for x [tokens, K] times a weight [rows, K] in segments of `formats`.
+def choose(device: Device, product: Product, forced: Kernel | None = None) -> KernelChoice:
+    """The kernel for a product on a device.
 
-    `columns` are those of each segment, K in all; `dtype` is that of x once it is in order, rotated
-    and rounded. `processors` is the device's number of multiprocessors; `has_wgmma` whether the
-    library was built for sm_90a; `aligned` whether all codes begin at a multiple of 16 bytes.
     `forced` names a kernel; raises ValueError where that cannot run.
     """
-    # Rows of codes must be whole chunks that one load brings (csrc/cuda/fragments.h).
-    whole = all(width % 32 == 0 for width in columns)
-    fits = dtype in (torch.bfloat16, torch.float16) and whole and aligned
-    elements = {fmt.element for fmt in formats}
+    tokens, segments, columns = product.tokens, len(product.formats), sum(product.columns)
+    elements = {fmt.element for fmt in product.formats}
     # What one kernel for several segments has code for, csrc/cuda/matmul/wgmma.cu.
     family = elements <= {"e2m1", "e4m3"} or elements <= set(INTEGERS)
+    fits = product.fits_matrix_units
     possible: dict[Kernel, bool] = {
         "simple": tokens <= SIMPLE_TOKENS,
-        "mma": fits and capability >= (8, 0),
-        "wgmma": fits and (family or len(formats) == 1) and capability == (9, 0) and has_wgmma,
+        "mma": fits and device.capability >= (8, 0),
+        "wgmma": fits and (family or segments == 1) and _has_wgmma(device),
         "scratch": True,
     }
     # mma pays for the weight once per 16 tokens (8 for several segments), and dequantizes it as
     # often: about 4 instructions per weight, against the 2 bytes written and read again that
     # scratch costs.
-    few = 16 if possible["wgmma"] else 64 if len(formats) == 1 else 32
+    few = 16 if possible["wgmma"] else 64 if segments == 1 else 32
     # From about 1024 tokens on, dequantizing once is less than 1/10 of the product's own time.
     limits: dict[Kernel, int] = {"mma": few, "simple": SIMPLE_TOKENS, "wgmma": 1024}
-    names = "+".join(fmt.element for fmt in formats)
-    what = f"{dtype} with {names} weights [{rows}, {sum(columns)}]"
-    kernel = _first(possible, limits, tokens, forced, f"{what} on {_name(capability)}")
+    names = "+".join(fmt.element for fmt in product.formats)
+    what = f"{product.dtype} with {names} weights [{product.rows}, {columns}]"
+    kernel = _first(possible, limits, tokens, forced, f"{what} on {_name(device.capability)}")
     if kernel == "mma":
-        return _mma(tokens, sum(columns), len(columns))
+        return _mma(tokens, columns, segments)
     if kernel == "wgmma":
-        return _wgmma(tokens, rows, sum(columns), len(columns), processors)
-    return Choice(kernel)
+        return _wgmma(tokens, product.rows, columns, segments, device.processors)
+    return KernelChoice(kernel)
 
 
 def _name(capability: tuple[int, int]) -> str:

@@ -12,26 +12,24 @@ from torch import Tensor
 from ..formats.pack import Operand, Packed
 from ..formats.schemes import Format
 from . import cuda
-from .cuda_choice import Choice, choose_fp8
-
-COLUMNS = 128  # of a tile, csrc/cuda/codes/fragments.h
+from .cuda_choice import TILE, KernelChoice, Product, choose_fp8
 
 
 def why_unavailable(device: torch.device) -> str | None:
     """None where the kernels run on `device`, else one sentence."""
-    capability, _ = cuda._device_facts(device)
-    if capability != (9, 0):
-        return f"compute capability 9.0 is needed: got {capability[0]}.{capability[1]}"
-    return None if cuda._native().HAS_WGMMA else "mixbits._cuda was built without sm_90a"
+    found = cuda._device(device)
+    if found.capability != (9, 0):
+        return f"compute capability 9.0 is needed: got {found.capability[0]}.{found.capability[1]}"
+    return None if found.has_wgmma else "mixbits._cuda was built without sm_90a"
 
 
-def explain(x: Tensor, packed: Packed, fmt: Format) -> Choice:
+def explain(x: Tensor, packed: Packed, fmt: Format) -> KernelChoice:
     """How `packed_matmul` multiplies these; print it."""
     tokens, columns = x.shape
-    sizes = (fmt, x.dtype, tokens, packed.weight_packed.shape[0], columns)
-    capability, processors = cuda._device_facts(x.device)
-    has_wgmma, aligned = cuda._native().HAS_WGMMA, packed.weight_packed.data_ptr() % 16 == 0
-    return choose_fp8(capability, *sizes, processors, has_wgmma, aligned, cuda._forced_kernel())
+    codes = packed.weight_packed
+    aligned = codes.data_ptr() % 16 == 0
+    product = Product((fmt,), x.dtype, tokens, codes.shape[0], (columns,), aligned)
+    return choose_fp8(cuda._device(x.device), product, cuda._forced_kernel())
 
 
 def packed_matmul(x: Tensor, packed: Packed, fmt: Format, row_scale: Tensor) -> Tensor:
@@ -56,14 +54,15 @@ def packed_matmul(x: Tensor, packed: Packed, fmt: Format, row_scale: Tensor) -> 
 
 
 def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x [M, K] -> uint8 and float32 as the kernel reads them: csrc/cuda/ops.cuh, `stage_e4m3`."""
+    """x [M, K] -> uint8 and float32 as csrc/cuda/ops.cuh says at `prepare_e4m3`."""
     native = cuda._native()
     tokens, columns = x.shape
     padded = -(-tokens // native.E4M3_TOKENS) * native.E4M3_TOKENS
-    shape = (padded, -(-columns // COLUMNS) * COLUMNS)
+    shape = (padded, -(-columns // TILE) * TILE)
     codes = torch.empty(shape, dtype=torch.uint8, device=x.device)
     scale = torch.empty(padded, dtype=torch.float32, device=x.device)
+    pointers = (x.data_ptr(), codes.data_ptr(), scale.data_ptr())
     sizes = (tokens, columns, cuda.DTYPE_NUMBERS[x.dtype])
     with torch.cuda.device(x.device):
-        native.stage_e4m3(x.data_ptr(), codes.data_ptr(), scale.data_ptr(), *sizes, cuda._stream(x))
+        native.prepare_e4m3(*pointers, *sizes, cuda._stream(x))
     return codes, scale

@@ -373,10 +373,10 @@ def use_fast_steps(model: Any) -> None:
     if kinds == {torch.device("cpu")}:
         from ..runtime.attention import use_grouped_attention
         from ..runtime.pages import use_large_pages
-        from ..runtime.token_step import use_decode_step
+        from ..runtime.token_step import use_token_step
 
         use_grouped_attention(model)
-        use_decode_step(model)
+        use_token_step(model)
         use_large_pages(model)
     elif len(kinds) == 1 and kinds.pop().type == "cuda":
         from ..runtime.graphs import use_graphs

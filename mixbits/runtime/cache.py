@@ -24,7 +24,7 @@ class Room:
     """Memory for keys and values [B, heads, capacity, D], of which `used` tokens are written.
 
     kind     of keys, and of values: shape [B, heads], D, dtype, device type
-    address  of keys and of values, and the capacity: `mixbits.backends.cpu.decode_step` reads them
+    address  of keys and of values, and the capacity: `mixbits.backends.cpu.token_step` reads them
     """
 
     def __init__(self, keys: Tensor, values: Tensor, tokens: int) -> None:

@@ -123,8 +123,9 @@ class PackedLinear(Segment):
 
     order: Tensor | None
     row_scale: Tensor | None
-    # How often anything has been set on any packed linear of the process: who remembers addresses
-    # and settings of all those of a model sees in one look that they still hold.
+    # How often an attribute of any packed linear was set in this process. While it stays, what was
+    # found out about any of them holds. To set one of another model costs all a new look; a count
+    # for each linear would cost a look at each for every token.
     changes = 0
 
     def __init__(

@@ -5,7 +5,7 @@ model whose every part is known here (Llama, Mistral, Qwen2, Qwen3; linears pack
 or left alone) the library does all of them in one go, rounds where they do, and appends keys and
 values to the cache in place.
 
-`use_decode_step` puts itself before the `forward` of a model. Whatever is not one plain step of
+`use_token_step` puts itself before the `forward` of a model. Whatever is not one plain step of
 such a model goes on to the model's own `forward`, as if nothing had been there; only its cache
 grows in place, too.
 """
@@ -37,7 +37,7 @@ from . import attention
 from .cache import growing_layers
 from .linear import PackedLinear, Segment, content_of
 
-_NAME = "_mixbits_decode"
+_NAME = "_mixbits_token_step"
 
 
 class UnknownPart(Exception):
@@ -94,7 +94,7 @@ class Angles:
         return own[1]
 
 
-class Plan:
+class NativeModel:
     """A model as the native library sees it, and what must not change for that to hold.
 
     Raises UnknownPart for a model that is not made of known parts alone.
@@ -116,14 +116,14 @@ class Plan:
         self.objects: list[Any] = []
         self.parameters: list[Tensor] = []
         self.storages: list[Any] = []  # were they freed, a mistake here would read anything
-        self.decoder = self._describe(model)
+        self.bound = self._describe(model)
         self.addresses = [tensor.data_ptr() for tensor in self.parameters]
         modules = list(model.modules())
         for module in modules:
             self._keep(module._modules, *module._modules)
         inner = modules[1:]
         self.own = [vars(m) for m in inner]
-        # What a linear's flag says does not matter.
+        # Layers and attentions act otherwise while they are trained; no other module here does.
         self.modes = [vars(m) for x in model.model.layers for m in (x, x.self_attn)]
         self.hooks = [hooks for m in inner for hooks in (m._forward_hooks, m._forward_pre_hooks)]
         self.hooks += [torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks]
@@ -163,7 +163,7 @@ class Plan:
         self.angles = self._angles(inner.rotary_emb)
         self.vocab = model.lm_head.out_features
         _require(model.lm_head.bias is None, "the head's bias")
-        return cpu.decoder(
+        return cpu.step_model(
             [self._layer_norms(layer, config) for layer in inner.layers],
             [self._layer_linears(layer, sizes) for layer in inner.layers],
             self._norm(inner.norm, config, config.hidden_size),
@@ -209,7 +209,7 @@ class Plan:
         return [self._linear(*entry) for entry in zip(linears, shapes, strict=True)]
 
     def _linear(self, linear: Any, shape: tuple[int, int]) -> list[int]:
-        """A linear [N, K] in the numbers of `backends.cpu.decoder`."""
+        """A linear [N, K] in the numbers of `backends.cpu.step_model`."""
         _require((linear.out_features, linear.in_features) == shape, "a linear's shape")
         has_bias = linear.bias is not None
         bias = self._tensor(linear._parameters, "bias", shape[:1]) if has_bias else 0
@@ -257,7 +257,8 @@ class Plan:
 
     # --- whether it still is ---------------------------------------------------------------------
 
-    # These look at a thousand objects that a step has driven out of the caches, so they loop in C.
+    # A model has thousands of these objects, and every step asks about all of them: `map` and the
+    # functions of `operator` take a fraction of the time of a loop in Python.
 
     def is_current(self) -> bool:
         """Whether the model's modules, tensors and settings are those that were described."""
@@ -283,29 +284,29 @@ class Plan:
         return any(tensor.requires_grad for tensor in self.parameters)
 
 
-class DecodeStep:
+class TokenStep:
     """What stands before a model's `forward`. A copy of a model gets one of its own."""
 
     def __init__(self) -> None:
-        self._plan: Plan | None = None
+        self._native: NativeModel | None = None
         self._is_unknown = False
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> DecodeStep:
-        return DecodeStep()
+    def __deepcopy__(self, memo: dict[int, Any]) -> TokenStep:
+        return TokenStep()
 
     def __reduce__(self) -> Any:
-        return DecodeStep, ()
+        return TokenStep, ()
 
-    def plan(self, model: Any) -> Plan | None:
-        """The plan of a model as it is now, or None. One that is unknown is not tried again."""
-        if self._plan is not None and not self._plan.is_current():
-            self._plan = None
-        if self._plan is None and not self._is_unknown:
+    def native(self, model: Any) -> NativeModel | None:
+        """A model as it is now, or None. One that is unknown is not tried again."""
+        if self._native is not None and not self._native.is_current():
+            self._native = None
+        if self._native is None and not self._is_unknown:
             try:
-                self._plan = Plan(model)
+                self._native = NativeModel(model)
             except (UnknownPart, AttributeError):
                 self._is_unknown = True
-        return self._plan
+        return self._native
 
     def __call__(
         self,
@@ -339,20 +340,20 @@ class DecodeStep:
             return None
         if not _is_plain(model):
             return None
-        plan = self.plan(model)
-        if plan is None or plan.is_observed():
+        native = self.native(model)
+        if native is None or native.is_observed():
             return None
         if torch.is_grad_enabled() and (
-            plan.needs_gradient() or any(layer.needs_gradient() for layer in layers)
+            native.needs_gradient() or any(layer.needs_gradient() for layer in layers)
         ):
             return None
         length = layers[0].get_seq_length()
-        if not _is_all_ones(attention_mask, length + 1) or not _is_ready(plan, layers, length):
+        if not _is_all_ones(attention_mask, length + 1) or not _is_ready(native, layers, length):
             return None
         token, position = int(input_ids), _position(position_ids, length)
-        if not 0 <= token < len(plan.embeddings) or position < 0:
+        if not 0 <= token < len(native.embeddings) or position < 0:
             return None
-        logits = _run(plan, token, position, layers, length)
+        logits = _run(native, token, position, layers, length)
         return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
 
 
@@ -388,21 +389,21 @@ def _position(position_ids: Any, length: int) -> int:
     return int(position_ids) if is_one and not position_ids.is_floating_point() else -1
 
 
-def _is_ready(plan: Plan, layers: list[Any], length: int) -> bool:
+def _is_ready(native: NativeModel, layers: list[Any], length: int) -> bool:
     """Whether every layer has room for one more token, behind `length` tokens of this model."""
     return length > 0 and all(
-        layer.get_seq_length() == length and layer.make_room(1).kind == plan.shape
+        layer.get_seq_length() == length and layer.make_room(1).kind == native.shape
         for layer in layers
     )
 
 
-def _run(plan: Plan, token: int, position: int, layers: list[Any], length: int) -> Tensor:
+def _run(native: NativeModel, token: int, position: int, layers: list[Any], length: int) -> Tensor:
     """Logits [1, 1, vocab] of what follows a token; the caches hold it from then on."""
-    logits = torch.empty((1, 1, plan.vocab), dtype=plan.dtype)
+    logits = torch.empty((1, 1, native.vocab), dtype=native.dtype)
     caches = [number for layer in layers for number in layer.make_room(1).address]
-    cos, sin, start = plan.angles.at(position)
-    inputs = (plan.embedding_address(token), cos.data_ptr() + start, sin.data_ptr() + start)
-    cpu.decode_step(plan.decoder, *inputs, logits, length, caches)
+    cos, sin, start = native.angles.at(position)
+    inputs = (native.embedding_address(token), cos.data_ptr() + start, sin.data_ptr() + start)
+    cpu.token_step(native.bound, *inputs, logits, length, caches)
     for layer in layers:
         layer.grow(1)
     return logits
@@ -420,9 +421,9 @@ def _forward_of(cls: Any) -> Callable[..., Any]:
     return forward
 
 
-def use_decode_step(model: Any) -> None:
+def use_token_step(model: Any) -> None:
     """Let a model of transformers take the native step where it can; others are left alone."""
     if cpu.why_unavailable() is None:
         cls: Any = type(model)
-        setattr(model, _NAME, DecodeStep())
+        setattr(model, _NAME, TokenStep())
         model.forward = types.MethodType(_forward_of(cls), model)

@@ -5,23 +5,25 @@ from conftest import MX_FORMATS, assert_same_bits, hard_rows
 from torch import Tensor
 
 from mixbits.backends import cuda_fp8
-from mixbits.backends.cuda_choice import Choice
+from mixbits.backends.cuda_choice import KernelChoice
 from mixbits.formats import fp8_weights as folding
 from mixbits.formats import pack, reference
 
 HALVES = [torch.bfloat16, torch.float16]
-FP8 = Choice("fp8", block_tokens=128)
+FP8 = KernelChoice("fp8", block_tokens=128)
 MXFP4 = MX_FORMATS[0]
 
 
-def staged_codes(staged: Tensor, tokens: int, columns: int) -> Tensor:
+def prepared_codes(prepared: Tensor, tokens: int, columns: int) -> Tensor:
     """[tokens, columns] from the tiles of 128 by 128 that the product reads, said once more."""
-    tiles = staged.view(-1, staged.shape[1] // 128, 128, 8, 16)  # block, tile, token, piece, byte
+    tiles = prepared.view(
+        -1, prepared.shape[1] // 128, 128, 8, 16
+    )  # block, tile, token, piece, byte
     swizzle = torch.arange(8)[None] ^ torch.arange(128)[:, None] % 8
     pieces = tiles.gather(3, swizzle[None, None, :, :, None].expand_as(tiles))
     # [step, half, lane, code] of a row of 128 bytes -> columns [lane, step, half, code].
     rows = pieces.reshape(*tiles.shape[:3], 4, 2, 4, 4).permute(0, 2, 1, 5, 3, 4, 6)
-    return rows.reshape(staged.shape)[:tokens, :columns]
+    return rows.reshape(prepared.shape)[:tokens, :columns]
 
 
 def check_fp8_tokens(device: torch.device, columns: int) -> None:
@@ -29,15 +31,15 @@ def check_fp8_tokens(device: torch.device, columns: int) -> None:
     for dtype in HALVES:
         x = torch.cat([hard_rows(columns, dtype), torch.randn(7, columns).to(dtype)])
         x[0] = 0
-        staged, got_scale = cuda_fp8.quantize_tokens(x.to(device))
+        prepared, got_scale = cuda_fp8.quantize_tokens(x.to(device))
         codes, scale = folding.quantize_tokens(x)
         assert_same_bits(got_scale[: len(x)].cpu(), scale)
         finite = scale.isfinite()
         assert finite.sum() > 8 and not finite.all()
-        got = staged_codes(staged.cpu(), len(x), staged.shape[1])
+        got = prepared_codes(prepared.cpu(), len(x), prepared.shape[1])
         assert_same_bits(got[finite, :columns], codes.view(torch.uint8)[finite])
         assert not got[finite, columns:].any()
-        assert not staged_codes(staged.cpu(), *staged.shape)[len(x) :].any()
+        assert not prepared_codes(prepared.cpu(), *prepared.shape)[len(x) :].any()
 
 
 def fp8_product(device: torch.device, x: Tensor, packed: pack.Packed) -> Tensor:

@@ -164,8 +164,8 @@ def test_e4m3_machine_code(builds):
     """Warpgroup products of 8-bit floats, each finished before the next begins."""
     kernels = sass.disassemble(sass.find_cuobjdump(), builds["matmul_e4m3", "90a"][0])
     products = [kernel for kernel in kernels if "e4m3_kernel" in kernel.name]
-    staging = [kernel for kernel in kernels if "stage_kernel" in kernel.name]
-    assert len(products) == len(staging) == 2 and len(kernels) == 4  # dtypes
+    preparing = [kernel for kernel in kernels if "prepare_kernel" in kernel.name]
+    assert len(products) == len(preparing) == 2 and len(kernels) == 4  # dtypes
     for kernel in products:
         loop = kernel.inner_loop("QGMMA")
         assert loop.count("QGMMA.64x128x32.F32.E4M3.E4M3") == 2 * 4, kernel.name  # tiles, steps
@@ -174,7 +174,7 @@ def test_e4m3_machine_code(builds):
         assert kernel.count("UBLKCP.*MULTICAST") and kernel.count("SYNCS")
         assert kernel.count("USETMAXREG") == 2
         assert not kernel.writes_under_way("QGMMA", waits_needed=1), kernel.name
-    for kernel in staging:
+    for kernel in preparing:
         assert kernel.count("F2FP.SATFINITE.E4M3") and kernel.count("LDG.E.64"), kernel.name
     assert not any(kernel.count("LDL|STL") for kernel in kernels)
 
@@ -183,11 +183,11 @@ def test_e4m3_machine_code(builds):
 @needs_nvcc
 @needs_cuobjdump
 @pytest.mark.parametrize(
-    ("name", "store", "count"),  # stage: rows, and tiles
+    ("name", "store", "count"),  # prepare: rows, and tiles
     [
         ("ops_dequantize", "STG.E.128", 1),
         ("ops_fake_quant", "STG.E.64", 1),
-        ("matmul_stage", "STG.E.64", 2),
+        ("matmul_prepare", "STG.E.64", 2),
     ],
 )
 def test_16_bit_values_move_together(builds, name, store, count):
@@ -208,7 +208,7 @@ def loop_sizes(builds) -> dict[tuple[str, str], int]:
     units = {"matmul_mma": "HMMA", "matmul_wgmma": "HGMMA", "matmul_e4m3": "QGMMA"}
     for name, pattern in units.items():
         for kernel in sass.disassemble(sass.find_cuobjdump(), builds[name, "90a"][0]):
-            if "stage" in kernel.name or "mixed" in kernel.name:  # the latter are made of these
+            if "prepare" in kernel.name or "mixed" in kernel.name:  # the latter are made of these
                 continue
             if match := re.search(r"kernelI13__nv_bfloat16((?:Li\d+E)*)E", kernel.name):
                 arguments = " ".join(re.findall(r"\d+", match[1]))
@@ -296,18 +296,18 @@ int main() {
     for (int pair = 0; pair < chunk_columns(bits) / 2; ++pair) {
       printf("pair %d %d %d\n", bits, pair_column(bits, pair, 0), pair_column(bits, pair, 1));
     }
-    for (int column = 0; column < kStagedColumns; ++column) {
-      printf("staged %d %d %d\n", bits, column, staged_position(bits, column));
+    for (int column = 0; column < kPreparedColumns; ++column) {
+      printf("prepared %d %d %d\n", bits, column, prepared_position(bits, column));
     }
   }
   for (int token = 0; token < 64; ++token) {
-    for (int position = 0; position < kStagedColumns; ++position) {
-      printf("byte %d %d %d\n", token, position, staged_byte(64, token, position));
-      printf("folded_byte %d %d %d\n", token, position, folded_byte(token, position));
+    for (int position = 0; position < kPreparedColumns; ++position) {
+      printf("byte %d %d %d\n", token, position, prepared_byte(64, token, position));
+      printf("e4m3_byte %d %d %d\n", token, position, e4m3_byte(token, position));
     }
   }
-  for (int column = 0; column < kStagedColumns; ++column) {
-    printf("folded %d %d\n", column, folded_position(column));
+  for (int column = 0; column < kPreparedColumns; ++column) {
+    printf("e4m3 %d %d\n", column, e4m3_position(column));
   }
 }
 """
@@ -341,10 +341,10 @@ def test_pairs_cover_a_chunk(fragment_maps, bits):
 
 @needs_gpp
 @pytest.mark.parametrize("bits", [2, 4, 8])
-def test_staged_order_is_that_of_the_fragments(fragment_maps, bits):
+def test_prepared_order_is_that_of_the_fragments(fragment_maps, bits):
     """Position 16 s + 8 u + 2 q + e holds what lane q's register 2u of step s has in its half e."""
-    staged = {column: at for b, column, at in fragment_maps["staged"] if b == bits}
-    assert sorted(staged.values()) == list(range(128))
+    prepared = {column: at for b, column, at in fragment_maps["prepared"] if b == bits}
+    assert sorted(prepared.values()) == list(range(128))
     pairs = [(low, high) for b, low, high in fragment_maps["pair"] if b == bits]
     chunk = 2 * len(pairs)
     for tile in range(128 // (4 * chunk)):
@@ -352,12 +352,12 @@ def test_staged_order_is_that_of_the_fragments(fragment_maps, bits):
             for number, pair in enumerate(pairs):
                 step, upper = tile * len(pairs) // 2 + number // 2, number % 2
                 for half, column in enumerate(pair):
-                    at = staged[tile * 4 * chunk + lane * chunk + column]
+                    at = prepared[tile * 4 * chunk + lane * chunk + column]
                     assert at == 16 * step + 8 * upper + 2 * lane + half
 
 
 @needs_gpp
-def test_staged_bytes_are_swizzled(fragment_maps):
+def test_prepared_bytes_are_swizzled(fragment_maps):
     """Two sets of 128-byte rows, bits 4-6 of a byte's place xor-ed with bits 7-9."""
     places = [place for _, _, place in fragment_maps["byte"]]
     assert sorted(places) == list(range(0, 64 * 256, 2))
@@ -367,15 +367,15 @@ def test_staged_bytes_are_swizzled(fragment_maps):
 
 
 @needs_gpp
-def test_folded_order_is_that_of_the_fragments(fragment_maps):
+def test_e4m3_order_is_that_of_the_fragments(fragment_maps):
     """Position 32 s + 16 u + 4 q + e holds what lane q's register 2u of step s has in byte e."""
-    positions = dict(fragment_maps["folded"])
+    positions = dict(fragment_maps["e4m3"])
     for lane in range(4):
         for step in range(4):
             for code in range(8):  # of the word that the step takes: four for each register
                 upper, byte = divmod(code, 4)
                 column = 32 * lane + 8 * step + code
                 assert positions[column] == 32 * step + 16 * upper + 4 * lane + byte
-    for token, position, place in fragment_maps["folded_byte"]:
+    for token, position, place in fragment_maps["e4m3_byte"]:
         plain = token * 128 + position
         assert place == plain ^ (plain >> 7 & 7) << 4

@@ -30,12 +30,12 @@ from mixes import ARRANGED, make_mix
 from torch import Tensor
 
 from mixbits import ops
-from mixbits.backends import cuda, cuda_fp8, scratch
-from mixbits.backends.cuda_choice import Choice
+from mixbits.backends import cuda, cuda_choice, cuda_fp8, scratch
+from mixbits.backends.cuda_choice import Device, KernelChoice
 from mixbits.formats import fp8_weights as folding
 from mixbits.formats import pack, reference
 from mixbits.formats.recipes import parse_recipe
-from mixbits.formats.schemes import INTEGERS, MINIFLOATS, MX_GROUP, Format
+from mixbits.formats.schemes import INTEGERS, MAX_SEGMENTS, MINIFLOATS, MX_GROUP, Format
 from mixbits.runtime.linear import PackedLinear, allow_fp8_activations
 
 needs_gpu = pytest.mark.skipif(
@@ -65,7 +65,7 @@ def emulated(emulation, monkeypatch):
     """The cuda backend on CPU tensors: the emulated kernels of an H100, no stream, no device."""
     monkeypatch.setattr(cuda, "_native", lambda: emulation)
     monkeypatch.setattr(cuda, "_stream", lambda x: 0)
-    monkeypatch.setattr(cuda, "_device_facts", lambda device: ((9, 0), 132))
+    monkeypatch.setattr(cuda, "_device", lambda device: Device((9, 0)))
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     return cuda
 
@@ -113,12 +113,22 @@ def test_emulated_empty(emulated):
     checks.check_empty(emulated, CPU, INT_FORMATS[1])
 
 
+@emulated_test
+def test_limits_are_those_that_python_knows(emulation):
+    assert emulation.MAX_SEGMENTS == MAX_SEGMENTS
+    assert emulation.MAX_TOKENS == cuda_choice.SIMPLE_TOKENS
+    assert emulation.MIXED_TOKENS == cuda_choice.MIXED_TOKENS
+    assert emulation.E4M3_TOKENS == cuda_choice.FP8_TOKENS
+
+
 # --- the matrix units ------------------------------------------------------------------------
 
-MMA = [Choice("mma", row_tiles=r, token_tiles=t, warps=w) for r, t, w in ((1, 1, 5), (4, 1, 4))]
-MMA += [Choice("mma", row_tiles=4, token_tiles=2, warps=8)]
+MMA = [
+    KernelChoice("mma", row_tiles=r, token_tiles=t, warps=w) for r, t, w in ((1, 1, 5), (4, 1, 4))
+]
+MMA += [KernelChoice("mma", row_tiles=4, token_tiles=2, warps=8)]
 WGMMA = [
-    Choice("wgmma", block_tokens=tokens, parts=parts)
+    KernelChoice("wgmma", block_tokens=tokens, parts=parts)
     for tokens, parts in ((64, 1), (64, 4), (128, 2), (256, 1))
 ]
 
@@ -129,7 +139,7 @@ def plain(packed: pack.Packed, fmt: Format, activation: Format | None = None) ->
     return pack.Operand.plain(packed, fmt, columns, activation)
 
 
-def use(monkeypatch, choice: Choice) -> None:
+def use(monkeypatch, choice: KernelChoice) -> None:
     monkeypatch.setattr(cuda, "explain", lambda x, operand: choice)
     monkeypatch.setattr(checks, "DTYPES", HALVES)
 
@@ -152,7 +162,7 @@ def test_emulated_wide_blocks(emulated, fmt, choice, monkeypatch):
     checks.check_matmul(emulated, CPU, fmt, (choice.block_tokens + 3, 130, 1056))
 
 
-MIXED = [*MMA[:2], *(Choice("wgmma", block_tokens=128, parts=parts) for parts in (1, 2))]
+MIXED = [*MMA[:2], *(KernelChoice("wgmma", block_tokens=128, parts=parts) for parts in (1, 2))]
 
 
 @emulated_test
@@ -188,12 +198,12 @@ def test_emulated_one_arranged_segment(emulated, tokens):
 
 @emulated_test
 def test_emulated_arrange(emulated):
-    checks.check_arrange(cuda._stage, CPU)
+    checks.check_arrange(cuda._prepare_activations, CPU)
 
 
 @emulated_test
 def test_emulated_mixed_misaligned(emulated):
-    """Codes that begin anywhere take narrower loads; an input that does is staged."""
+    """Codes that begin anywhere take narrower loads; an input that does is prepared."""
     mix, _ = make_mix(checks.MIXES["MX, inputs alone"], "natural", 5)
     x = torch.randn(3 * 224 + 1).bfloat16()[1:].view(3, 224)
     expected = cuda.packed_matmul(x, mix)
@@ -384,8 +394,8 @@ def test_matmul(fmt, shape):
     checks.check_matmul(cuda, GPU, fmt, shape)
 
 
-def skip_unless_it_runs(choice: Choice) -> None:
-    (major, minor), _ = cuda._device_facts(GPU)
+def skip_unless_it_runs(choice: KernelChoice) -> None:
+    major, minor = cuda._device(GPU).capability
     if (major, minor) < (8, 0) or (choice.kernel in ("wgmma", "fp8") and (major, minor) != (9, 0)):
         pytest.skip(f"{choice} does not run on compute capability {major}.{minor}")
 
@@ -419,7 +429,7 @@ def test_mixed_kernels(segments, choice, monkeypatch):
 
 @needs_gpu
 def test_arrange():
-    checks.check_arrange(cuda._stage, GPU)
+    checks.check_arrange(cuda._prepare_activations, GPU)
 
 
 @needs_gpu

@@ -13,6 +13,7 @@ from tiny import SMALL, make_model
 import mixbits
 from mixbits import ops, quantize
 from mixbits.backends import cuda
+from mixbits.backends.cuda_choice import Device
 from mixbits.formats import reference
 from mixbits.formats.pack import Operand, Part, order_dtype
 from mixbits.formats.schemes import Format, parse_scheme
@@ -195,7 +196,7 @@ def test_a_model_with_activations_in_8_bit_floats(tmp_path, shared, run, monkeyp
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("needs compute capability 9.0")
     # A device with one processor, which so small a model fills.
-    monkeypatch.setattr(cuda, "_device_facts", lambda device: ((9, 0), 1))
+    monkeypatch.setattr(cuda, "_device", lambda device: Device((9, 0), 1))
     assert run("--avg-bits", "5", "--schemes", "MXFP4A16,MXFP8A16") == 0
     models = [
         mixbits.load(tmp_path / "out", device="cuda", fp8_activations=fp8) for fp8 in (True, False)

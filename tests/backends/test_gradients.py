@@ -26,7 +26,7 @@ from mixbits.runtime.attention import use_grouped_attention
 from mixbits.runtime.fake import FakeLinear, fake_quantize_model
 from mixbits.runtime.linear import PackedLinear, share_inputs
 from mixbits.runtime.swap import swap_linears
-from mixbits.runtime.token_step import use_decode_step
+from mixbits.runtime.token_step import use_token_step
 from mixbits.source.source import open_source
 
 BACKENDS = [name for name, why in ops.backends().items() if why is None]
@@ -326,7 +326,7 @@ def packed_and_fake(folder, kind="llama", names=("W4A16", "W8A16"), **overrides)
     fake_quantize_model(models[1], recipes)
     share_inputs(models[0])
     use_grouped_attention(models[0])
-    use_decode_step(models[0])
+    use_token_step(models[0])
     return models
 
 

@@ -28,7 +28,7 @@ from mixbits.backends import cpu
 ROOT = Path(__file__).resolve().parents[2]
 NATIVE = ROOT / "tests" / "backends" / "native"
 pytestmark = pytest.mark.slow
-PROGRAMS = ["kernels_test", "matmul_test", "mixed_test", "decode_test", "fuzz", "races"]
+PROGRAMS = ["kernels_test", "matmul_test", "mixed_test", "token_step_test", "fuzz", "races"]
 OWN = [*PROGRAMS, "tsan_gomp"]
 # What a bad pointer reads or writes is AddressSanitizer's to find: checking pointers, too, would
 # take half as long again to compile. So would its own checks, written out at every access; calls
@@ -188,9 +188,9 @@ def test_kernels(sanitized: tuple[str, Path], program: str) -> None:
     assert result.returncode == 0, result.stdout[-6000:]
 
 
-def test_decode(sanitized: tuple[str, Path]) -> None:
+def test_token_step(sanitized: tuple[str, Path]) -> None:
     _, folder = sanitized
-    result = run(folder, "decode_test")
+    result = run(folder, "token_step_test")
     assert result.returncode == 0, result.stdout[-6000:]
 
 

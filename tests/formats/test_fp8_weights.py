@@ -209,8 +209,9 @@ def test_refusals():
 
 def test_a_gpu_of_another_kind_is_refused(monkeypatch):
     from mixbits.backends import cuda
+    from mixbits.backends.cuda_choice import Device
 
     monkeypatch.setattr(ops, "choose_backend", lambda device_type, requested: "cuda")
-    monkeypatch.setattr(cuda, "_device_facts", lambda device: ((8, 0), 108))
+    monkeypatch.setattr(cuda, "_device", lambda device: Device((8, 0)))
     with pytest.raises(UsageError, match=r"compute capability 9\.0 is needed: got 8\.0"):
         ops.require_fp8("cuda")

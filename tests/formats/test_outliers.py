@@ -26,7 +26,7 @@ from mixbits.model.layout import find_linears
 from mixbits.runtime.fake import fake_quantize_model
 from mixbits.runtime.linear import PackedLinear, share_inputs
 from mixbits.runtime.swap import swap_linears
-from mixbits.runtime.token_step import use_decode_step
+from mixbits.runtime.token_step import use_token_step
 from mixbits.source.source import open_source
 
 pytestmark = pytest.mark.skipif(cpu.why_unavailable() is not None, reason="no native library")
@@ -221,7 +221,7 @@ def outlier_model(folder, scheme, dtype):
     for plain in (rounded, exact):
         fake_quantize_model(plain, recipes)
     share_inputs(packed)
-    use_decode_step(packed)
+    use_token_step(packed)
     return [m.eval().requires_grad_(False) for m in (packed, rounded, exact.double())]
 
 

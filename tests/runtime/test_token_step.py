@@ -22,7 +22,7 @@ from mixbits.runtime.cache import GrowingLayer
 from mixbits.runtime.fake import fake_quantize_model
 from mixbits.runtime.linear import share_inputs
 from mixbits.runtime.swap import swap_linears
-from mixbits.runtime.token_step import Angles, use_decode_step
+from mixbits.runtime.token_step import Angles, use_token_step
 from mixbits.source.source import open_source
 
 pytestmark = pytest.mark.skipif(cpu.why_unavailable() is not None, reason="no native library")
@@ -80,8 +80,8 @@ def make(folder, kind="llama", mix="weights", dtype=torch.float32, **overrides):
 def steps(monkeypatch):
     """Counts the native steps."""
     taken = []
-    original = cpu.decode_step
-    monkeypatch.setattr(cpu, "decode_step", lambda *a: taken.append(1) or original(*a))
+    original = cpu.token_step
+    monkeypatch.setattr(cpu, "token_step", lambda *a: taken.append(1) or original(*a))
     return taken
 
 
@@ -101,13 +101,13 @@ def decode_logits(model, count=24, prompt=9, **options):
 def strays(model, exact, count=24):
     """How far from the truth a model's modules lead, and then its native steps."""
     modules, truth = decode_logits(model, count), decode_logits(exact, count)
-    use_decode_step(model)
+    use_token_step(model)
     return modules - truth, decode_logits(model, count) - truth
 
 
 def assert_steps_see(change, model, steps, count=24, atol=1e-4):
     """Steps after a change are those of modules that have it, and no longer those before."""
-    use_decode_step(model)
+    use_token_step(model)
     before = decode_logits(model, count)
     change(model)
     other = copy.deepcopy(model)
@@ -123,7 +123,7 @@ def assert_steps_see(change, model, steps, count=24, atol=1e-4):
 
 def assert_left_to_the_modules(model, steps):
     expected = decode_logits(model)
-    use_decode_step(model)
+    use_token_step(model)
     assert torch.equal(decode_logits(model), expected) and not steps
 
 
@@ -156,7 +156,7 @@ def test_steps_with_every_instruction_set(tmp_path, isa, steps, mix):
 @pytest.mark.parametrize("mix", ["activations", "slabs, activations"])
 def test_steps_do_not_depend_on_threads(tmp_path, mix):
     model, _ = make(tmp_path, mix=mix, dtype=torch.bfloat16)
-    use_decode_step(model)
+    use_token_step(model)
     before = torch.get_num_threads()
     try:
         outs = []
@@ -175,7 +175,7 @@ def test_generate_gives_the_tokens_that_the_modules_give(steps, monkeypatch):
     tokenizer = AutoTokenizer.from_pretrained(demo.MODEL_DIR)
     inputs = tokenizer("def main(arguments):", return_tensors="pt")
     modules = model.generate(**inputs, max_new_tokens=200, do_sample=False)
-    use_decode_step(model)
+    use_token_step(model)
     assert torch.equal(model.generate(**inputs, max_new_tokens=200, do_sample=False), modules)
     assert len(steps) == modules.shape[1] - inputs.input_ids.shape[1] - 1 > 30
 
@@ -185,7 +185,7 @@ def test_threads_that_generate_at_once(tmp_path, steps, rope):
     """On both sides of a block of angles, or with angles that are made for every step."""
     parameters = {"rope_type": rope, "rope_theta": 10000.0, **ROPES.get(rope, {})}
     model, _ = make(tmp_path, max_position_embeddings=512, rope_parameters=parameters)
-    use_decode_step(model)
+    use_token_step(model)
     lengths = (10, 240, 250, 254, 256, 300)
     prompts = [torch.randint(0, 130, (1, length)) for length in lengths]
 
@@ -290,7 +290,7 @@ CALLS = {
 def test_other_calls_go_to_the_modules(tmp_path, steps, name):
     model, _ = make(tmp_path)
     other = copy.deepcopy(model)
-    use_decode_step(model)
+    use_token_step(model)
     with torch.no_grad():
         out, expected = CALLS[name](model), CALLS[name](other)
     assert not steps
@@ -336,7 +336,7 @@ UNKNOWN = {
 def test_models_with_other_parts_run_as_they_are(tmp_path, steps, name, late):
     model, _ = make(tmp_path)
     other = copy.deepcopy(model)
-    use_decode_step(model)
+    use_token_step(model)
     caches = [after_prompt(m) for m in (model, other)]
     if late:
         for m, cache in zip((model, other), caches, strict=True):
@@ -423,13 +423,13 @@ def test_generate_in_every_way(tmp_path, options):
         torch.manual_seed(0)
         out = model.generate(torch.tensor([[5, 6, 7, 5, 6]]), max_new_tokens=20, **options)
         results.append(out if isinstance(out, torch.Tensor) else out.sequences)
-        use_decode_step(model)
+        use_token_step(model)
     assert torch.equal(*results)
 
 
 def test_copies_of_a_model_have_steps_of_their_own(tmp_path, steps):
     model, _ = make(tmp_path)
-    use_decode_step(model)
+    use_token_step(model)
     expected = decode_logits(model, 3)
     other = copy.deepcopy(model)
     replace_weight(model)
@@ -441,7 +441,7 @@ def test_copies_of_a_model_have_steps_of_their_own(tmp_path, steps):
 
 def test_a_cropped_cache_is_decoded_again(tmp_path, steps):
     model, _ = make(tmp_path)
-    use_decode_step(model)
+    use_token_step(model)
     cache = after_prompt(model)
     first = [model(torch.tensor([[t]]), past_key_values=cache).logits for t in (1, 2, 3)]
     cache.crop(-2)
@@ -455,7 +455,7 @@ def test_the_signature_of_forward_is_kept(tmp_path):
 
     model, _ = make(tmp_path)
     before = inspect.signature(model.forward)
-    use_decode_step(model)
+    use_token_step(model)
     assert inspect.signature(model.forward) == before
 
 
@@ -465,7 +465,7 @@ def test_a_tokenizer_for_stop_strings_changes_nothing(steps):
     inputs = tokenizer("def main(arguments):", return_tensors="pt")
     options = {"max_new_tokens": 9, "do_sample": False, "eos_token_id": None}
     expected = model.generate(**inputs, **options)
-    use_decode_step(model)
+    use_token_step(model)
     for more in ({}, {"stop_strings": "never to be seen"}):
         assert torch.equal(
             model.generate(**inputs, tokenizer=tokenizer, **options, **more), expected

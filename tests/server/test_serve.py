@@ -21,7 +21,7 @@ from transformers import AutoTokenizer
 
 import mixbits
 from mixbits import serve
-from mixbits.runtime.token_step import DecodeStep
+from mixbits.runtime.token_step import TokenStep
 
 openai = pytest.importorskip("openai")
 for extra in ("starlette", "uvicorn", "h11"):
@@ -379,14 +379,14 @@ def test_clients_that_leave_end_their_generation(served: Served, expected: str) 
 
 def test_requests_take_the_native_step(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     taken = []
-    call = DecodeStep.__call__
+    call = TokenStep.__call__
 
-    def count(self: DecodeStep, *args: Any, **kwargs: Any) -> Any:
+    def count(self: TokenStep, *args: Any, **kwargs: Any) -> Any:
         out = call(self, *args, **kwargs)
         taken.append(out is not None)
         return out
 
-    monkeypatch.setattr(DecodeStep, "__call__", count)
+    monkeypatch.setattr(TokenStep, "__call__", count)
     complete(client(served.port), max_tokens=9)
     assert taken == [False] + 8 * [True]  # the prompt, and what follows the first new token
 

@@ -37,6 +37,15 @@ MB_INLINE void with_element(int element, F&& f) {
   }
 }
 
+// The same for a count of 1 to MOST; what is beyond counts as MOST.
+template <int MOST, class F>
+MB_INLINE void with_count(int64_t count, F&& f) {
+  if constexpr (MOST > 1) {
+    if (count < MOST) return with_count<MOST - 1>(count, f);
+  }
+  f(Tag<MOST>());
+}
+
 // The same for the dtype of a tensor.
 template <class F>
 MB_INLINE void with_dtype(int dtype, F&& f) {

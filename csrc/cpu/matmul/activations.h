@@ -37,20 +37,21 @@ constexpr int pieces_of(Integers kind) {
 }
 
 // The integers that stand for activations of this dtype beside integer weights.
-static inline Integers integers_for(const Target& target, int dtype, bool int8_activations) {
-  if (target.activation_code) return kE2M1Codes;
+static inline Integers integers_for(const SegmentWeight& segment, int dtype,
+                                    bool int8_activations) {
+  if (segment.activation_code) return kE2M1Codes;
   if (int8_activations) return kInt8Values;
   return dtype == kFloat32 ? kInt24Values : kInt16Values;
 }
 
 // Whether a weight's codes are small integers (twice the values of e2m1).
-static inline bool has_integer_codes(const Target& target) {
-  return target.element() == kE2M1 || !is_mx(target.element());
+static inline bool has_integer_codes(const SegmentWeight& segment) {
+  return segment.element() == kE2M1 || !is_mx(segment.element());
 }
 
 // Whether activations are left alone, or are codes of e2m1.
-static inline bool has_integer_activations(const Target& target) {
-  return !target.activation_code || target.activation.element == kE2M1;
+static inline bool has_integer_activations(const SegmentWeight& segment) {
+  return !segment.activation_code || segment.activation.element == kE2M1;
 }
 
 // What weights, as unsigned bytes, are above their values; zero points are another matter.

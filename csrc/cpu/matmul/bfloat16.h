@@ -14,8 +14,8 @@ namespace mixbits {
 namespace MB_ISA {
 
 // Whether float_token's values are bfloat16 numbers.
-static inline bool has_bfloat16_activations(const Target& target, int dtype) {
-  return target.activation_code ? is_mx(target.activation.element) : dtype == kBFloat16;
+static inline bool has_bfloat16_activations(const SegmentWeight& segment, int dtype) {
+  return segment.activation_code ? is_mx(segment.activation.element) : dtype == kBFloat16;
 }
 
 // Floats -> bfloat16. False when one of them is not a bfloat16, or vdpbf16ps would not do.

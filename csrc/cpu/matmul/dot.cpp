@@ -22,7 +22,7 @@ namespace MB_ISA {
 
 #if !defined(__AVX2__)
 
-const Path* integer_dot_path(const Target&, const Tokens&, bool) { return nullptr; }
+const Path* integer_dot_path(const SegmentWeight&, const Tokens&, bool) { return nullptr; }
 
 #else
 
@@ -58,17 +58,17 @@ MB_INLINE vi sum_plane(const int8_t (*plane)[kVector]) {
 
 // The integers of some blocks. Where they are a term, x keeps what others must add.
 template <int BITS, int PIECES>
-static Fit prepare_step(float* x, int blocks, Integers kind, const Target& target, int dtype,
-                        Step<BITS, PIECES>* out) {
+static Fit prepare_step(float* x, int blocks, Integers kind, const SegmentWeight& segment,
+                        int dtype, Step<BITS, PIECES>* out) {
   constexpr int planes = 8 / BITS, columns = step_columns<BITS>();
   alignas(64) int8_t natural[PIECES][columns] = {};
-  const float weight_scale = target.element() == kE2M1 ? 0.5f : 1.0f;
+  const float weight_scale = segment.element() == kE2M1 ? 0.5f : 1.0f;
   memset(out->scale, 0, sizeof(out->scale));
   Fit fits[columns / kBlock], fit = kEnough;
   for (int b = 0; b < blocks; ++b) {
     alignas(64) int32_t values[kBlock];
     float scale;
-    fits[b] = integer_block(x + b * kBlock, kind, target.activation, dtype, values, &scale);
+    fits[b] = integer_block(x + b * kBlock, kind, segment.activation, dtype, values, &scale);
     fit = fits[b] > fit ? fits[b] : fit;
     split_pieces<PIECES>(values, columns, natural[0] + b * kBlock);
     for (int i = 0; i < BITS; ++i) out->scale[b * BITS + i] = scale * weight_scale;
@@ -80,7 +80,7 @@ static Fit prepare_step(float* x, int blocks, Integers kind, const Target& targe
     }
     sums[piece] = sum_plane<planes>(out->plane[piece]);
   }
-  const int32_t offset = target.weight.zero_points ? -1 : -code_offset(target.element());
+  const int32_t offset = segment.weight.zero_points ? -1 : -code_offset(segment.element());
   const vi first = PIECES == 1 ? sums[0] : vi((sums[0] << 8) + sums[PIECES == 1 ? 0 : 1]);
   store_raw(out->start[0], vi(first * offset));
   if (PIECES == 3) store_raw(out->start[PIECES == 3 ? 1 : 0], vi(sums[PIECES - 1] * offset));
@@ -111,7 +111,8 @@ struct Token {
 };
 
 template <int BITS, int PIECES, int KIND>
-bool prepare(const Target& target, const Tokens& tokens, int64_t m, float* floats, char* out) {
+bool prepare(const SegmentWeight& segment, const Tokens& tokens, int64_t m, float* floats,
+             char* out) {
   constexpr int columns = step_columns<BITS>();
   tokens.load(m, floats);
   const Token<BITS, PIECES> token(out, tokens.columns);
@@ -122,7 +123,7 @@ bool prepare(const Target& target, const Tokens& tokens, int64_t m, float* float
     const int blocks = int(group_count(min64(tokens.columns - i * columns, columns), kBlock));
     for (auto* step = token.steps + i;; step = token.terms + terms++) {
       const Fit fit =
-          prepare_step(floats + i * columns, blocks, Integers(KIND), target, tokens.dtype, step);
+          prepare_step(floats + i * columns, blocks, Integers(KIND), segment, tokens.dtype, step);
       if (fit == kEnough) break;
       if (fit == kUnfit || terms == count) return false;
       token.step_of[terms] = int32_t(i);
@@ -133,7 +134,7 @@ bool prepare(const Target& target, const Tokens& tokens, int64_t m, float* float
 }
 
 template <int BITS, int PIECES>
-int64_t token_bytes(const Target&, int64_t columns) {
+int64_t token_bytes(const SegmentWeight&, int64_t columns) {
   return Token<BITS, PIECES>::bytes(columns);
 }
 
@@ -239,7 +240,7 @@ template <int ELEMENT, int PIECES, int M, int R, bool ZERO_POINTS, bool ONE_GROU
 static void multiply_rows(const Work& work, Rows rows, const uint8_t* tail, float (*sums)[R]) {
   constexpr int bits = element_bits(ELEMENT);
   using S = Step<bits, PIECES>;
-  const Groups<bits> groups(work.target.weight.format.group_size);
+  const Groups<bits> groups(work.segment.weight.format.group_size);
   const int64_t whole = work.tokens.columns / S::kColumns;
   const S* x[M];
   for (int m = 0; m < M; ++m) {
@@ -272,7 +273,7 @@ template <int ELEMENT, int PIECES, int R, bool ZERO_POINTS>
 static __attribute__((noinline)) void add_terms(const Work& work, const Rows& rows,
                                                 const uint8_t* tail, int64_t m, float* sums) {
   constexpr int bits = element_bits(ELEMENT);
-  const Groups<bits> groups(work.target.weight.format.group_size);
+  const Groups<bits> groups(work.segment.weight.format.group_size);
   const Token<bits, PIECES> token(work.prepared + m * work.stride, work.tokens.columns);
   const auto* const terms = token.terms;
   vf total[1][R] = {};
@@ -294,24 +295,24 @@ static __attribute__((noinline)) void add_terms(const Work& work, const Rows& ro
 template <int ELEMENT, int PIECES, int M, int R>
 static void multiply_some(const Work& work, int64_t n, Sums out, char* scratch) {
   constexpr int bits = element_bits(ELEMENT);
-  const Target& target = work.target;
-  const int64_t width = padded_groups(target), columns = target.weight.columns;
-  const int64_t groups = target.weight.groups, bytes = target.weight.code_bytes;
+  const SegmentWeight& segment = work.segment;
+  const int64_t width = padded_groups(segment), columns = segment.weight.columns;
+  const int64_t groups = segment.weight.groups, bytes = segment.weight.code_bytes;
   const int64_t whole = columns / step_columns<bits>() * kVector;
   float* scales = reinterpret_cast<float*>(scratch);
   int32_t* offsets = reinterpret_cast<int32_t*>(scales + R * width);
   alignas(64) uint8_t tail[R][kVector] = {};
-  prefetch_scales<R>(target.weight, n);
+  prefetch_scales<R>(segment.weight, n);
   for (int r = 0; r < R; ++r) {
-    const PackedRow row = target.weight.row(n + r);
+    const PackedRow row = segment.weight.row(n + r);
     decode_scales<ELEMENT>(row.scales, groups, scales + r * width);
     if (row.zero_points) decode_offsets(row, groups, bits, offsets + r * width);
     if (whole < bytes) memcpy(tail[r], row.codes + whole, bytes - whole);
   }
-  const Rows rows = {target.weight.row(n).codes, bytes, scales, offsets, width};
+  const Rows rows = {segment.weight.row(n).codes, bytes, scales, offsets, width};
   float sums[M][R];
-  const bool one_group = target.weight.format.group_size >= step_columns<bits>();
-  if (target.weight.zero_points) {
+  const bool one_group = segment.weight.format.group_size >= step_columns<bits>();
+  if (segment.weight.zero_points) {
     multiply_rows<ELEMENT, PIECES, M, R, true, false>(work, rows, tail[0], sums);
   } else if (one_group) {
     multiply_rows<ELEMENT, PIECES, M, R, false, true>(work, rows, tail[0], sums);
@@ -321,8 +322,8 @@ static void multiply_some(const Work& work, int64_t n, Sums out, char* scratch) 
   for (int m = 0; m < M && m < work.tokens.count; ++m) {
     const char* const x = work.prepared + m * work.stride;
     if (*Token<bits, PIECES>(x, columns).term_count != 0) {
-      const auto add = target.weight.zero_points ? add_terms<ELEMENT, PIECES, R, true>
-                                                 : add_terms<ELEMENT, PIECES, R, false>;
+      const auto add = segment.weight.zero_points ? add_terms<ELEMENT, PIECES, R, true>
+                                                  : add_terms<ELEMENT, PIECES, R, false>;
       add(work, rows, tail[0], m, sums[m]);
     }
     for (int r = 0; r < R; ++r) out.data[m * out.stride + r] += sums[m][r];
@@ -332,7 +333,7 @@ static void multiply_some(const Work& work, int64_t n, Sums out, char* scratch) 
 template <int ELEMENT, int PIECES, int M, int R>
 static void multiply_item(const Work& work, int64_t first_row, int64_t last_row, Sums sums,
                           char* scratch) {
-  const int64_t width = padded_groups(work.target);
+  const int64_t width = padded_groups(work.segment);
   memset(scratch, 0, 2 * R * width * sizeof(float));  // beyond the last group of a row
   int64_t n = first_row;
   for (; n + R <= last_row; n += R)
@@ -356,8 +357,8 @@ void multiply(const Work& work, int64_t first_row, int64_t last_row, Sums sums, 
   }
 }
 
-int64_t scratch_bytes(const Target& target, const Tokens&) {
-  return 2 * kMaxRows * padded_groups(target) * int64_t(sizeof(float));
+int64_t scratch_bytes(const SegmentWeight& segment, const Tokens&) {
+  return 2 * kMaxRows * padded_groups(segment) * int64_t(sizeof(float));
 }
 
 template <int ELEMENT, int KIND>
@@ -385,10 +386,11 @@ const Path* path_of(Integers kind) {
 
 }  // namespace
 
-const Path* integer_dot_path(const Target& target, const Tokens& tokens, bool int8_activations) {
-  if (!has_integer_codes(target) || !has_integer_activations(target)) return nullptr;
-  const Integers kind = integers_for(target, tokens.dtype, int8_activations);
-  switch (target.element()) {
+const Path* integer_dot_path(const SegmentWeight& segment, const Tokens& tokens,
+                             bool int8_activations) {
+  if (!has_integer_codes(segment) || !has_integer_activations(segment)) return nullptr;
+  const Integers kind = integers_for(segment, tokens.dtype, int8_activations);
+  switch (segment.element()) {
     case kE2M1:
       return path_of<kE2M1>(kind);
     case kInt2:

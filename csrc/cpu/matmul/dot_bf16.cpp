@@ -15,7 +15,7 @@ namespace MB_ISA {
 
 #if !defined(MB_BFLOAT16)
 
-const Path* bfloat16_dot_path(const Target&, const Tokens&) { return nullptr; }
+const Path* bfloat16_dot_path(const SegmentWeight&, const Tokens&) { return nullptr; }
 
 #else
 
@@ -23,10 +23,11 @@ namespace {
 
 constexpr int kStep = 64;
 
-int64_t token_bytes(const Target&, int64_t columns) { return round_up(columns, kStep) * 2; }
+int64_t token_bytes(const SegmentWeight&, int64_t columns) { return round_up(columns, kStep) * 2; }
 
-bool prepare(const Target& target, const Tokens& tokens, int64_t m, float* floats, char* out) {
-  float_token(target, tokens, m, floats);
+bool prepare(const SegmentWeight& segment, const Tokens& tokens, int64_t m, float* floats,
+             char* out) {
+  float_token(segment, tokens, m, floats);
   const int64_t padded = round_up(tokens.columns, kStep);
   uint16_t* values = reinterpret_cast<uint16_t*>(out);
   if (!narrow_to_bfloat16(floats, padded, values)) return false;
@@ -66,14 +67,14 @@ MB_INLINE void add_step(const uint8_t* codes, int64_t code_stride, const float* 
 // out += R rows from row n on, times the tokens.
 template <int ELEMENT, int M, int R>
 void multiply_some(const Work& work, const ByteTables& tables, int64_t n, Sums out, float* scales) {
-  const Target& target = work.target;
-  const int64_t columns = target.weight.columns, width = padded_groups(target);
+  const SegmentWeight& segment = work.segment;
+  const int64_t columns = segment.weight.columns, width = padded_groups(segment);
   const int64_t whole = columns / kStep;
   alignas(64) uint8_t tail[R][kStep] = {};
-  prefetch_scales<R>(target.weight, n);
+  prefetch_scales<R>(segment.weight, n);
   for (int r = 0; r < R; ++r) {
-    const PackedRow row = target.weight.row(n + r);
-    decode_scales<ELEMENT>(row.scales, target.weight.groups, scales + r * width);
+    const PackedRow row = segment.weight.row(n + r);
+    decode_scales<ELEMENT>(row.scales, segment.weight.groups, scales + r * width);
     if (whole * kStep < columns)
       memcpy(tail[r], row.codes + whole * kStep, columns - whole * kStep);
   }
@@ -83,7 +84,7 @@ void multiply_some(const Work& work, const ByteTables& tables, int64_t n, Sums o
     x[m] = reinterpret_cast<const uint16_t*>(work.prepared + token * work.stride);
   }
   __m512 total[M][R] = {};
-  const uint8_t* codes = target.weight.row(n).codes;
+  const uint8_t* codes = segment.weight.row(n).codes;
   const uint8_t* ahead = codes + kAhead;
   for (int64_t step = 0; step < whole; ++step, codes += kStep, ahead += R * kStep) {
     for (int r = 0; r < R; ++r) __builtin_prefetch(ahead + r * kStep, 0, 2);
@@ -101,7 +102,7 @@ void multiply_item(const Work& work, int64_t first_row, int64_t last_row, Sums s
                    char* scratch) {
   static const ByteTables tables = byte_tables<ELEMENT>();
   float* scales = reinterpret_cast<float*>(scratch);
-  memset(scales, 0, R * padded_groups(work.target) * sizeof(float));
+  memset(scales, 0, R * padded_groups(work.segment) * sizeof(float));
   int64_t n = first_row;
   for (; n + R <= last_row; n += R)
     multiply_some<ELEMENT, M, R>(work, tables, n, {sums.data + n - first_row, sums.stride}, scales);
@@ -122,8 +123,8 @@ void multiply(const Work& work, int64_t first_row, int64_t last_row, Sums sums, 
   }
 }
 
-int64_t scratch_bytes(const Target& target, const Tokens&) {
-  return kMaxRows * padded_groups(target) * int64_t(sizeof(float));
+int64_t scratch_bytes(const SegmentWeight& segment, const Tokens&) {
+  return kMaxRows * padded_groups(segment) * int64_t(sizeof(float));
 }
 
 template <int ELEMENT>
@@ -131,10 +132,10 @@ constexpr Path kPath = {token_bytes, prepare, scratch_bytes, dot_item_rows, mult
 
 }  // namespace
 
-const Path* bfloat16_dot_path(const Target& target, const Tokens& tokens) {
-  if (!has_bfloat16_activations(target, tokens.dtype)) return nullptr;
-  if (target.element() == kE4M3) return &kPath<kE4M3>;
-  if (target.element() == kE5M2) return &kPath<kE5M2>;
+const Path* bfloat16_dot_path(const SegmentWeight& segment, const Tokens& tokens) {
+  if (!has_bfloat16_activations(segment, tokens.dtype)) return nullptr;
+  if (segment.element() == kE4M3) return &kPath<kE4M3>;
+  if (segment.element() == kE5M2) return &kPath<kE5M2>;
   return nullptr;
 }
 

@@ -11,16 +11,17 @@
 namespace mixbits {
 namespace MB_ISA {
 
-void float_token(const Target& target, const Tokens& tokens, int64_t m, float* out) {
+void float_token(const SegmentWeight& segment, const Tokens& tokens, int64_t m, float* out) {
   tokens.load(m, out);
   const int64_t padded = round_up(tokens.columns, kRun);
   memset(out + tokens.columns, 0, (padded - tokens.columns) * sizeof(float));
-  if (!target.activation_code) return;
+  if (!segment.activation_code) return;
   for (int64_t first = 0; first < tokens.columns; first += kRun) {
     const int count = int(min64(tokens.columns - first, kRun));
     alignas(64) float q[kRun];
     alignas(64) char rounded[kRun * sizeof(float)];
-    fake_run(out + first, q, int(round_up(count, target.activation.group_size)), target.activation);
+    fake_run(out + first, q, int(round_up(count, segment.activation.group_size)),
+             segment.activation);
     store_row(q, count, tokens.dtype, rounded);
     load_row(rounded, count, tokens.dtype, out + first);
   }
@@ -37,12 +38,12 @@ constexpr int64_t kPanelBytes = 512 * 1024;
 // of one cache set.
 int64_t padded_stride(int64_t columns) { return round_up(columns, kRun) + 16; }
 
-int64_t token_bytes(const Target&, int64_t columns) {
+int64_t token_bytes(const SegmentWeight&, int64_t columns) {
   return padded_stride(columns) * int64_t(sizeof(float));
 }
 
-bool prepare(const Target& target, const Tokens& tokens, int64_t m, float*, char* out) {
-  float_token(target, tokens, m, reinterpret_cast<float*>(out));
+bool prepare(const SegmentWeight& segment, const Tokens& tokens, int64_t m, float*, char* out) {
+  float_token(segment, tokens, m, reinterpret_cast<float*>(out));
   return true;
 }
 
@@ -55,9 +56,9 @@ const float* token(const Work& work, int64_t m) {
 template <int ELEMENT, int M>
 void dot_row(const Work& work, int64_t n, float* out, int64_t stride) {
   constexpr int bits = element_bits(ELEMENT);
-  const Target& target = work.target;
-  const PackedRow row = target.weight.row(n);
-  const int group_size = target.weight.format.group_size;
+  const SegmentWeight& segment = work.segment;
+  const PackedRow row = segment.weight.row(n);
+  const int group_size = segment.weight.format.group_size;
   // Two sums per token, so that one addition need not wait for the last.
   vf sums[M][2] = {};
   int64_t g = 0;
@@ -86,24 +87,14 @@ template <int ELEMENT>
 void dot_rows(const Work& work, int64_t first_row, int64_t last_row, Sums sums) {
   for (int64_t n = first_row; n < last_row; ++n) {
     float* out = sums.data + n - first_row;
-    switch (work.tokens.count) {
-      case 1:
-        dot_row<ELEMENT, 1>(work, n, out, sums.stride);
-        break;
-      case 2:
-        dot_row<ELEMENT, 2>(work, n, out, sums.stride);
-        break;
-      case 3:
-        dot_row<ELEMENT, 3>(work, n, out, sums.stride);
-        break;
-      default:
-        dot_row<ELEMENT, 4>(work, n, out, sums.stride);
-    }
+    with_count<kFewTokens>(work.tokens.count, [&](auto tag) {
+      dot_row<ELEMENT, decltype(tag)::value>(work, n, out, sums.stride);
+    });
   }
 }
 
 void multiply_few(const Work& work, int64_t first_row, int64_t last_row, Sums sums, char*) {
-  with_element(work.target.element(),
+  with_element(work.segment.element(),
                [&](auto tag) { dot_rows<decltype(tag)::value>(work, first_row, last_row, sums); });
 }
 
@@ -144,25 +135,9 @@ void multiply_panel(const Work& work, const float* panel, int64_t rows, Sums sum
       const float* w = panel + j * stride;
       const int tile_rows = int(min64(rows - j, kTileN));
       float* out = sums.data + m * sums.stride + j;
-      switch (min64(work.tokens.count - m, kTileM)) {
-        case 1:
-          multiply_tile<1>(work, w, m, tile_rows, out, sums.stride);
-          break;
-        case 2:
-          multiply_tile<2>(work, w, m, tile_rows, out, sums.stride);
-          break;
-        case 3:
-          multiply_tile<3>(work, w, m, tile_rows, out, sums.stride);
-          break;
-        case 4:
-          multiply_tile<4>(work, w, m, tile_rows, out, sums.stride);
-          break;
-        case 5:
-          multiply_tile<5>(work, w, m, tile_rows, out, sums.stride);
-          break;
-        default:
-          multiply_tile<6>(work, w, m, tile_rows, out, sums.stride);
-      }
+      with_count<kTileM>(work.tokens.count - m, [&](auto tag) {
+        multiply_tile<decltype(tag)::value>(work, w, m, tile_rows, out, sums.stride);
+      });
     }
   }
 }
@@ -186,25 +161,25 @@ void multiply_many(const Work& work, int64_t first_row, int64_t last_row, Sums s
   // A tile beyond the last row reads what lies there, and its sums are dropped.
   const int64_t rows = last_row - first_row, tiled = round_up(rows, kTileN);
   memset(panel + rows * stride, 0, (tiled - rows) * work.stride);
-  with_element(work.target.element(), [&](auto tag) {
-    decode_panel<decltype(tag)::value>(work.target.weight, first_row, rows, stride, panel);
+  with_element(work.segment.element(), [&](auto tag) {
+    decode_panel<decltype(tag)::value>(work.segment.weight, first_row, rows, stride, panel);
   });
   multiply_panel(work, panel, rows, sums);
 }
 
 // A multiple of kTileN, of about kPanelBytes, and enough panels for a few threads.
-int64_t panel_rows(const Target& target, const Tokens& tokens) {
-  const int64_t fit = kPanelBytes / token_bytes(target, tokens.columns);
-  const int64_t share = min64(fit, (target.rows + 7) / 8);
+int64_t panel_rows(const SegmentWeight& segment, const Tokens& tokens) {
+  const int64_t fit = kPanelBytes / token_bytes(segment, tokens.columns);
+  const int64_t share = min64(fit, (segment.rows + 7) / 8);
   return share < kTileN ? kTileN : share / kTileN * kTileN;
 }
 
-int64_t panel_bytes(const Target& target, const Tokens& tokens) {
-  return panel_rows(target, tokens) * token_bytes(target, tokens.columns);
+int64_t panel_bytes(const SegmentWeight& segment, const Tokens& tokens) {
+  return panel_rows(segment, tokens) * token_bytes(segment, tokens.columns);
 }
 
-int64_t no_scratch(const Target&, const Tokens&) { return 0; }
-int64_t few_rows(const Target&, const Tokens&) { return 16; }
+int64_t no_scratch(const SegmentWeight&, const Tokens&) { return 0; }
+int64_t few_rows(const SegmentWeight&, const Tokens&) { return 16; }
 
 constexpr Path kFew = {token_bytes, prepare, no_scratch, few_rows, multiply_few};
 constexpr Path kMany = {token_bytes, prepare, panel_bytes, panel_rows, multiply_many};

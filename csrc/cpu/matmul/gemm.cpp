@@ -26,7 +26,7 @@ namespace MB_ISA {
 
 #if !defined(__AVX512VNNI__)
 
-const Path* gemm_path(const Target&, const Tokens&, bool) { return nullptr; }
+const Path* gemm_path(const SegmentWeight&, const Tokens&, bool) { return nullptr; }
 
 #else
 
@@ -67,9 +67,9 @@ struct Token {
 };
 
 template <class A>
-int64_t token_bytes(const Target& target, int64_t columns) {
+int64_t token_bytes(const SegmentWeight& segment, int64_t columns) {
   const int64_t blocks = group_count(columns, kBlock), dwords = blocks * (block_dwords<A>() + 2);
-  const bool has_terms = A::kScaledTokens && !target.activation_code;
+  const bool has_terms = A::kScaledTokens && !segment.activation_code;
   // A cache line more: tokens that are a power of two apart would share cache sets.
   return round_up((has_terms ? 2 * dwords + blocks + 1 : dwords + 1) * 4, 64) + 64;
 }
@@ -107,21 +107,21 @@ MB_INLINE int32_t store_integers(const int32_t* values, int32_t* out) {
 }
 
 template <class A, int BITS, int KIND>
-bool prepare_integers(const Target& target, const Tokens& tokens, int64_t m, float* floats,
+bool prepare_integers(const SegmentWeight& segment, const Tokens& tokens, int64_t m, float* floats,
                       char* out) {
   tokens.load(m, floats);
   const int64_t blocks = group_count(tokens.columns, kBlock);
   memset(floats + tokens.columns, 0, (blocks * kBlock - tokens.columns) * sizeof(float));
   const Token<A> token(out, blocks);
-  const float weight_scale = target.element() == kE2M1 ? 0.5f : 1.0f;
-  const int32_t offset = -code_offset(target.element());
+  const float weight_scale = segment.element() == kE2M1 ? 0.5f : 1.0f;
+  const int32_t offset = -code_offset(segment.element());
   int32_t terms = 0;
   for (int64_t b = 0; b < blocks; ++b) {
     int64_t at = b;
     for (const auto* part = &token.first;; part = &token.terms, at = terms++) {
       alignas(64) int32_t values[kBlock];
       float scale;
-      const Fit fit = integer_block(floats + b * kBlock, Integers(KIND), target.activation,
+      const Fit fit = integer_block(floats + b * kBlock, Integers(KIND), segment.activation,
                                     tokens.dtype, values, &scale);
       const int32_t sum = store_integers<A, BITS>(values, part->dwords + at * block_dwords<A>());
       part->scales[at] = scale * weight_scale;
@@ -168,7 +168,7 @@ Panel lay_out(char* p, int64_t padded_blocks, int64_t* bytes) {
 int64_t padded_blocks(int64_t columns) { return round_up(group_count(columns, kBlock), 16); }
 
 template <class A>
-int64_t scratch_bytes(const Target&, const Tokens& tokens) {
+int64_t scratch_bytes(const SegmentWeight&, const Tokens& tokens) {
   int64_t bytes;
   lay_out<A>(nullptr, padded_blocks(tokens.columns), &bytes);
   return bytes;
@@ -195,13 +195,14 @@ MB_INLINE void decode_block_scales(const PackedRow& row, int64_t blocks, int gro
 }
 
 template <int ELEMENT>
-void decode_panel_scales(const Target& target, int64_t first, int64_t last, const Panel& panel) {
-  const int group_size = target.weight.format.group_size;
-  const int64_t blocks = group_count(target.weight.columns, kBlock);
-  const int64_t stride = padded_blocks(target.weight.columns);
-  const int64_t groups = group_count(target.weight.columns, group_size);
+void decode_panel_scales(const SegmentWeight& segment, int64_t first, int64_t last,
+                         const Panel& panel) {
+  const int group_size = segment.weight.format.group_size;
+  const int64_t blocks = group_count(segment.weight.columns, kBlock);
+  const int64_t stride = padded_blocks(segment.weight.columns);
+  const int64_t groups = group_count(segment.weight.columns, group_size);
   for (int r = 0; r < kPanelRows; ++r) {
-    const PackedRow row = target.weight.row(min64(first + r, last - 1));
+    const PackedRow row = segment.weight.row(min64(first + r, last - 1));
     decode_block_scales<ELEMENT>(row, blocks, group_size, panel.rows + r % 16 * stride);
     if (r % 16 == 15) transpose_scales(panel.rows, stride, blocks, panel.scales + r - 15);
     if (!row.zero_points) continue;
@@ -214,14 +215,14 @@ void decode_panel_scales(const Target& target, int64_t first, int64_t last, cons
 
 // Codes of the blocks [first_block, ...) of 32 rows -> panel.dwords.
 template <class A, int ELEMENT>
-void decode_panel(const Target& target, int64_t first, int64_t last, int64_t first_block,
+void decode_panel(const SegmentWeight& segment, int64_t first, int64_t last, int64_t first_block,
                   int64_t blocks, const Decoder<A, ELEMENT>& decoder, const Panel& panel) {
   constexpr int bits = element_bits(ELEMENT), per_dword = A::kWidth * 8 / bits;
-  const int64_t row_bytes = packed_bytes(target.weight.columns, bits);
+  const int64_t row_bytes = packed_bytes(segment.weight.columns, bits);
   const int64_t begin = first_block * kBlock * bits / 8;
   const int64_t bytes = min64(blocks * kBlock * bits / 8, row_bytes - begin);
   const int64_t padded = blocks * kBlock * bits / 8;  // a short last block goes on with zeros
-  const int group_dwords = target.weight.format.group_size * bits / 32;
+  const int group_dwords = segment.weight.format.group_size * bits / 32;
   const int half = is_mx(ELEMENT) ? 0 : 1 << (bits - 1);
   for (int vector = 0; vector < kRowVectors; ++vector) {
     __m512i offset = _mm512_set1_epi32(half << 16 | half);
@@ -230,12 +231,13 @@ void decode_panel(const Target& target, int64_t first, int64_t last, int64_t fir
       __m512i codes[16];
       for (int r = 0; r < 16; ++r) {
         const int64_t n = min64(first + vector * 16 + r, last - 1);
-        codes[r] = _mm512_maskz_loadu_epi8(valid, target.weight.codes + n * row_bytes + begin + at);
+        codes[r] =
+            _mm512_maskz_loadu_epi8(valid, segment.weight.codes + n * row_bytes + begin + at);
       }
       transpose(codes);
       __m512i* out = panel.dwords + at / 4 * per_dword * kRowVectors + vector;
       for (int i = 0; i < 16 && at + i * 4 < padded; ++i) {
-        if (target.weight.zero_points) {
+        if (segment.weight.zero_points) {
           const int64_t group = ((begin + at) / 4 + i) / group_dwords;
           offset = _mm512_load_si512(panel.offsets + group * kPanelRows + vector * 16);
         }
@@ -361,27 +363,12 @@ void multiply_tokens(const Work& work, const Panel& panel, int64_t first, int64_
   const int64_t tiles = (work.tokens.count + kTileM - 1) / kTileM;
   for (int64_t tile = 0; tile < tiles; ++tile) {
     const int64_t m = tile * work.tokens.count / tiles;
-    switch ((tile + 1) * work.tokens.count / tiles - m) {
-      case 1:
-        multiply_tile<A, 1>(work, m, panel, first, blocks, sums);
-        break;
-      case 2:
-        multiply_tile<A, 2>(work, m, panel, first, blocks, sums);
-        break;
-      case 3:
-        multiply_tile<A, 3>(work, m, panel, first, blocks, sums);
-        break;
-      case 4:
-        multiply_tile<A, 4>(work, m, panel, first, blocks, sums);
-        break;
-      case 5:
-        multiply_tile<A, 5>(work, m, panel, first, blocks, sums);
-        break;
-      default:
-        multiply_tile<A, kTileM>(work, m, panel, first, blocks, sums);
-    }
+    const int64_t end = (tile + 1) * work.tokens.count / tiles;
+    with_count<kTileM>(end - m, [&](auto tag) {
+      multiply_tile<A, decltype(tag)::value>(work, m, panel, first, blocks, sums);
+    });
     if constexpr (A::kScaledTokens) {
-      for (int64_t i = m; i < (tile + 1) * work.tokens.count / tiles; ++i) {
+      for (int64_t i = m; i < end; ++i) {
         const Token<A> token(work.prepared + i * work.stride,
                              group_count(work.tokens.columns, kBlock));
         add_terms<A>(token, panel, first, blocks, sums.data + i * sums.stride);
@@ -392,16 +379,16 @@ void multiply_tokens(const Work& work, const Panel& panel, int64_t first, int64_
 
 template <class A, int ELEMENT>
 void multiply(const Work& work, int64_t first_row, int64_t last_row, Sums sums, char* scratch) {
-  const Target& target = work.target;
+  const SegmentWeight& segment = work.segment;
   const int64_t blocks = group_count(work.tokens.columns, kBlock);
   int64_t bytes;
   Panel panel = lay_out<A>(scratch, padded_blocks(work.tokens.columns), &bytes);
   static const Decoder<A, ELEMENT> decoder;
-  decode_panel_scales<ELEMENT>(target, first_row, last_row, panel);
+  decode_panel_scales<ELEMENT>(segment, first_row, last_row, panel);
   for (int64_t first = 0; first < blocks; first += kChunkBlocks) {
     const int64_t count = min64(blocks - first, kChunkBlocks);
-    decode_panel<A, ELEMENT>(target, first_row, last_row, first, count, decoder, panel);
-    panel.group = A::kScaledTokens ? 1 : target.weight.format.group_size / kBlock;
+    decode_panel<A, ELEMENT>(segment, first_row, last_row, first, count, decoder, panel);
+    panel.group = A::kScaledTokens ? 1 : segment.weight.format.group_size / kBlock;
 #if defined(MB_BFLOAT16)
     if constexpr (is_mx(ELEMENT) && !A::kScaledTokens) {
       if (work.tokens.count >= kFoldTokens && fold_scales(panel, first, count))
@@ -412,7 +399,7 @@ void multiply(const Work& work, int64_t first_row, int64_t last_row, Sums sums, 
   }
 }
 
-int64_t panel_rows(const Target&, const Tokens&) { return kPanelRows; }
+int64_t panel_rows(const SegmentWeight&, const Tokens&) { return kPanelRows; }
 
 template <class A, int ELEMENT, int KIND>
 constexpr Path kIntegers = {
@@ -423,9 +410,9 @@ constexpr Path kIntegers = {
 
 #if defined(MB_BFLOAT16)
 template <int BITS>
-bool prepare_bfloat16(const Target& target, const Tokens& tokens, int64_t m, float* floats,
+bool prepare_bfloat16(const SegmentWeight& segment, const Tokens& tokens, int64_t m, float* floats,
                       char* out) {
-  float_token(target, tokens, m, floats);
+  float_token(segment, tokens, m, floats);
   const int64_t padded = round_up(tokens.columns, kBlock);
   uint16_t* natural = reinterpret_cast<uint16_t*>(floats);  // behind what has been read
   if (!narrow_to_bfloat16(floats, padded, natural)) return false;
@@ -455,40 +442,40 @@ const Path* bfloat16_path() {
 }
 #endif
 
-bool can_be_bfloat16(const Target& target, int dtype) {
+bool can_be_bfloat16(const SegmentWeight& segment, int dtype) {
 #if defined(MB_BFLOAT16)
-  return has_bfloat16_activations(target, dtype);
+  return has_bfloat16_activations(segment, dtype);
 #else
-  (void)target, (void)dtype;
+  (void)segment, (void)dtype;
   return false;
 #endif
 }
 
 template <int ELEMENT>
-const Path* path_of(const Target& target, const Tokens& tokens, bool int8_activations) {
+const Path* path_of(const SegmentWeight& segment, const Tokens& tokens, bool int8_activations) {
   constexpr bool integer = ELEMENT == kE2M1 || !is_mx(ELEMENT);
   if constexpr (integer) {
-    if (has_integer_activations(target)) {
-      const Integers kind = integers_for(target, tokens.dtype, int8_activations);
+    if (has_integer_activations(segment)) {
+      const Integers kind = integers_for(segment, tokens.dtype, int8_activations);
       // Unsigned bytes cannot be counted from a zero point.
-      if (!target.weight.zero_points) {
+      if (!segment.weight.zero_points) {
         if (kind == kE2M1Codes) return &kIntegers<Int8, ELEMENT, kE2M1Codes>;
         if (kind == kInt8Values) return &kIntegers<Int8, ELEMENT, kInt8Values>;
       }
-      if (can_be_bfloat16(target, tokens.dtype)) return bfloat16_path<ELEMENT>();
-      if (!target.activation_code && tokens.dtype != kFloat32)
+      if (can_be_bfloat16(segment, tokens.dtype)) return bfloat16_path<ELEMENT>();
+      if (!segment.activation_code && tokens.dtype != kFloat32)
         return &kIntegers<Int16, ELEMENT, kInt16Values>;
     }
   }
-  return can_be_bfloat16(target, tokens.dtype) ? bfloat16_path<ELEMENT>() : nullptr;
+  return can_be_bfloat16(segment, tokens.dtype) ? bfloat16_path<ELEMENT>() : nullptr;
 }
 
 }  // namespace
 
-const Path* gemm_path(const Target& target, const Tokens& tokens, bool int8_activations) {
+const Path* gemm_path(const SegmentWeight& segment, const Tokens& tokens, bool int8_activations) {
   const Path* path = nullptr;
-  with_element(target.element(), [&](auto tag) {
-    path = path_of<decltype(tag)::value>(target, tokens, int8_activations);
+  with_element(segment.element(), [&](auto tag) {
+    path = path_of<decltype(tag)::value>(segment, tokens, int8_activations);
   });
   return path;
 }

@@ -12,13 +12,13 @@
 namespace mixbits {
 namespace MB_ISA {
 
-const Path* choose_path(const Target& target, const Tokens& tokens, bool int8_activations) {
+const Path* choose_path(const SegmentWeight& segment, const Tokens& tokens, bool int8_activations) {
   if (tokens.count > kFewTokens) {
-    const Path* path = gemm_path(target, tokens, int8_activations);
+    const Path* path = gemm_path(segment, tokens, int8_activations);
     return path ? path : float_path(tokens.count);
   }
-  const Path* path = integer_dot_path(target, tokens, int8_activations);
-  if (!path) path = bfloat16_dot_path(target, tokens);
+  const Path* path = integer_dot_path(segment, tokens, int8_activations);
+  if (!path) path = bfloat16_dot_path(segment, tokens);
   return path ? path : float_path(tokens.count);
 }
 
@@ -37,19 +37,19 @@ int make_works(const Linear& linear, const Input& input, bool int8_activations, 
                 nullptr,
                 0};
     works[i].path =
-        s.format ? choose_path(works[i].target, works[i].tokens, int8_activations) : plain_path();
+        s.format ? choose_path(works[i].segment, works[i].tokens, int8_activations) : plain_path();
     first += s.columns;
   }
   return linear.segment_count;
 }
 
 const Work* find_prepared(const Work* works, int count, const Work& work) {
-  const Target& target = work.target;
+  const SegmentWeight& segment = work.segment;
   for (const Work* other = works; other < works + count; ++other) {
-    const Target& theirs = other->target;
-    if (other->path == work.path && theirs.activation_code == target.activation_code &&
-        theirs.element() == target.element() &&
-        !theirs.weight.zero_points == !target.weight.zero_points &&
+    const SegmentWeight& theirs = other->segment;
+    if (other->path == work.path && theirs.activation_code == segment.activation_code &&
+        theirs.element() == segment.element() &&
+        !theirs.weight.zero_points == !segment.weight.zero_points &&
         other->tokens.equals(work.tokens))
       return other;
   }
@@ -60,7 +60,7 @@ const Work* find_prepared(const Work* works, int count, const Work& work) {
 
 namespace {
 
-int64_t rows_of(const Work& work) { return work.path->item_rows(work.target, work.tokens); }
+int64_t rows_of(const Work& work) { return work.path->item_rows(work.segment, work.tokens); }
 int64_t sum_stride(const Job& job) { return round_up(job.item_rows, kSumRows); }
 int64_t sum_floats(const Job& job) { return job.works->tokens.count * sum_stride(job); }
 
@@ -75,13 +75,13 @@ Job make_job(const Work* works, int count, void* out) {
     const int64_t other = rows_of(*work);
     rows = few ? round_up(rows * other / (rows + other), kMaxRows) : rows < other ? other : rows;
   }
-  return {works, count, out, rows, (works->target.rows + rows - 1) / rows};
+  return {works, count, out, rows, (works->segment.rows + rows - 1) / rows};
 }
 
 int64_t Job::scratch_bytes() const {
   int64_t bytes = 0;
   for (const Work* work = works; work < works + work_count; ++work) {
-    const int64_t need = work->path->scratch_bytes(work->target, work->tokens);
+    const int64_t need = work->path->scratch_bytes(work->segment, work->tokens);
     bytes = need > bytes ? need : bytes;
   }
   return sum_floats(*this) * int64_t(sizeof(float)) + bytes;
@@ -90,7 +90,7 @@ int64_t Job::scratch_bytes() const {
 void multiply_item(const Job* jobs, int64_t item, char* scratch) {
   while (item >= jobs->items) item -= jobs++->items;
   const Job& job = *jobs;
-  const int64_t rows = job.works->target.rows, first = item * job.item_rows;
+  const int64_t rows = job.works->segment.rows, first = item * job.item_rows;
   const int64_t last = min64(first + job.item_rows, rows);
   const Sums sums = {reinterpret_cast<float*>(scratch), sum_stride(job)};
   char* rest = reinterpret_cast<char*>(sums.data + sum_floats(job));
@@ -122,7 +122,7 @@ bool prepare_tokens(const Work& work, bool parallel, float* floats, int64_t widt
 #pragma omp parallel for schedule(static) reduction(&& : ok) if (parallel)
   for (int64_t m = 0; m < work.tokens.count; ++m) {
     float* buffer = floats + (parallel ? omp_get_thread_num() : 0) * width;
-    ok = work.path->prepare(work.target, work.tokens, m, buffer, out + m * work.stride) && ok;
+    ok = work.path->prepare(work.segment, work.tokens, m, buffer, out + m * work.stride) && ok;
   }
   return ok;
 }
@@ -165,7 +165,7 @@ struct Pass {
     const bool parallel = !serial && tokens.count > kFewTokens;
     const int64_t width = padded_columns(tokens.columns);
     const Scratch floats((parallel ? omp_get_max_threads() : 1) * width * sizeof(float));
-    work->stride = work->path->token_bytes(work->target, tokens.columns);
+    work->stride = work->path->token_bytes(work->segment, tokens.columns);
     delete prepared[work_count];
     prepared[work_count] = new Scratch(tokens.count * work->stride);
     char* data = static_cast<char*>(prepared[work_count]->data);

@@ -26,7 +26,8 @@ namespace MB_ISA {
 constexpr int kFewTokens = 4;
 constexpr int kBlock = 32;  // columns that share an activation scale, in every path that has one
 
-struct Target {
+// A segment of a linear: its packed weight, and the format that its activations are rounded to.
+struct SegmentWeight {
   PackedWeight weight;
   int64_t rows;
   int activation_code;
@@ -62,7 +63,7 @@ struct Path;
 
 // A segment, the path that it takes, and tokens prepared for that.
 struct Work {
-  Target target;
+  SegmentWeight segment;
   Tokens tokens;
   const Path* path;
   const char* prepared;  // [tokens, stride] bytes
@@ -77,21 +78,24 @@ struct Sums {
 constexpr int kSumRows = 32;  // a path may write so many rows, counted from any multiple of it
 
 struct Path {
-  int64_t (*token_bytes)(const Target& target, int64_t columns);
+  int64_t (*token_bytes)(const SegmentWeight& segment, int64_t columns);
   // Prepares token number m. False when this path cannot represent it; `floats` is a buffer for
   // padded_columns() of them.
-  bool (*prepare)(const Target& target, const Tokens& tokens, int64_t m, float* floats, char* out);
-  int64_t (*scratch_bytes)(const Target& target, const Tokens& tokens);  // for one call of multiply
+  bool (*prepare)(const SegmentWeight& segment, const Tokens& tokens, int64_t m, float* floats,
+                  char* out);
+  int64_t (*scratch_bytes)(const SegmentWeight& segment,
+                           const Tokens& tokens);  // for one call of multiply
   // Rows of an item; with more than a few tokens, also how many multiply takes at most.
-  int64_t (*item_rows)(const Target& target, const Tokens& tokens);
+  int64_t (*item_rows)(const SegmentWeight& segment, const Tokens& tokens);
   void (*multiply)(const Work& work, int64_t first_row, int64_t last_row, Sums sums, char* scratch);
 };
 
 // The float path does everything; the others return null for what they do not.
 const Path* float_path(int64_t tokens);
-const Path* integer_dot_path(const Target& target, const Tokens& tokens, bool int8_activations);
-const Path* bfloat16_dot_path(const Target& target, const Tokens& tokens);
-const Path* gemm_path(const Target& target, const Tokens& tokens, bool int8_activations);
+const Path* integer_dot_path(const SegmentWeight& segment, const Tokens& tokens,
+                             bool int8_activations);
+const Path* bfloat16_dot_path(const SegmentWeight& segment, const Tokens& tokens);
+const Path* gemm_path(const SegmentWeight& segment, const Tokens& tokens, bool int8_activations);
 // For a weight [N, K] that was left alone: `codes` are its elements, of the tokens' dtype.
 const Path* plain_path();
 
@@ -120,9 +124,9 @@ void multiply_item(const Job* jobs, int64_t item, char* scratch);
 
 MB_INLINE int64_t padded_columns(int64_t columns) { return round_up(columns, kRun) + kRun; }
 
-// Token m as float32, fake-quantized where the target says so and rounded to its dtype, with
+// Token m as float32, fake-quantized where the segment wants it and rounded to its dtype, with
 // zeros up to a whole run.
-void float_token(const Target& target, const Tokens& tokens, int64_t m, float* out);
+void float_token(const SegmentWeight& segment, const Tokens& tokens, int64_t m, float* out);
 
 // Whether one of kLanes e8m0 bytes is 2^-127 or NaN, whose floats are no mere exponents.
 MB_INLINE bool has_special_scale(vb bytes) {
@@ -204,16 +208,16 @@ MB_INLINE void prefetch_scales(const PackedWeight& weight, int64_t n) {
 }
 
 // Room for a row's scales, read a vector at a time from any group on.
-static inline int64_t padded_groups(const Target& target) {
-  return round_up(target.weight.groups, kLanes) + kLanes;
+static inline int64_t padded_groups(const SegmentWeight& segment) {
+  return round_up(segment.weight.groups, kLanes) + kLanes;
 }
 
 // Rows of an item for few tokens: some 64 KB, so that threads of unequal speed end together.
 static inline int64_t item_rows_of(int64_t row_bytes) {
   return round_up(64 * 1024 / row_bytes + 1, 4);
 }
-static inline int64_t dot_item_rows(const Target& target, const Tokens& tokens) {
-  return item_rows_of(packed_bytes(tokens.columns, element_bits(target.element())));
+static inline int64_t dot_item_rows(const SegmentWeight& segment, const Tokens& tokens) {
+  return item_rows_of(packed_bytes(tokens.columns, element_bits(segment.element())));
 }
 
 static inline int log2_of(int64_t power_of_two) { return __builtin_ctzll(power_of_two); }

@@ -9,11 +9,11 @@ namespace {
 constexpr int kRows = 4;     // side by side, so that one addition need not wait for the last
 constexpr int kStreams = 2;  // partial sums of a row
 
-int64_t token_bytes(const Target&, int64_t columns) {
+int64_t token_bytes(const SegmentWeight&, int64_t columns) {
   return round_up(columns, kLanes) * int64_t(sizeof(float));
 }
 
-bool prepare(const Target&, const Tokens& tokens, int64_t m, float*, char* out) {
+bool prepare(const SegmentWeight&, const Tokens& tokens, int64_t m, float*, char* out) {
   tokens.load(m, reinterpret_cast<float*>(out));
   return true;
 }
@@ -54,7 +54,7 @@ template <int DTYPE>
 void multiply_as(const Work& work, int64_t first_row, int64_t last_row, float* out) {
   const int64_t columns = work.tokens.columns, bytes = columns * dtype_bytes(DTYPE);
   const float* x = reinterpret_cast<const float*>(work.prepared);
-  const char* weight = reinterpret_cast<const char*>(work.target.weight.codes);
+  const char* weight = reinterpret_cast<const char*>(work.segment.weight.codes);
   for (int64_t n = first_row; n < last_row;) {
     float sums[kRows];
     const bool several = n + kRows <= last_row;
@@ -73,9 +73,9 @@ void multiply(const Work& work, int64_t first_row, int64_t last_row, Sums sums, 
   });
 }
 
-int64_t no_scratch(const Target&, const Tokens&) { return 0; }
+int64_t no_scratch(const SegmentWeight&, const Tokens&) { return 0; }
 
-int64_t item_rows(const Target&, const Tokens& tokens) {
+int64_t item_rows(const SegmentWeight&, const Tokens& tokens) {
   return item_rows_of(tokens.columns * dtype_bytes(tokens.dtype));
 }
 

@@ -1,4 +1,5 @@
-// compensate_group: error-compensating rounding of one group of columns (mixbits/rounding/gptq.py).
+// compensate_group: error-compensating rounding of one group of columns
+// (mixbits/formats/compensate.py).
 //
 // Every row chooses a scale of its own, then rounds one column after the other and makes up for
 // its error in those still to come. Lanes are rows: what happens to one is what the slow twin does,
@@ -15,7 +16,6 @@ namespace MB_ISA {
 namespace {
 
 constexpr int kMaxColumns = 128;
-constexpr float kShares[] = {1.0f, 0.95f, 0.9f, 0.85f, 0.8f, 0.75f, 0.7f};  // compensate._SHARES
 
 // A scale for every lane, and what rounding with it needs.
 template <int ELEMENT>

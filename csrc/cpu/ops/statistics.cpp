@@ -148,8 +148,7 @@ static void load_row_weights(const StatisticsArgs& a, int64_t row, Tile* tile) {
   }
 }
 
-// --- scales and weights of a format
-// ---------------------------------------------------------------
+// --- scales and weights of a format -------------------------------------------------------------
 
 // Bounds of groups of `slabs` slabs each; of magnitudes alone where IS_MX.
 template <bool IS_MX>

@@ -33,7 +33,7 @@ const Kernels* MB_JOIN(MB_ISA, _kernels)() {
   static const Kernels table = {
       MB_TEXT(MB_ISA),       MB_ISA::sum_words,  MB_ISA::fake_quantize, MB_ISA::quantize_pack,
       MB_ISA::dequantize,    MB_ISA::statistics, MB_ISA::square_sums,   MB_ISA::compensate_group,
-      MB_ISA::packed_matmul, MB_ISA::decode_step};
+      MB_ISA::packed_matmul, MB_ISA::token_step};
   return &table;
 }
 

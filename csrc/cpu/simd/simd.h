@@ -1,13 +1,14 @@
 // One vector abstraction for every instruction set: GCC vectors of kLanes floats or int32.
 //
-// Every file that includes this is compiled once per instruction set, with MB_ISA set to its name
-// (scalar, avx2, avx512vnni, avx512bf16; setup.py has the flags). All code lives in namespace
+// Every file that includes this is compiled once per instruction set, with MB_ISA set to its name:
+// scalar, avx2, avx512vnni or avx512bf16, whose flags are in setup.py. All code lives in namespace
 // mixbits::MB_ISA and is static or a template: were an inline function shared, the linker could
 // keep the AVX-512 copy for all. For the same reason no standard container or algorithm is used in
 // these files.
 //
-// Intrinsics appear, here and in the files of one path, only where the compiler does not find the
-// instruction by itself: fused multiply-add, float16 conversion, unpacking, dot products.
+// Code is written in these vectors, here and in the files that include this. Intrinsics stand only
+// where the compiler does not find an instruction by itself: conversions of 16-bit floats,
+// permuting and unpacking of bytes, dot products.
 #pragma once
 
 #include <stddef.h>

@@ -34,8 +34,8 @@ MB_HD static inline constexpr int pair_column(int bits, int pair, int half) {
 
 // wgmma reads 64 values of k from one row of its operand in shared memory, 128 columns are two
 // such rows: the position among the 128 values of a column.
-constexpr int kStagedColumns = 128;
-MB_HD static inline constexpr int staged_position(int bits, int column) {
+constexpr int kPreparedColumns = 128;
+MB_HD static inline constexpr int prepared_position(int bits, int column) {
   const int codes = 32 / bits, pairs = codes / 2, chunk = chunk_columns(bits);
   const int tile = column / tile_columns(bits), lane = column / chunk % 4;
   const int word = column % chunk / codes, code = column % codes;
@@ -43,10 +43,10 @@ MB_HD static inline constexpr int staged_position(int bits, int column) {
   return tile * tile_columns(bits) + pair / 2 * 16 + pair % 2 * 8 + lane * 2 + half;
 }
 
-// Staged activations are [token block][128 columns][2][tokens of a block][64 values]: rows of
+// Prepared activations are [token block][128 columns][2][tokens of a block][64 values]: rows of
 // 128 bytes whose eight 16-byte pieces are in wgmma's 128-byte swizzle, in which bits 4-6 of an
 // address are xor-ed with bits 7-9. The byte of `position` within a block's 128 columns:
-MB_HD static inline constexpr int staged_byte(int block_tokens, int token, int position) {
+MB_HD static inline constexpr int prepared_byte(int block_tokens, int token, int position) {
   const int row = (position / 64 * block_tokens + token) * 128;
   const int piece = position % 64 / 8 ^ token % 8;
   return row + piece * 16 + position % 8 * 2;
@@ -56,18 +56,18 @@ MB_HD static inline constexpr int staged_byte(int block_tokens, int token, int p
 // step s takes word s of each lane's chunk, its codes 0-3 as a0 (a1 of the row 8 below) and 4-7 as
 // a2 (a3) of the PTX manual's m16n8k32, which wgmma's m64k32 repeats. 128 values of a token are one
 // row of 128 bytes, tokens follow each other, and the swizzle is the same.
-MB_HD static inline constexpr int folded_position(int column) {
+MB_HD static inline constexpr int e4m3_position(int column) {
   const int lane = column / 32, step = column % 32 / 8, code = column % 8;
   return step * 32 + code / 4 * 16 + lane * 4 + code % 4;
 }
-MB_HD static inline constexpr int folded_byte(int token, int position) {
-  return token * kStagedColumns + (position / 16 ^ token % 8) * 16 + position % 16;
+MB_HD static inline constexpr int e4m3_byte(int token, int position) {
+  return token * kPreparedColumns + (position / 16 ^ token % 8) * 16 + position % 16;
 }
 
 static_assert(pair_column(4, 0, 1) == 4 && pair_column(8, 1, 1) == 3 && pair_column(2, 9, 0) == 17,
               "pairs are 16 bits apart");
-static_assert(staged_position(4, 0) == 0 && staged_position(4, 4) == 1 &&
-                  staged_position(4, 32) == 2 && staged_position(8, 1) == 8,
+static_assert(prepared_position(4, 0) == 0 && prepared_position(4, 4) == 1 &&
+                  prepared_position(4, 32) == 2 && prepared_position(8, 1) == 8,
               "the two elements of a pair are adjacent, then come the lanes");
 
 }  // namespace cuda

@@ -2,7 +2,7 @@
 // units (sm_90a), which take 8-bit floats at twice the rate of 16-bit ones. The weights stay exact
 // (fold.h); of the activations 4 digits are left, and one scale per token.
 //
-// `stage_e4m3` reads a token twice, the second time from a cache: its largest magnitude comes
+// `prepare_e4m3` reads a token twice, the second time from a cache: its largest magnitude comes
 // first. The product is built as that of wgmma.cu, and differs in this:
 //
 // A step is 32 columns. A block scale is added to the exponents of 8 magnitudes, once per chunk,
@@ -29,7 +29,7 @@ namespace {
 
 constexpr int kShare = 2;  // blocks of a cluster: other rows, the same tokens
 constexpr int kBlockTokens = kE4M3Tokens, kSums = kBlockTokens / 2;
-constexpr int kStages = 6, kStageBytes = kBlockTokens * kStagedColumns;
+constexpr int kStages = 6, kStageBytes = kBlockTokens * kPreparedColumns;
 constexpr int kRingBytes = kStages * kStageBytes, kSumBytes = kBlockTokens * kSumStride * 4;
 constexpr int kSharedBytes = kBarrierBytes + (kRingBytes > kSumBytes ? kRingBytes : kSumBytes);
 
@@ -56,10 +56,10 @@ __device__ inline int32_t largest_magnitude(const T* row, int columns, bool alig
 // A block per token, those that only fill the last block of the product included.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
-    stage_kernel(const T* x, uint8_t* out, float* scales, int tokens, int columns, bool aligned) {
+    prepare_kernel(const T* x, uint8_t* out, float* scales, int tokens, int columns, bool aligned) {
   const int token = blockIdx.x, lane = threadIdx.x % 32;
   const int tiles = (columns + kRun - 1) / kRun;
-  static_assert(kRun == kStagedColumns, "a warp's run is what a tile has");
+  static_assert(kRun == kPreparedColumns, "a warp's run is what a tile has");
   const T* row = x + int64_t(token) * columns;
   if (token >= tokens) columns = 0;
   const TokenScale by = token_scale(largest_magnitude(row, columns, aligned));
@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(kThreads)
     // 4 adjacent columns are adjacent in the tile too.
     const uint32_t codes = ptx::to_e4m3(v[0] * by.inverse, v[1] * by.inverse) |
                            ptx::to_e4m3(v[2] * by.inverse, v[3] * by.inverse) << 16;
-    const int place = folded_byte(token % kBlockTokens, folded_position(lane * kLaneColumns));
+    const int place = e4m3_byte(token % kBlockTokens, e4m3_position(lane * kLaneColumns));
     *reinterpret_cast<uint32_t*>(block + int64_t(tile) * kStageBytes + place) = codes;
   }
 }
@@ -140,7 +140,7 @@ __device__ __forceinline__ void multiply_tiles(const PackedWeight& weight,
   uint32_t sets[2][4][4];
   FoldedTile loaded[kAhead];
 #pragma unroll
-  for (int ahead = 0; ahead < kAhead; ++ahead, column += kStagedColumns) {
+  for (int ahead = 0; ahead < kAhead; ++ahead, column += kPreparedColumns) {
     loaded[ahead].load(weight, rows, column);
   }
   loaded[0].decode(scales, sets[0]);
@@ -154,7 +154,7 @@ __device__ __forceinline__ void multiply_tiles(const PackedWeight& weight,
       ptx::barrier_wait(&full[stage], parity);
       multiply_tile(sets[ahead], ring + stage * kStageBytes, part);
       // Meanwhile the next tile's weights; beyond the last they are decoded for nothing.
-      column += kStagedColumns;
+      column += kPreparedColumns;
       loaded[1 - ahead].decode(scales, sets[1 - ahead]);
       loaded[1 - ahead].load(weight, rows, column);
       ptx::wgmma_wait<0>();
@@ -189,21 +189,21 @@ __device__ __forceinline__ void write_block(const float* sums, const uint8_t* ro
 
 template <class T>
 __global__ void __launch_bounds__(kBlockThreads, 1)  // the 1 fixes the registers at entry
-    e4m3_kernel(const uint8_t* staged, const float* token_scales, PackedWeight weight,
+    e4m3_kernel(const uint8_t* prepared, const float* token_scales, PackedWeight weight,
                 const uint8_t* row_scales, T* out, int tokens) {
 #ifdef MB_HAS_WGMMA
   extern __shared__ __align__(1024) uint8_t shared[];
   uint64_t* full = reinterpret_cast<uint64_t*>(shared);
   uint64_t* empty = full + kStages;
   uint8_t* ring = shared + kBarrierBytes;
-  const int tiles = (weight.columns + kStagedColumns - 1) / kStagedColumns;
+  const int tiles = (weight.columns + kPreparedColumns - 1) / kPreparedColumns;
   init_ring<kStages, kShare>(full, empty);
   ptx::cluster_sync();
 
   if (threadIdx.x >= kMultipliers) {
     ptx::give_registers<24>();
     if (threadIdx.x == kMultipliers) {
-      copy_tiles<kStages, kStageBytes, kShare>(staged + int64_t(blockIdx.y) * tiles * kStageBytes,
+      copy_tiles<kStages, kStageBytes, kShare>(prepared + int64_t(blockIdx.y) * tiles * kStageBytes,
                                                ring, full, empty, tiles);
     }
     ptx::cluster_sync();
@@ -225,14 +225,14 @@ __global__ void __launch_bounds__(kBlockThreads, 1)  // the 1 fixes the register
 
 }  // namespace
 
-const char* stage_e4m3(const void* x, uint8_t* out, float* scales, int64_t tokens, int64_t columns,
-                       int dtype, void* stream) {
+const char* prepare_e4m3(const void* x, uint8_t* out, float* scales, int64_t tokens,
+                         int64_t columns, int dtype, void* stream) {
   if (tokens == 0 || columns == 0) return nullptr;
   const bool aligned = rows_aligned(x, columns * 2, kLaneColumns * 2);
   dispatch_half(dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     const unsigned padded = unsigned(divide_up(tokens, kBlockTokens)) * kBlockTokens;
-    stage_kernel<T><<<padded, kThreads, 0, cudaStream_t(stream)>>>(
+    prepare_kernel<T><<<padded, kThreads, 0, cudaStream_t(stream)>>>(
         static_cast<const T*>(x), out, scales, int(tokens), int(columns), aligned);
   });
   return launch_result();

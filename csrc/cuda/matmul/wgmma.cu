@@ -2,8 +2,8 @@
 // matrix units (sm_90a), for the numbers of tokens between "reading the weight is the cost" and
 // "multiplying is".
 //
-// The weight is operand A, in registers, where it is dequantized; staged activations (stage.cu) are
-// operand B in shared memory. A block owns 128 rows and 64, 128 or 256 tokens: two warpgroups
+// The weight is operand A, in registers, where it is dequantized; prepared activations (prepare.cu)
+// are operand B in shared memory. A block owns 128 rows and 64, 128 or 256 tokens: two warpgroups
 // multiply 64 rows each with the same B, and one thread of a third copies B, whole 128-column tiles
 // that are contiguous in memory, into a ring of stages (warpgroups.cuh). Weights go from memory to
 // registers, two tiles ahead: every code is wanted by one thread of the block, so shared memory
@@ -29,7 +29,7 @@ namespace {
 
 constexpr int kSetPairs = 8;  // pairs of a row in a set: 64 columns of a quad
 
-MB_HD constexpr int stage_bytes(int tokens) { return tokens * kStagedColumns * 2; }
+MB_HD constexpr int stage_bytes(int tokens) { return tokens * kPreparedColumns * 2; }
 MB_HD constexpr int stage_count(int tokens) { return tokens == 256 ? 3 : 4; }
 MB_HD constexpr int shared_bytes(int tokens) {
   const int ring = stage_count(tokens) * stage_bytes(tokens), sums = tokens * kSumStride * 4;
@@ -39,7 +39,7 @@ MB_HD constexpr int shared_bytes(int tokens) {
 template <int kElement>
 struct WeightTile {  // 128 columns of a lane's two rows
   static constexpr int kBits = element_bits(kElement);
-  static constexpr int kChunks = kStagedColumns / tile_columns(kBits);
+  static constexpr int kChunks = kPreparedColumns / tile_columns(kBits);
   Chunk<kElement> chunks[kChunks][2];
 
   __device__ __forceinline__ void load(const PackedWeight& weight, const uint32_t (&rows)[2],
@@ -123,22 +123,22 @@ __device__ __forceinline__ void multiply_tiles(const PackedWeight& weight, uint8
   const int row = blockIdx.z * kBlockRows + threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
   const uint32_t rows[2] = {valid_row(weight, row), valid_row(weight, row + 8)};
   int column =
-      first * kStagedColumns + threadIdx.x % 4 * chunk_columns(WeightTile<kElement>::kBits);
+      first * kPreparedColumns + threadIdx.x % 4 * chunk_columns(WeightTile<kElement>::kBits);
   uint32_t sets[2][4][4];
   WeightTile<kElement> tiles[kAhead];
 #pragma unroll
   for (int ahead = 0; ahead < kAhead; ++ahead) {
-    tiles[ahead].load(weight, rows, column + ahead * kStagedColumns);
+    tiles[ahead].load(weight, rows, column + ahead * kPreparedColumns);
   }
   for (int start = first; start < last; start += kAhead) {
 #pragma unroll
-    for (int ahead = 0; ahead < kAhead; ++ahead, column += kStagedColumns) {
+    for (int ahead = 0; ahead < kAhead; ++ahead, column += kPreparedColumns) {
       if (start + ahead >= last) break;
       ptx::barrier_wait(&full[place.stage], place.parity);
       const uint32_t b = ptx::shared_address(ring + place.stage * stage_bytes(kTokens));
       multiply_tile<T, kElement, kTokens>(weight, tiles[ahead], column, ptx::swizzled_operand(b),
                                           sets, sums, place.not_first, &empty[place.stage_before]);
-      tiles[ahead].load(weight, rows, column + kAhead * kStagedColumns);
+      tiles[ahead].load(weight, rows, column + kAhead * kPreparedColumns);
       place.advance();
     }
   }
@@ -163,7 +163,7 @@ __device__ __forceinline__ void add_parts(const float* sums, int rows, T* out, i
 // One block: `multiply(ring, full, empty, first, last, sums)` adds the products of its part of the
 // weight's `tiles`, from `first` to `last - 1`.
 template <class T, int kTokens, class Multiply>
-__device__ __forceinline__ void multiply_block(const uint8_t* staged, int tiles, int rows, T* out,
+__device__ __forceinline__ void multiply_block(const uint8_t* prepared, int tiles, int rows, T* out,
                                                int tokens, int parts, Multiply multiply) {
   constexpr int kStages = stage_count(kTokens);
   extern __shared__ __align__(1024) uint8_t shared[];
@@ -178,8 +178,8 @@ __device__ __forceinline__ void multiply_block(const uint8_t* staged, int tiles,
     ptx::give_registers<24>();
     if (threadIdx.x == kMultipliers) {
       constexpr int kBytes = stage_bytes(kTokens);
-      copy_tiles<kStages, kBytes, 1>(staged + (int64_t(blockIdx.y) * tiles + first) * kBytes, ring,
-                                     full, empty, last - first);
+      copy_tiles<kStages, kBytes, 1>(prepared + (int64_t(blockIdx.y) * tiles + first) * kBytes,
+                                     ring, full, empty, last - first);
     }
     ptx::cluster_sync();
     ptx::cluster_sync();
@@ -200,10 +200,10 @@ __device__ __forceinline__ void multiply_block(const uint8_t* staged, int tiles,
 
 template <class T, int kElement, int kTokens>
 __global__ void __launch_bounds__(kBlockThreads, 1)  // the 1 fixes the registers at entry
-    wgmma_kernel(const uint8_t* staged, PackedWeight weight, T* out, int tokens, int parts) {
+    wgmma_kernel(const uint8_t* prepared, PackedWeight weight, T* out, int tokens, int parts) {
 #ifdef MB_HAS_WGMMA
-  const int tiles = (weight.columns + kStagedColumns - 1) / kStagedColumns;
-  multiply_block<T, kTokens>(staged, tiles, weight.rows, out, tokens, parts,
+  const int tiles = (weight.columns + kPreparedColumns - 1) / kPreparedColumns;
+  multiply_block<T, kTokens>(prepared, tiles, weight.rows, out, tokens, parts,
                              [&](uint8_t* ring, uint64_t* full, uint64_t* empty, int first,
                                  int last, float (&sums)[kTokens / 2]) {
                                RingPlace<kTokens> place;
@@ -240,11 +240,11 @@ bool is_family(const MixedWeight& mix, bool mx) {
 // Segments of a weight, one after the other; their tiles count on.
 template <class T, bool kMx>
 __global__ void __launch_bounds__(kBlockThreads, 1)
-    mixed_wgmma_kernel(const uint8_t* staged, const __grid_constant__ MixedWeight mix, T* out,
+    mixed_wgmma_kernel(const uint8_t* prepared, const __grid_constant__ MixedWeight mix, T* out,
                        int tokens, int parts) {
 #ifdef MB_HAS_WGMMA
   multiply_block<T, kMixedTokens>(
-      staged, mix.segments[mix.count - 1].end, mix.segments[0].weight.rows, out, tokens, parts,
+      prepared, mix.segments[mix.count - 1].end, mix.segments[0].weight.rows, out, tokens, parts,
       [&](uint8_t* ring, uint64_t* full, uint64_t* empty, int first, int last,
           float (&sums)[kMixedTokens / 2]) {
         RingPlace<kMixedTokens> place;
@@ -311,7 +311,7 @@ const char* multiply_several(const MatmulArgs& a, int block_tokens, int parts, v
   int tiles = 0;
   for (int i = 0; i < mix.count; ++i) {
     mix.segments[i].first = tiles;
-    tiles += int(divide_up(mix.segments[i].weight.columns, kStagedColumns));
+    tiles += int(divide_up(mix.segments[i].weight.columns, kPreparedColumns));
     mix.segments[i].end = tiles;
   }
   const char* error = "no kernel of these formats";

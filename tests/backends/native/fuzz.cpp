@@ -11,7 +11,7 @@
 #include <time.h>
 #include <unistd.h>
 
-#include "decode.h"
+#include "token_step.h"
 
 namespace mixbits {
 namespace test {
@@ -116,6 +116,16 @@ void same_numbers(const Bytes& a, const Bytes& b, int dtype, const char* what) {
   REQUIRE(first_difference(a, b, dtype) < 0, what);
 }
 
+// run(0) with an instruction set and some threads, run(1) with scalar and one.
+template <class F>
+void run_both(const char* isa, int threads, const F& run) {
+  for (int i = 0; i < 2; ++i) {
+    set_isa(i ? "scalar" : isa);
+    omp_set_num_threads(i ? 1 : threads);
+    run(i);
+  }
+}
+
 // fake_quantize and dequantize(quantize_pack) give the same, with every instruction set.
 void fuzz_rounding(Input& in, const char* isa, int threads) {
   const int64_t rows = any_rows(in), columns = any_columns(in);
@@ -124,9 +134,7 @@ void fuzz_rounding(Input& in, const char* isa, int threads) {
   in.fill_tensor(x, dtype);
   Bytes outs[2], values[2];
   Weight packed[2];
-  for (int i = 0; i < 2; ++i) {
-    set_isa(i ? "scalar" : isa);
-    omp_set_num_threads(i ? 1 : threads);
+  run_both(isa, threads, [&](int i) {
     outs[i] = Bytes(x.size(), in.below(8));
     values[i] = Bytes(x.size(), in.below(8));
     packed[i] = Weight(format, rows, columns, in.below(8));
@@ -137,7 +145,7 @@ void fuzz_rounding(Input& in, const char* isa, int threads) {
     REQUIRE(run_quantize_pack(x, packed[i], dtype), "no memory");
     REQUIRE(run_dequantize(packed[i], values[i], dtype), "no memory");
     same_numbers(values[i], outs[i], dtype, "the way through codes is another");
-  }
+  });
   same_numbers(outs[0], outs[1], dtype, "fake_quantize is not that of scalar");
   REQUIRE(packed[0].equals(packed[1]), "quantize_pack is not that of scalar");
 }
@@ -147,13 +155,11 @@ void fuzz_dequantize(Input& in, const char* isa, int threads) {
   const Weight w(any_format(in), any_rows(in), any_columns(in), in.below(8));
   in.fill_weight(w);
   Bytes outs[2];
-  for (int i = 0; i < 2; ++i) {
-    set_isa(i ? "scalar" : isa);
-    omp_set_num_threads(i ? 1 : threads);
+  run_both(isa, threads, [&](int i) {
     outs[i] = Bytes(w.rows * w.columns * dtype_size(dtype), in.below(8));
     outs[i].fill(i ? 0xff : 0);
     REQUIRE(run_dequantize(w, outs[i], dtype), "no memory");
-  }
+  });
   same_numbers(outs[0], outs[1], dtype, "dequantize is not that of scalar");
 }
 
@@ -252,14 +258,34 @@ void check_nan(const Matmul& m, size_t i, const Bytes& out) {
   }
 }
 
+// What is multiplied, of a Matmul or of Mixes.
+template <class M>
+void fill_tokens(Input& in, M* m) {
+  m->tokens = any_tokens(in);
+  m->columns = any_columns(in);
+  m->dtype = in.below(3);
+  m->int8_activations = in.below(2);
+  m->x = Bytes(m->tokens * m->columns * dtype_size(m->dtype), in.below(8));
+  in.fill_tensor(m->x, m->dtype);
+}
+
+// The `count` products of a Matmul or of Mixes, which are the same whatever the threads and whether
+// others are multiplied beside them.
+template <class M>
+std::vector<Bytes> products_of(Input& in, const M& m, size_t count, const char* isa, int threads) {
+  set_isa(isa);
+  std::vector<Bytes> outs = m.run(1, 0), again = m.run(threads, 0xff);
+  REQUIRE(outs.size() == count && again.size() == count, "no memory");
+  const size_t alone = size_t(in.below(int(count)));
+  REQUIRE(m.run(1, 0xff, alone, alone + 1)[0].equals(outs[alone]), "company matters");
+  for (size_t i = 0; i < count; ++i)
+    REQUIRE(outs[i].equals(again[i]), "products depend on threads, or are not written");
+  return outs;
+}
+
 Matmul any_matmul(Input& in) {
   Matmul m;
-  m.tokens = any_tokens(in);
-  m.columns = any_columns(in);
-  m.dtype = in.below(3);
-  m.int8_activations = in.below(2);
-  m.x = Bytes(m.tokens * m.columns * dtype_size(m.dtype), in.below(8));
-  in.fill_tensor(m.x, m.dtype);
+  fill_tokens(in, &m);
   int64_t products = 0;
   const int activation = in.below(2) ? any_format(in) : 0;
   for (int count = 1 + in.below(in.below(8) ? 3 : 12); count > 0; --count) {
@@ -275,15 +301,8 @@ Matmul any_matmul(Input& in) {
 
 void fuzz_matmul(Input& in, const char* isa, int threads) {
   const Matmul m = any_matmul(in);
-  set_isa(isa);
-  const std::vector<Bytes> outs = m.run(1, 0), again = m.run(threads, 0xff);
-  REQUIRE(outs.size() == m.weights.size() && again.size() == outs.size(), "no memory");
-  const size_t alone = size_t(in.below(int(outs.size())));
-  REQUIRE(m.run(1, 0xff, alone, alone + 1)[0].equals(outs[alone]), "company matters");
-  for (size_t i = 0; i < outs.size(); ++i) {
-    REQUIRE(outs[i].equals(again[i]), "matmul depends on threads, or is not written");
-    check_nan(m, i, outs[i]);
-  }
+  const std::vector<Bytes> outs = products_of(in, m, m.weights.size(), isa, threads);
+  for (size_t i = 0; i < outs.size(); ++i) check_nan(m, i, outs[i]);
 }
 
 Segments any_segments(Input& in, int64_t rows, int64_t columns) {
@@ -302,24 +321,13 @@ Segments any_segments(Input& in, int64_t rows, int64_t columns) {
 
 void fuzz_segments(Input& in, const char* isa, int threads) {
   Mixes m;
-  m.tokens = any_tokens(in);
-  m.columns = any_columns(in);
-  m.dtype = in.below(3);
-  m.int8_activations = in.below(2);
-  m.x = Bytes(m.tokens * m.columns * dtype_size(m.dtype), in.below(8));
-  in.fill_tensor(m.x, m.dtype);
+  fill_tokens(in, &m);
   for (int count = 1 + in.below(in.below(8) ? 2 : 6); count > 0; --count) {
     const int64_t rows = any_rows(in);
     if (m.tokens * m.columns * rows > 400000 && !m.linears.empty()) break;
     m.linears.push_back(any_segments(in, rows, m.columns));
   }
-  set_isa(isa);
-  const std::vector<Bytes> outs = m.run(1, 0), again = m.run(threads, 0xff);
-  REQUIRE(outs.size() == m.linears.size() && again.size() == outs.size(), "no memory");
-  const size_t alone = size_t(in.below(int(outs.size())));
-  REQUIRE(m.run(1, 0xff, alone, alone + 1)[0].equals(outs[alone]), "company matters");
-  for (size_t i = 0; i < outs.size(); ++i)
-    REQUIRE(outs[i].equals(again[i]), "segments depend on threads, or are not written");
+  products_of(in, m, m.linears.size(), isa, threads);
 }
 
 TestLinear any_linear(Input& in, int64_t rows, int64_t columns, bool bias, int dtype) {
@@ -338,7 +346,7 @@ TestLinear any_linear(Input& in, int64_t rows, int64_t columns, bool bias, int d
   return linear;
 }
 
-void fuzz_decode(Input& in, const char* isa, int threads) {
+void fuzz_token_step(Input& in, const char* isa, int threads) {
   const int dtype = in.below(3);
   const Sizes n = {1 + in.below(100), 1 + in.below(150),    1 + in.below(3),
                    1 + in.below(4),   2 + 2 * in.below(40), 1 + in.below(30),
@@ -365,11 +373,7 @@ void fuzz_sum_words(Input& in, const char* isa, int threads) {
   const Bytes data(in.below(5000), in.below(8));
   in.fill(data);
   uint64_t sums[2];
-  for (int i = 0; i < 2; ++i) {
-    set_isa(i ? "scalar" : isa);
-    omp_set_num_threads(i ? 1 : threads);
-    sums[i] = kernels().sum_words(data.data(), data.size());
-  }
+  run_both(isa, threads, [&](int i) { sums[i] = kernels().sum_words(data.data(), data.size()); });
   REQUIRE(sums[0] == sums[1], "sum_words");
 }
 
@@ -392,7 +396,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   } else if (operation < 15) {
     fuzz_statistics(in, isa, threads);
   } else if (operation < 17) {
-    fuzz_decode(in, isa, threads);
+    fuzz_token_step(in, isa, threads);
   } else if (operation < 21) {
     fuzz_segments(in, isa, threads);
   } else if (operation < 23) {

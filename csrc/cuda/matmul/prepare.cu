@@ -18,7 +18,7 @@ struct Run {  // of columns, which a segment of the weight has
   Format activation;
 };
 
-struct StageShape {
+struct PrepareShape {
   Run runs[kMaxSegments];
   int tokens, columns, tiles, block_tokens;  // 0: rows
   const void* order;
@@ -39,7 +39,7 @@ __device__ inline void fake_quantize_lane(float (&values)[kLaneColumns], const F
   if (format.element == kE5M2) round_all(std::integral_constant<int, kE5M2>());
 }
 
-__device__ inline int ordered_column(const StageShape& shape, int column) {
+__device__ inline int ordered_column(const PrepareShape& shape, int column) {
   if (shape.order_bytes == 1) return static_cast<const uint8_t*>(shape.order)[column];
   if (shape.order_bytes == 2) return static_cast<const uint16_t*>(shape.order)[column];
   return static_cast<const int*>(shape.order)[column];
@@ -62,7 +62,7 @@ __device__ inline void rotate_lanes(float (&v)[kLaneColumns]) {
 
 template <class T>
 __device__ inline void load_arranged(const T* row, int column, const Run& run,
-                                     const StageShape& shape, bool inside,
+                                     const PrepareShape& shape, bool inside,
                                      float (&values)[kLaneColumns]) {
   if (inside && shape.order == nullptr) {
     load_columns(row, column, run.end_column, shape.aligned, values);
@@ -83,8 +83,8 @@ __device__ inline void load_arranged(const T* row, int column, const Run& run,
 
 template <class In, class Out>
 __global__ void __launch_bounds__(kThreads)
-    stage_kernel(const In* x, void* out, const __grid_constant__ StageShape shape) {
-  static_assert(kRun == kStagedColumns, "a warp's run is what a tile has");
+    prepare_kernel(const In* x, void* out, const __grid_constant__ PrepareShape shape) {
+  static_assert(kRun == kPreparedColumns, "a warp's run is what a tile has");
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int token = blockIdx.x, tile = blockIdx.y * kWarps + warp;
   if (tile >= shape.tiles) return;
@@ -103,11 +103,11 @@ __global__ void __launch_bounds__(kThreads)
     return;
   }
   if constexpr (sizeof(Out) == 2) {
-    __shared__ __align__(16) Out staged[kWarps][kStagedColumns];
+    __shared__ __align__(16) Out prepared[kWarps][kPreparedColumns];
 #pragma unroll
     for (int i = 0; i < kLaneColumns; ++i) {
-      const int position = staged_position(run.weight_bits, lane * kLaneColumns + i);
-      staged[warp][position] = from_float<Out>(values[i]);
+      const int position = prepared_position(run.weight_bits, lane * kLaneColumns + i);
+      prepared[warp][position] = from_float<Out>(values[i]);
     }
     __syncwarp();
     // Half a 16-byte piece per lane: a warp writes two whole rows of 128 bytes.
@@ -115,8 +115,8 @@ __global__ void __launch_bounds__(kThreads)
     uint8_t* target = static_cast<uint8_t*>(out) +
                       (int64_t(block) * shape.tiles + tile) * shape.block_tokens * kRun * 2;
     *reinterpret_cast<Vector<uint32_t, 2>*>(target +
-                                            staged_byte(shape.block_tokens, place, lane * 4)) =
-        *reinterpret_cast<const Vector<uint32_t, 2>*>(&staged[warp][lane * 4]);
+                                            prepared_byte(shape.block_tokens, place, lane * 4)) =
+        *reinterpret_cast<const Vector<uint32_t, 2>*>(&prepared[warp][lane * 4]);
   }
 }
 
@@ -134,15 +134,15 @@ void dispatch_pair(int dtype, int out_dtype, Function function) {
 
 }  // namespace
 
-int64_t staged_bytes(int64_t tokens, int64_t columns, int block_tokens) {
+int64_t prepared_bytes(int64_t tokens, int64_t columns, int block_tokens) {
   return divide_up(tokens, block_tokens) * block_tokens * divide_up(columns, kRun) * kRun * 2;
 }
 
-const char* stage_activations(const StageArgs& a, void* stream) {
+const char* prepare_activations(const PrepareArgs& a, void* stream) {
   if (a.tokens == 0 || a.columns == 0) return nullptr;
   if (a.segment_count < 1 || a.segment_count > kMaxSegments) return "1 to 8 segments";
   if (a.block_tokens != 0 && a.out_dtype == kFloat32) return "tiles are of 16-bit values";
-  StageShape shape{};
+  PrepareShape shape{};
   int64_t column = 0;
   for (int i = 0; i < a.segment_count; ++i) {
     const SegmentArgs& s = a.segments[i];
@@ -167,7 +167,7 @@ const char* stage_activations(const StageArgs& a, void* stream) {
     using Out = typename decltype(out)::type;
     shape.aligned = rows_aligned(a.x, a.columns * sizeof(In), kLaneColumns * sizeof(In)) &&
                     rows_aligned(a.out, a.columns * sizeof(Out), kLaneColumns * sizeof(Out));
-    stage_kernel<In, Out>
+    prepare_kernel<In, Out>
         <<<grid, kThreads, 0, cudaStream_t(stream)>>>(static_cast<const In*>(a.x), a.out, shape);
   });
   return launch_result();

@@ -1,5 +1,5 @@
-// Models for decode_step in memory of exact size, and the step once more in double, without any
-// rounding: tests/backends/native/decode_test.cpp compares them, fuzz.cpp makes models of any
+// Models for token_step in memory of exact size, and the step once more in double, without any
+// rounding: tests/backends/native/token_step_test.cpp compares them, fuzz.cpp makes models of any
 // bytes.
 #pragma once
 
@@ -23,7 +23,7 @@ struct TestLinear {
 
   bool is_plain() const { return packed.weights.empty(); }
   // The result points into `list`.
-  DecodeLinear get(std::vector<PackedSegment>* list) const {
+  StepLinear get(std::vector<PackedSegment>* list) const {
     Linear linear;
     if (is_plain()) {
       list->push_back({plain.data(), nullptr, nullptr, columns, 0, 0});
@@ -41,7 +41,7 @@ struct TestLayer {
   Bytes keys, values;  // [key_heads, capacity, width]
 
   // The result points into `lists`, of seven.
-  DecodeLayer get(std::vector<PackedSegment>* lists) const {
+  StepLayer get(std::vector<PackedSegment>* lists) const {
     const auto or_null = [](const Bytes& b) { return b.size() ? b.data() : nullptr; };
     return {input_norm.data(),   attention_norm.data(), or_null(query_norm),  or_null(key_norm),
             query.get(lists),    key.get(lists + 1),    value.get(lists + 2), output.get(lists + 3),
@@ -66,8 +66,8 @@ struct TestModel {
 
   Outcome run(int threads, uint8_t pattern) const {
     omp_set_num_threads(threads);
-    std::vector<DecodeLayer> list;
-    std::vector<DecodeCache> caches;
+    std::vector<StepLayer> list;
+    std::vector<StepCache> caches;
     Outcome out;
     std::vector<std::vector<PackedSegment>> segments(layers.size() * 7 + 1);
     for (const TestLayer& layer : layers) {
@@ -79,23 +79,23 @@ struct TestModel {
     }
     for (size_t i = 0; i < out.caches.size(); i += 2)
       caches.push_back({out.caches[i].data(), out.caches[i + 1].data(), capacity()});
-    const DecodeModel model = {list.data(),
-                               norm.data(),
-                               head.get(&segments.back()),
-                               n.hidden,
-                               n.intermediate,
-                               n.key_heads,
-                               n.group,
-                               n.width,
-                               1e-5f,
-                               1.0f / sqrtf(float(n.width)),
-                               dtype,
-                               int(n.layers)};
+    const StepModel model = {list.data(),
+                             norm.data(),
+                             head.get(&segments.back()),
+                             n.hidden,
+                             n.intermediate,
+                             n.key_heads,
+                             n.group,
+                             n.width,
+                             1e-5f,
+                             1.0f / sqrtf(float(n.width)),
+                             dtype,
+                             int(n.layers)};
     out.logits = Bytes(n.vocab * dtype_size(dtype), pattern & 1);
     out.logits.fill(pattern);
     double seconds = 0;
-    if (!kernels().decode_step({&model, caches.data(), x.data(), cos.data(), sin.data(),
-                                out.logits.data(), n.length, &seconds}))
+    if (!kernels().token_step({&model, caches.data(), x.data(), cos.data(), sin.data(),
+                               out.logits.data(), n.length, &seconds}))
       out.caches.clear();
     return out;
   }

@@ -1,8 +1,8 @@
-// decode_step of every instruction set against the step in double (decode.h), and against itself
+// token_step of every instruction set against the step in double (token_step.h), and against itself
 // with other numbers of threads.
 //
-//   decode_test [SEED]
-#include "decode.h"
+//   token_step_test [SEED]
+#include "token_step.h"
 
 namespace mixbits {
 namespace test {

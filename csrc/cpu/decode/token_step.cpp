@@ -1,4 +1,4 @@
-// decode_step: one new token of one sequence through all layers of a model, in one parallel region.
+// token_step: one new token of one sequence through all layers of a model, in one parallel region.
 //
 // Outside the matmuls a token is a few short rows. Every thread computes those for itself: the
 // residual, norms, and the token as the paths of packed_matmul want it. Nothing has then to be
@@ -49,13 +49,13 @@ double seconds_now() {
 
 // A linear and where its result goes.
 struct Product {
-  const DecodeLinear* linear;
+  const StepLinear* linear;
   char* out;
 };
 
 // Bytes of a prepared token.
 int64_t stride_of(const Work& work) {
-  return round_up(work.path->token_bytes(work.target, work.tokens.columns), 64);
+  return round_up(work.path->token_bytes(work.segment, work.tokens.columns), 64);
 }
 
 // What a thread needs to multiply with any linear of a model.
@@ -64,10 +64,10 @@ struct Needs {
 
   // Linears with the same input.
   template <int N>
-  void add(const DecodeLinear* const (&linears)[N], int64_t width, int dtype) {
+  void add(const StepLinear* const (&linears)[N], int64_t width, int dtype) {
     const Input input = {nullptr, 1, width, dtype};
     int64_t bytes = 0;
-    for (const DecodeLinear* linear : linears) {
+    for (const StepLinear* linear : linears) {
       Work works[kMaxSegments];
       const int count = make_works(linear->linear, input, linear->int8_activations, works);
       for (int i = 0; i < count; ++i) {
@@ -91,9 +91,9 @@ struct Needs {
   static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 };
 
-Needs needs_of(const DecodeModel& m) {
+Needs needs_of(const StepModel& m) {
   Needs needs;
-  for (const DecodeLayer* l = m.layers; l < m.layers + m.layer_count; ++l) {
+  for (const StepLayer* l = m.layers; l < m.layers + m.layer_count; ++l) {
     needs.add({&l->query, &l->key, &l->value}, m.hidden, m.dtype);
     needs.add({&l->output}, l->query.linear.rows, m.dtype);
     needs.add({&l->gate, &l->up}, m.hidden, m.dtype);
@@ -109,7 +109,7 @@ Needs needs_of(const DecodeModel& m) {
 struct Rows {
   char *query, *key, *value, *attended, *gate, *up, *out;
 
-  Rows(Pieces& pieces, const DecodeModel& m) {
+  Rows(Pieces& pieces, const StepModel& m) {
     const int64_t size = dtype_bytes(m.dtype), keys = m.key_heads * m.head_width * size;
     query = pieces.bytes(keys * m.group);
     key = pieces.bytes(keys);
@@ -150,8 +150,8 @@ struct Own {
 // --- one thread of a step -----------------------------------------------------------------------
 
 struct Worker {
-  const DecodeArgs& args;
-  const DecodeModel& model;
+  const StepArgs& args;
+  const StepModel& model;
   const Heads heads;
   const Rows rows;
   const Own own;
@@ -168,7 +168,7 @@ struct Worker {
     multiply({{&model.head, static_cast<char*>(args.logits)}}, own.row, model.hidden);
   }
 
-  void run_layer(const DecodeLayer& l, const DecodeCache& cache) {
+  void run_layer(const StepLayer& l, const StepCache& cache) {
     normalize(l.input_norm);
     multiply({{&l.query, rows.query}, {&l.key, rows.key}, {&l.value, rows.value}}, own.row,
              model.hidden);
@@ -201,7 +201,7 @@ struct Worker {
   }
 
   // `count` results of a linear from number `first` on, with its bias.
-  void load_output(const DecodeLinear& linear, const char* out, int64_t first, int64_t count,
+  void load_output(const StepLinear& linear, const char* out, int64_t first, int64_t count,
                    float* x) {
     const int64_t at = first * dtype_bytes(model.dtype);
     load_row(out + at, count, model.dtype, x);
@@ -210,7 +210,7 @@ struct Worker {
     add_row(x, own.floats, count, model.dtype);
   }
 
-  void add_output(const DecodeLinear& linear) {
+  void add_output(const StepLinear& linear) {
     load_output(linear, rows.out, 0, model.hidden, own.first);
     add_row(own.residual, own.first, model.hidden, model.dtype);
   }
@@ -224,7 +224,7 @@ struct Worker {
       work.prepared = other ? other->prepared : room;
       work.stride = stride_of(work);
       if (other) return 0;
-      if (work.path->prepare(work.target, work.tokens, 0, own.floats, room)) return work.stride;
+      if (work.path->prepare(work.segment, work.tokens, 0, own.floats, room)) return work.stride;
     }
   }
 
@@ -239,7 +239,7 @@ struct Worker {
     int64_t items = 0;
     int done = 0;
     for (int i = 0; i < N; ++i) {
-      const DecodeLinear& linear = *products[i].linear;
+      const StepLinear& linear = *products[i].linear;
       Work* const first = works + done;
       const int count = make_works(linear.linear, input, linear.int8_activations, first);
       for (int j = 0; j < count; ++j, ++done) room += prepare(works, done, room);
@@ -254,7 +254,7 @@ struct Worker {
   }
 
   // The new key and value of a head go into the cache; then its query heads attend.
-  void attend_head(const DecodeLayer& l, const DecodeCache& cache, int64_t head) {
+  void attend_head(const StepLayer& l, const StepCache& cache, int64_t head) {
     const int64_t width = model.head_width, size = dtype_bytes(model.dtype);
     const int64_t padded = heads.padded(), place = head * cache.capacity * width * size;
     char* keys = static_cast<char*>(cache.keys) + place;
@@ -276,7 +276,7 @@ struct Worker {
   }
 
   // A head's query or key, normalized where the model does that, and turned to its position.
-  void load_head(const DecodeLinear& linear, const char* out, const void* norm, int64_t head,
+  void load_head(const StepLinear& linear, const char* out, const void* norm, int64_t head,
                  float* x) {
     const int64_t width = model.head_width;
     load_output(linear, out, head * width, width, x);
@@ -290,8 +290,8 @@ struct Worker {
 
 }  // namespace
 
-bool decode_step(const DecodeArgs& a) {
-  const DecodeModel& m = *a.model;
+bool token_step(const StepArgs& a) {
+  const StepModel& m = *a.model;
   const Heads heads = {m.group, m.head_width, a.length + 1, m.dtype};
   const Needs needs = needs_of(m);
   const int threads = omp_get_max_threads();
