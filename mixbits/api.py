@@ -257,7 +257,7 @@ def allocate(
             found = calibrate(run, run.source.tokenizer())
             subject = make_subject(run, run.source.load(), found)
         planned = make_plans(run, scores.table, subject, found)
-    return Plan(next(iter(planned.plans.values())), run, scores.holds)
+    return Plan(planned.first.plan, run, scores.holds)
 
 
 @_in_turn

@@ -172,8 +172,9 @@ def _untie(model: CausalLM, apart: Collection[str]) -> None:
             f"{type(model).__name__} shares {others[0]} with another tensor: got other values of "
             f"each ({model.name_or_path})"
         )
-    for part in (model.config, model.config.get_text_config()) if apart else ():
-        part.tie_word_embeddings = False
+    if apart:
+        for part in (model.config, model.config.get_text_config()):
+            part.tie_word_embeddings = False
 
 
 def _check_in_memory(model: nn.Module) -> None:

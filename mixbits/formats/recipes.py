@@ -3,8 +3,8 @@
     "MXFP4"
     {"segments": [["MXFP8", 64], ["MXFP4", 128]], "ordered": true, "rotated": false}
 
-An order itself is a tensor of the weight files (`mixbits.formats.pack`), unless it is folded into
-others.
+An order itself is a tensor of the weight files (`mixbits.formats.pack`), unless the linears before
+make the input in it: then it is that of their rows.
 """
 
 from __future__ import annotations

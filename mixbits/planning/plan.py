@@ -12,7 +12,7 @@ A unit whose columns take several schemes has slabs in the place of one scheme,
     {"unit": name, "slabs": {"MXFP8": "0-2,5", "MXFP4": "3-4,6-7"}, "linears": {...}}
 
 runs of `slab_columns` columns (a key of the plan), counted in the unit's `order` of columns where
-it has one. The order of a down_proj's columns is folded into the rows of its gate and up
+it has one. The order of a down_proj's columns is written into the rows of its gate and up
 projections where that changes nothing, the others are stored. `rotated` lists the unit's linears
 whose ordered columns are rotated.
 
@@ -136,7 +136,7 @@ def recipe_of_slabs(
     columns: int,
     order: Sequence[int] | None,
     rotated: bool,
-    folded: bool = False,
+    order_in_producer: bool = False,
 ) -> Recipe:
     """The recipe of a linear with `columns`, from its schemes' slabs of `width` ordered columns.
 
@@ -162,11 +162,11 @@ def recipe_of_slabs(
         return Recipe.plain(segments[0][0])
     if natural:
         return Recipe(tuple(segments), None, rotated)
-    return Recipe(tuple(segments), tuple(places), rotated, folded)
+    return Recipe(tuple(segments), tuple(places), rotated, order_in_producer)
 
 
-def is_foldable(info: LinearInfo, names: Container[str]) -> bool:
-    """Whether a linear reads what others, all of `names`, make column by column."""
+def can_order_producer(info: LinearInfo, names: Container[str]) -> bool:
+    """Whether linears, all of `names`, can make a linear's input in any order of its columns."""
     return bool(info.makers) and all(maker in names for maker in info.makers)
 
 
@@ -198,9 +198,14 @@ class Plan:
                 slabs = [
                     (parse_scheme(s, *modes), parse_ranges(text, count)) for s, text in entries
                 ]
-                order = unit.get("order")
-                folded = is_foldable(self.linears[name], self.linears)
-                recipes[name] = recipe_of_slabs(slabs, width, columns, order, rotated, folded)
+                recipes[name] = recipe_of_slabs(
+                    slabs,
+                    width,
+                    columns,
+                    unit.get("order"),
+                    rotated,
+                    order_in_producer=can_order_producer(self.linears[name], self.linears),
+                )
             else:
                 scheme = parse_scheme(unit["scheme"], *modes)
                 rotates = rotated and scheme.packed
@@ -259,8 +264,8 @@ def _out_of_reach(
 
 
 @dataclass(frozen=True)
-class _Choice:
-    """One unit's part of the knapsack: an item for the unit, or one for each of its slabs."""
+class KnapsackUnit:
+    """A unit in the knapsack: one item for the whole of it, or one for each of its slabs."""
 
     unit: Unit
     options: Sequence[Scheme]
@@ -319,9 +324,9 @@ def _slab_items(
 
 
 def _order_bits(units: Sequence[Unit]) -> int:
-    """Bits of the stored orders of columns, were every linear to have one that is not folded."""
+    """Bits of the orders of columns that are stored, were every linear to have an order."""
     linears = {info.name: info for unit in units for info in unit.linears}
-    stored = [i.in_features for i in linears.values() if not is_foldable(i, linears)]
+    stored = [i.in_features for i in linears.values() if not can_order_producer(i, linears)]
     return sum(columns * order_bits(columns) for columns in stored)
 
 
@@ -329,20 +334,25 @@ def _order_bits(units: Sequence[Unit]) -> int:
 class Problem:
     """The knapsack of a model and its scores: made once, it serves plans of any budget, and curves.
 
-    `items` are the choices' items in their order, and one more for the orders of columns where
+    `items` are the units' items in their order, and one more for the orders of columns where
     slabs are counted whole. `elements` are the units' weights, `slab_columns` is 0 without slabs.
     """
 
     scores: Scores
-    choices: Sequence[_Choice]
+    units: Sequence[KnapsackUnit]
     items: Sequence[Item]
     elements: int
     slab_columns: int
 
     @property
-    def parts(self) -> list[_Choice]:
-        """The choice that each item is of, those of stored orders left out."""
-        return [choice for choice in self.choices for _ in choice.items]
+    def unit_of_items(self) -> list[KnapsackUnit]:
+        """The unit that each item is of, the item of stored orders left out."""
+        return [entry for entry in self.units for _ in entry.items]
+
+    @property
+    def linears(self) -> list[LinearInfo]:
+        """Those of all units."""
+        return [info for entry in self.units for info in entry.unit.linears]
 
     @classmethod
     def build(
@@ -360,8 +370,8 @@ class Problem:
         """
         ordered = [sorted(o, key=lambda s: (s.storage_bits(128, 4096), s.name)) for o in options]
         width = slab_width([s for o in ordered for s in o]) if slabs else 0
-        choices = [
-            _Choice(
+        entries = [
+            KnapsackUnit(
                 unit,
                 schemes,
                 _slab_items(unit, schemes, scores, width, elements_only)
@@ -371,11 +381,11 @@ class Problem:
             )
             for unit, schemes in zip(units, ordered, strict=True)
         ]
-        items = [item for choice in choices for item in choice.items]
+        items = [item for entry in entries for item in entry.items]
         if slabs and not elements_only:
             items.append(Item("orders of columns", (_order_bits(units),), (0.0,)))
         elements = sum(info.numel for unit in units for info in unit.linears)
-        return cls(scores, choices, items, elements, width)
+        return cls(scores, entries, items, elements, width)
 
     def bits(self, budget: Budget, fixed_bytes: int = 0) -> int:
         """What a budget leaves for the items; `fixed_bytes` are the files' other content."""
@@ -422,11 +432,11 @@ class Problem:
             "lower_bound": allocation.lower_bound,
             **({"slab_columns": self.slab_columns} if self.slab_columns else {}),
             "units": [
-                choice.describe([next(left) for _ in choice.items], self.scores)
-                for choice in self.choices
+                entry.describe([next(left) for _ in entry.items], self.scores)
+                for entry in self.units
             ],
         }
-        return Plan(data, {i.name: i for choice in self.choices for i in choice.unit.linears})
+        return Plan(data, {info.name: info for info in self.linears})
 
 
 def solve(
