@@ -85,7 +85,7 @@ def _told_of_scores(place: Destination) -> Iterator[None]:
     """Whatever ends the run says where the scores are that it had measured by then."""
     try:
         yield
-    except BaseException as error:
+    except BaseException as error:  # signals too; it goes on as it is
         if place.aside is not None:
             path = shlex.quote(str(place.aside))
             error.add_note(f"to go on from what was measured: --scores {path}")

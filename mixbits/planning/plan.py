@@ -241,9 +241,16 @@ class Plan:
         write_text(path, dump(self.data))
 
 
-def _bits_up(bits: int, elements: int) -> float:
+def shown(bits: float) -> float:
     """Bits per weight, rounded up to what an error message shows."""
-    return math.ceil(bits / elements * 1e4) / 1e4
+    return math.ceil(bits * 1e4) / 1e4
+
+
+def out_of_range(name: str, low: float, high: float, got: float) -> UsageError:
+    """What to say of bits per weight, given as `name`, that are not between `low` and `high`."""
+    return UsageError(
+        f"{name} must be between {shown(low):g} and {shown(high):g} for these schemes: got {got:g}"
+    )
 
 
 def _out_of_reach(
@@ -251,16 +258,14 @@ def _out_of_reach(
 ) -> UsageError:
     """The budget's bits in the user's own unit, with the lowest and highest possible."""
     if budget.size_bytes is not None:
-        low, high = (fixed_bytes + -(-bits // 8) for bits in (error.lowest, error.highest))
+        least, most = (fixed_bytes + -(-bits // 8) for bits in (error.lowest, error.highest))
         return UsageError(
-            f"--size must be at least {low:,} bytes for these schemes ({high:,} at most are of "
+            f"--size must be at least {least:,} bytes for these schemes ({most:,} at most are of "
             f"use, {fixed_bytes:,} are not to be quantized): got {budget.size_bytes:,}"
         )
-    low_bits, high_bits = (_bits_up(b, elements) for b in (error.lowest, error.highest))
-    return UsageError(
-        f"--avg-bits must be between {low_bits:g} and {high_bits:g} for these schemes: "
-        f"got {budget.avg_bits:g}"
-    )
+    assert budget.avg_bits is not None
+    low, high = error.lowest / elements, error.highest / elements
+    return out_of_range("--avg-bits", low, high, budget.avg_bits)
 
 
 @dataclass(frozen=True)
@@ -409,7 +414,7 @@ class Problem:
         bits = self.bits(budget, fixed_bytes)
         try:
             lowest, highest = cost_range(self.items)
-            if budget.avg_bits is not None and budget.avg_bits > _bits_up(highest, self.elements):
+            if budget.avg_bits is not None and budget.avg_bits > shown(highest / self.elements):
                 raise BudgetError(bits, lowest, highest)
             return allocate(self.items, bits, strategy, seed)
         except BudgetError as error:

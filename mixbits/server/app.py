@@ -253,7 +253,7 @@ class Service:
                 inbox.put(prepare(body))
             except RequestError as error:
                 inbox.put(error)
-            except Exception as error:
+            except Exception as error:  # a chat template is the model's: it raises what it likes
                 inbox.put(_failure(error))
 
         self._threads.submit(run)
