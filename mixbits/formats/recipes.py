@@ -28,9 +28,9 @@ def describe(recipe: Recipe) -> Any:
 def parse_recipe(
     value: Any, weight_scale_mode: ScaleMode = "floor", act_scale_mode: ScaleMode = "floor"
 ) -> Recipe:
-    """The recipe that a `schemas.RecipeJson` describes; an order is a placeholder, the natural one.
+    """The recipe that a `schemas.RecipeJson` describes.
 
-    Raises UsageError for schemes that are not known.
+    Of an order only its being there is known here: a range stands for it (`Recipe.order`). Raises UsageError for schemes that are not known.
     """
     modes = weight_scale_mode, act_scale_mode
     if isinstance(value, str):

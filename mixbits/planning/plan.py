@@ -62,6 +62,7 @@ class Budget:
     max_kl: float | None = None
 
     def describe(self) -> dict[str, Any]:
+        """`budget` of plan.json: what was asked for, and what counts."""
         if self.size_bytes is not None:
             return {"size_bytes": self.size_bytes}
         counted = "elements" if self.ignore_scale_bits else "elements, scales and zero points"
