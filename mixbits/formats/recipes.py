@@ -30,7 +30,8 @@ def parse_recipe(
 ) -> Recipe:
     """The recipe that a `schemas.RecipeJson` describes.
 
-    Of an order only its being there is known here: a range stands for it (`Recipe.order`). Raises UsageError for schemes that are not known.
+    Of an order only its being there is known here: a range stands for it (`Recipe.order`).
+    Raises UsageError for schemes that are not known.
     """
     modes = weight_scale_mode, act_scale_mode
     if isinstance(value, str):
