@@ -20,40 +20,58 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeAlias, TypeVar
 
 from .errors import UsageError
 from .progress import Bar, Progress, Watch
 
 if TYPE_CHECKING:
+    import numpy
+    from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
     from .measuring.scores import Scores as Table
     from .pipeline.run import Run
     from .planning.plan import Plan as Allocated
     from .report.report import Report
+    from .source.source import Source
 
-F = TypeVar("F", bound=Callable[..., Any])
+P = ParamSpec("P")
+R = TypeVar("R")
 _turn = threading.RLock()
 
 
-def _in_turn(verb: F) -> F:
+def _in_turn(verb: Callable[P, R]) -> Callable[P, R]:
     """One call at a time, in all threads."""
 
     @functools.wraps(verb)
-    def called(*args: Any, **kwargs: Any) -> Any:
+    def called(*args: P.args, **kwargs: P.kwargs) -> R:
         with _turn:
             return verb(*args, **kwargs)
 
-    return cast(F, called)
+    return called
 
 
-Model: TypeAlias = Any  # a folder, a hub name, or a transformers model
-Text: TypeAlias = Any  # a name for --dataset, texts, conversations, or token ids
+Model: TypeAlias = "str | os.PathLike[str] | PreTrainedModel"  # a hub's name, or a folder
+Tokenizer: TypeAlias = "PreTrainedTokenizerBase"
+Conversation: TypeAlias = "list[dict[str, Any]]"  # of messages
+TokenIds: TypeAlias = "Sequence[int] | Tensor | numpy.ndarray[Any, Any]"
+# What --dataset takes, texts, conversations, or token ids: of one text, or of several.
+Text: TypeAlias = (
+    "str | os.PathLike[str] | Sequence[str] | Sequence[Conversation] | TokenIds"
+    " | Sequence[TokenIds]"
+)
+_Folder: TypeAlias = "tempfile.TemporaryDirectory[str]"
+# `**settings` are Any: a TypedDict for Unpack would have to say each field of
+# `pipeline.settings.Settings` again, since no type checker makes one of a dataclass. Their values
+# are checked where they come in, by `pipeline.rules.settled`.
 
 
 @dataclass(frozen=True)
@@ -66,7 +84,7 @@ class Scores:
     table: Table
     run: Run = field(repr=False)
     given: Mapping[str, Any] = field(repr=False)
-    holds: Any = field(default=None, repr=False, compare=False)  # folders that must stay
+    holds: _Folder | None = field(default=None, repr=False, compare=False)  # which must stay
 
     @property
     def schemes(self) -> list[str]:
@@ -116,7 +134,7 @@ class Plan:
 
     plan: Allocated
     run: Run = field(repr=False)
-    holds: Any = field(default=None, repr=False, compare=False)
+    holds: _Folder | None = field(default=None, repr=False, compare=False)
 
     @property
     def data(self) -> dict[str, Any]:
@@ -171,7 +189,7 @@ class Result:
         return str(found.word) if found else ""
 
     def load(self, **how: Any) -> Any:
-        """The packed model, as `mixbits.load`."""
+        """The packed model, as `mixbits.load`, which takes `how`."""
         from .checkpoint.loading import load
 
         return load(self.folder, **how)
@@ -200,10 +218,10 @@ class Result:
 @_in_turn
 def measure(
     model: Model,
-    text: Text = None,
+    text: Text | None = None,
     *,
     schemes: Sequence[str] | str,
-    tokenizer: Any = None,
+    tokenizer: Tokenizer | None = None,
     progress: Watch | bool | None = True,
     **settings: Any,
 ) -> Scores:
@@ -257,17 +275,17 @@ def allocate(
             found = calibrate(run, run.source.tokenizer())
             subject = make_subject(run, run.source.load(), found)
         planned = make_plans(run, scores.table, subject, found)
-    return Plan(next(iter(planned.plans.values())), run, scores.holds)
+    return Plan(planned.first.plan, run, scores.holds)
 
 
 @_in_turn
 def apply(
     model: Model,
     plan: Plan | str | Path,
-    text: Text = None,
+    text: Text | None = None,
     *,
     rounding: str = "gptq",
-    tokenizer: Any = None,
+    tokenizer: Tokenizer | None = None,
     progress: Watch | bool | None = True,
     **settings: Any,
 ) -> Any:
@@ -299,11 +317,11 @@ def apply(
 
 @_in_turn
 def quantize_model(
-    model: Model = None,
+    model: Model | None = None,
     out: str | Path | None = None,
     *,
-    tokenizer: Any = None,
-    dataset: Text = None,
+    tokenizer: Tokenizer | None = None,
+    dataset: Text | None = None,
     progress: Watch | bool | None = True,
     quiet: bool = False,
     command: str | None = None,
@@ -343,21 +361,23 @@ def quantize_model(
 # --- models, texts and progress ----------------------------------------------------------------
 
 
-def _inputs(model: Model, tokenizer: Any, text: Text, folder: Path) -> dict[str, Any]:
+def _inputs(
+    model: Model | None, tokenizer: Tokenizer | None, text: Text | None, folder: Path
+) -> dict[str, str]:
     """The settings `model` and `dataset`; what is in memory is written to a folder."""
-    found: dict[str, Any] = {}
-    if isinstance(model, (str, Path)):
-        found["model"] = str(model)
+    found: dict[str, str] = {}
+    if isinstance(model, (str, os.PathLike)):
+        found["model"] = os.fspath(model)
         if tokenizer is not None:
             raise UsageError("tokenizer= is for a model in memory: a folder has its own")
     elif model is not None:
         found["model"] = str(_written(model, tokenizer, folder))
     if text is not None:
-        found["dataset"] = str(_text_file(text, folder))
+        found["dataset"] = os.fspath(_text_file(text, folder))
     return found
 
 
-def _written(model: Any, tokenizer: Any, folder: Path) -> Path:
+def _written(model: PreTrainedModel, tokenizer: Tokenizer | None, folder: Path) -> Path:
     """A model in memory as a folder, so that all that is checked of folders is checked of it."""
     if not hasattr(model, "save_pretrained"):
         raise UsageError(
@@ -372,10 +392,11 @@ def _written(model: Any, tokenizer: Any, folder: Path) -> Path:
     return path
 
 
-def _text_file(text: Text, folder: Path) -> str | Path:
+def _text_file(text: Text, folder: Path) -> str | os.PathLike[str]:
     """What `--dataset` takes for a text: its name, or a file with what is in memory."""
-    if isinstance(text, (str, Path)):
+    if isinstance(text, (str, os.PathLike)):
         return text
+    rows: list[Any]
     rows = text.tolist() if hasattr(text, "tolist") else list(text)
     if rows and all(isinstance(row, str) for row in rows):
         entries = [{"text": row} for row in rows]
@@ -403,8 +424,11 @@ def _is_chat(row: Any) -> bool:
 
 
 def _open(
-    model: Model, tokenizer: Any, settings: Mapping[str, Any], text: Text = None
-) -> tuple[Run, dict[str, Any], Any]:
+    model: Model,
+    tokenizer: Tokenizer | None,
+    settings: Mapping[str, Any],
+    text: Text | None = None,
+) -> tuple[Run, dict[str, Any], _Folder]:
     """A run without an output; what was given; and the folder that must stay as long as it."""
     scratch = tempfile.TemporaryDirectory(prefix="mixbits-")
     folder = Path(scratch.name)
@@ -414,7 +438,7 @@ def _open(
     return _run(given), given, scratch
 
 
-def _run(given: Mapping[str, Any], source: Any = None) -> Run:
+def _run(given: Mapping[str, Any], source: Source | None = None) -> Run:
     from .pipeline import early
     from .pipeline.rules import settled
 

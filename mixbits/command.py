@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 import shlex
 import sys
 import traceback
@@ -42,6 +43,14 @@ def typed(module: str, argv: Sequence[str] | None = None) -> str:
     return shlex.join(["python", "-m", module, *words])
 
 
+def passive_threads() -> None:
+    """Let threads that wait sleep, where the environment says nothing: spinning starves others.
+
+    For commands, before torch is imported; whoever imports mixbits keeps the process as it is.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+
 def exit_code(run: Callable[[], object], argv: Sequence[str] | None = None) -> int:
     """Run a command: 0 when done, 2 for wrong usage or input, 1 when stopped; errors to stderr.
 
@@ -59,7 +68,7 @@ def exit_code(run: Callable[[], object], argv: Sequence[str] | None = None) -> i
     except KeyboardInterrupt as error:
         print(f"stopped; no output is half written{_notes(error)}", file=sys.stderr)
         return 1
-    except Exception as error:
+    except Exception as error:  # whatever it is, one sentence of it; --traceback has the rest
         if "--traceback" in (sys.argv if argv is None else argv):
             traceback.print_exc()
         print(f"error: {printable(_sentence(error) + _notes(error))}", file=sys.stderr)

@@ -5,11 +5,10 @@ The command line of `mixbits.quantize_model`; the stages stand in `mixbits.pipel
 
 from __future__ import annotations
 
-import os
 import sys
 
 from .api import quantize_model
-from .command import exit_code, typed
+from .command import exit_code, passive_threads, typed
 from .files.system import ended_by_signals
 from .pipeline.options import given
 
@@ -22,7 +21,7 @@ def _command(argv: list[str] | None) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads starve shared cores
+    passive_threads()
     return exit_code(lambda: _command(argv), argv)
 
 

@@ -6,12 +6,9 @@ Here are the command line and what is checked before anything is loaded; the ser
 
 from __future__ import annotations
 
-import os
-
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads starve the server's own
-
 import argparse
 import importlib.util
+import os
 import signal
 import socket
 import sys
@@ -21,7 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .command import Parser, exit_code, quiet
+from .command import Parser, exit_code, passive_threads, quiet
 from .errors import UsageError, plain_errors
 
 if TYPE_CHECKING:
@@ -219,7 +216,7 @@ def _ended_by_signals() -> Iterator[None]:
     try:
         with suppress(KeyboardInterrupt):
             yield
-    except BaseException:
+    except BaseException:  # it goes on as it is
         if in_main:
             signal.signal(signal.SIGTERM, before)
         raise
@@ -238,6 +235,7 @@ def _command(argv: list[str] | None) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
+    passive_threads()
     return exit_code(lambda: _command(argv), argv)
 
 

@@ -61,7 +61,7 @@ def filled(weight, recipe, bias=None):
     return PackedLinear.from_weight(weight, recipe, bias)
 
 
-def slab_recipe(columns, low="MXFP4", high="MXFP8", rotated=False, seed=0, folded=False):
+def slab_recipe(columns, low="MXFP4", high="MXFP8", rotated=False, seed=0, order_in_producer=False):
     """A third of the columns, in blocks of 32, in the higher scheme; blocks in random order."""
     generator = torch.Generator().manual_seed(seed)
     blocks = torch.arange(columns // 32 * 32).unflatten(0, (-1, 32))
@@ -69,7 +69,7 @@ def slab_recipe(columns, low="MXFP4", high="MXFP8", rotated=False, seed=0, folde
     order = (*shuffled, *range(len(shuffled), columns))
     first = max(32, columns // 96 * 32)
     segments = ((parse_scheme(high), first), (parse_scheme(low), columns - first))
-    return Recipe(segments, order, rotated, folded)
+    return Recipe(segments, order, rotated, order_in_producer)
 
 
 def packed_copy(model, schemes):

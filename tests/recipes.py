@@ -54,7 +54,7 @@ def of_every_kind(linears: list[Any]) -> dict[str, Recipe]:
         ][number % 5]
         if info.name.endswith("down_proj"):  # its order goes into the rows of gate and up
             found[info.name] = Recipe(
-                ((mxfp8, 32), (mxfp4, columns - 32)), order, True, folded=True
+                ((mxfp8, 32), (mxfp4, columns - 32)), order, True, order_in_producer=True
             )
     return found
 

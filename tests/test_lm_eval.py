@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mixbits
 from mixbits import lm_eval, progress
-from mixbits.measuring.evaluate import TASKS_DIR, _bars_told, _task_summary, run_tasks
+from mixbits.demo import TASKS_DIR
+from mixbits.measuring.evaluate import _bars_told, _task_summary, run_tasks
 from mixbits.report.report import Evaluation
 from mixbits.report.tables import task_rows
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -117,6 +118,20 @@ def test_importing_is_cheap(statement: str) -> None:
     code = f"{statement}; import sys; print({{'torch', 'transformers'}} & set(sys.modules))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "set()"
+
+
+def test_importing_the_commands_changes_nothing_of_the_process() -> None:
+    code = """if True:
+        import os, signal
+        numbers = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+        before = dict(os.environ), [signal.getsignal(n) for n in numbers]
+        from mixbits import api, info, lm_eval, quantize, serve
+        from mixbits.export import __main__
+        print(before == (dict(os.environ), [signal.getsignal(n) for n in numbers]))"""
+    bare = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
+    command = [sys.executable, "-c", code]
+    out = subprocess.run(command, capture_output=True, text=True, check=True, env=bare)
+    assert out.stdout == "True\n"
 
 
 def test_the_names_of_the_root_are_found_where_they_are_said_to_be() -> None:

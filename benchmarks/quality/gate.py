@@ -67,16 +67,16 @@ class Trial:
         run = self.subject.run(**VARIANTS[self.variant], avg_bits=self.bits)
         subject, text, planned = self.subject.planned(run)
         found = candidates(run.settings, planned.plans, text.correction)
-        choice = choose(subject, found, text.gate.ids)
-        recipes, fresh = choice.winner.plan.assignment, self.subject.held_out
-        winner = RoundedModel(subject.streamed, run.linears, recipes, choice.outcome.weights)
+        decision = choose(subject, found, text.gate.ids)
+        recipes, fresh = decision.winner.plan.assignment, self.subject.held_out
+        winner = RoundedModel(subject.streamed, run.linears, recipes, decision.outcome.weights)
         kl = sequence_kl(subject.streamed, winner, fresh)
         common = {
             "model": self.subject.name,
             "variant": self.variant,
             "asked": self.bits,
             "bits": average_bits(run.linears, recipes),
-            "winner": choice.winner.name,
+            "winner": decision.winner.name,
             "kl": float(kl.mean()),
         }
         rows = []

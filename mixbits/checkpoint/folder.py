@@ -192,6 +192,8 @@ def tied_copies(model: Any) -> set[str]:
 
 @dataclass(frozen=True)
 class Shard:
+    """One weight file: its name, and the tensors that it holds, in their order."""
+
     file: str
     specs: list[TensorSpec]
 

@@ -40,9 +40,10 @@ def load(
                       results that are no longer those of the float computation.
     fp8_activations   the like for MXFP4A16 on a GPU of compute capability 9.0: activations may
                       become 8-bit floats where many tokens are multiplied
-    (mixbits.formats.fp8_weights). cuda_graphs       on a GPU, `generate` uses a static cache and
-                      replays its one-token steps (mixbits.runtime.graphs), where the model allows
-    it. revision          branch, tag or commit of a name on the hub.
+                      (mixbits.formats.fp8_weights).
+    cuda_graphs       on a GPU, `generate` uses a static cache and replays its one-token steps
+                      (mixbits.runtime.graphs), where the model allows it.
+    revision          branch, tag or commit of a name on the hub.
 
     Raises UsageError if it is neither a folder nor such a name, or is no mixbits checkpoint; if any
     tensor is missing, unexpected or of another shape or dtype, or values or schemes are not those

@@ -12,7 +12,6 @@ any that was loaded: it generates, and `save_pretrained` writes what `mixbits.lo
 from __future__ import annotations
 
 import logging
-import math
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
@@ -26,7 +25,7 @@ from ..errors import UsageError
 from ..formats.pack import check_finite
 from ..formats.schemes import Assignment, Recipe, Scheme, parse_scheme
 from ..model.layout import CausalLM, LinearInfo, Survey, output_head, survey
-from ..planning.plan import average_bits
+from ..planning.plan import average_bits, out_of_range, shown
 from ..runtime.linear import PackedLinear
 from ..runtime.swap import swap_linears
 from ..source.weights import Files, Weights
@@ -54,19 +53,22 @@ def largest_that_fits(
 ) -> Scheme:
     """The scheme of most bits of which all linears together take at most `avg_bits` per weight.
 
-    Everything that is stored for them counts. Raises UsageError where none does.
+    Everything that is stored for them counts. Raises UsageError where none does, and for more than
+    the largest takes, of which nothing would come.
     """
     names = [info.name for info in linears]
     bits = {s: average_bits(linears, dict.fromkeys(names, Recipe.plain(s))) for s in schemes}
     # A hair more, so that 4.25 bits of a size that is no power of two still buy 4.25 bits.
     fitting = [s for s in schemes if bits[s] <= avg_bits * (1 + 1e-9)]
     if not fitting:
-        least = math.ceil(min(bits.values()) * 1e4) / 1e4
+        least = shown(min(bits.values()))
         offered = ", ".join(scheme.name for scheme in schemes)
         raise UsageError(
             f"avg_bits must be at least {least:g}, for one of {offered} in all linears: "
             f"got {avg_bits:g}"
         )
+    if avg_bits > shown(max(bits.values())):
+        raise out_of_range("avg_bits", min(bits.values()), max(bits.values()), avg_bits)
     return max(fitting, key=bits.__getitem__)
 
 
@@ -172,8 +174,9 @@ def _untie(model: CausalLM, apart: Collection[str]) -> None:
             f"{type(model).__name__} shares {others[0]} with another tensor: got other values of "
             f"each ({model.name_or_path})"
         )
-    for part in (model.config, model.config.get_text_config()) if apart else ():
-        part.tie_word_embeddings = False
+    if apart:
+        for part in (model.config, model.config.get_text_config()):
+            part.tie_word_embeddings = False
 
 
 def _check_in_memory(model: nn.Module) -> None:

@@ -103,11 +103,11 @@ def _part_of_expert(model: nn.Module, plain: _Plain, spec: TensorSpec) -> Tensor
 
 
 def _row_orders(linears: Sequence[LinearInfo], assignment: Assignment) -> dict[str, Tensor]:
-    """Linear -> order of its rows, where the order of another's columns is folded into them."""
+    """Linear -> order of its rows, where that of a reader's columns is written into them."""
     orders: dict[str, Tensor] = {}
     for info in linears:
         recipe = assignment.get(info.name)
-        if recipe is not None and recipe.folded and recipe.order is not None:
+        if recipe is not None and recipe.order_in_producer and recipe.order is not None:
             if not info.makers:
                 raise ValueError(f"nothing makes the input of {info.name}, to fold its order into")
             orders |= dict.fromkeys(info.makers, torch.tensor(recipe.order))

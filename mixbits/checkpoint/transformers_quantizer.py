@@ -20,14 +20,15 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.quantizers import HfQuantizer, auto
+from transformers.quantizers import auto
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .. import ops
 from ..errors import UsageError
 from ..files.io import read_object, write_text
 from ..formats.arrange import check_order
+from ..formats.checks import DTYPES
 from ..formats.pack import LAYOUT
 from ..formats.recipes import parse_recipe
 from ..formats.schemas import PackedConfig, check
@@ -171,7 +172,7 @@ class MixbitsQuantizer(HfQuantizer):
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """The dtype of activations, unless packed linears cannot take it."""
-        if dtype not in ops.DTYPES:
+        if dtype not in DTYPES:
             raise UsageError(f"dtype must be bfloat16, float16 or float32: got {dtype}")
         return dtype
 
@@ -226,9 +227,10 @@ class MixbitsQuantizer(HfQuantizer):
         config: Any = self.quantization_config
         if self.pre_quantized:
             return None
-        if config.asked() is None:
+        asked: tuple[list[Scheme], float] | None = config.asked()
+        if asked is None:
             raise UsageError("a plain model is quantized to schemes and avg_bits: got neither")
-        return config.asked()
+        return asked
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         if self.on_the_fly is not None:
@@ -272,7 +274,7 @@ class MixbitsQuantizer(HfQuantizer):
             if state[name].is_meta:
                 raise UsageError(f"weights that are stored quantized cannot be offloaded: {name}")
             # transformers 5.17 may have put codes of 8 bits there, in their own type.
-            kind = state[name].dtype if state[name].dtype in ops.DTYPES else model.config.dtype
+            kind = state[name].dtype if state[name].dtype in DTYPES else model.config.dtype
             state[name].data = left.tensor(name).to(state[name].device, kind)
 
     def get_state_dict_and_metadata(

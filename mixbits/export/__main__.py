@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..command import Parser, exit_code, quiet
+from ..command import Parser, exit_code, passive_threads, quiet
 from ..errors import UsageError
 from ..files.io import last_part, write_text
 from ..progress import say
@@ -190,7 +189,7 @@ def _command(argv: list[str] | None) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    passive_threads()
     return exit_code(lambda: _command(argv), argv)
 
 

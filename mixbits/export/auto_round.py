@@ -84,8 +84,7 @@ def quantization_config(
 
 
 def _piece(carrier: Carrier, name: str, less_one: bool) -> Piece:
-    info, fmt = carrier.model.linears[name], carrier.fits[name].scheme.weight
-    assert fmt is not None
+    info, fmt = carrier.model.linears[name], carrier.fits[name].scheme.format
 
     def make() -> dict[str, Tensor]:
         return tensors(carrier.packed(name), fmt, info.in_features, less_one)

@@ -129,8 +129,7 @@ def quantization_config(schemes: dict[str, Scheme], ignore: list[str]) -> dict[s
 
 
 def _piece(carrier: Carrier, name: str) -> Piece:
-    info, fmt = carrier.model.linears[name], carrier.fits[name].scheme.weight
-    assert fmt is not None
+    info, fmt = carrier.model.linears[name], carrier.fits[name].scheme.format
 
     def make() -> dict[str, Tensor]:
         packed = carrier.round_scales(name, carrier.packed(name), fmt)

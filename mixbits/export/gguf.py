@@ -38,7 +38,7 @@ FILE = "model.gguf"
 _TYPES = {"e2m1": "MXFP4", "int8": "Q8_0", "int4": "Q4_0", "int2": "Q4_0"}
 
 
-def _halves(codes: Tensor) -> Tensor:
+def _nibbles(codes: Tensor) -> Tensor:
     """uint8 [N, blocks, 32] -> [N, blocks, 16]: element j low, j + 16 high."""
     low, high = codes.split(MX_GROUP // 2, dim=2)
     return low | high << 4
@@ -53,7 +53,7 @@ def blocks(packed: Packed, fmt: Format, columns: int) -> Tensor:
         scale = repeated.contiguous().view(torch.uint8)
     if fmt.element == "int2":
         codes = codes + 6
-    values = codes ^ 0x80 if fmt.bits == 8 else _halves(codes)
+    values = codes ^ 0x80 if fmt.bits == 8 else _nibbles(codes)
     return torch.cat([scale, values], 2).flatten(1)
 
 

@@ -53,7 +53,8 @@ class PackedModel:
         infos = {info.name: info for info in linears}
         carried = list(getattr(config, "carried", None) or ())
         specs = {s.name: s for s in stock.specs if not s.as_stored or s.name in set(carried)}
-        for name in stock.left.groups if stock.left else ():  # plain again, as for any other engine
+        left = stock.left.groups if stock.left else {}  # plain again, as for any other engine
+        for name in left:
             shape = tuple(shapes.state_dict()[name].shape)
             specs[name] = TensorSpec(name, plain_dtype(folder), shape)
         return cls(folder, shapes, infos, recipes, specs, stock, carried)

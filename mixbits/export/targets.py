@@ -246,7 +246,9 @@ def check_together(target: Target, schemes: Sequence[Scheme]) -> None:
 
 def check_fused(target: Target, groups: Sequence[Sequence[str]], assignment: Assignment) -> None:
     """Raise UsageError where linears that are multiplied in one call take several schemes."""
-    for names in groups if target.fuse else ():
+    if not target.fuse:
+        return
+    for names in groups:
         schemes = {assignment.get(name, LEFT_ALONE).name for name in names}
         if len(schemes) > 1:
             raise UsageError(

@@ -401,7 +401,7 @@ def reserved(
         _check(destination, place.path, overwrite, inputs)
         try:
             yield place
-        except Exception as error:
+        except Exception as error:  # a full disk has many faces: `disk_full` looks at its causes
             if (full := disk_full(error)) is None:
                 raise
             kept = "nothing was written"

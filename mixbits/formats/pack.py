@@ -5,8 +5,8 @@
     weight_zero_point  uint8 [N, ceil(groups * bits / 8)], asymmetric formats only, packed alike
 
 A linear whose recipe is not plain has these for each of its segments, of that segment's columns,
-under `segments.<number>.`, and beside them, where its columns have an order of their own that is
-not folded into the linears before it,
+under `segments.<number>.`, and beside them, where its columns have an order of their own that the
+linears before it do not make them in (`Recipe.order_in_producer`),
 
     order              uint8 [K] up to 256 columns, int16 up to 32768, else int32
 
@@ -191,7 +191,7 @@ def check_finite(name: str, tensor: Tensor) -> None:
 def recipe_tensors(recipe: Recipe, packed: Sequence[Packed]) -> dict[str, Tensor]:
     """The tensors to store, named as in `mixbits.formats.pack.recipe_spec`."""
     tensors: dict[str, Tensor] = {}
-    if recipe.order is not None and not recipe.folded:
+    if recipe.order is not None and not recipe.order_in_producer:
         tensors["order"] = torch.tensor(recipe.order, dtype=order_dtype(len(recipe.order)))
     for prefix, part in zip(segment_prefixes(recipe), packed, strict=True):
         for name, value in part._asdict().items():

@@ -3,8 +3,8 @@
     "MXFP4"
     {"segments": [["MXFP8", 64], ["MXFP4", 128]], "ordered": true, "rotated": false}
 
-An order itself is a tensor of the weight files (`mixbits.formats.pack`), unless it is folded into
-others.
+An order itself is a tensor of the weight files (`mixbits.formats.pack`), unless the linears before
+make the input in it: then it is that of their rows.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ def describe(recipe: Recipe) -> Any:
 def parse_recipe(
     value: Any, weight_scale_mode: ScaleMode = "floor", act_scale_mode: ScaleMode = "floor"
 ) -> Recipe:
-    """The recipe that a `schemas.RecipeJson` describes; an order is a placeholder, the natural one.
+    """The recipe that a `schemas.RecipeJson` describes.
 
+    Of an order only its being there is known here: a range stands for it (`Recipe.order`).
     Raises UsageError for schemes that are not known.
     """
     modes = weight_scale_mode, act_scale_mode

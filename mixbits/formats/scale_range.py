@@ -55,8 +55,7 @@ def _low(scale: Tensor, fmt: Format) -> Tensor:
 
 def check_scales(name: str, weight: Tensor, scheme: Scheme, packed: Packed) -> None:
     """Raise UsageError that names the tensor where its scales cannot hold weight [N, K]."""
-    fmt, columns = scheme.weight, weight.shape[1]
-    assert fmt is not None
+    fmt, columns = scheme.format, weight.shape[1]
     _check_high(name, weight, scheme, packed)
     low = _low(packed.weight_scale, fmt)
     if not low.any():
@@ -82,8 +81,7 @@ def check_scales(name: str, weight: Tensor, scheme: Scheme, packed: Packed) -> N
 
 
 def _check_high(name: str, weight: Tensor, scheme: Scheme, packed: Packed) -> None:
-    fmt, scale = scheme.weight, packed.weight_scale
-    assert fmt is not None
+    fmt, scale = scheme.format, packed.weight_scale
     limit = "float32" if fmt.is_mx else "float16"
     if fmt.is_mx and not (scale >= 254 - MINIFLOATS[fmt.element].max_exponent).any():
         return  # the largest values are within float32

@@ -192,18 +192,19 @@ class Recipe:
     order     place i of that order holds input column order[i]; None: as they come. A range
               stands for an order that is known to be there, and is not known yet
     rotated   the ordered columns, 32 by 32, are stored in the basis of a Hadamard matrix
-    folded    the linears that make the input make it in this order: their stored rows are
-              ordered instead, and the order is not stored
+    order_in_producer  the linears that make the input make it in this order: their stored rows
+              are ordered instead, and the order is not stored
     """
 
     segments: tuple[tuple[Scheme, int | None], ...]
     order: tuple[int, ...] | range | None = None
     rotated: bool = False
-    folded: bool = False
+    order_in_producer: bool = False
 
     def __post_init__(self) -> None:
         if self.is_plain:
-            if len(self.segments) > 1 or self.order is not None or self.rotated or self.folded:
+            arranged = self.order is not None or self.rotated or self.order_in_producer
+            if len(self.segments) > 1 or arranged:
                 raise UsageError(f"the segments of {self.name} must have numbers of columns")
             return
         widths = [columns or 0 for _, columns in self.segments]
@@ -254,7 +255,7 @@ class Recipe:
     @property
     def order_bits(self) -> int:
         """Bits of one stored entry of `order`."""
-        return 0 if self.order is None or self.folded else order_bits(len(self.order))
+        return 0 if self.order is None or self.order_in_producer else order_bits(len(self.order))
 
     def storage_bits(
         self, out_features: int, in_features: int, ignore_scale_bits: bool = False

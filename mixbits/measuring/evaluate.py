@@ -23,13 +23,13 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ..demo import TASKS_DIR
 from ..errors import UsageError, first_line
 from ..model.replaced import replaced
 from ..progress import steps
 from .text import prefix_tokens
 
 CHUNK = 512  # tokens whose float64 log-probabilities are held at once
-TASKS_DIR = Path(__file__).parent.parent / "demo" / "tasks"
 
 
 def _mean_stderr(per_sequence: Tensor) -> tuple[float, float]:

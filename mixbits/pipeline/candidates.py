@@ -44,7 +44,7 @@ def candidates(
     if settings.distill:
         learned.append(Candidate(f"{name}, distilled", plan, Distill(settings.distill, how)))
     if not settings.is_gated or len(plans) == 1:
-        return learned[-1:] or [Candidate(name, plan, how)]
+        return [learned[-1] if learned else Candidate(name, plan, how)]
     found = learned + compared(plans, how)
     if known is None:
         return found

@@ -32,7 +32,7 @@ from ..report.clock import environment
 from ..report.report import Baseline, Report, Rounding
 from ..report.verdict import Circumstances
 from ..rounding.whole_model import RoundedModel, round_model
-from .gate import Choice
+from .gate import Decision
 from .plans import Planned, Solved, make_problem
 from .roundings import Subject
 from .run import Run
@@ -57,15 +57,15 @@ def swaps(solved: Solved, dearer: bool) -> list[dict[str, Any]]:
 
     Where slabs are allocated, a unit is there once, with the best of its slabs.
     """
-    items, parts = solved.problem.items, solved.problem.parts
-    names = [part.unit.name for part in parts]
-    names += [item.name for item in items[len(parts) :]]
+    items, entries = solved.problem.items, solved.problem.unit_of_items
+    names = [entry.unit.name for entry in entries]
+    names += [item.name for item in items[len(entries) :]]
     found = next_swaps(items, solved.allocation.choice, dearer, units=names)
     return [
         {
             "unit": items[s.item].name,
-            "before": parts[s.item].options[s.before].name,
-            "after": parts[s.item].options[s.after].name,
+            "before": entries[s.item].options[s.before].name,
+            "after": entries[s.item].options[s.after].name,
             "bits": s.bits,
             "loss": s.loss,
         }
@@ -111,13 +111,13 @@ def _describe(run: Run, plan: Plan, planned: Planned) -> dict[str, Any]:
     return found
 
 
-def report(run: Run, sha256: str, planned: Planned, choice: Choice, text: Text) -> Report:
+def report(run: Run, sha256: str, planned: Planned, decision: Decision, text: Text) -> Report:
     """report.json as far as it is known before anything is packed."""
-    plan, scores = choice.winner.plan, planned.scores
-    rounding = dict(choice.outcome.told)
+    plan, scores = decision.winner.plan, planned.scores
+    rounding = dict(decision.outcome.told)
     if text.notes:
         rounding["notes"] = text.notes
-    if choice.winner.rounding.uses_text:
+    if decision.winner.rounding.uses_text:
         rounding |= text.calibration.describe()
     data = {
         "mixbits_report": VERSION,
@@ -132,7 +132,7 @@ def report(run: Run, sha256: str, planned: Planned, choice: Choice, text: Text) 
         "carried": len(run.source.weights.carried_parts),
         "kept": len(run.own.rounded_names(plan.assignment)),
         "rounding": rounding,
-        "gate": {**text.gate.describe(), "candidates": choice.rows} if choice.rows else None,
+        "gate": {**text.gate.describe(), "candidates": decision.rows} if decision.rows else None,
         "predicted_loss": None if scores is None else plan.data["predicted_loss"],
         "bytes_before": sum(path.stat().st_size for path in run.source.weight_files()),
         **planned.found,
@@ -141,9 +141,9 @@ def report(run: Run, sha256: str, planned: Planned, choice: Choice, text: Text) 
     return Report.of(data, "what this run found")
 
 
-def circumstances(run: Run, choice: Choice, rounding: Rounding | None) -> Circumstances:
+def circumstances(run: Run, decision: Decision, rounding: Rounding | None) -> Circumstances:
     """What advice on a bad verdict goes by; `rounding` is that of report.json."""
-    plan = choice.winner.plan.assignment
+    plan = decision.winner.plan.assignment
     parts = [p for i in run.linears if i.name in plan for p in plan[i.name].parts(i.in_features)]
     used = {scheme.name: scheme for scheme, _ in parts}
     offered = [*used.values(), *([] if run.settings.plan else run.schemes)]
@@ -154,7 +154,7 @@ def circumstances(run: Run, choice: Choice, rounding: Rounding | None) -> Circum
         schemes=list(used.values()),
         avg_bits=average_bits(run.linears, plan),
         widest=max(s.storage_bits(128, 4096) / (128 * 4096) for s in offered or [BF16]),
-        gated=bool(choice.rows),
+        gated=bool(decision.rows),
         gate_possible=not run.settings.plan and run.settings.strategy == "optimal",
         tokens=seen,
     )
@@ -183,40 +183,39 @@ def fidelity(
     items = problem.items
     cheapest = Allocation((0,) * len(items), 0, 0.0, 0.0)  # options come by rising cost
     recipes = problem.plan(cheapest, "cheapest", Budget()).assignment
-    choices = [c for c in problem.choices if c.options[0].weight is not None]
-    count = min(MOST_UNITS, len(choices))
-    choices = [choices[i * len(choices) // count] for i in range(count)]
-    linears = [info for c in choices for info in c.unit.linears]
+    entries = [entry for entry in problem.units if entry.options[0].packed]
+    count = min(MOST_UNITS, len(entries))
+    entries = [entries[i * len(entries) // count] for i in range(count)]
+    linears = [info for entry in entries for info in entry.unit.linears]
     rounded = round_model(model, linears, {i.name: recipes[i.name] for i in linears}, "rtn")
     sums = [0.0] * count
     batches = ids.split(run.settings.batch_size)
     advance = steps(count * len(ids), len(model.blocks))
     for batch in batches:
         reference = model.logits(batch)
-        for number, c in enumerate(choices):
-            names = [info.name for info in c.unit.linears]
-            alone = {name: rounded[name] for name in names}
-            quantized = RoundedModel(model, c.unit.linears, recipes, alone)
+        for number, entry in enumerate(entries):
+            alone = {info.name: rounded[info.name] for info in entry.unit.linears}
+            quantized = RoundedModel(model, entry.unit.linears, recipes, alone)
             kls = logits_kl(reference, quantized.logits(batch), batch, first)
             sums[number] += float(kls.sum())
             advance(len(batch))
     return [
         {
-            "unit": c.unit.name,
-            "scheme": c.options[0].name,
-            "predicted": sum(item.losses[0] for item in c.items),
+            "unit": entry.unit.name,
+            "scheme": entry.options[0].name,
+            "predicted": sum(item.losses[0] for item in entry.items),
             "measured": total / len(ids),
         }
-        for c, total in zip(choices, sums, strict=True)
+        for entry, total in zip(entries, sums, strict=True)
     ]
 
 
-def _halves(sequences: Sequences) -> list[Sequences]:
+def _split_in_two(sequences: Sequences) -> list[Sequences]:
     middle = len(sequences.ids) // 2
     return [sequences[:middle], sequences[middle:]]
 
 
-def _arrangements(run: Run, scores: Scores, device: torch.device) -> dict[str, Arrangement]:
+def arrangements_of(run: Run, scores: Scores, device: torch.device) -> dict[str, Arrangement]:
     """How the columns were arranged that the scores are of."""
     arranged = {}
     for info in run.linears:
@@ -229,20 +228,21 @@ def _arrangements(run: Run, scores: Scores, device: torch.device) -> dict[str, A
 
 def diagnose(run: Run, subject: Subject, planned: Planned, text: Text) -> dict[str, Any]:
     """Keys of report.json: `measured` and its `rank_correlation`, and `stability`."""
-    solved = next(iter(planned.solved.values()))
+    solved = planned.first
     scores = solved.problem.scores
     streamed = subject.streamed
-    gate = text.gate.ids, text.gate.judged_from
-    pairs = fidelity(run, streamed, solved.problem, *gate)
-    arranged = _arrangements(run, scores, streamed.device)
+    pairs = fidelity(run, streamed, solved.problem, text.gate.ids, text.gate.judged_from)
+    arranged = arrangements_of(run, scores, streamed.device)
     method, sha256 = scores.data["method"], scores.data["model"]["sha256"]
     slabs = run.settings.slabs
     halves = [
         make_problem(run, score(run, streamed, half, method, arranged, sha256), slabs).items
-        for half in _halves(text.calibration)
+        for half in _split_in_two(text.calibration)
     ]
     return {
         "measured": pairs,
-        "rank_correlation": spearman(*([p[k] for p in pairs] for k in ("predicted", "measured"))),
+        "rank_correlation": spearman(
+            [pair["predicted"] for pair in pairs], [pair["measured"] for pair in pairs]
+        ),
         "stability": stability(solved.problem.items, halves, solved.allocation.cost),
     }

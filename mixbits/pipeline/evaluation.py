@@ -53,8 +53,9 @@ def evaluate(
     place.check_in_place()  # and so is what was loaded by its name
     if len(held_out.ids):
         p, q = (StreamedModel(m, device=settings.computes_on) for m in (original, quantized))
-        sizes = settings.batch_size, held_out.judged_from
-        scores = compare(p, q, held_out.ids, *sizes)
+        scores = compare(
+            p, q, held_out.ids, batch_size=settings.batch_size, first=held_out.judged_from
+        )
         result["held_out"] = {**held_out.describe(), **scores}
         result["verdict"] = verdict(scores, about)
     if settings.tasks:
@@ -83,8 +84,15 @@ def _load_result(run: Run, plan: Plan, result: dict[str, Any]) -> Any:
 
 def _tasks(settings: Settings, model: Any, tokenizer: Any) -> dict[str, Any]:
     add_bos = settings.add_bos_token if settings.bos or settings.add_bos_token else False
-    options = settings.limit, add_bos, settings.include_path, settings.batch_size
-    return run_tasks(model, tokenizer, list(settings.tasks), *options)
+    return run_tasks(
+        model,
+        tokenizer,
+        list(settings.tasks),
+        limit=settings.limit,
+        add_bos_token=add_bos,
+        include_path=settings.include_path,
+        batch_size=settings.batch_size,
+    )
 
 
 def _generate(model: Any, tokenizer: Any, settings: Settings, prefix: tuple[int, ...]) -> str:

@@ -29,7 +29,7 @@ CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)
-class Choice:
+class Decision:
     """The winner, its packed weights, and a row for every candidate, the best first.
 
     A row has `name`, `kl` (mean, nats per token), and for all but the winner `behind`: by how
@@ -42,30 +42,32 @@ class Choice:
 
 
 def judge(
-    subject: Subject, candidate: Candidate, held_out: Tensor, first: int = 0
+    subject: Subject, candidate: Candidate, ids: Tensor, first: int = 0
 ) -> tuple[Outcome, Tensor]:
-    """Round one candidate; what it gives, and its mean KL on each held-out sequence, float64.
+    """Round one candidate; what it gives, and its mean KL on each sequence, float64.
 
-    Positions before `first` are not judged (`Sequences.judged_from`).
+    `ids` [sequences, length] are the gate's text; positions before `first` are not judged
+    (`Sequences.judged_from`).
     """
     outcome, recipes = candidate.rounded(subject), candidate.plan.assignment
     quantized = RoundedModel(subject.streamed, subject.linears, recipes, outcome.weights)
-    return outcome, sequence_kl(subject.streamed, quantized, held_out, subject.batch_size, first)
+    kl = sequence_kl(subject.streamed, quantized, ids, batch_size=subject.batch_size, first=first)
+    return outcome, kl
 
 
 def choose(
-    subject: Subject, candidates: Sequence[Candidate], held_out: Tensor, first: int = 0
-) -> Choice:
-    """Round every candidate, and compare them on held-out sequences; `first` as of `judge`.
+    subject: Subject, candidates: Sequence[Candidate], ids: Tensor, first: int = 0
+) -> Decision:
+    """Round every candidate, and compare them on the gate's text; `ids`, `first` as of `judge`.
 
     One alone needs no comparison, and gets none.
     """
     if len(candidates) == 1:
-        return Choice(candidates[0], candidates[0].rounded(subject), [])
+        return Decision(candidates[0], candidates[0].rounded(subject), [])
     divergences: list[Tensor] = []
     best: tuple[float, int, Outcome] | None = None
     for index, candidate in enumerate(numbered(candidates, "candidate")):
-        outcome, kl = judge(subject, candidate, held_out, first)
+        outcome, kl = judge(subject, candidate, ids, first)
         divergences.append(kl)
         mean = float(kl.mean())
         if best is None or mean < best[0]:
@@ -77,7 +79,7 @@ def choose(
         for index, (c, kl) in enumerate(zip(candidates, divergences, strict=True))
     ]
     rows.sort(key=lambda row: row["kl"])
-    return Choice(candidates[best[1]], best[2], rows)
+    return Decision(candidates[best[1]], best[2], rows)
 
 
 def behind(difference: Tensor) -> dict[str, float]:

@@ -13,16 +13,16 @@ from ..report.html import render
 from ..report.report import Evaluation, Report, Stage
 from ..report.tables import scheme_rows
 from .diagnose import write_curve
-from .gate import Choice
+from .gate import Decision
 from .plans import Planned
 from .run import Run
 
 
 def write(
-    run: Run, folder: Path, model: CausalLM, choice: Choice, planned: Planned, told: Report
+    run: Run, folder: Path, model: CausalLM, decision: Decision, planned: Planned, told: Report
 ) -> int | None:
     """Write all but the report into `folder`; returns the bytes of the weight files, if any."""
-    settings, plan = run.settings, choice.winner.plan
+    settings, plan = run.settings, decision.winner.plan
     plan.write(folder / "plan.json")
     if planned.scores is not None:
         planned.scores.write(folder / "scores.json")
@@ -30,7 +30,7 @@ def write(
         write_curve(run, folder, plan, told, planned.curve)
     if settings.solve_only:
         return None
-    weights = choice.outcome.weights
+    weights = decision.outcome.weights
     if settings.fake:
         return checkpoint.save_fake(
             folder, run.source, model, run.linears, plan.assignment, weights
@@ -53,8 +53,8 @@ class Reports:
 
     NAMES = ("report.json", "report.html", "README.md")
 
-    def __init__(self, run: Run, choice: Choice, report: Report, folder: Path) -> None:
-        self.run, self.choice, self.report = run, choice, report
+    def __init__(self, run: Run, decision: Decision, report: Report, folder: Path) -> None:
+        self.run, self.decision, self.report = run, decision, report
         self.plan, self.scores = (
             json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
             for path in (folder / f"{name}.json" for name in ("plan", "scores"))
@@ -68,7 +68,7 @@ class Reports:
         self.report.stages = [Stage.of(row) for row in stages]
         texts = [self.report.text(), render(self.report, self.plan, self.scores)]
         if not settings.solve_only:
-            rows = scheme_rows(self.run.linears, self.choice.winner.plan.assignment)
-            how = self.report, settings.fake
-            texts.append(card.render(settings.folder.name, self.run.source, rows, *how))
+            rows = scheme_rows(self.run.linears, self.decision.winner.plan.assignment)
+            name, source = settings.folder.name, self.run.source
+            texts.append(card.render(name, source, rows, self.report, settings.fake))
         return dict(zip(self.NAMES, texts, strict=False))

@@ -16,7 +16,7 @@ from ..planning.smallest import smallest
 from ..progress import part, say
 from .candidates import Candidate
 from .gate import judge
-from .refine import Options, halves, refine
+from .refine import Meter, Picks, refine, two_meters
 from .roundings import Subject, plain
 from .run import Run
 from .settings import Settings
@@ -49,6 +49,11 @@ class Planned:
     curve: list[dict[str, Any]] = field(default_factory=list)
     found: dict[str, Any] = field(default_factory=dict)
     rounded: Candidate | None = None
+
+    @property
+    def first(self) -> Solved:
+        """The plan that was asked for, solved; or what --refine made of it."""
+        return next(iter(self.solved.values()))
 
 
 def make_problem(run: Run, scores: Scores, slabs: bool, strategy: str = "optimal") -> Problem:
@@ -115,9 +120,9 @@ def _of_one_size(run: Run, scores: Scores, problem: Problem, budget: Budget) -> 
     plans = {name: solve(run, problem, budget, run.settings.strategy)}
     for strategy in ("optimal", "uniform", "head", "tail"):
         if strategy not in plans:
+            one_of = layers if strategy == "optimal" else alike
             with suppress(UsageError):  # no single scheme may fit
-                of = layers if strategy == "optimal" else alike
-                plans[strategy] = solve(run, of, budget, strategy)
+                plans[strategy] = solve(run, one_of, budget, strategy)
     return plans
 
 
@@ -159,18 +164,31 @@ def _smallest_budget(
 
 def refine_plan(run: Run, subject: Subject, planned: Planned, text: Text) -> None:
     """Put a better plan first, if measuring finds one; `refine` of report.json says how."""
-    settings, start = run.settings, planned.solved["optimal"]
+    settings, start = run.settings, planned.first
     problem, budget = start.problem, budget_of(settings)
 
-    def chosen(items: Sequence[Item]) -> Options:
+    def chosen(items: Sequence[Item]) -> Picks:
         measured = replace(problem, items=items)
         return solve(run, measured, budget, "optimal").allocation.choice
 
     assert settings.refine is not None
-    ids, how = text.calibration.ids, (settings.batch_size, text.calibration.judged_from)
-    meters = halves(subject.streamed, problem, ids, *how)
-    found = refine(problem.items, start.allocation.choice, *meters, chosen, settings.refine)
-    planned.found["refine"] = {"nsamples": [len(m.ids) for m in meters], "rounds": found.rounds}
+    calibration = text.calibration
+    whole = Meter(
+        subject.streamed, problem, calibration.ids, settings.batch_size, calibration.judged_from
+    )
+    flips, proposed = two_meters(whole)
+    found = refine(
+        problem.items,
+        start.allocation.choice,
+        flips=flips,
+        judge=proposed,
+        solve=chosen,
+        rounds=settings.refine,
+    )
+    planned.found["refine"] = {
+        "nsamples": [len(flips.ids), len(proposed.ids)],
+        "rounds": found.rounds,
+    }
     if found.plan == start.allocation.choice:
         return
     name, bound = "optimal, refined", start.allocation.lower_bound

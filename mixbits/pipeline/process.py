@@ -29,7 +29,7 @@ from . import early, feasibility, telling
 from .candidates import Candidate, candidates
 from .diagnose import POINTS, circumstances, diagnose, frontier_rows, report
 from .evaluation import check_evaluation, evaluate
-from .gate import Choice, choose
+from .gate import Decision, choose
 from .output import Reports, write
 from .plans import Planned, make_plans, refine_plan
 from .roundings import Outcome, Subject, plain
@@ -85,7 +85,7 @@ def _told_of_scores(place: Destination) -> Iterator[None]:
     """Whatever ends the run says where the scores are that it had measured by then."""
     try:
         yield
-    except BaseException as error:
+    except BaseException as error:  # signals too; it goes on as it is
         if place.aside is not None:
             path = shlex.quote(str(place.aside))
             error.add_note(f"to go on from what was measured: --scores {path}")
@@ -105,14 +105,14 @@ def _quantize(run: Run, place: Destination, watch: Watch | None) -> Report:
         telling.text(text, tokenizer)
     subject = make_subject(run, model, text)
     planned = _planned(run, clock, place, subject, sha256, text)
-    choice = _rounded(run, clock, subject, planned, text)
-    told = report(run, sha256, planned, choice, text)
-    telling.plan(run, choice, told)
+    decision = _rounded(run, clock, subject, planned, text)
+    told = report(run, sha256, planned, decision, text)
+    telling.plan(run, decision, told)
     needs = 0 if settings.solve_only else told.reached.predicted_bytes or 0
     with place.folder(needs, () if settings.solve_only else Reports.NAMES) as folder:
         with clock.run("write", str(settings.out)):
-            told.bytes_after = write(run, folder, model, choice, planned, told)
-        reports = Reports(run, choice, told, folder)
+            told.bytes_after = write(run, folder, model, decision, planned, told)
+        reports = Reports(run, decision, told, folder)
         for name, content in reports.texts(None, clock.rows).items():
             write_text(folder / name, content)
     place.drop_aside()  # it is in the folder now
@@ -121,11 +121,13 @@ def _quantize(run: Run, place: Destination, watch: Watch | None) -> Report:
         telling.curve(settings)
         return told
     evaluation: dict[str, Any] = {}
-    judges = ["held-out text"] * bool(settings.eval_nsamples) + [settings.comma("tasks")]
+    judges = [settings.comma("tasks")] if settings.tasks else []
+    if settings.eval_nsamples:
+        judges.insert(0, "held-out text")
     try:
-        with clock.run("evaluate", ", ".join(filter(None, judges)) or "nothing asked for"):
-            about = circumstances(run, choice, told.rounding)
-            plan = choice.winner.plan
+        with clock.run("evaluate", ", ".join(judges) or "nothing asked for"):
+            about = circumstances(run, decision, told.rounding)
+            plan = decision.winner.plan
             evaluate(run, place, model, tokenizer, text.held_out, plan, about, evaluation)
     finally:  # a task that fails takes nothing else with it
         place.rewrite(reports.texts(evaluation, clock.rows))
@@ -177,8 +179,7 @@ def _planned(
             place.set_aside(".scores.json", dump(scores.data))
     with clock.run("allocate", settings.strategy):
         planned = make_plans(run, scores, subject, text)
-        problem = next(iter(planned.solved.values())).problem
-        planned.curve = frontier_rows(run, problem, settings.curve or POINTS)
+        planned.curve = frontier_rows(run, planned.first.problem, settings.curve or POINTS)
     if settings.refine:
         what = f"units in their other schemes, up to {settings.refine} rounds"
         with clock.run("refine", what):
@@ -191,16 +192,18 @@ def _planned(
     return planned
 
 
-def _rounded(run: Run, clock: Clock, subject: Subject, planned: Planned, text: Text) -> Choice:
+def _rounded(run: Run, clock: Clock, subject: Subject, planned: Planned, text: Text) -> Decision:
     """The plan that ships: the best of those that are compared, or the only one."""
     settings, plans = run.settings, planned.plans
     name, plan = next(iter(plans.items()))
     if settings.solve_only:
         how = plain(settings.rounding, 0.0)
-        return Choice(Candidate("only", plan, how), Outcome({}, how.describe()), [])
-    what = [settings.rounding] + ["distilled"] * bool(settings.distill)
+        return Decision(Candidate("only", plan, how), Outcome({}, how.describe()), [])
+    what = settings.rounding
+    if settings.distill:
+        what += ", distilled"
     is_compared = settings.is_gated and len(plans) > 1
     listed = f"the best of {', '.join(plans)}" if is_compared else name
-    with clock.run("round", ", ".join([*what, listed])):
+    with clock.run("round", f"{what}, {listed}"):
         found = candidates(settings, plans, text.correction, planned.rounded)
         return choose(subject, found, text.gate.ids, text.gate.judged_from)

@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -44,13 +44,14 @@ from ..planning.plan import Budget, Problem
 from ..progress import steps
 from ..rounding.nearest import fake_weight
 from ..rounding.whole_model import rounded_linear
+from .settings import BATCH_SIZE
 
 SEQUENCES = 32  # for marginals, and as many others for proposals: more order units alike
 HALVINGS = 8  # of the price of a change, from the largest marginal down
 
-Options = tuple[int, ...]  # one for each item of a problem
-Measure = Callable[[Sequence[Options]], list[float]]  # KL of plans, most alike to the first
-Solve = Callable[[Sequence[Item]], Options]  # the knapsack, within the budget
+Picks = tuple[int, ...]  # the number of the option of each item of a problem: a plan
+Measure = Callable[[Sequence[Picks]], list[float]]  # KL of plans, most alike to the first
+Solve = Callable[[Sequence[Item]], Picks]  # the knapsack, within the budget
 
 
 # --- Measuring --------------------------------------------------------------------------------
@@ -89,7 +90,8 @@ def divergences(
     recipes: Assignment,
     changes: Sequence[Assignment],
     ids: Tensor,
-    batch_size: int = 8,
+    *,
+    batch_size: int,
     judged_from: int = 0,
 ) -> Tensor:
     """float64 [1 + changes, sequences]: mean KL(original || quantized) per token, in nats.
@@ -121,7 +123,7 @@ class Meter:
     model: StreamedModel
     problem: Problem
     ids: Tensor
-    batch_size: int = 8
+    batch_size: int = BATCH_SIZE
     judged_from: int = 0
 
     @cached_property
@@ -132,41 +134,41 @@ class Meter:
         allocations = [Allocation(plan, 0, 0.0, 0.0) for plan in plans]
         return [self.problem.plan(a, "", Budget()).assignment for a in allocations]
 
-    def _changes(self, plan: Options, at: Options | None = None) -> Assignment:
+    def _changes(self, plan: Picks, at: Picks | None = None) -> Assignment:
         """Recipes of the units for which two plans differ; without `at` of all units."""
         return {
             info.name: self._recipes[option][info.name]
-            for i, (choice, option) in enumerate(zip(self.problem.choices, plan, strict=True))
+            for i, (entry, option) in enumerate(zip(self.problem.units, plan, strict=True))
             if at is None or option != at[i]
-            for info in choice.unit.linears
+            for info in entry.unit.linears
         }
 
-    def __call__(self, plans: Sequence[Options]) -> list[float]:
-        linears = [info for choice in self.problem.choices for info in choice.unit.linears]
+    def __call__(self, plans: Sequence[Picks]) -> list[float]:
+        linears = self.problem.linears
         changes = [self._changes(plan, plans[0]) for plan in plans[1:]]
         recipes = self._changes(plans[0])
-        how = self.ids, self.batch_size, self.judged_from
-        kls = divergences(self.model, linears, recipes, changes, *how)
+        kls = divergences(
+            self.model,
+            linears,
+            recipes,
+            changes,
+            self.ids,
+            batch_size=self.batch_size,
+            judged_from=self.judged_from,
+        )
         return [float(kl) for kl in kls.mean(1)]
 
 
-def halves(
-    model: StreamedModel,
-    problem: Problem,
-    ids: Tensor,
-    batch_size: int = 8,
-    judged_from: int = 0,
-) -> tuple[Meter, Meter]:
-    """Meters of two parts of ids [sequences, length], each SEQUENCES at most."""
-    count = min(SEQUENCES, (len(ids) + 1) // 2)  # a single sequence has to do for both
-    how = batch_size, judged_from
-    return Meter(model, problem, ids[:count], *how), Meter(model, problem, ids[-count:], *how)
+def two_meters(whole: Meter) -> tuple[Meter, Meter]:
+    """The same on the first and on the last of its sequences, SEQUENCES at most of each."""
+    count = min(SEQUENCES, (len(whole.ids) + 1) // 2)  # a single sequence has to do for both
+    return replace(whole, ids=whole.ids[:count]), replace(whole, ids=whole.ids[-count:])
 
 
 # --- Deciding ---------------------------------------------------------------------------------
 
 
-def marginals(items: Sequence[Item], at: Options, measure: Measure) -> list[Item]:
+def marginals(items: Sequence[Item], at: Picks, measure: Measure) -> list[Item]:
     """Items whose losses are what single changes of a plan add to its KL.
 
     Where no change of an item adds anything, as of an expert that no token reached, its losses are
@@ -201,10 +203,10 @@ def _priced(item: Item, now: int, price: float) -> Item:
     return Item(item.name, item.costs, tuple(loss - min(losses) for loss in losses))
 
 
-def proposals(items: Sequence[Item], at: Options, solve: Solve) -> list[Options]:
+def proposals(items: Sequence[Item], at: Picks, solve: Solve) -> list[Picks]:
     """Other plans near and far, from the marginals at one: each once, the farthest first."""
 
-    def solved(prices: Sequence[float]) -> Options:
+    def solved(prices: Sequence[float]) -> Picks:
         return solve([_priced(*entry) for entry in zip(items, at, prices, strict=True)])
 
     largest = max(abs(loss) for item in items for loss in item.losses)
@@ -226,13 +228,13 @@ class Refined:
     (of the same, by marginals), `changed` (units) and `proposals` (plans that were measured).
     """
 
-    plan: Options
+    plan: Picks
     rounds: list[dict[str, Any]]
 
 
 def refine(
     items: Sequence[Item],
-    start: Options,
+    start: Picks,
     flips: Measure,
     judge: Measure,
     solve: Solve,

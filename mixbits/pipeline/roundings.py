@@ -10,7 +10,7 @@ Distill(steps, after)      learned by the whole model, from where another way en
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar, Protocol
 
@@ -20,9 +20,11 @@ from ..measuring.text import Sequences
 from ..model.layout import CausalLM, LinearInfo
 from ..model.streaming import StreamedModel, gradient_dtype
 from ..rounding.distill import distill, enough_text
+from ..rounding.methods import CORRECTION
 from ..rounding.whole_model import round_model
 from ..source.kept import NO_CODES, OwnCodes
 from ..source.source import Source
+from .settings import BATCH_SIZE
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class Subject:
     linears: Sequence[LinearInfo]
     text: Sequences
     own: OwnCodes = NO_CODES
-    batch_size: int = 8
+    batch_size: int = BATCH_SIZE
     seed: int = 0
     device: str = "cpu"
 
@@ -72,6 +74,7 @@ class _Plain:
 
     method: ClassVar[str]
     uses_text: ClassVar[bool] = False
+    correction: float = field(default=0.0, init=False, repr=False)
 
     def describe(self) -> dict[str, Any]:
         return {"method": self.method}
@@ -83,8 +86,8 @@ class _Plain:
             recipes,
             self.method,
             subject.text.ids,
-            self.describe().get("correction", 0.0),
-            subject.own.rounded(recipes),
+            correction=self.correction,
+            own=subject.own.rounded(recipes),
         )
         return Outcome(weights, self.describe())
 
@@ -101,9 +104,9 @@ class Search(_Plain):
 
 @dataclass(frozen=True)
 class Gptq(_Plain):
-    """`correction`: the share of `mixbits.rounding.gptq.retarget`."""
+    """`correction` as of `mixbits.rounding.gptq.corrected`."""
 
-    correction: float = 0.5
+    correction: float = CORRECTION
     method = "gptq"
     uses_text = True
 
@@ -125,8 +128,16 @@ class SignRound:
         from ..rounding.signround import tune  # auto-round is optional
 
         model, tokenizer = subject.source.load(), subject.source.tokenizer()
-        sizes = self.steps, subject.batch_size, subject.device
-        rounded = tune(model, tokenizer, subject.linears, recipes, subject.text.ids, *sizes)
+        rounded = tune(
+            model,
+            tokenizer,
+            subject.linears,
+            recipes,
+            subject.text.ids,
+            iterations=self.steps,
+            batch_size=subject.batch_size,
+            device=subject.device,
+        )
         return Outcome(dict(rounded) | subject.own.rounded(recipes), self.describe())
 
 
@@ -139,8 +150,8 @@ class Distill:
     uses_text = True
 
     def describe(self, **more: Any) -> dict[str, Any]:
-        method, *rest = self.after.describe().items()
-        return dict([method, ("distilled", self.steps), *more.items(), *rest])
+        told = self.after.describe()
+        return {"method": told.pop("method"), "distilled": self.steps, **more, **told}
 
     def __call__(self, subject: Subject, recipes: Assignment) -> Outcome:
         start = self.after(subject, recipes).weights
@@ -148,10 +159,24 @@ class Distill:
         streamed = StreamedModel(
             subject.model, gradient_dtype(source.dtype, subject.device), subject.device
         )
-        sizes = self.steps, subject.batch_size, subject.seed
-        writer = source.load().to(subject.device)
-        enough = enough_text(writer, text.ids, *sizes, text.prefix)
-        learned = distill(streamed, subject.linears, recipes, start, enough, *sizes)
+        enough = enough_text(
+            source.load().to(subject.device),
+            text.ids,
+            self.steps,
+            batch_size=subject.batch_size,
+            seed=subject.seed,
+            prefix=text.prefix,
+        )
+        learned = distill(
+            streamed,
+            subject.linears,
+            recipes,
+            start,
+            enough,
+            self.steps,
+            batch_size=subject.batch_size,
+            seed=subject.seed,
+        )
         told = self.describe(written_sequences=len(enough) - len(text.ids))
         return Outcome(dict(learned) | subject.own.rounded(recipes), told)
 

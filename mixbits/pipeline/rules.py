@@ -111,10 +111,14 @@ def _check_budget(s: Settings) -> None:
         raise UsageError("--untie-head is for --quantize-lm-head")
     if s.ignore_scale_bits and (s.size or s.max_kl or s.plan):
         raise UsageError("--ignore-scale-bits counts for --avg-bits only")
-    making = ("strategy", "scores", "keep", "ignore", "fuse", "per_expert", "granularity", "rotate")
-    for name in (*making, "refine", "curve", "diagnose") if s.plan else ():
-        if getattr(s, name) != KNOWN[name].default:
-            raise UsageError(f"{spelt(name)} helps to make a plan: it cannot go with --plan")
+    makes = ("strategy", "scores", "keep", "ignore", "fuse", "per_expert", "granularity", "rotate")
+    given = [
+        name
+        for name in (*makes, "refine", "curve", "diagnose")
+        if getattr(s, name) != KNOWN[name].default
+    ]
+    if s.plan and given:
+        raise UsageError(f"{spelt(given[0])} helps to make a plan: it cannot go with --plan")
 
 
 def _check_measured(s: Settings) -> None:

@@ -10,37 +10,42 @@ from ..formats.arrange import Arrangement
 from ..measuring.fisher import sorted_columns
 from ..measuring.scores import Scores
 from ..measuring.sensitivity import measure as measure_sensitivity
-from ..measuring.text import (
-    Sequences,
-)
-from ..model.layout import (
-    CausalLM,
-    LinearInfo,
-)
+from ..measuring.text import Sequences
+from ..model.layout import CausalLM
 from ..model.streaming import StreamedModel, gradient_dtype
+from ..model.units import Unit
 from .run import Run
 
 
-def _arrangements(run: Run, model: StreamedModel, sequences: Sequences) -> dict[str, Arrangement]:
+def _new_arrangements(
+    run: Run, model: StreamedModel, sequences: Sequences
+) -> dict[str, Arrangement]:
     """Orders of columns for slabs, and which linears are rotated."""
     settings = run.settings
     arrangements: dict[str, Arrangement] = {}
     if settings.slabs:
-        readers = [u.linears for u in run.units if len({_input(i) for i in u.linears}) == 1]
+        readers = [unit.linears for unit in run.units if _reads_one_input(unit)]
         cheapest = min(run.schemes, key=lambda s: s.element_bits)
-        options = sequences.ids, settings.batch_size, settings.seed
-        arrangements = sorted_columns(model, run.linears, readers, cheapest, *options)
-    for info in run.linears if settings.rotate == "ffn" else ():
-        if info.ffn_output:
-            order = arrangements[info.name].order if info.name in arrangements else None
-            arrangements[info.name] = Arrangement(order, rotated=True)
+        arrangements = sorted_columns(
+            model,
+            run.linears,
+            readers,
+            cheapest,
+            sequences.ids,
+            batch_size=settings.batch_size,
+            seed=settings.seed,
+        )
+    rotated = [i.name for i in run.linears if i.ffn_output] if settings.rotate == "ffn" else []
+    for name in rotated:
+        order = arrangements[name].order if name in arrangements else None
+        arrangements[name] = Arrangement(order, rotated=True)
     return arrangements
 
 
-def _input(info: LinearInfo) -> str:
-    """The linear, where it alone reads its input; "" where others may read the same."""
-    own = info.is_expert and info.ffn_output  # an expert's intermediate is its own
-    return info.name if own else ""
+def _reads_one_input(unit: Unit) -> bool:
+    """Whether all linears of a unit do; an expert's last linear reads what its own expert makes."""
+    apart = [info for info in unit.linears if info.is_expert and info.ffn_output]
+    return not apart or len(unit.linears) == 1
 
 
 def check_known(
@@ -57,7 +62,9 @@ def check_known(
     scores.check(where, run.linears, run.all_schemes, run.scale_modes, sha256, prefix)
     if run.settings.rotate == "ffn" and not any(scores.rotated(i.name) for i in run.linears):
         raise UsageError(f"{where} was measured without --rotate ffn: measure again")
-    for unit in run.units if run.settings.slabs else ():
+    if not run.settings.slabs:
+        return
+    for unit in run.units:
         if len({tuple(scores.order(info.name) or ()) for info in unit.linears}) > 1:
             raise UsageError(
                 f"{where} was measured with the columns of {unit.name} in several orders, where "
@@ -74,7 +81,7 @@ def measure(run: Run, model: CausalLM, sequences: Sequences, sha256: str) -> Sco
         return scores
     dtype = gradient_dtype(run.source.dtype, settings.computes_on)
     streamed = StreamedModel(model, dtype, settings.computes_on)
-    arranged = _arrangements(run, streamed, sequences)
+    arranged = _new_arrangements(run, streamed, sequences)
     return score(run, streamed, sequences, settings.method, arranged, sha256)
 
 
@@ -88,8 +95,16 @@ def score(
 ) -> Scores:
     """Scores of every scheme on every linear, its columns arranged."""
     settings = run.settings
-    options = method, settings.batch_size, settings.seed, arranged
-    slabs = measure_sensitivity(model, run.linears, run.all_schemes, sequences.ids, *options)
+    slabs = measure_sensitivity(
+        model,
+        run.linears,
+        run.all_schemes,
+        sequences.ids,
+        method,
+        batch_size=settings.batch_size,
+        seed=settings.seed,
+        arrangements=arranged,
+    )
     described = {**sequences.describe(), "batch_size": settings.batch_size, "seed": settings.seed}
     for linear, scores in slabs.items():
         free = [s.name for s in run.all_schemes if run.own.is_free(linear, s)]

@@ -17,11 +17,12 @@ from ..errors import UsageError
 from ..export.targets import DEFAULT_SCHEMES, TARGETS
 from ..formats.schemes import SCALE_MODES, ScaleMode, Scheme, parse_scheme
 from ..planning.allocate import STRATEGIES
+from ..rounding.methods import CORRECTION
+from ..rounding.methods import METHODS as ROUNDINGS
 from .kinds import bits, names, nats, path, positive, share, size, whole, words
 
 METHODS = ("fisher", "deltaloss", "weight")  # as in measuring.sensitivity, which imports torch
-ROUNDINGS = ("rtn", "search", "gptq")  # as in mixbits.rounding.gptq
-CORRECTION = 0.5  # of errors, where there is text enough
+BATCH_SIZE = 8  # sequences
 DISTILL_STEPS = 300
 TUNE_STEPS = 200
 REFINE_ROUNDS = 4  # by the last ones little is gained
@@ -241,7 +242,7 @@ class TextSettings:
     )
     nsamples: int = _option(64, "sequences (%(default)s)", kind=positive)
     seqlen: int = _option(256, "tokens each (%(default)s)", kind=positive)
-    batch_size: int = _option(8, "sequences (%(default)s)", kind=positive)
+    batch_size: int = _option(BATCH_SIZE, "sequences (%(default)s)", kind=positive)
     seed: int = _option(0, "of sampled labels and text (%(default)s)", kind=whole)
     bos: bool = _option(
         True,

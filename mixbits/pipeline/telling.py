@@ -22,7 +22,7 @@ from ..report.tables import (
     task_rows,
 )
 from ..report.verdict import lines
-from .gate import Choice
+from .gate import Decision
 from .run import Run
 from .settings import Settings
 from .texts import Text
@@ -62,12 +62,12 @@ def text(found: Text, tokenizer: Any) -> None:
         say(f"      every sequence begins with {tokenizer.decode(prefix)}")
 
 
-def plan(run: Run, choice: Choice, report: Report) -> None:
+def plan(run: Run, decision: Decision, report: Report) -> None:
     """What ships, and what it was compared with."""
     reached = report.reached
     if report.candidates:
         say(table(gate_rows(report.candidates)))
-    say(table(scheme_rows(run.linears, choice.winner.plan.assignment)))
+    say(table(scheme_rows(run.linears, decision.winner.plan.assignment)))
     say(
         f"  {number(reached.avg_bits, '.4f')} bits per weight with everything counted"
         f"{_of_how_much(run)}, {number(reached.avg_bits_without_scales, '.4f')} without scales; "

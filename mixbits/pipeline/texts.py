@@ -18,8 +18,9 @@ from ..measuring.text import (
     split,
     tokenize,
 )
+from ..rounding.methods import CORRECTION
 from .run import Run
-from .settings import CORRECTION, Settings
+from .settings import Settings
 
 PYTHON_TEXT = "modules of Python's standard library"
 ENOUGH_TOKENS = 2  # of calibration for each column of the widest input
@@ -47,9 +48,8 @@ def calibrate(run: Run, tokenizer: Any) -> Text:
     count = settings.nsamples if settings.calibrates or gate else 0
     if settings.diagnose and count < 2:
         raise UsageError(f"--diagnose halves the calibration text: got {count} sequence")
-    is_first = not (
-        count or settings.scores or settings.plan
-    )  # text that nothing else goes through
+    # Text that nothing else goes through is read from its beginning.
+    is_first = not (count or settings.scores or settings.plan)
     seen = 0 if is_first else max(settings.nsamples, _seen(settings, len(prefix)))
     held_count = 0 if settings.solve_only else settings.eval_nsamples
     notes: list[str] = []
@@ -76,13 +76,13 @@ def settle_correction(run: Run, text: Text) -> None:
         is_judged = settings.is_gated  # against no correction
         if is_short and not is_judged:
             text.correction = 0.0
-        what = "" if is_judged else "so that --correction is 0"
+        what = "" if is_judged else ", so that --correction is 0"
     else:
-        what = "which --correction follows closely" if settings.correction else ""
+        what = ", which --correction follows closely" if settings.correction else ""
     if is_short and compensates:
         text.notes.append(
             f"the text is short for gptq: {tokens:,} tokens, and inputs of {widest:,} columns want "
-            f"{ENOUGH_TOKENS * widest:,}{', ' * bool(what)}{what}; more --nsamples round better"
+            f"{ENOUGH_TOKENS * widest:,}{what}; more --nsamples round better"
         )
 
 
@@ -92,9 +92,9 @@ def text_read(settings: Settings) -> str:
     reads_first = settings.calibrates or settings.is_gated or settings.diagnose
     if settings.demo:
         return "its own text"
-    found = [settings.dataset or PYTHON_TEXT] * bool(
-        reads_first or (judges and not settings.eval_dataset)
-    )
+    found = []
+    if reads_first or (judges and not settings.eval_dataset):
+        found.append(settings.dataset or PYTHON_TEXT)
     if judges and settings.eval_dataset:
         found.append(settings.eval_dataset)
     return ", ".join(found) or "no text is needed"
@@ -124,18 +124,19 @@ def _first_and_held_out(
     is_bundled = settings.dataset is None and settings.eval_dataset is None and held_count
     if settings.demo or is_bundled:  # the latter where nothing calibrates
         return _demo_sequences(settings, tokenizer, vocab, prefix, count, held_count)
-    sizes = settings.seqlen, prefix
     if settings.eval_dataset is not None or not held_count:
         before = count
-    first = held_out = Sequences.none(*sizes)
+    first = held_out = Sequences.none(settings.seqlen, prefix)
     after = held_count if settings.eval_dataset is None else 0
     if count or after:
         total = before + after
         assert settings.dataset is not None
-        pool = read_sequences(settings.dataset, tokenizer, vocab, total, *sizes)
+        pool = read_sequences(settings.dataset, tokenizer, vocab, total, settings.seqlen, prefix)
         first, held_out = split(pool, before, after)
     if settings.eval_dataset is not None and held_count:
-        pool = read_sequences(settings.eval_dataset, tokenizer, vocab, held_count, *sizes)
+        pool = read_sequences(
+            settings.eval_dataset, tokenizer, vocab, held_count, settings.seqlen, prefix
+        )
         held_out = split(pool, 0, held_count)[1]
     return first, held_out
 

@@ -12,7 +12,7 @@ A unit whose columns take several schemes has slabs in the place of one scheme,
     {"unit": name, "slabs": {"MXFP8": "0-2,5", "MXFP4": "3-4,6-7"}, "linears": {...}}
 
 runs of `slab_columns` columns (a key of the plan), counted in the unit's `order` of columns where
-it has one. The order of a down_proj's columns is folded into the rows of its gate and up
+it has one. The order of a down_proj's columns is written into the rows of its gate and up
 projections where that changes nothing, the others are stored. `rotated` lists the unit's linears
 whose ordered columns are rotated.
 
@@ -63,6 +63,7 @@ class Budget:
     max_kl: float | None = None
 
     def describe(self) -> dict[str, Any]:
+        """`budget` of plan.json: what was asked for, and what counts."""
         if self.size_bytes is not None:
             return {"size_bytes": self.size_bytes}
         counted = "elements" if self.ignore_scale_bits else "elements, scales and zero points"
@@ -137,7 +138,7 @@ def recipe_of_slabs(
     columns: int,
     order: Sequence[int] | None,
     rotated: bool,
-    folded: bool = False,
+    order_in_producer: bool = False,
 ) -> Recipe:
     """The recipe of a linear with `columns`, from its schemes' slabs of `width` ordered columns.
 
@@ -163,11 +164,11 @@ def recipe_of_slabs(
         return Recipe.plain(segments[0][0])
     if natural:
         return Recipe(tuple(segments), None, rotated)
-    return Recipe(tuple(segments), tuple(places), rotated, folded)
+    return Recipe(tuple(segments), tuple(places), rotated, order_in_producer)
 
 
-def is_foldable(info: LinearInfo, names: Container[str]) -> bool:
-    """Whether a linear reads what others, all of `names`, make column by column."""
+def can_order_producer(info: LinearInfo, names: Container[str]) -> bool:
+    """Whether linears, all of `names`, can make a linear's input in any order of its columns."""
     return bool(info.makers) and all(maker in names for maker in info.makers)
 
 
@@ -199,9 +200,14 @@ class Plan:
                 slabs = [
                     (parse_scheme(s, *modes), parse_ranges(text, count)) for s, text in entries
                 ]
-                order = unit.get("order")
-                folded = is_foldable(self.linears[name], self.linears)
-                recipes[name] = recipe_of_slabs(slabs, width, columns, order, rotated, folded)
+                recipes[name] = recipe_of_slabs(
+                    slabs,
+                    width,
+                    columns,
+                    unit.get("order"),
+                    rotated,
+                    order_in_producer=can_order_producer(self.linears[name], self.linears),
+                )
             else:
                 scheme = parse_scheme(unit["scheme"], *modes)
                 rotates = rotated and scheme.packed
@@ -237,9 +243,16 @@ class Plan:
         write_text(path, dump(self.data))
 
 
-def _bits_up(bits: int, elements: int) -> float:
+def shown(bits: float) -> float:
     """Bits per weight, rounded up to what an error message shows."""
-    return math.ceil(bits / elements * 1e4) / 1e4
+    return math.ceil(bits * 1e4) / 1e4
+
+
+def out_of_range(name: str, low: float, high: float, got: float) -> UsageError:
+    """What to say of bits per weight, given as `name`, that are not between `low` and `high`."""
+    return UsageError(
+        f"{name} must be between {shown(low):g} and {shown(high):g} for these schemes: got {got:g}"
+    )
 
 
 def _out_of_reach(
@@ -247,21 +260,19 @@ def _out_of_reach(
 ) -> UsageError:
     """The budget's bits in the user's own unit, with the lowest and highest possible."""
     if budget.size_bytes is not None:
-        low, high = (fixed_bytes + -(-bits // 8) for bits in (error.lowest, error.highest))
+        least, most = (fixed_bytes + -(-bits // 8) for bits in (error.lowest, error.highest))
         return UsageError(
-            f"--size must be at least {low:,} bytes for these schemes ({high:,} at most are of "
+            f"--size must be at least {least:,} bytes for these schemes ({most:,} at most are of "
             f"use, {fixed_bytes:,} are not to be quantized): got {budget.size_bytes:,}"
         )
-    low_bits, high_bits = (_bits_up(b, elements) for b in (error.lowest, error.highest))
-    return UsageError(
-        f"--avg-bits must be between {low_bits:g} and {high_bits:g} for these schemes: "
-        f"got {budget.avg_bits:g}"
-    )
+    assert budget.avg_bits is not None
+    low, high = error.lowest / elements, error.highest / elements
+    return out_of_range("--avg-bits", low, high, budget.avg_bits)
 
 
 @dataclass(frozen=True)
-class _Choice:
-    """One unit's part of the knapsack: an item for the unit, or one for each of its slabs."""
+class KnapsackUnit:
+    """A unit in the knapsack: one item for the whole of it, or one for each of its slabs."""
 
     unit: Unit
     options: Sequence[Scheme]
@@ -320,9 +331,9 @@ def _slab_items(
 
 
 def _order_bits(units: Sequence[Unit]) -> int:
-    """Bits of the stored orders of columns, were every linear to have one that is not folded."""
+    """Bits of the orders of columns that are stored, were every linear to have an order."""
     linears = {info.name: info for unit in units for info in unit.linears}
-    stored = [i.in_features for i in linears.values() if not is_foldable(i, linears)]
+    stored = [i.in_features for i in linears.values() if not can_order_producer(i, linears)]
     return sum(columns * order_bits(columns) for columns in stored)
 
 
@@ -330,20 +341,25 @@ def _order_bits(units: Sequence[Unit]) -> int:
 class Problem:
     """The knapsack of a model and its scores: made once, it serves plans of any budget, and curves.
 
-    `items` are the choices' items in their order, and one more for the orders of columns where
+    `items` are the units' items in their order, and one more for the orders of columns where
     slabs are counted whole. `elements` are the units' weights, `slab_columns` is 0 without slabs.
     """
 
     scores: Scores
-    choices: Sequence[_Choice]
+    units: Sequence[KnapsackUnit]
     items: Sequence[Item]
     elements: int
     slab_columns: int
 
     @property
-    def parts(self) -> list[_Choice]:
-        """The choice that each item is of, those of stored orders left out."""
-        return [choice for choice in self.choices for _ in choice.items]
+    def unit_of_items(self) -> list[KnapsackUnit]:
+        """The unit that each item is of, the item of stored orders left out."""
+        return [entry for entry in self.units for _ in entry.items]
+
+    @property
+    def linears(self) -> list[LinearInfo]:
+        """Those of all units."""
+        return [info for entry in self.units for info in entry.unit.linears]
 
     @classmethod
     def build(
@@ -361,8 +377,8 @@ class Problem:
         """
         ordered = [sorted(o, key=lambda s: (s.storage_bits(128, 4096), s.name)) for o in options]
         width = slab_width([s for o in ordered for s in o]) if slabs else 0
-        choices = [
-            _Choice(
+        entries = [
+            KnapsackUnit(
                 unit,
                 schemes,
                 _slab_items(unit, schemes, scores, width, elements_only)
@@ -372,11 +388,11 @@ class Problem:
             )
             for unit, schemes in zip(units, ordered, strict=True)
         ]
-        items = [item for choice in choices for item in choice.items]
+        items = [item for entry in entries for item in entry.items]
         if slabs and not elements_only:
             items.append(Item("orders of columns", (_order_bits(units),), (0.0,)))
         elements = sum(info.numel for unit in units for info in unit.linears)
-        return cls(scores, choices, items, elements, width)
+        return cls(scores, entries, items, elements, width)
 
     def bits(self, budget: Budget, fixed_bytes: int = 0) -> int:
         """What a budget leaves for the items; `fixed_bytes` are the files' other content."""
@@ -400,7 +416,7 @@ class Problem:
         bits = self.bits(budget, fixed_bytes)
         try:
             lowest, highest = cost_range(self.items)
-            if budget.avg_bits is not None and budget.avg_bits > _bits_up(highest, self.elements):
+            if budget.avg_bits is not None and budget.avg_bits > shown(highest / self.elements):
                 raise BudgetError(bits, lowest, highest)
             return allocate(self.items, bits, strategy, seed)
         except BudgetError as error:
@@ -423,11 +439,11 @@ class Problem:
             "lower_bound": allocation.lower_bound,
             **({"slab_columns": self.slab_columns} if self.slab_columns else {}),
             "units": [
-                choice.describe([next(left) for _ in choice.items], self.scores)
-                for choice in self.choices
+                entry.describe([next(left) for _ in entry.items], self.scores)
+                for entry in self.units
             ],
         }
-        return Plan(data, {i.name: i for choice in self.choices for i in choice.unit.linears})
+        return Plan(data, {info.name: info for info in self.linears})
 
 
 def solve(

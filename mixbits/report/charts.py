@@ -244,8 +244,11 @@ class Plot:
         if self.line:
             path = " ".join(f"{across(x):.1f},{up(y):.1f}" for x, y in self.line)
             parts.append(f'<polyline points="{path}" class="curve"/>')
-        for x, y in self.line if self.dots else ():
-            parts.append(f'<circle cx="{across(x):.1f}" cy="{up(y):.1f}" r="3" class="c5"/>')
+        if self.dots:
+            parts += [
+                f'<circle cx="{across(x):.1f}" cy="{up(y):.1f}" r="3" class="c5"/>'
+                for x, y in self.line
+            ]
         parts += [_shape(m.kind, across(m.x), up(m.y), m.title) for m in self.marks]
         parts += self._draw_legend(right, top)
         return _svg(self.width, self.height, parts, self.name, "plot")

@@ -120,15 +120,15 @@ def enough_text(
     model: CausalLM,
     ids: Tensor,
     steps: int,
-    batch_size: int = 8,
+    *,
+    batch_size: int,
     seed: int = 0,
     prefix: Sequence[int] = (),
 ) -> Tensor:
     """ids [sequences, length], and what the model has to write for `steps` to learn from.
 
-    All of them begin with the tokens of `prefix`.
-
-    The model must hold its weights, on the device that is to compute.
+    All of them begin with the tokens of `prefix`. The model must hold its weights, on the device
+    that is to compute.
     """
     count = -(-steps * batch_size // SEEN) - len(ids)
     return torch.cat([ids, written(model, ids, count, seed, prefix)]) if count > 0 else ids
@@ -141,7 +141,8 @@ def distill(
     rounded: Rounded,
     ids: Tensor,
     steps: int,
-    batch_size: int = 8,
+    *,
+    batch_size: int,
     seed: int = 0,
 ) -> dict[str, list[Packed]]:
     """Learn the codes of packed weights `rounded` (linear -> its parts): the same, learned.

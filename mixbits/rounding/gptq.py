@@ -8,7 +8,8 @@ gptq    Columns are rounded one after the other, and each one's error is made up
         columns still to come, as well as the inputs' second moments allow (GPTQ, Frantar et al.,
         arXiv 2210.17323; the order of columns is that of the linear). The second moments are of
         the inputs as they arrive in the quantized model, rounded activations and all, and a share
-        of the difference to the original model's inputs is made up for as well (`retarget`).
+        of the difference to the original model's inputs is made up for as well: the *correction*
+        (`corrected`).
 
 Everything here is exact torch in float32 and float64, on any device, one linear at a time;
 `mixbits.ops.compensate_group` is the same, to the bit, as native code for CPUs.
@@ -26,7 +27,6 @@ from ..formats.compensate import Group, compensate_group
 from ..formats.reference import Quantized
 from ..formats.schemes import Format
 
-METHODS = ("rtn", "search", "gptq")
 DAMPING = 0.01  # of the mean of the diagonal, added to second moments (GPTQ's percdamp)
 _BLOCK = 128  # columns, a multiple of every group size
 
@@ -63,18 +63,18 @@ class Curvature:
         return self.damped.diagonal().float()
 
 
-def retarget(weight: Tensor, curvature: Curvature, cross: Tensor, share: float) -> Tensor:
-    """The weight [N, K] that makes up for a `share` of what its inputs have changed.
+def corrected(weight: Tensor, curvature: Curvature, cross: Tensor, correction: float) -> Tensor:
+    """The weight [N, K] that makes up for a share, `correction`, of its inputs' changes.
 
     cross = E[x xq^T], [K, K]: xq the inputs in the quantized model, whose curvature is given, x
-    those of the same tokens in the original one. At share 1 this is the least-squares solution
+    those of the same tokens in the original one. At 1 this is the least-squares solution
     for the original outputs W x from inputs xq, which follows the calibration text too closely.
     """
-    if share == 0:
+    if correction == 0:
         return weight
     difference = weight.double() @ (cross.double() - curvature.moments)
     change = torch.cholesky_solve(difference.T, curvature.lower).T
-    return (weight.double() + share * change).float()
+    return (weight.double() + correction * change).float()
 
 
 def gptq(

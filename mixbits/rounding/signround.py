@@ -100,8 +100,9 @@ def tune(
     linears: Sequence[LinearInfo],
     recipes: Assignment,
     ids: Tensor,
-    iterations: int = 200,
-    batch_size: int = 8,
+    *,
+    iterations: int,
+    batch_size: int,
     device: str = "cpu",
 ) -> dict[str, list[Packed]]:
     """Round every linear that has a recipe, with token ids [sequences, length] -> its parts.

@@ -30,7 +30,8 @@ from ..model.layout import LinearInfo, output_head, weight_of
 from ..model.probing import probed
 from ..model.streaming import StreamedModel, patched
 from ..progress import steps
-from .gptq import METHODS, Curvature, gptq, retarget
+from .gptq import Curvature, corrected, gptq
+from .methods import CORRECTION, METHODS
 from .nearest import check_packed, fake_input, pack_recipe, packed_values
 
 
@@ -49,10 +50,12 @@ class _Compensation:
     """The two streams' state while a model is rounded."""
 
     def __init__(
-        self, linears: Sequence[LinearInfo], recipes: Assignment, share: float, own: Rounded
+        self, linears: Sequence[LinearInfo], recipes: Assignment, correction: float, own: Rounded
     ) -> None:
         # An expert sees other tokens in the two streams, and the head one stream only.
-        self.shares = {i.name: 0.0 if i.peers or i.block is None else share for i in linears}
+        self.corrections = {
+            i.name: 0.0 if i.peers or i.block is None else correction for i in linears
+        }
         self.recipes, self.own = recipes, own
         self.rounded: dict[str, list[Packed]] = {}
         self.recording = False
@@ -63,7 +66,7 @@ class _Compensation:
     def probe(self, name: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Stands for a linear of either stream."""
         if self.recording or name not in self.recipes:  # an expert may have been left alone
-            if self.shares.get(name):
+            if self.corrections.get(name):
                 self._inputs[name] = (x, _version(x))
             return torch.nn.functional.linear(x, weight, bias)
         recipe = self.recipes[name]
@@ -87,7 +90,7 @@ class _Compensation:
             return [part.to(weight.device) for part in self.own[name]]
         arranged = inputs.arrangement.weight(weight.float())
         if inputs.cross is not None:
-            arranged = retarget(arranged, inputs.curvature, inputs.cross, self.shares[name])
+            arranged = corrected(arranged, inputs.curvature, inputs.cross, self.corrections[name])
         parts = recipe.parts(weight.shape[1])
         formats = [(scheme.format, columns) for scheme, columns in parts]
         codes = gptq(arranged, inputs.curvature, formats, ops.compensate_group)
@@ -135,10 +138,10 @@ def _compensate(
     linears: Sequence[LinearInfo],
     recipes: Assignment,
     ids: Tensor,
-    share: float,
+    correction: float,
     own: Rounded,
 ) -> dict[str, list[Packed]]:
-    work = _Compensation(linears, recipes, share, own)
+    work = _Compensation(linears, recipes, correction, own)
     quantized: list[Any] = []
     advance = steps(len(model.blocks), 2 * len(ids))
 
@@ -168,15 +171,15 @@ def round_model(
     recipes: Assignment,
     method: str = "gptq",
     ids: Tensor | None = None,
-    share: float = 0.5,
+    correction: float = CORRECTION,
     own: Rounded = MappingProxyType({}),
 ) -> dict[str, list[Packed]]:
     """Pack every linear that has a recipe: linear -> its parts, on the CPU.
 
     method  rtn     round to nearest
             search  the same, with the scale of least error for each group
-            gptq    error compensation, with the inputs of token ids [sequences, length]; `share`
-                    is explained at `mixbits.rounding.gptq.retarget`
+            gptq    error compensation, with the inputs of token ids [sequences, length];
+                    `correction` is explained at `mixbits.rounding.gptq.corrected`
 
     `own` has linears that are packed already (`mixbits.source.kept`).
 
@@ -192,7 +195,7 @@ def round_model(
         if ids is None or not len(ids):
             raise UsageError("--rounding gptq needs calibration text")
         packed = {i.name: recipes[i.name] for i in chosen}
-        rounded = _compensate(model, chosen, packed, ids, share, own)
+        rounded = _compensate(model, chosen, packed, ids, correction, own)
     rounded |= {name: list(parts) for name, parts in own.items() if name in recipes}
     left = [info for info in chosen if info.name not in rounded]
     advance = steps(len(left), len(model.blocks) / max(1, len(chosen)))

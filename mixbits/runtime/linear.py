@@ -145,7 +145,7 @@ class PackedLinear(Segment):
         self.int8_activations = False
         self.siblings: _Siblings | None = None
         self.order = self.row_scale = None  # no buffers, as above
-        if recipe.order is not None and not recipe.folded:
+        if recipe.order is not None and not recipe.order_in_producer:
             dtype = order_dtype(in_features)
             del self.order
             self.register_buffer("order", torch.tensor(recipe.order, dtype=dtype, device=device))

@@ -28,7 +28,7 @@ from starlette.types import Receive, Scope, Send
 from .access import Access, Guard
 from .answers import Answer, ChatShape, Choice, CompletionShape, Shape, dumps
 from .errors import RequestError, shortened
-from .jobs import Done, Failed, Job, Options, Piece
+from .jobs import Done, Failed, Job, Piece, SamplingParams
 from .prompts import Limits, Prompts
 from .requests import ChatRequest, CompletionRequest, Request, parse
 from .texts import Vocabulary
@@ -73,21 +73,21 @@ class Inbox:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A request as it goes to the model. `options` are those of each prompt."""
+    """A request as it goes to the model. `params` are those of each prompt."""
 
     request: Request
     shape: Shape
     prompts: Sequence[Sequence[int]]
-    options: Sequence[Options]
+    params: Sequence[SamplingParams]
     echoes: Sequence[str | None]
     continues: bool
 
     def jobs(self, emit: Callable[[Any], None]) -> Iterator[Job]:
         """One for each choice, in the order of their indices."""
-        for prompt, options, echo in zip(self.prompts, self.options, self.echoes, strict=True):
+        for prompt, params, echo in zip(self.prompts, self.params, self.echoes, strict=True):
             for number in range(self.request.choices):
-                seed = None if options.seed is None else _another_seed(options.seed, number)
-                yield Job(prompt, replace(options, seed=seed), emit, echo, self.continues)
+                seed = None if params.seed is None else _another_seed(params.seed, number)
+                yield Job(prompt, replace(params, seed=seed), emit, echo, self.continues)
 
 
 def _another_seed(seed: int, number: int) -> int:
@@ -143,15 +143,15 @@ class Service:
             text = prompt if is_text else self._prompts.text(prompts[-1])
             echoes.append(text if request.echo else None)
         shape = CompletionShape(request, self._vocabulary)
-        options = [self._options(request, prompt, COMPLETION_TOKENS) for prompt in prompts]
-        return Prepared(request, shape, prompts, options, echoes, continues=True)
+        params = [self._params(request, prompt, COMPLETION_TOKENS) for prompt in prompts]
+        return Prepared(request, shape, prompts, params, echoes, continues=True)
 
     def chat(self, body: bytes) -> Prepared:
         request = self._parsed(ChatRequest, body)
         messages = [message.for_template() for message in request.messages]
         prompt = self._prompts.of_messages(messages, request.chat_template_kwargs)
-        shape, options = ChatShape(request, self._vocabulary), self._options(request, prompt, None)
-        return Prepared(request, shape, [prompt], [options], [None], continues=False)
+        shape, params = ChatShape(request, self._vocabulary), self._params(request, prompt, None)
+        return Prepared(request, shape, [prompt], [params], [None], continues=False)
 
     def _parsed(self, kind: Any, body: bytes) -> Any:
         request = parse(kind, body)
@@ -164,7 +164,9 @@ class Service:
             )
         return request
 
-    def _options(self, request: Request, prompt: Sequence[int], default: int | None) -> Options:
+    def _params(
+        self, request: Request, prompt: Sequence[int], default: int | None
+    ) -> SamplingParams:
         wrong = [token for token in request.logit_bias if token >= self._prompts.limits.vocabulary]
         if wrong:
             raise RequestError(
@@ -173,7 +175,7 @@ class Service:
                 f"got {wrong[0]}",
                 "logit_bias",
             )
-        return Options(
+        return SamplingParams(
             max_tokens=self._prompts.room(prompt, request.new_tokens, default),
             temperature=request.temperature,
             top_p=request.top_p,
@@ -251,7 +253,7 @@ class Service:
                 inbox.put(prepare(body))
             except RequestError as error:
                 inbox.put(error)
-            except Exception as error:
+            except Exception as error:  # a chat template is the model's: it raises what it likes
                 inbox.put(_failure(error))
 
         self._threads.submit(run)

@@ -22,7 +22,7 @@ from transformers import StoppingCriteriaList as Criteria
 
 from ..errors import UsageError, plain_errors
 from ..model.layout import decoder_blocks
-from .jobs import Done, Job, Options, Piece, Token
+from .jobs import Done, Job, Piece, SamplingParams, Token
 from .texts import Decoder, Transcript, Vocabulary
 
 CHUNK = 512  # tokens of a prompt that are read at once
@@ -66,7 +66,7 @@ class Engine:
 
     def check(self) -> None:
         """Generate a token, as a request would. Raises UsageError where that fails."""
-        job = Job([0, 0], Options(max_tokens=1), emit=lambda event: None)
+        job = Job([0, 0], SamplingParams(max_tokens=1), emit=lambda event: None)
         chunk, self.chunk = self.chunk, self.chunk and 1
         if chunk:
             # A cache of its own kind may be none that can be filled in parts.
@@ -94,17 +94,17 @@ class _Generation:
     """The state of one job while `generate` runs."""
 
     def __init__(self, engine: Engine, job: Job) -> None:
-        self.engine, self.job, self.options = engine, job, job.options
+        self.engine, self.job, self.params = engine, job, job.params
         self.taken: list[int] = []
         self.reason = "length"
-        special = map(engine.vocabulary.special, self.options.stop)
+        special = map(engine.vocabulary.special, self.params.stop)
         self.ends = engine.ends | {token for token in special if token is not None}
         self.logits: Tensor | None = None  # [vocab], of the step before
         self.prompt_rows: list[tuple[float, list[tuple[int, float]]]] = []
         self.position = 0  # of the prompt, while it is read
         self.transcript = Transcript(
             engine.tokenizer,
-            self.options.stop,
+            self.params.stop,
             job.prompt if job.continues else (),
             len(job.echo or ""),
         )
@@ -114,9 +114,9 @@ class _Generation:
     def run(self) -> None:
         if self.job.echo is not None and not self._wants_prompt_logprobs:
             self.job.emit(Piece(self.job.echo))
-        if self.options.max_tokens == 0 and not self._wants_prompt_logprobs:
+        if self.params.max_tokens == 0 and not self._wants_prompt_logprobs:
             return
-        seed = self.options.seed
+        seed = self.params.seed
         torch.manual_seed(secrets.randbits(63) if seed is None else seed)
         model, ids = self.engine.model, torch.tensor([list(self.job.prompt)])
         ids = ids.to(model.device)
@@ -125,19 +125,19 @@ class _Generation:
                 ids,
                 attention_mask=torch.ones_like(ids),
                 generation_config=self._config(),
-                logits_processor=LogitsProcessorList(_processors(self.options)),
+                logits_processor=LogitsProcessorList(_processors(self.params)),
                 stopping_criteria=Criteria([_Watch(self._next)]),
                 **({"logits_to_keep": 0} if self._keeps_all_logits else {}),
             )
 
     def done(self) -> Done:
-        if self.options.max_tokens:
+        if self.params.max_tokens:
             self._emit(self.transcript.end())
         return Done(self.reason, len(self.taken))
 
     @property
     def _wants_prompt_logprobs(self) -> bool:
-        return self.job.echo is not None and self.options.logprobs is not None
+        return self.job.echo is not None and self.params.logprobs is not None
 
     @property
     def _keeps_all_logits(self) -> bool:
@@ -148,7 +148,7 @@ class _Generation:
         config = copy.deepcopy(self.engine.model.generation_config)
         for name, value in _ONE_SEQUENCE.items():
             setattr(config, name, value)
-        config.max_new_tokens = max(self.options.max_tokens, 1)
+        config.max_new_tokens = max(self.params.max_tokens, 1)
         config.eos_token_id = sorted(self.ends) or None
         if config.pad_token_id is None and self.ends:
             config.pad_token_id = min(self.ends)
@@ -158,14 +158,14 @@ class _Generation:
         return config
 
     def _set_sampling(self, config: Any) -> None:
-        options = self.options
-        if options.asks_for_sampling is not None:
-            config.do_sample = options.asks_for_sampling
-        if options.repetition_penalty is not None:
-            config.repetition_penalty = options.repetition_penalty
+        params = self.params
+        if params.asks_for_sampling is not None:
+            config.do_sample = params.asks_for_sampling
+        if params.repetition_penalty is not None:
+            config.repetition_penalty = params.repetition_penalty
         off = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": None}
         for name, neutral in off.items():
-            asked, own = getattr(options, name), getattr(config, name)
+            asked, own = getattr(params, name), getattr(config, name)
             value = own if asked is None else asked
             setattr(config, name, neutral if value is None or not config.do_sample else value)
 
@@ -176,7 +176,7 @@ class _Generation:
         with ExitStack() as self._while_reading, ExitStack() as stack:
             before = model.register_forward_pre_hook(self._before)
             stack.callback(before.remove)
-            if self.options.logprobs is not None:
+            if self.params.logprobs is not None:
                 stack.callback(model.register_forward_hook(self._after).remove)
             for block in self.engine.blocks:
                 self._while_reading.callback(block.register_forward_pre_hook(self._before).remove)
@@ -199,7 +199,7 @@ class _Generation:
         for row in range(0, len(wanted), _ROWS):
             part = wanted[row : row + _ROWS]
             self.prompt_rows += log_probabilities(
-                logits[row : row + len(part)], part, self.options.logprobs or 0
+                logits[row : row + len(part)], part, self.params.logprobs or 0
             )
 
     # --- tokens ----------------------------------------------------------------------------------
@@ -210,7 +210,7 @@ class _Generation:
             self._while_reading.close()
             if self._wants_prompt_logprobs:
                 self._emit_prompt()
-            if self.options.max_tokens == 0:
+            if self.params.max_tokens == 0:
                 return True
         if self.job.is_cancelled:
             raise Cancelled
@@ -220,14 +220,14 @@ class _Generation:
             return True
         row: tuple[float | None, list[tuple[int, float]]] = (None, [])
         if self.logits is not None:
-            [row] = log_probabilities(self.logits[None], [token], self.options.logprobs or 0)
+            [row] = log_probabilities(self.logits[None], [token], self.params.logprobs or 0)
         self._emit(self.transcript.add(token, *row))
         if self.transcript.is_stopped:
             self.reason = "stop"
         return self.transcript.is_stopped
 
     def _emit(self, piece: Piece) -> None:
-        if self.options.logprobs is None:
+        if self.params.logprobs is None:
             piece = Piece(piece.text)
         if piece.text or piece.tokens:
             self.job.emit(piece)
@@ -295,10 +295,10 @@ class _Bias(LogitsProcessor):
         return scores
 
 
-def _processors(options: Options) -> list[Any]:
+def _processors(params: SamplingParams) -> list[Any]:
     found: list[Any] = []
-    if options.presence_penalty or options.frequency_penalty:
-        found.append(_Penalties(options.presence_penalty, options.frequency_penalty))
-    if options.bias:
-        found.append(_Bias(options.bias))
+    if params.presence_penalty or params.frequency_penalty:
+        found.append(_Penalties(params.presence_penalty, params.frequency_penalty))
+    if params.bias:
+        found.append(_Bias(params.bias))
     return found

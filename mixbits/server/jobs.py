@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
-class Options:
+class SamplingParams:
     """How a sequence is made. None: as the model's generation_config.json says.
 
     temperature         0 takes the likeliest token
@@ -91,7 +91,7 @@ class Job:
     """
 
     prompt: Sequence[int]
-    options: Options
+    params: SamplingParams
     emit: Callable[[Event], None]
     echo: str | None = None
     continues: bool = True

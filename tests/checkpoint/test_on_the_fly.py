@@ -89,14 +89,18 @@ def test_it_generates_is_saved_and_loaded_as_the_same(kind: str, tmp_path: Path)
 def test_the_scheme_is_the_largest_that_fits(llama: Path, caplog: pytest.LogCaptureFixture) -> None:
     linears = find_linears(open_source(str(llama)).shapes)
     schemes = [parse_scheme(name) for name in ("W2A16", "MXFP4", "W4A16G32", "W8A16")]
-    # 172 columns end in short groups, so that four bits take a little more than 4.25 and 4.5.
-    for avg_bits, name in ((16, "W8A16"), (4.6, "W4A16G32"), (4.3, "MXFP4"), (4.25, "W2A16")):
+    # 172 columns end in short groups: these take a little more than 4.25, 4.5 and 8.125 bits.
+    for avg_bits, name in ((8.2345, "W8A16"), (4.6, "W4A16G32"), (4.3, "MXFP4"), (4.25, "W2A16")):
         assert largest_that_fits(linears, schemes, avg_bits).name == name
         assert largest_that_fits(linears, schemes[::-1], avg_bits).name == name
     with pytest.raises(UsageError, match=r"avg_bits must be at least 2\.\d+, for one of W2A16, "):
         largest_that_fits(linears, schemes, 2.1)
+    # The command's own sentence, for what no plan could spend.
+    beyond = r"^avg_bits must be between 2\.\d+ and 8\.\d+ for these schemes: got 8\.5$"
+    with pytest.raises(UsageError, match=beyond):
+        largest_that_fits(linears, schemes, 8.5)
     with caplog.at_level(logging.WARNING, "mixbits"):
-        model = from_pretrained(llama, {"schemes": "w8a16,mxfp4", "avg_bits": 8.5})
+        model = from_pretrained(llama, {"schemes": "w8a16,mxfp4", "avg_bits": 8.2345})
     assert {m.recipe.name for m in model.modules() if isinstance(m, PackedLinear)} == {"W8A16"}
     said = [r.getMessage() for r in caplog.records if r.name.startswith("mixbits")]
     assert len(said) == 1

@@ -79,7 +79,7 @@ def test_what_a_mixed_linear_stores_is_counted():
     mixed = Recipe(((MXFP8, 32), (MXFP4, 64)), order=tuple(range(96)))
     bits = 10 * (32 * 8 + 8) + 10 * (64 * 4 + 16)
     assert mixed.storage_bits(10, 96) == bits + 96 * 8
-    folded = Recipe(mixed.segments, mixed.order, folded=True)
+    folded = Recipe(mixed.segments, mixed.order, order_in_producer=True)
     assert folded.storage_bits(10, 96) == bits
     assert mixed.storage_bits(10, 96, ignore_scale_bits=True) == 10 * (32 * 8 + 64 * 4)
     assert Recipe(mixed.segments).storage_bits(10, 96) == bits

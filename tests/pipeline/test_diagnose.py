@@ -87,7 +87,7 @@ def test_the_halves_are_scored_on_their_own_text(
     assert items is problem.items and bits == allocation.cost
     assert [item.costs for item in halves[0]] == [item.costs for item in items]
     for half, ids in zip(halves, (IDS[:2], IDS[2:5]), strict=True):
-        arranged = findings._arrangements(run, problem.scores, torch.device("cpu"))
+        arranged = findings.arrangements_of(run, problem.scores, torch.device("cpu"))
         assert all(a.rotated for name, a in arranged.items() if name.endswith("down_proj"))
         slabs = measure_sensitivity(
             StreamedModel(model), run.linears, run.schemes, ids, arrangements=arranged

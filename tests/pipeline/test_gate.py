@@ -66,7 +66,7 @@ def test_the_lowest_divergence_wins_and_the_rows_tell_the_paired_differences(
     model, linears = subject.streamed, subject.linears
     held_out = torch.randint(0, 130, (6, 32))
     found = compared(plans, how)
-    choice = choose(subject, found, held_out)
+    decision = choose(subject, found, held_out)
     measured = {}
     for c in found:
         recipes = c.plan.assignment
@@ -77,19 +77,19 @@ def test_the_lowest_divergence_wins_and_the_rows_tell_the_paired_differences(
             model, RoundedModel(model, linears, recipes, rounded), held_out
         )
     best = min(measured, key=lambda name: float(measured[name].mean()))
-    assert choice.winner.name == best == choice.rows[0]["name"] == "head"
-    assert [row["kl"] for row in choice.rows] == sorted(row["kl"] for row in choice.rows)
-    assert set(choice.rows[0]) == {"name", "kl"}
-    for row in choice.rows:
+    assert decision.winner.name == best == decision.rows[0]["name"] == "head"
+    assert [row["kl"] for row in decision.rows] == sorted(row["kl"] for row in decision.rows)
+    assert set(decision.rows[0]) == {"name", "kl"}
+    for row in decision.rows:
         assert row["kl"] == float(measured[row["name"]].mean())
         if row["name"] != best:
             difference = measured[row["name"]] - measured[best]
             assert row["behind"] == pytest.approx(float(difference.mean()), rel=1e-12)
             stderr = float(difference.std()) / 6**0.5
             assert row["interval"] == pytest.approx(1.959964 * stderr, rel=1e-6)
-    winner = choice.winner.plan.assignment
+    winner = decision.winner.plan.assignment
     shipped = sequence_kl(
-        model, RoundedModel(model, linears, winner, choice.outcome.weights), held_out
+        model, RoundedModel(model, linears, winner, decision.outcome.weights), held_out
     )
     assert torch.equal(shipped, measured[best])
 
@@ -97,15 +97,15 @@ def test_the_lowest_divergence_wins_and_the_rows_tell_the_paired_differences(
 def test_equals_are_settled_for_the_first(given: Any) -> None:
     subject, plans = given
     twice = [Candidate(name, plans["tail"], Nearest()) for name in ("first", "second")]
-    choice = choose(subject, twice, torch.randint(0, 130, (4, 32)))
-    assert choice.winner.name == "first"
-    assert choice.rows[0].keys() == {"name", "kl"}
-    assert (choice.rows[1]["behind"], choice.rows[1]["interval"]) == (0.0, 0.0)
-    assert parse_recipe("MXFP8", "floor", "floor") in choice.winner.plan.assignment.values()
+    decision = choose(subject, twice, torch.randint(0, 130, (4, 32)))
+    assert decision.winner.name == "first"
+    assert decision.rows[0].keys() == {"name", "kl"}
+    assert (decision.rows[1]["behind"], decision.rows[1]["interval"]) == (0.0, 0.0)
+    assert parse_recipe("MXFP8", "floor", "floor") in decision.winner.plan.assignment.values()
 
 
 def test_one_alone_ships_without_a_comparison(given: Any) -> None:
     subject, plans = given
-    choice = choose(subject, [Candidate("only", plans["tail"], Nearest())], torch.empty(0))
-    assert choice.winner.name == "only" and not choice.rows
-    assert choice.outcome.weights and choice.outcome.told == {"method": "rtn"}
+    decision = choose(subject, [Candidate("only", plans["tail"], Nearest())], torch.empty(0))
+    assert decision.winner.name == "only" and not decision.rows
+    assert decision.outcome.weights and decision.outcome.told == {"method": "rtn"}

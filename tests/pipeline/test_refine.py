@@ -22,7 +22,7 @@ from mixbits.measuring.text import Sequences
 from mixbits.model.streaming import StreamedModel
 from mixbits.pipeline.options import parse_arguments
 from mixbits.pipeline.plans import make_problem
-from mixbits.pipeline.refine import Meter, Options, divergences, marginals, proposals, refine
+from mixbits.pipeline.refine import Meter, Picks, divergences, marginals, proposals, refine
 from mixbits.pipeline.run import prepare
 from mixbits.pipeline.scoring import measure
 from mixbits.planning.allocate import Allocation, Item, allocate, total
@@ -47,7 +47,7 @@ def prepared(case: str, folder: Path) -> tuple[StreamedModel, Problem]:
     return StreamedModel(model), make_problem(run, scores, False)
 
 
-def slow(model: StreamedModel, problem: Problem, plan: Options) -> float:
+def slow(model: StreamedModel, problem: Problem, plan: Picks) -> float:
     """The KL of a copy of the model whose linears are replaced."""
     fake = copy.deepcopy(model.model).float()
     recipes = problem.plan(Allocation(plan, 0, 0.0, 0.0), "", Budget()).assignment
@@ -55,7 +55,7 @@ def slow(model: StreamedModel, problem: Problem, plan: Options) -> float:
     return float(sequence_kl(model, StreamedModel(fake), IDS).mean())
 
 
-def drawn(items: Sequence[Item], seed: int) -> Options:
+def drawn(items: Sequence[Item], seed: int) -> Picks:
     """A plan with any option for each item."""
     generator = torch.Generator().manual_seed(seed)
     counts = [len(item.costs) for item in items]
@@ -79,7 +79,7 @@ def test_marginals_are_what_a_model_with_one_unit_changed_adds(case: str, tmp_pa
 @pytest.mark.parametrize("case", CASES)
 def test_kept_blocks_change_nothing(case: str, tmp_path: Path) -> None:
     model, problem = prepared(case, tmp_path)
-    linears = [info for choice in problem.choices for info in choice.unit.linears]
+    linears = problem.linears
     first, *others = (
         problem.plan(Allocation(drawn(problem.items, seed), 0, 0.0, 0.0), "", Budget()).assignment
         for seed in range(3)
@@ -87,10 +87,10 @@ def test_kept_blocks_change_nothing(case: str, tmp_path: Path) -> None:
     # Of the first block, of the last only, of the head or an expert, and of nothing.
     parts = [list(first)[:2], list(first)[-2:], list(first)[-1:], []]
     changes = [{name: other[name] for name in part} for other in others for part in parts]
-    found = divergences(model, linears, first, changes, IDS, 3)
+    found = divergences(model, linears, first, changes, IDS, batch_size=3)
     assert found.shape == (1 + len(changes), len(IDS)) and found.dtype == torch.float64
     for row, change in zip(found, [{}, *changes], strict=True):
-        whole = divergences(model, linears, {**first, **change}, [], IDS, 3)[0]
+        whole = divergences(model, linears, {**first, **change}, [], IDS, batch_size=3)[0]
         assert torch.equal(row, whole)
     assert all(len(block._forward_hooks) == 0 for block in model.blocks)
 
@@ -129,12 +129,12 @@ class Quadratic:
         ]
         self.matrix = interaction * (torch.rand(count, count, generator=generator).double() - 0.5)
         self.budget = 4 * sum(costs)
-        self.measured: dict[Options, float] = {}
+        self.measured: dict[Picks, float] = {}
 
-    def solve(self, items: Sequence[Item]) -> Options:
+    def solve(self, items: Sequence[Item]) -> Picks:
         return allocate(items, self.budget).choice
 
-    def measure(self, plans: Sequence[Options]) -> list[float]:
+    def measure(self, plans: Sequence[Picks]) -> list[float]:
         for plan in plans:
             roots = torch.tensor(
                 [i.losses[o] ** 0.5 for i, o in zip(self.items, plan, strict=True)]

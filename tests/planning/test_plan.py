@@ -396,7 +396,7 @@ def test_a_problem_that_is_made_once_serves_every_budget(
     options = unit_options(units, MX, [])
     scores = slab_scores(llama, ("MXFP4", "MXFP8"), order=slabs)
     problem = Problem.build(units, options, scores, slabs=slabs)
-    assert len(problem.parts) + slabs == len(problem.items)
+    assert len(problem.unit_of_items) + slabs == len(problem.items)
     for budget in (Budget(5.0), Budget(6.5), Budget(size_bytes=90_000)):
         allocation = problem.allocate(budget, "optimal", fixed_bytes=30_000)
         plan = problem.plan(allocation, "optimal", budget)

@@ -73,7 +73,7 @@ def test_it_is_nearer_to_the_original_on_other_text(kind: str, tmp_path: Path) -
     streamed = StreamedModel(model)
     ids = written(source.load(), torch.randint(0, 130, (4, 32)), 96)
     rounded = round_model(streamed, linears, chosen, "rtn")
-    learned = distill.distill(streamed, linears, chosen, rounded, ids, 40)
+    learned = distill.distill(streamed, linears, chosen, rounded, ids, 40, batch_size=8)
     assert set(learned) == set(rounded)
     fresh = written(source.load(), torch.randint(0, 130, (4, 32)), 32, seed=1)
     after, before = (
@@ -99,7 +99,7 @@ def test_blocks_one_at_a_time_learn_the_same(
         streamed = StreamedModel(model.float())
         assert bool(streamed.tokens_at_once()) == bool(room)
         rounded = round_model(streamed, linears, chosen, "rtn")
-        learned.append(distill.distill(streamed, linears, chosen, rounded, ids, 8))
+        learned.append(distill.distill(streamed, linears, chosen, rounded, ids, 8, batch_size=8))
     for name, parts in learned[0].items():
         for one, other in zip(parts, learned[1][name], strict=True):
             same = one.weight_packed == other.weight_packed
@@ -151,7 +151,7 @@ def test_no_sequence_is_seen_more_than_twice(tmp_path: Path) -> None:
     model = open_source(str(make_model(tmp_path))).load()
     ids = torch.randint(0, 130, (5, 16))
     for steps, batch_size, sequences in ((6, 4, 12), (7, 3, 11), (2, 4, 5), (2, 5, 5)):
-        enough = enough_text(model, ids, steps, batch_size)
+        enough = enough_text(model, ids, steps, batch_size=batch_size)
         assert enough.shape == (sequences, 16)
         assert torch.equal(enough[:5], ids)
         seen = torch.cat(list(distill._batches(enough, steps, batch_size, 0)))
@@ -164,7 +164,7 @@ def test_without_text(tmp_path: Path) -> None:
     streamed = StreamedModel(model)
     rounded = round_model(streamed, linears, chosen, "rtn")
     with pytest.raises(UsageError, match="--distill needs calibration text"):
-        distill.distill(streamed, linears, chosen, rounded, ids[:0], 1)
+        distill.distill(streamed, linears, chosen, rounded, ids[:0], 1, batch_size=8)
 
 
 @pytest.mark.parametrize("gate", [0, 4])

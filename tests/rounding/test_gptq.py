@@ -8,7 +8,7 @@ from mixbits import ops
 from mixbits.formats.compensate import search
 from mixbits.formats.reference import Quantized, dequantize, encode, fake_quantize, scales
 from mixbits.formats.schemes import Format
-from mixbits.rounding.gptq import DAMPING, Curvature, gptq, retarget
+from mixbits.rounding.gptq import DAMPING, Curvature, corrected, gptq
 
 MXFP4, MXFP8 = Format("e2m1", 32), Format("e4m3", 32)
 INT4 = Format("int4", 32)
@@ -195,19 +195,19 @@ def test_gptq_with_inputs_that_are_always_zero():
     assert torch.equal(dequantize(q, MXFP4), dequantize(search(weight, MXFP4), MXFP4))
 
 
-def test_retargeting_makes_up_for_changed_inputs():
+def test_the_correction_makes_up_for_changed_inputs():
     x = inputs(2000, 48).double()
     xq = x + 0.3 * torch.randn(2000, 48)
     weight = torch.randn(16, 48)
     moments, cross = xq.T @ xq / 2000, x.T @ xq / 2000
     curvature = Curvature(moments)
-    assert retarget(weight, curvature, cross, 0.0) is weight
-    full = retarget(weight, curvature, cross, 1.0)
+    assert corrected(weight, curvature, cross, 0.0) is weight
+    full = corrected(weight, curvature, cross, 1.0)
     # Least squares for the original outputs, with the damping as a pull towards the weight.
     damping = DAMPING * moments.diagonal().mean() * 2000
     rows = torch.cat([xq, damping.sqrt() * torch.eye(48)])
     targets = torch.cat([x @ weight.double().T, damping.sqrt() * weight.double().T])
     expected = torch.linalg.lstsq(rows, targets).solution.T.float()
     torch.testing.assert_close(full, expected, rtol=1e-4, atol=1e-5)
-    half = retarget(weight, curvature, cross, 0.5)
+    half = corrected(weight, curvature, cross, 0.5)
     torch.testing.assert_close(half, (weight + full) / 2, rtol=1e-4, atol=1e-6)

@@ -30,7 +30,9 @@ def test_tuned_weights_are_packed_and_better_than_nearest(tmp_path: Path) -> Non
     linears = find_linears(source.load())
     recipes = {i.name: parse_recipe(SCHEMES[k % 8]) for k, i in enumerate(linears)}
     ids = torch.randint(VOCAB, (8, 32), generator=torch.Generator().manual_seed(3))
-    tuned = tune(source.load(), source.tokenizer(), linears, recipes, ids, iterations=30)
+    tuned = tune(
+        source.load(), source.tokenizer(), linears, recipes, ids, iterations=30, batch_size=8
+    )
     assert set(tuned) == {n for n, s in recipes.items() if s.packed}
     model = StreamedModel(source.load())
     nearest = round_model(model, linears, recipes, "rtn")
@@ -63,7 +65,8 @@ def test_what_auto_round_cannot_have(tmp_path: Path, kind: str, scheme: str, wha
     linears = find_linears(source.load())
     recipes = {i.name: parse_recipe(scheme) for i in linears}
     with pytest.raises(UsageError, match=what):
-        tune(source.load(), None, linears, recipes, torch.zeros(2, 8, dtype=torch.int64), 1)
+        ids = torch.zeros(2, 8, dtype=torch.int64)
+        tune(source.load(), None, linears, recipes, ids, iterations=1, batch_size=8)
 
 
 @pytest.mark.parametrize("gate", [0, 4])

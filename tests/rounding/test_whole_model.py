@@ -19,7 +19,7 @@ from mixbits.measuring.evaluate import sequence_kl
 from mixbits.model.layout import LinearInfo, find_linears
 from mixbits.model.streaming import StreamedModel
 from mixbits.pipeline import settings
-from mixbits.rounding.gptq import METHODS
+from mixbits.rounding.methods import METHODS
 from mixbits.rounding.whole_model import RoundedModel, _Compensation, round_model
 from mixbits.runtime.fake import fake_quantize_model
 from mixbits.source.source import open_source
@@ -69,7 +69,9 @@ def test_a_folded_order_changes_no_logit(kind: str, left_alone: str, tmp_path: P
         for info in linears:
             order = orders[info.name]
             if info.name.endswith("down_proj"):
-                chosen[info.name] = Recipe(((mxfp8, info.in_features),), order, folded=folded)
+                chosen[info.name] = Recipe(
+                    ((mxfp8, info.in_features),), order, order_in_producer=folded
+                )
             elif not (left_alone and info.name.endswith(left_alone)):
                 chosen[info.name] = Recipe.plain(mxfp8)
         folder = tmp_path / f"folded {folded}"

@@ -204,7 +204,7 @@ def test_folding_changes_no_bfloat16_logit_beyond_rounding(isa, tmp_path):
     logits = []
     for folded in (False, True):
         recipes = {
-            info.name: slab_recipe(info.in_features, rotated=True, folded=folded)
+            info.name: slab_recipe(info.in_features, rotated=True, order_in_producer=folded)
             if info.name.endswith("down_proj")
             else parse_recipe("MXFP8")
             for info in linears
