@@ -28,7 +28,7 @@ from __future__ import annotations
 import functools
 import importlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -57,7 +57,7 @@ from .formats.checks import (
     rows_in_memory,
 )
 from .formats.compensate import Group
-from .formats.pack import Operand, Packed, Part, packed_spec
+from .formats.pack import Operand, Packed, Part, empty_packed
 from .formats.schemes import Format
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
@@ -110,16 +110,54 @@ def explain_matmul(
 
     The choice depends on these arguments, MIXBITS_BACKEND and what is installed; nothing runs.
     """
-    name = choose_backend(device_type, backend or os.environ.get("MIXBITS_BACKEND") or None)
+    name = _holder(device_type, backend or os.environ.get("MIXBITS_BACKEND") or None, (fmt,))
     explain = getattr(_module(name), "explain_matmul", None)
     return name if explain is None else f"{name}: {explain(fmt, m, n, k, dtype)}"
 
 
-def _backend(x: Tensor, requested: str | None) -> Any:
+def _holder(device_type: str, requested: str | None, formats: Iterable[Format]) -> str:
+    """`choose_backend` among those that hold all `formats`; the one requested, or none."""
+    chosen = choose_backend(device_type, requested)
+    lacking = [fmt for fmt in formats if not _module(chosen).holds(fmt)]
+    if not lacking:
+        return chosen
+    if requested is not None:
+        raise UsageError(f"backend {requested!r} cannot take {lacking[0]}")
+    others = _PREFERENCE.get(device_type, ("reference",))
+    left = others[others.index(chosen) + 1 :]
+    able = (n for n in left if _module(n).why_unavailable() is None)
+    return next(n for n in able if all(map(_module(n).holds, lacking)))
+
+
+def _backend(x: Tensor, requested: str | None, formats: Iterable[Format]) -> Any:
     if requested is not None and not isinstance(requested, str):
         raise TypeError(f"backend must be the name of one, or None: got {requested!s:.80}")
     name = requested or os.environ.get("MIXBITS_BACKEND") or None
-    return _module(choose_backend(x.device.type, name))
+    return _module(_holder(x.device.type, name, formats))
+
+
+def _by_holder(
+    x: Tensor,
+    formats: Sequence[Format],
+    backend: str | None,
+    call: Callable[[Any, list[Format]], Tensor],
+    shared: int = 0,
+) -> Tensor:
+    """Rows of `call(backend, formats)`, one of each format, each from the best that holds it.
+
+    The first `shared` rows are of no format, and alike whoever is asked.
+    """
+    groups: dict[Any, list[int]] = {}
+    for place, fmt in enumerate(formats):
+        groups.setdefault(_backend(x, backend, (fmt,)), []).append(place)
+    if len(groups) < 2:
+        return call(next(iter(groups), None) or _backend(x, backend, ()), list(formats))
+    rows: list[Tensor] = [x] * len(formats)
+    for module, places in groups.items():
+        found = call(module, [formats[place] for place in places])
+        for place, row in zip(places, found[shared:], strict=True):
+            rows[place] = row
+    return torch.stack([*found[:shared], *rows])
 
 
 def _ready(name: str, x: Tensor, module: Any) -> Tensor:
@@ -150,7 +188,7 @@ def fake_quantize(x: Tensor, fmt: Format, backend: str | None = None) -> Tensor:
     check_format("format", fmt)
     if x.dim() == 0:
         raise ValueError("x must have a dimension to group along: got a scalar")
-    module = _backend(x, backend)
+    module = _backend(x, backend, (fmt,))
     if x.numel() == 0:
         return torch.empty_like(x)
     rounded: Tensor = module.fake_quantize(_ready("x", x, module), fmt)
@@ -164,10 +202,9 @@ def quantize_pack(weight: Tensor, fmt: Format, backend: str | None = None) -> Pa
     """
     check_values("weight", weight, 2)
     check_format("format", fmt)
-    module = _backend(weight, backend)
+    module = _backend(weight, backend, (fmt,))
     if weight.numel() == 0:
-        specs = packed_spec(fmt, *weight.shape).values()
-        return Packed(*(torch.empty(s, dtype=d, device=weight.device) for d, s in specs))
+        return empty_packed(fmt, weight.shape[0], weight.shape[1], weight.device)
     return module.quantize_pack(_ready("weight", weight, module), fmt)
 
 
@@ -184,7 +221,7 @@ def dequantize(
     out_shape = (packed.weight_packed.shape[0], in_features)
     if dtype not in DTYPES:
         raise TypeError(f"dtype must be bfloat16, float16 or float32: got {dtype}")
-    module = _backend(packed.weight_packed, backend)
+    module = _backend(packed.weight_packed, backend, (fmt,))
     if 0 in out_shape:
         return torch.empty(out_shape, dtype=dtype, device=device)
     return module.dequantize(packed_in_memory(packed), fmt, in_features, dtype)
@@ -217,11 +254,16 @@ def fisher_statistics(
         check_device(name, vector, weight.device)
         if not vector.is_floating_point():
             raise TypeError(f"{name} must be of a float dtype: got {vector.dtype}")
-    formats, module = check_formats(formats), _backend(weight, backend)
+    formats = check_formats(formats)
     if weight.numel() == 0 or not formats:
+        _backend(weight, backend, formats)
         return _no_statistics(weight, formats)
     named = (("weight", weight), ("row_weight", row_weight), ("column_weight", column_weight))
-    return module.fisher_statistics(*(_ready(*pair, module) for pair in named), formats)
+
+    def call(module: Any, some: list[Format]) -> Tensor:
+        return module.fisher_statistics(*(_ready(*pair, module) for pair in named), some)
+
+    return _by_holder(weight, formats, backend, call)
 
 
 def gradient_statistics(
@@ -236,11 +278,16 @@ def gradient_statistics(
     check_values("gradient", gradient, 2)
     check_shape("gradient", gradient, tuple(weight.shape))
     check_device("gradient", gradient, weight.device)
-    formats, module = check_formats(formats), _backend(weight, backend)
+    formats = check_formats(formats)
     if weight.numel() == 0 or not formats:
+        _backend(weight, backend, formats)
         return _no_statistics(weight, formats)
     named = (("weight", weight), ("gradient", gradient))
-    return module.gradient_statistics(*(_ready(*pair, module) for pair in named), formats)
+
+    def call(module: Any, some: list[Format]) -> Tensor:
+        return module.gradient_statistics(*(_ready(*pair, module) for pair in named), some)
+
+    return _by_holder(weight, formats, backend, call)
 
 
 def require_fp8(device: torch.device | str, backend: str | None = None) -> None:
@@ -260,8 +307,8 @@ def fold_rows(packed: Packed, fmt: Format, in_features: int) -> Tensor | None:
     See `mixbits.formats.fp8_weights.fold_rows`. Raises UsageError for other formats.
     """
     check_packed(packed, fmt, in_features, device_of(packed))
-    if fmt.element != "e2m1":
-        raise UsageError(f"activations in 8-bit floats need weights in e2m1: got {fmt.element}")
+    if not folding.can_fold(fmt):
+        raise UsageError(f"activations in 8-bit floats need weights in MXFP4: got {fmt.element}")
     if in_features == 0:
         raise UsageError("activations in 8-bit floats need weights with columns: got none")
     return folding.fold_rows(packed_in_memory(packed))
@@ -284,7 +331,7 @@ def packed_matmul_fp8(
     check_tensor("row_scale", row_scale)
     check_shape("row_scale", row_scale, (packed.weight_packed.shape[0],))
     check_device("row_scale", row_scale, x.device)
-    if fmt.element != "e2m1" or row_scale.dtype != torch.uint8:
+    if not folding.can_fold(fmt) or row_scale.dtype != torch.uint8:
         got = f"{row_scale.dtype} for {fmt.element}"
         raise TypeError(f"row_scale must be torch.uint8, for weights in e2m1: got {got}")
     if gradients.is_wanted(x):
@@ -306,20 +353,34 @@ def square_sums(x: Tensor, formats: Sequence[Format], backend: str | None = None
     Squares are float32; Q is fake-quantization in float32.
     """
     check_values("x", x, 2)
-    formats, module = check_formats(formats), _backend(x, backend)
+    formats = check_formats(formats)
     if x.numel() == 0:
+        _backend(x, backend, formats)
         shape = (1 + len(formats), x.shape[1])
         return torch.zeros(shape, dtype=torch.float64, device=x.device)
-    x = _ready("x", x, module)
-    if x.is_cuda and backend is None and _module("triton").why_unavailable() is None:
-        module = module if hasattr(module, "square_sums") else _module("triton")
-    fused = getattr(module, "square_sums", None)
-    if fused is None:
-        return reference.square_sums(x, formats, module.fake_quantize)
-    return fused(x, formats)
+
+    def call(module: Any, some: list[Format]) -> Tensor:
+        values = _ready("x", x, module)
+        if x.is_cuda and backend is None and not hasattr(module, "square_sums"):
+            triton = _module("triton")
+            if triton.why_unavailable() is None and all(map(triton.holds, some)):
+                module = triton
+        fused = getattr(module, "square_sums", None)
+        if fused is None:
+            return reference.square_sums(values, some, module.fake_quantize)
+        return fused(values, some)
+
+    return _by_holder(x, formats, backend, call, shared=1)
 
 
-def compensate_group(group: Tensor, factor: Tensor, importance: Tensor, fmt: Format) -> Group:
+def compensate_group(
+    group: Tensor,
+    factor: Tensor,
+    importance: Tensor,
+    fmt: Format,
+    divisor: Tensor | None = None,
+    known: reference.Scales | None = None,
+) -> Group:
     """`mixbits.formats.compensate.compensate_group`, by native code where there is some.
 
     group float32 [N, columns], of which there are at most as many as the format has in a group;
@@ -328,7 +389,7 @@ def compensate_group(group: Tensor, factor: Tensor, importance: Tensor, fmt: For
     check_values("group", group, 2)
     check_format("format", fmt)
     columns = group.shape[1]
-    if not 0 < columns <= fmt.group_size:
+    if not 0 < columns <= (fmt.group_size or columns):
         raise ValueError(f"a group of {fmt} has 1 to {fmt.group_size} columns: got {columns}")
     named = {"group": group, "factor": factor, "importance": importance}
     shapes = (tuple(group.shape), (columns, columns), (columns,))
@@ -338,10 +399,10 @@ def compensate_group(group: Tensor, factor: Tensor, importance: Tensor, fmt: For
         check_device(name, x, group.device)
         if x.dtype != torch.float32:
             raise TypeError(f"{name} must be float32: got {x.dtype}")
-    module = _backend(group, None)
+    module = _backend(group, None, (fmt,))
     native = getattr(module, "compensate_group", None)
-    if native is None or group.numel() == 0:
-        return compensate.compensate_group(group, factor, importance, fmt)
+    if native is None or group.numel() == 0 or divisor is not None or known is not None:
+        return compensate.compensate_group(group, factor, importance, fmt, divisor, known)
     rest = (_ready(name, named[name], module) for name in ("factor", "importance"))
     found: Group = native(rows_in_memory("group", group), *rest, fmt)
     return found
@@ -406,7 +467,7 @@ def packed_matmuls_unchecked(
             return packed_matmuls_unchecked(x.detach(), operands, backend, int8_activations)
 
         return gradients.products(x, operands, multiply, backend)
-    module = _backend(x, backend)
+    module = _backend(x, backend, formats_of(operands))
     if x.numel() == 0:
         return [x.new_zeros((x.shape[0], operand.out_features)) for operand in operands]
     x = x if is_in_memory(x) else _ready("x", x, module)
@@ -420,6 +481,15 @@ def packed_matmuls_unchecked(
         else _one_by_one(x, operand, module.packed_matmul, backend)
         for operand in operands
     ]
+
+
+def formats_of(operands: Iterable[Operand]) -> Iterator[Format]:
+    """Those of weights and of activations, as often as they occur."""
+    for operand in operands:
+        for _, fmt, activation in operand.parts:
+            yield fmt
+            if activation is not None:
+                yield activation
 
 
 # x [M, K], a plain operand [N, K] -> [M, N]
@@ -454,8 +524,8 @@ _library = torch.library.Library("mixbits", "DEF")
 _library.define("fake_quantize(Tensor x, int format, str? backend=None) -> Tensor")
 _library.define(
     "packed_matmul(Tensor x, Tensor weight_packed, Tensor weight_scale, "
-    "Tensor? weight_zero_point, int format, int activation, str? backend=None, "
-    "bool int8_activations=False) -> Tensor"
+    "Tensor? weight_zero_point, Tensor? weight_global_scale, int format, int activation, "
+    "str? backend=None, bool int8_activations=False) -> Tensor"
 )
 
 
@@ -487,12 +557,13 @@ def _packed_matmul_impl(
     weight_packed: Tensor,
     weight_scale: Tensor,
     weight_zero_point: Tensor | None,
+    weight_global_scale: Tensor | None,
     code: int,
     activation: int,
     backend: str | None = None,
     int8_activations: bool = False,
 ) -> Tensor:
-    packed = Packed(weight_packed, weight_scale, weight_zero_point)
+    packed = Packed(weight_packed, weight_scale, weight_zero_point, weight_global_scale)
     act = _format(activation) if activation else None
     return packed_matmul(x, packed, _format(code), act, backend, int8_activations)
 
@@ -508,13 +579,14 @@ def _packed_matmul_meta(
     weight_packed: Tensor,
     weight_scale: Tensor,
     weight_zero_point: Tensor | None,
+    weight_global_scale: Tensor | None,
     code: int,
     activation: int,
     backend: str | None = None,
     int8_activations: bool = False,
 ) -> Tensor:
     check_values("x", x, 2)
-    packed = Packed(weight_packed, weight_scale, weight_zero_point)
+    packed = Packed(weight_packed, weight_scale, weight_zero_point, weight_global_scale)
     check_packed(packed, _format(code), x.shape[1], x.device)
     return x.new_empty((x.shape[0], weight_packed.shape[0]))
 

@@ -20,6 +20,7 @@ from typing import Literal
 
 import torch
 
+from ..formats.fp8_weights import can_fold
 from ..formats.schemes import INTEGERS, Format
 
 Kernel = Literal["simple", "mma", "wgmma", "scratch", "fp8"]
@@ -75,7 +76,7 @@ def choose_fp8(
 ) -> Choice:
     """`choose` where activations may be e4m3 and the weight fits (`formats.fp8_weights`)."""
     fits = dtype in (torch.bfloat16, torch.float16) and columns % 32 == 0 and aligned
-    possible = fits and fmt.element == "e2m1" and capability == (9, 0) and has_wgmma
+    possible = fits and can_fold(fmt) and capability == (9, 0) and has_wgmma
     # With few tokens the cost is that of reading the weight, which fp8 reads like the others. Its
     # blocks take half as long as those of wgmma, but do not split the columns to fill the device.
     blocks = -(-rows // WGMMA_ROWS) * -(-tokens // FP8_TOKENS)

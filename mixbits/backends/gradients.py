@@ -156,11 +156,13 @@ def register(library: torch.library.Library, dequantize: Callable[..., Tensor]) 
         weight_packed: Tensor,
         weight_scale: Tensor,
         weight_zero_point: Tensor | None,
+        weight_global_scale: Tensor | None,
         code: int,
         in_features: int,
         backend: str | None = None,
     ) -> Tensor:
-        packed, fmt = Packed(weight_packed, weight_scale, weight_zero_point), Format.from_code(code)
+        packed = Packed(weight_packed, weight_scale, weight_zero_point, weight_global_scale)
+        fmt = Format.from_code(code)
         _check_backward(gradient, packed, fmt, in_features)
         gradient, packed = in_memory("gradient", gradient), packed_in_memory(packed)
         dtype, rows = _dtype(gradient), gradient.shape[1]
@@ -175,7 +177,8 @@ def register(library: torch.library.Library, dequantize: Callable[..., Tensor]) 
 
     library.define(
         "packed_matmul_backward(Tensor gradient, Tensor weight_packed, Tensor weight_scale, "
-        "Tensor? weight_zero_point, int format, SymInt in_features, str? backend=None) -> Tensor"
+        "Tensor? weight_zero_point, Tensor? weight_global_scale, int format, SymInt in_features, "
+        "str? backend=None) -> Tensor"
     )
     name = "packed_matmul_backward"
     library.impl(name, packed_matmul_backward, "CompositeExplicitAutograd")
@@ -202,18 +205,19 @@ def _backward_meta(
     weight_packed: Tensor,
     weight_scale: Tensor,
     weight_zero_point: Tensor | None,
+    weight_global_scale: Tensor | None,
     code: int,
     in_features: int,
     backend: str | None = None,
 ) -> Tensor:
-    packed = Packed(weight_packed, weight_scale, weight_zero_point)
+    packed = Packed(weight_packed, weight_scale, weight_zero_point, weight_global_scale)
     _check_backward(gradient, packed, Format.from_code(code), in_features)
     return gradient.new_empty((gradient.shape[0], in_features), dtype=_dtype(gradient))
 
 
 def _keep_weight(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     """Of `packed_matmul`, and of `packed_matmul_backward`, which is its transpose."""
-    x, *packed, ctx.code, _, ctx.backend = inputs[:7]
+    x, *packed, ctx.code, _, ctx.backend = inputs[:8]
     ctx.columns, ctx.dtype = x.shape[1], x.dtype
     ctx.save_for_backward(*packed)
 
@@ -225,10 +229,10 @@ def _pass_through(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
 def _transposed(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     arguments = (*ctx.saved_tensors, ctx.code, ctx.columns, ctx.backend)
     out = torch.ops.mixbits.packed_matmul_backward(gradient, *arguments)
-    return out.to(ctx.dtype), *[None] * 7
+    return out.to(ctx.dtype), *[None] * 8
 
 
 def _transposed_back(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     arguments = (*ctx.saved_tensors, ctx.code, 0, ctx.backend)
     out = torch.ops.mixbits.packed_matmul(gradient, *arguments)
-    return out.to(ctx.dtype), *[None] * 6
+    return out.to(ctx.dtype), *[None] * 7

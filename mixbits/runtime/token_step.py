@@ -231,6 +231,8 @@ class Plan:
                 tensor = part.get_buffer(name)
                 self.parameters.append(tensor)
                 self._buffer(tensor)
+        held = all(map(cpu.holds, ops.formats_of([linear.operand])))
+        _require(held, "a linear's format")
         numbers = cpu.linear_numbers(linear.operand)
         return [bias, int(linear.int8_activations), *numbers]
 
