@@ -26,15 +26,23 @@ torch.compile sees (`mixbits.backends.registered`).
 from __future__ import annotations
 
 import functools
-import importlib
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from .backends import gradients, registered
+from .backends.choice import BACKENDS as BACKENDS
+from .backends.choice import (
+    backend_for,
+    by_holder,
+    choose_backend,
+    holder,
+    module_of,
+    requested_backend,
+)
+from .backends.choice import backends as backends
 from .errors import UsageError
 from .formats import compensate, fp8_weights, reference
 from .formats.arrange import Arrangement
@@ -56,44 +64,8 @@ from .formats.checks import (
     rows_in_memory,
 )
 from .formats.compensate import Group
-from .formats.pack import Operand, Packed, Part, packed_spec
+from .formats.pack import Operand, Packed, Part, empty_packed
 from .formats.schemes import Format
-
-BACKENDS = ("cuda", "triton", "cpu", "reference")
-_PREFERENCE = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "reference")}
-
-
-# --- backends --------------------------------------------------------------------------------
-
-
-@functools.cache
-def _module(name: str) -> Any:
-    return importlib.import_module(f"mixbits.backends.{name}")
-
-
-def backends() -> dict[str, str | None]:
-    """Every backend's name -> None when it can be used, else why it cannot."""
-    return {name: _module(name).why_unavailable() for name in BACKENDS}
-
-
-@functools.cache
-def choose_backend(device_type: str, requested: str | None) -> str:
-    """The name of the backend for tensors on `device_type` ("cpu", "cuda").
-
-    `requested` names one, or is None for the best there is. Raises UsageError that says why when
-    it cannot be used.
-    """
-    if requested is None:
-        candidates = _PREFERENCE.get(device_type, ("reference",))
-        return next(name for name in candidates if _module(name).why_unavailable() is None)
-    if requested not in BACKENDS:
-        raise UsageError(f"backend must be one of {', '.join(BACKENDS)}: got {requested!r}")
-    why = _module(requested).why_unavailable()
-    if why is not None:
-        raise UsageError(f"backend {requested!r} cannot be used: {why}")
-    if not _module(requested).supports(torch.device(device_type)):
-        raise UsageError(f"backend {requested!r} cannot be used for tensors on {device_type}")
-    return requested
 
 
 def explain_matmul(
@@ -109,26 +81,16 @@ def explain_matmul(
 
     The choice depends on these arguments, MIXBITS_BACKEND and what is installed; nothing runs.
     """
-    name = choose_backend(device_type, _requested(backend))
-    explain = getattr(_module(name), "explain_matmul", None)
+    name = holder(device_type, requested_backend(backend), (fmt,))
+    explain = getattr(module_of(name), "explain_matmul", None)
     return name if explain is None else f"{name}: {explain(fmt, m, n, k, dtype)}"
-
-
-def _requested(backend: str | None) -> str | None:
-    return backend or os.environ.get("MIXBITS_BACKEND") or None
-
-
-def _backend(x: Tensor, requested: str | None) -> Any:
-    if requested is not None and not isinstance(requested, str):
-        raise TypeError(f"backend must be the name of one, or None: got {requested!s:.80}")
-    return _module(choose_backend(x.device.type, _requested(requested)))
 
 
 def _ready(name: str, x: Tensor, module: Any) -> Tensor:
     """x as a backend wants it: `in_memory`, and without what only autograd looks at."""
     if not is_wrapped(x):
         return in_memory(name, x).detach()
-    if module is not _module("reference"):
+    if module is not module_of("reference"):
         raise TypeError(
             f"{name} must be a tensor with memory of its own: got one that stands for others, as "
             f"in torch.vmap, which backend='reference' can take"
@@ -152,7 +114,7 @@ def fake_quantize(x: Tensor, fmt: Format, backend: str | None = None) -> Tensor:
     check_format("format", fmt)
     if x.dim() == 0:
         raise ValueError("x must have a dimension to group along: got a scalar")
-    module = _backend(x, backend)
+    module = backend_for(x, backend, (fmt,))
     if x.numel() == 0:
         return torch.empty_like(x)
     rounded: Tensor = module.fake_quantize(_ready("x", x, module), fmt)
@@ -166,10 +128,9 @@ def quantize_pack(weight: Tensor, fmt: Format, backend: str | None = None) -> Pa
     """
     check_values("weight", weight, 2)
     check_format("format", fmt)
-    module = _backend(weight, backend)
+    module = backend_for(weight, backend, (fmt,))
     if weight.numel() == 0:
-        specs = packed_spec(fmt, *weight.shape).values()
-        return Packed(*(torch.empty(s, dtype=d, device=weight.device) for d, s in specs))
+        return empty_packed(fmt, weight.shape[0], weight.shape[1], weight.device)
     return module.quantize_pack(_ready("weight", weight, module), fmt)
 
 
@@ -186,7 +147,7 @@ def dequantize(
     out_shape = (packed.weight_packed.shape[0], in_features)
     if dtype not in DTYPES:
         raise TypeError(f"dtype must be bfloat16, float16 or float32: got {dtype}")
-    module = _backend(packed.weight_packed, backend)
+    module = backend_for(packed.weight_packed, backend, (fmt,))
     if 0 in out_shape:
         return torch.empty(out_shape, dtype=dtype, device=device)
     return module.dequantize(packed_in_memory(packed), fmt, in_features, dtype)
@@ -219,11 +180,16 @@ def fisher_statistics(
         check_device(name, vector, weight.device)
         if not vector.is_floating_point():
             raise TypeError(f"{name} must be of a float dtype: got {vector.dtype}")
-    formats, module = check_formats(formats), _backend(weight, backend)
+    formats = check_formats(formats)
     if weight.numel() == 0 or not formats:
+        backend_for(weight, backend, formats)
         return _no_statistics(weight, formats)
     named = (("weight", weight), ("row_weight", row_weight), ("column_weight", column_weight))
-    return module.fisher_statistics(*(_ready(*pair, module) for pair in named), formats)
+
+    def call(module: Any, some: list[Format]) -> Tensor:
+        return module.fisher_statistics(*(_ready(*pair, module) for pair in named), some)
+
+    return by_holder(weight, formats, backend, call)
 
 
 def gradient_statistics(
@@ -238,20 +204,25 @@ def gradient_statistics(
     check_values("gradient", gradient, 2)
     check_shape("gradient", gradient, tuple(weight.shape))
     check_device("gradient", gradient, weight.device)
-    formats, module = check_formats(formats), _backend(weight, backend)
+    formats = check_formats(formats)
     if weight.numel() == 0 or not formats:
+        backend_for(weight, backend, formats)
         return _no_statistics(weight, formats)
     named = (("weight", weight), ("gradient", gradient))
-    return module.gradient_statistics(*(_ready(*pair, module) for pair in named), formats)
+
+    def call(module: Any, some: list[Format]) -> Tensor:
+        return module.gradient_statistics(*(_ready(*pair, module) for pair in named), some)
+
+    return by_holder(weight, formats, backend, call)
 
 
 def require_fp8(device: torch.device | str, backend: str | None = None) -> None:
     """Raise UsageError that says why products on `device` cannot have activations in e4m3."""
     device = torch.device(device)
-    name = choose_backend(device.type, _requested(backend))
+    name = choose_backend(device.type, requested_backend(backend))
     why: str | None = f"the cuda backend is needed: got {name} on {device.type}"
     if name == "cuda":
-        why = _module("cuda_fp8").why_unavailable(device)
+        why = module_of("cuda_fp8").why_unavailable(device)
     if why is not None:
         raise UsageError(f"activations in 8-bit floats: {why}")
 
@@ -262,8 +233,8 @@ def fold_rows(packed: Packed, fmt: Format, in_features: int) -> Tensor | None:
     See `mixbits.formats.fp8_weights.fold_rows`. Raises UsageError for other formats.
     """
     check_packed(packed, fmt, in_features, device_of(packed))
-    if fmt.element != "e2m1":
-        raise UsageError(f"activations in 8-bit floats need weights in e2m1: got {fmt.element}")
+    if not fp8_weights.can_fold(fmt):
+        raise UsageError(f"activations in 8-bit floats need weights in MXFP4: got {fmt.element}")
     if in_features == 0:
         raise UsageError("activations in 8-bit floats need weights with columns: got none")
     return fp8_weights.fold_rows(packed_in_memory(packed))
@@ -286,7 +257,7 @@ def packed_matmul_fp8(
     check_tensor("row_scale", row_scale)
     check_shape("row_scale", row_scale, (packed.weight_packed.shape[0],))
     check_device("row_scale", row_scale, x.device)
-    if fmt.element != "e2m1" or row_scale.dtype != torch.uint8:
+    if not fp8_weights.can_fold(fmt) or row_scale.dtype != torch.uint8:
         got = f"{row_scale.dtype} for {fmt.element}"
         raise TypeError(f"row_scale must be torch.uint8, for weights in e2m1: got {got}")
     if gradients.is_wanted(x):
@@ -298,7 +269,7 @@ def packed_matmul_fp8(
     if x.numel() == 0:
         return x.new_zeros((x.shape[0], row_scale.shape[0]))
     x, row_scale = in_memory("x", x), in_memory("row_scale", row_scale)
-    out: Tensor = _module("cuda_fp8").packed_matmul(x, packed, fmt, row_scale)
+    out: Tensor = module_of("cuda_fp8").packed_matmul(x, packed, fmt, row_scale)
     return out
 
 
@@ -308,20 +279,34 @@ def square_sums(x: Tensor, formats: Sequence[Format], backend: str | None = None
     Squares are float32; Q is fake-quantization in float32.
     """
     check_values("x", x, 2)
-    formats, module = check_formats(formats), _backend(x, backend)
+    formats = check_formats(formats)
     if x.numel() == 0:
+        backend_for(x, backend, formats)
         shape = (1 + len(formats), x.shape[1])
         return torch.zeros(shape, dtype=torch.float64, device=x.device)
-    x = _ready("x", x, module)
-    if x.is_cuda and backend is None and _module("triton").why_unavailable() is None:
-        module = module if hasattr(module, "square_sums") else _module("triton")
-    fused = getattr(module, "square_sums", None)
-    if fused is None:
-        return reference.square_sums(x, formats, module.fake_quantize)
-    return fused(x, formats)
+
+    def call(module: Any, some: list[Format]) -> Tensor:
+        values = _ready("x", x, module)
+        if x.is_cuda and backend is None and not hasattr(module, "square_sums"):
+            triton = module_of("triton")
+            if triton.why_unavailable() is None and all(map(triton.holds, some)):
+                module = triton
+        fused = getattr(module, "square_sums", None)
+        if fused is None:
+            return reference.square_sums(values, some, module.fake_quantize)
+        return fused(values, some)
+
+    return by_holder(x, formats, backend, call, shared=1)
 
 
-def compensate_group(group: Tensor, factor: Tensor, importance: Tensor, fmt: Format) -> Group:
+def compensate_group(
+    group: Tensor,
+    factor: Tensor,
+    importance: Tensor,
+    fmt: Format,
+    divisor: Tensor | None = None,
+    known: reference.Scales | None = None,
+) -> Group:
     """`mixbits.formats.compensate.compensate_group`, by native code where there is some.
 
     group float32 [N, columns], of which there are at most as many as the format has in a group;
@@ -330,7 +315,7 @@ def compensate_group(group: Tensor, factor: Tensor, importance: Tensor, fmt: For
     check_values("group", group, 2)
     check_format("format", fmt)
     columns = group.shape[1]
-    if not 0 < columns <= fmt.group_size:
+    if not 0 < columns <= (fmt.group_size or columns):
         raise ValueError(f"a group of {fmt} has 1 to {fmt.group_size} columns: got {columns}")
     named = {"group": group, "factor": factor, "importance": importance}
     shapes = (tuple(group.shape), (columns, columns), (columns,))
@@ -340,10 +325,10 @@ def compensate_group(group: Tensor, factor: Tensor, importance: Tensor, fmt: For
         check_device(name, x, group.device)
         if x.dtype != torch.float32:
             raise TypeError(f"{name} must be float32: got {x.dtype}")
-    module = _backend(group, None)
+    module = backend_for(group, None, (fmt,))
     native = getattr(module, "compensate_group", None)
-    if native is None or group.numel() == 0:
-        return compensate.compensate_group(group, factor, importance, fmt)
+    if native is None or group.numel() == 0 or divisor is not None or known is not None:
+        return compensate.compensate_group(group, factor, importance, fmt, divisor, known)
     rest = (_ready(name, named[name], module) for name in ("factor", "importance"))
     found: Group = native(rows_in_memory("group", group), *rest, fmt)
     return found
@@ -408,7 +393,7 @@ def packed_matmuls_unchecked(
             return packed_matmuls_unchecked(x.detach(), operands, backend, int8_activations)
 
         return gradients.products(x, operands, multiply, backend)
-    module = _backend(x, backend)
+    module = backend_for(x, backend, formats_of(operands))
     if x.numel() == 0:
         return [x.new_zeros((x.shape[0], operand.out_features)) for operand in operands]
     x = x if is_in_memory(x) else _ready("x", x, module)
@@ -422,6 +407,15 @@ def packed_matmuls_unchecked(
         else _one_by_one(x, operand, module.packed_matmul, backend)
         for operand in operands
     ]
+
+
+def formats_of(operands: Iterable[Operand]) -> Iterator[Format]:
+    """Those of weights and of activations, as often as they occur."""
+    for operand in operands:
+        for _, fmt, activation in operand.parts:
+            yield fmt
+            if activation is not None:
+                yield activation
 
 
 # x [M, K], a plain operand [N, K] -> [M, N]

@@ -18,23 +18,38 @@ from torch import Tensor
 
 from mixbits import progress, quantize
 from mixbits.backends import cpu
-from mixbits.formats.schemes import INT_GROUPS, INTEGERS, MINIFLOATS, SCALE_MODES, Format
+from mixbits.formats.schemes import INT_GROUPS, SCALE_MODES, SCALES, Format
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-MX_FORMATS = [Format(e, 32, scale_mode=mode) for e in MINIFLOATS for mode in SCALE_MODES]
+MX_FORMATS = [
+    Format(e, 32, scale_mode=mode) for e in ("e2m1", "e4m3", "e5m2") for mode in SCALE_MODES
+]
 INT_FORMATS = [
     Format(e, group, symmetric=symmetric)
-    for e in INTEGERS
+    for e in ("int2", "int4", "int8")
     for group in INT_GROUPS
     for symmetric in (True, False)
 ]
-FORMATS = MX_FORMATS + INT_FORMATS
+FORMATS = MX_FORMATS + INT_FORMATS  # what every backend holds
+# Every other that there can be, of which a backend may hold some.
+MORE_FORMATS = [
+    fmt
+    for kind, scale in SCALES.items()
+    for element in scale.elements
+    for size in scale.group_sizes
+    for mode in (SCALE_MODES if kind == "e8m0" else SCALE_MODES[:1])
+    for symmetric in ((True, False) if kind == "float16" else (True,))
+    for per in (("tensor", "row") if kind == "e4m3" else ("",))
+    if (fmt := Format(element, size, symmetric, mode, kind, per)) not in FORMATS
+]
 ISAS = ["avx512bf16", "avx512vnni", "avx2", "scalar"]
 
 
 def format_id(fmt: Format) -> str:
-    if fmt.is_mx:
+    if fmt.scale == "e8m0":
         return f"{fmt.element}-{fmt.scale_mode}"
+    if fmt.scale != "float16":
+        return f"{fmt.element}-{fmt.scale}{fmt.tensor_scale}"
     return f"{fmt.element}-g{fmt.group_size}-{'sym' if fmt.symmetric else 'asym'}"
 
 

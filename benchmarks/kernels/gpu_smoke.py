@@ -91,7 +91,7 @@ def _format_checks(
     yield f"quantize_pack {name}", torch.equal(q.codes, reference.quantize(weight, fmt).codes)
     values = ops.dequantize(packed, fmt, columns, torch.bfloat16, backend)
     yield f"dequantize {name}", torch.equal(values.cpu(), rounded)
-    activation = fmt if fmt.is_mx else None
+    activation = fmt if fmt.is_float else None
     for tokens in TOKENS:
         x = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(tokens))
         x = x.bfloat16()
@@ -107,11 +107,11 @@ def _mixed_checks(backend: str, device: str) -> Iterator[tuple[str, bool]]:
         weight = torch.randn(ROWS, columns, generator=torch.Generator().manual_seed(width))
         pieces = zip((high, low), weight.split((width, columns - width), 1), strict=True)
         parts = [
-            Part(ops.quantize_pack(part, fmt, "reference"), fmt, fmt if fmt.is_mx else None)
+            Part(ops.quantize_pack(part, fmt, "reference"), fmt, fmt if fmt.is_float else None)
             for fmt, part in pieces
         ]
         order = torch.arange(columns).flip(0).to(order_dtype(columns))
-        mix = Operand(tuple(parts), (width, columns - width), order, high.is_mx)
+        mix = Operand(tuple(parts), (width, columns - width), order, high.is_float)
         there = mix._replace(
             parts=tuple(one._replace(packed=one.packed.to(device)) for one in parts),
             order=order.to(device),

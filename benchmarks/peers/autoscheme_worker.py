@@ -89,7 +89,7 @@ def their_option(scheme: Scheme) -> Any:
         return {"floor": "mx_fp", "rceil": "mx_fp_rceil"}[mode]
 
     option = preset_name_to_scheme(scheme.name)
-    if scheme.weight is not None and scheme.weight.is_mx:
+    if scheme.weight is not None and scheme.weight.is_float:
         option = replace(option, data_type=data_type(scheme.weight.scale_mode))
     if scheme.activation is not None:
         option = replace(option, act_data_type=data_type(scheme.activation.scale_mode))

@@ -48,7 +48,7 @@ def gemlite(scheme_name: str) -> Peer:
         def pack(weight: Tensor) -> Any:
             q = unpack(ops.quantize_pack(weight, fmt), fmt, weight.shape[1])
             options = {"device": str(weight.device), "dtype": torch.bfloat16}
-            if fmt.is_mx:
+            if fmt.is_float:
                 kind = helper.A16W4_MXFP if fmt.bits == 4 else helper.A16W8_MXFP
                 codes = q.codes if fmt.bits == 4 else q.codes.view(torch.float8_e4m3fn)
                 return kind(**options).from_weights(codes, q.scale)
@@ -66,7 +66,7 @@ def gemlite(scheme_name: str) -> Peer:
             lambda: ops.dequantize(plain, fmt, x.shape[1]),
         )
 
-    return Peer(f"gemlite {scheme_name}A16" if fmt.is_mx else f"gemlite {scheme_name}", make)
+    return Peer(f"gemlite {scheme_name}A16" if fmt.is_float else f"gemlite {scheme_name}", make)
 
 
 def why_not(peer: Peer, device: torch.device) -> str | None:

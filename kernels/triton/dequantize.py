@@ -72,12 +72,12 @@ def dequantize_into(out: torch.Tensor, packed: Packed, fmt: Format) -> None:
     rows, columns = out.shape
     if out.numel() == 0:
         return
-    codes, scale, zero_point = packed
+    codes, zero_point = packed.weight_packed, packed.weight_zero_point
     grid = (triton.cdiv(rows, TILE_ROWS), triton.cdiv(columns, numerics.TILE_COLUMNS))
     with device_of(codes):
         dequantize_kernel[grid](
             codes,
-            scale,
+            packed.weight_scale,
             codes if zero_point is None else zero_point,
             out,
             rows,

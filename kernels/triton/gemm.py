@@ -201,7 +201,7 @@ def _config(
     tile: tuple[int, int, int],
 ) -> Config:
     block_n, mx_block_k, stages = tile
-    scale_first = tuple(fmt.is_mx and dtype != torch.float16 for fmt, _ in segments)
+    scale_first = tuple(fmt.is_float and dtype != torch.float16 for fmt, _ in segments)
     block_k = tuple(
         mx_block_k if first else fmt.group_size
         for first, (fmt, _) in zip(scale_first, segments, strict=True)

@@ -30,7 +30,7 @@ TILE_COLUMNS = 128  # a multiple of every group size, and of a slab
 
 
 @triton.constexpr_function
-def is_mx(code):
+def is_float(code):
     return ELEMENTS[code & 0xFF] in MINIFLOATS
 
 
@@ -254,7 +254,7 @@ def quantize(x, CODE: tl.constexpr):
     zero point is int32; formats without one get the offset that belongs to symmetric integers,
     or zeros.
     """
-    if is_mx(CODE):
+    if is_float(CODE):
         codes, scale = _quantize_mx(x, CODE)
         zero_point = tl.zeros_like(scale)
     else:
@@ -268,7 +268,7 @@ def quantize(x, CODE: tl.constexpr):
 @triton.jit
 def scale_value(scale, CODE: tl.constexpr):
     """The stored scale (e8m0 byte of any integer type, or a float) as float32."""
-    return e8m0_to_float(scale.to(tl.int32)) if is_mx(CODE) else scale.to(tl.float32)
+    return e8m0_to_float(scale.to(tl.int32)) if is_float(CODE) else scale.to(tl.float32)
 
 
 @triton.jit
@@ -277,7 +277,7 @@ def decode(codes, zero_point, CODE: tl.constexpr):
 
     The zero point is read by asymmetric formats only.
     """
-    if is_mx(CODE):
+    if is_float(CODE):
         magnitude = codes & ((1 << (code_bits(CODE) - 1)) - 1)
         sign = (codes >> (code_bits(CODE) - 1)) << 31
         bits = (magnitude << (23 - mantissa_bits(CODE))) | sign
@@ -295,7 +295,7 @@ def decode(codes, zero_point, CODE: tl.constexpr):
 @triton.jit
 def fake_quantize(x, CODE: tl.constexpr):
     """x float32 [R, G, S] -> its round trip through codes, float32; no code is made."""
-    if is_mx(CODE):
+    if is_float(CODE):
         values = _fake_quantize_mx(x, CODE)
     else:
         codes, scale, offset, _ = _round_int(x, CODE)

@@ -8,7 +8,7 @@ import torch
 
 import triton
 import triton.language as tl
-from mixbits.formats.pack import Packed, packed_spec
+from mixbits.formats.pack import Packed, empty_packed
 from mixbits.formats.schemes import Format
 
 from . import numerics
@@ -62,12 +62,7 @@ def quantize_pack_kernel(
 def quantize_pack(weight: torch.Tensor, fmt: Format) -> Packed:
     """weight [N, K] (float32, float16, bfloat16; contiguous) -> as mixbits.formats.pack says."""
     rows, columns = weight.shape
-    packed = Packed(
-        *(
-            torch.empty(shape, dtype=dtype, device=weight.device)
-            for dtype, shape in packed_spec(fmt, rows, columns).values()
-        )
-    )
+    packed = empty_packed(fmt, rows, columns, weight.device)
     if weight.numel() == 0:
         return packed
     tile = numerics.tile_columns(fmt)

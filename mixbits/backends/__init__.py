@@ -2,6 +2,8 @@
 
     why_unavailable() -> str | None        None when usable, else one sentence
     supports(device) -> bool
+    holds(fmt) -> bool                     whether it has code for a format; else `mixbits.ops`
+                                           asks the next best, and never this one
     fake_quantize(x, fmt), quantize_pack(weight, fmt), dequantize(packed, fmt, in_features, dtype)
     fisher_statistics(weight, row_weight, column_weight, formats)
     gradient_statistics(weight, gradient, formats)

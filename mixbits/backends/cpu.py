@@ -18,10 +18,12 @@ from torch import Tensor
 
 from ..errors import UsageError
 from ..formats.compensate import Group
-from ..formats.pack import Operand, Packed, packed_spec
-from ..formats.schemes import MX_GROUP, Format
+from ..formats.pack import SCALE_DTYPES, Operand, Packed, empty_packed
+from ..formats.schemes import FIRST_FORMATS, MX_GROUP, Format
 
 DTYPE_NUMBERS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # csrc/formats.h, Dtype
+
+HELD = FIRST_FORMATS  # elements with scales; csrc/cpu/codes/group.h
 
 _native: Any = None
 _why: str | None = None
@@ -43,6 +45,11 @@ def why_unavailable() -> str | None:
 def supports(device: torch.device) -> bool:
     """Whether tensors on `device` can be handled."""
     return device.type == "cpu" and _why is None
+
+
+def holds(fmt: Format) -> bool:
+    """Whether operations have code for `fmt`."""
+    return (fmt.element, fmt.scale) in HELD
 
 
 def isa() -> str:
@@ -73,9 +80,9 @@ def _aligned(x: Tensor) -> Tensor:
 
 
 def _pointers(packed: Packed) -> tuple[int, int, int]:
-    codes, scale, zero_point = packed
+    zero_point = packed.weight_zero_point
     pointer = 0 if zero_point is None else zero_point.data_ptr()
-    return codes.data_ptr(), scale.data_ptr(), pointer
+    return packed.weight_packed.data_ptr(), packed.weight_scale.data_ptr(), pointer
 
 
 def sum_words(data: Tensor) -> int:
@@ -97,8 +104,7 @@ def fake_quantize(x: Tensor, fmt: Format) -> Tensor:
 def quantize_pack(weight: Tensor, fmt: Format) -> Packed:
     """weight [N, K] -> the tensors of `mixbits.formats.pack`."""
     rows, columns = weight.shape
-    specs = packed_spec(fmt, rows, columns).values()
-    packed = Packed(*(torch.empty(shape, dtype=dtype) for dtype, shape in specs))
+    packed = empty_packed(fmt, rows, columns)
     dtype = DTYPE_NUMBERS[weight.dtype]
     _native.quantize_pack(weight.data_ptr(), *_pointers(packed), rows, columns, dtype, fmt.code)
     return packed
@@ -153,7 +159,7 @@ def compensate_group(group: Tensor, factor: Tensor, importance: Tensor, fmt: For
     group, factor, importance = map(_aligned, (group, factor, importance))
     rows, columns = group.shape
     codes = torch.empty((rows, columns), dtype=torch.uint8)
-    scale = torch.empty((rows, 1), dtype=torch.uint8 if fmt.is_mx else torch.float16)
+    scale = torch.empty((rows, 1), dtype=SCALE_DTYPES[fmt.scale])
     zero_point = None if fmt.symmetric else torch.empty((rows, 1), dtype=torch.uint8)
     errors = torch.empty((rows, columns), dtype=torch.float32)
     inputs = (group.data_ptr(), factor.data_ptr(), importance.data_ptr())
@@ -168,11 +174,9 @@ def linear_numbers(operand: Operand) -> list[int]:
     parts, widths, order, rotated = operand
     place, entry = (0, 0) if order is None else (order.data_ptr(), order.element_size())
     numbers = [place, entry, int(rotated), operand.out_features, len(parts)]
-    for ((codes, scale, zero_point), fmt, activation), width in zip(parts, widths, strict=True):
+    for (packed, fmt, activation), width in zip(parts, widths, strict=True):
         numbers += (
-            codes.data_ptr(),
-            scale.data_ptr(),
-            0 if zero_point is None else zero_point.data_ptr(),
+            *_pointers(packed),
             width,
             fmt.code,
             0 if activation is None else activation.code,

@@ -29,8 +29,8 @@ import torch
 from torch import Tensor
 
 from ..errors import UsageError
-from ..formats.pack import Operand, Packed, packed_spec
-from ..formats.schemes import MX_GROUP, Format
+from ..formats.pack import Operand, Packed, empty_packed
+from ..formats.schemes import FIRST_FORMATS, MX_GROUP, Format
 from .cuda_choice import KERNELS, TILE, Device, Kernel, KernelChoice, Product, choose
 from .scratch import matmul_through_scratch
 
@@ -65,6 +65,11 @@ def supports(device: torch.device) -> bool:
     return device.type == "cuda" and why_unavailable() is None
 
 
+def holds(fmt: Format) -> bool:
+    """Whether operations have code for `fmt`."""
+    return (fmt.element, fmt.scale) in FIRST_FORMATS
+
+
 def _stream(x: Tensor) -> int:
     return torch.cuda.current_stream(x.device).cuda_stream
 
@@ -74,8 +79,9 @@ def _pointer(x: Tensor | None) -> int:
 
 
 def _pointers(packed: Packed) -> tuple[int, int, int]:
-    codes, scale, zero_point = packed
-    return _pointer(codes), _pointer(scale), _pointer(zero_point)
+    named = packed.weight_packed, packed.weight_scale, packed.weight_zero_point
+    codes, scale, zero_point = map(_pointer, named)
+    return codes, scale, zero_point
 
 
 def fake_quantize(x: Tensor, fmt: Format) -> Tensor:
@@ -93,10 +99,7 @@ def fake_quantize(x: Tensor, fmt: Format) -> Tensor:
 def quantize_pack(weight: Tensor, fmt: Format) -> Packed:
     """weight [N, K] -> the tensors of `mixbits.formats.pack`."""
     rows, columns = weight.shape
-    specs = packed_spec(fmt, rows, columns).values()
-    packed = Packed(
-        *(torch.empty(shape, dtype=dtype, device=weight.device) for dtype, shape in specs)
-    )
+    packed = empty_packed(fmt, rows, columns, weight.device)
     if weight.numel() == 0:
         return packed
     sizes = (rows, columns, DTYPE_NUMBERS[weight.dtype], fmt.code)

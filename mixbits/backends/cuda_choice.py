@@ -20,6 +20,7 @@ from typing import Literal
 
 import torch
 
+from ..formats.fp8_weights import can_fold
 from ..formats.schemes import INTEGERS, Format
 
 Kernel = Literal["simple", "mma", "wgmma", "scratch", "fp8"]
@@ -105,7 +106,7 @@ def choose_fp8(device: Device, product: Product, forced: Kernel | None = None) -
     Which weights do is said by `formats.fp8_weights`.
     """
     (fmt,) = product.formats
-    possible = product.fits_matrix_units and fmt.element == "e2m1" and _has_wgmma(device)
+    possible = product.fits_matrix_units and can_fold(fmt) and _has_wgmma(device)
     # With few tokens the cost is that of reading the weight, which fp8 reads like the others. Its
     # blocks take half as long as those of wgmma, but do not split the columns to fill the device.
     blocks = -(-product.rows // WGMMA_ROWS) * -(-product.tokens // FP8_TOKENS)

@@ -166,7 +166,8 @@ def register(library: torch.library.Library, dequantize: Callable[..., Tensor]) 
 
     library.define(
         "packed_matmul_backward(Tensor gradient, Tensor weight_packed, Tensor weight_scale, "
-        "Tensor? weight_zero_point, int format, SymInt in_features, str? backend=None) -> Tensor"
+        "Tensor? weight_zero_point, Tensor? weight_global_scale, int format, SymInt in_features, "
+        "str? backend=None) -> Tensor"
     )
     name = "packed_matmul_backward"
     library.impl(name, packed_matmul_backward, "CompositeExplicitAutograd")
@@ -186,12 +187,14 @@ def _checked(
     weight_packed: Tensor,
     weight_scale: Tensor,
     weight_zero_point: Tensor | None,
+    weight_global_scale: Tensor | None,
     code: int,
     in_features: int,
     backend: str | None = None,
 ) -> tuple[Tensor, Packed, Format, int, str | None]:
     """The arguments of the operator `packed_matmul_backward`, checked."""
-    packed, fmt = Packed(weight_packed, weight_scale, weight_zero_point), Format.from_code(code)
+    packed = Packed(weight_packed, weight_scale, weight_zero_point, weight_global_scale)
+    fmt = Format.from_code(code)
     check_values("gradient", gradient, 2)
     check_packed(packed, fmt, in_features, gradient.device)
     check_shape("gradient", gradient, (gradient.shape[0], packed.weight_packed.shape[0]))
@@ -205,7 +208,7 @@ def _backward_meta(*arguments: Any) -> Tensor:
 
 def _keep_weight(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     """Of `packed_matmul`, and of `packed_matmul_backward`, which is its transpose."""
-    x, *packed, ctx.code, _, ctx.backend = inputs[:7]
+    x, *packed, ctx.code, _, ctx.backend = inputs[:8]
     ctx.columns, ctx.dtype = x.shape[1], x.dtype
     ctx.save_for_backward(*packed)
 
@@ -217,10 +220,10 @@ def _pass_through(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
 def _transposed(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     arguments = (*ctx.saved_tensors, ctx.code, ctx.columns, ctx.backend)
     out = torch.ops.mixbits.packed_matmul_backward(gradient, *arguments)
-    return out.to(ctx.dtype), *[None] * 7
+    return out.to(ctx.dtype), *[None] * 8
 
 
 def _transposed_back(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     arguments = (*ctx.saved_tensors, ctx.code, 0, ctx.backend)
     out = torch.ops.mixbits.packed_matmul(gradient, *arguments)
-    return out.to(ctx.dtype), *[None] * 6
+    return out.to(ctx.dtype), *[None] * 7

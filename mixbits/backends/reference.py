@@ -23,6 +23,10 @@ def supports(device: torch.device) -> bool:
     return True
 
 
+def holds(fmt: Format) -> bool:
+    return True
+
+
 def quantize_pack(weight: Tensor, fmt: Format) -> Packed:
     return pack(reference.quantize(weight, fmt), fmt)
 

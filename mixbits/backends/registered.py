@@ -26,8 +26,8 @@ _library = torch.library.Library("mixbits", "DEF")  # operators live as long as 
 _library.define("fake_quantize(Tensor x, int format, str? backend=None) -> Tensor")
 _library.define(
     "packed_matmul(Tensor x, Tensor weight_packed, Tensor weight_scale, "
-    "Tensor? weight_zero_point, int format, int activation, str? backend=None, "
-    "bool int8_activations=False) -> Tensor"
+    "Tensor? weight_zero_point, Tensor? weight_global_scale, int format, int activation, "
+    "str? backend=None, bool int8_activations=False) -> Tensor"
 )
 
 
@@ -79,13 +79,14 @@ def _decoded(
     weight_packed: Tensor,
     weight_scale: Tensor,
     weight_zero_point: Tensor | None,
+    weight_global_scale: Tensor | None,
     code: int,
     activation: int,
     backend: str | None = None,
     int8_activations: bool = False,
 ) -> tuple[Tensor, Packed, Format, Format | None, str | None, bool]:
     """Arguments of the operator `packed_matmul` -> those of the function."""
-    packed = Packed(weight_packed, weight_scale, weight_zero_point)
+    packed = Packed(weight_packed, weight_scale, weight_zero_point, weight_global_scale)
     act = _format(activation) if activation else None
     return x, packed, _format(code), act, backend, int8_activations
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..formats.pack import Operand, Packed, Piece
-from ..formats.schemes import Format
+from ..formats.schemes import FIRST_FORMATS, Format
 from .scratch import matmul_through_scratch
 
 TAKES_PARTS = True  # `packed_matmul`, of regular operands
@@ -54,6 +54,11 @@ def supports(device: torch.device) -> bool:
     if why_unavailable() is not None:
         return False
     return device.type == ("cpu" if _interpreted() else "cuda")
+
+
+def holds(fmt: Format) -> bool:
+    """Whether operations have code for `fmt`."""
+    return (fmt.element, fmt.scale) in FIRST_FORMATS
 
 
 def fake_quantize(x: Tensor, fmt: Format) -> Tensor:

@@ -35,7 +35,7 @@ from .packed import Carrier
 
 def shapes(fmt: Format, rows: int, columns: int) -> Shapes:
     """Suffix -> dtype and shape of the tensors of a [rows, columns] weight."""
-    if fmt.is_mx:
+    if fmt.is_float:
         return compressed_tensors.shapes(fmt, rows, columns, torch.uint8)
     groups = columns // fmt.group_size
     return {
@@ -47,9 +47,9 @@ def shapes(fmt: Format, rows: int, columns: int) -> Shapes:
 
 def tensors(packed: Packed, fmt: Format, columns: int, less_one: bool) -> dict[str, Tensor]:
     """The same weight as `shapes` announces it; `less_one` is AutoGPTQ's way with zero points."""
-    if fmt.is_mx:
+    if fmt.is_float:
         return compressed_tensors.tensors(packed, fmt, columns)
-    codes, scale, zero_point = packed
+    codes, scale, zero_point = packed.weight_packed, packed.weight_scale, packed.weight_zero_point
     rows, groups = scale.shape
     if zero_point is None:
         points = torch.full((groups, rows), 1 << (fmt.bits - 1), dtype=torch.uint8)
@@ -97,7 +97,7 @@ def write(folder: Path, carrier: Carrier) -> None:
     schemes = {name: fit.scheme for name, fit in carrier.fits.items()}
     formats = {name: s.weight for name, s in schemes.items() if s.weight is not None}
     packing = "auto_round:auto_gptq"
-    if any(fmt.is_mx for fmt in formats.values()):
+    if any(fmt.is_float for fmt in formats.values()):
         packing = "auto_round:llm_compressor"
     elif not all(fmt.symmetric for fmt in formats.values()):
         packing = "auto_round"

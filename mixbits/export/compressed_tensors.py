@@ -51,7 +51,7 @@ def shapes(fmt: Format, rows: int, columns: int, dtype: torch.dtype) -> Shapes:
     scale = torch.uint8, (rows, groups)
     if fmt.element == "e4m3":
         return {"weight": (torch.float8_e4m3fn, (rows, columns)), "weight_scale": scale}
-    if fmt.is_mx:
+    if fmt.is_float:
         return {"weight_packed": (torch.uint8, (rows, columns // 2)), "weight_scale": scale}
     found: dict[str, Any] = {
         "weight_packed": (torch.int32, (rows, columns * fmt.bits // 32)),
@@ -65,15 +65,15 @@ def shapes(fmt: Format, rows: int, columns: int, dtype: torch.dtype) -> Shapes:
 
 def tensors(packed: Packed, fmt: Format, columns: int) -> dict[str, Tensor]:
     """The same weight as `shapes` announces it."""
-    codes, scale, zero_point = packed
+    codes, scale = packed.weight_packed, packed.weight_scale
     if fmt.element == "e4m3":
         return {"weight": codes.view(torch.float8_e4m3fn), "weight_scale": scale}
-    if fmt.is_mx:
+    if fmt.is_float:
         return {"weight_packed": codes, "weight_scale": scale}
     found = {"weight_packed": words(codes), "weight_scale": scale}
     found["weight_shape"] = torch.tensor([len(codes), columns])
-    if zero_point is not None:
-        points = unpack_codes(zero_point, fmt.bits, scale.shape[1])
+    if packed.weight_zero_point is not None:
+        points = unpack_codes(packed.weight_zero_point, fmt.bits, scale.shape[1])
         found["weight_zero_point"] = words(pack_codes(points.t(), fmt.bits)).t()
     return found
 
@@ -82,14 +82,14 @@ def _arguments(fmt: Format, dynamic: bool) -> dict[str, Any]:
     """What compressed-tensors calls quantization arguments."""
     found = {
         "num_bits": fmt.bits,
-        "type": "float" if fmt.is_mx else "int",
+        "type": "float" if fmt.is_float else "int",
         "strategy": "group",
         "group_size": fmt.group_size,
         "symmetric": fmt.symmetric,
         "dynamic": dynamic,
     }
     marks = {"scale_dtype": "torch.uint8", "zp_dtype": "torch.uint8"}  # of MX, by their presence
-    return {**found, **(marks if fmt.is_mx else {})}
+    return {**found, **(marks if fmt.is_float else {})}
 
 
 def _group(scheme: Scheme, names: list[str]) -> dict[str, Any]:

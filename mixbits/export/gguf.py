@@ -48,7 +48,7 @@ def blocks(packed: Packed, fmt: Format, columns: int) -> Tensor:
     """The same weight as rows of blocks, uint8 [N, bytes], in the type that `_TYPES` says."""
     codes = unpack_codes(packed.weight_packed, fmt.bits, columns).unflatten(1, (-1, MX_GROUP))
     scale = packed.weight_scale.unsqueeze(2)
-    if not fmt.is_mx:
+    if fmt.scale == "float16":
         repeated = scale.repeat_interleave(fmt.group_size // MX_GROUP, 1)[:, : codes.shape[1]]
         scale = repeated.contiguous().view(torch.uint8)
     if fmt.element == "int2":

@@ -239,8 +239,8 @@ class Carrier:
         return self._cast(name, self.model.weight(name), dtype or self.dtype)
 
     def round_scales(self, name: str, packed: Packed, fmt: Format) -> Packed:
-        """Float16 scales as `dtype`; MX scales are left alone."""
-        if fmt.is_mx or self.dtype == torch.float16:
+        """Float16 scales as `dtype`; others are left alone."""
+        if fmt.scale != "float16" or self.dtype == torch.float16:
             return packed
         rounded = packed.weight_scale.to(self.dtype)
         if not torch.equal(rounded.float(), packed.weight_scale.float()):

@@ -98,7 +98,7 @@ class Target:
                 return same
         quantized_inputs = all(s.activation is not None for s in schemes)
         names = ["MXFP8"] if quantized_inputs else []
-        names += ["MXFP8A16"] if any(s.weight and s.weight.is_mx for s in schemes) else []
+        names += ["MXFP8A16"] if any(s.weight and s.weight.is_float for s in schemes) else []
         for name in (*names, "W8A16G32"):
             scheme = parse_scheme(name, act_scale_mode=self.act_scale_mode or "even")
             if self.obstacle_of(scheme, rows, columns) is None:
@@ -236,7 +236,7 @@ def _agree(
 
 def check_together(target: Target, schemes: Sequence[Scheme]) -> None:
     """Raise UsageError for schemes that one folder cannot hold beside each other."""
-    first = {s.weight.is_mx: s.name for s in reversed(schemes) if s.weight is not None}
+    first = {s.weight.is_float: s.name for s in reversed(schemes) if s.weight is not None}
     if target.name == "auto-round" and len(first) > 1:
         raise UsageError(
             f"auto-round holds MX formats or integers in a folder: got {first[True]} and "

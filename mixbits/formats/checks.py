@@ -179,10 +179,7 @@ def check_packed(packed: Packed, fmt: Format, in_features: int, device: torch.de
 
 def packed_in_memory(packed: Packed) -> Packed:
     """`in_memory` of all tensors."""
-    codes, scale, zero_point = packed
-    if zero_point is not None:
-        zero_point = in_memory("weight_zero_point", zero_point)
-    return Packed(in_memory("weight_packed", codes), in_memory("weight_scale", scale), zero_point)
+    return packed.map(in_memory)
 
 
 def _checked_part(part: Any, columns: int, device: torch.device) -> Part:

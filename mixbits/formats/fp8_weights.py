@@ -17,11 +17,16 @@ from torch import Tensor
 
 from . import reference
 from .pack import Packed
-from .schemes import MINIFLOATS
+from .schemes import MINIFLOATS, Format
 
 LOWEST, HIGHEST = -8, 6  # k
 NAN_SCALE = 255
 SMALLEST_TOKEN = 2.0**-100  # the largest magnitude of a token counts as at least this
+
+
+def can_fold(fmt: Format) -> bool:
+    """Whether weights in `fmt` may be ones of e4m3: MXFP4, whatever rule makes its scales."""
+    return fmt.element == "e2m1" and fmt.scale == "e8m0"
 
 
 def fold_rows(packed: Packed) -> Tensor | None:
@@ -29,7 +34,7 @@ def fold_rows(packed: Packed) -> Tensor | None:
 
     Waits for the device once: not for the inside of a product.
     """
-    codes, scale, _ = packed
+    codes, scale = packed.weight_packed, packed.weight_scale
     rows, groups = scale.shape
     padded = torch.nn.functional.pad(codes, (0, groups * 16 - codes.shape[1]))
     is_zero = (padded.view(rows, groups, 16) & 0x77 == 0).all(-1)  # of either sign

@@ -1,8 +1,13 @@
 """Packed weights: the tensors that are stored, and their exact shapes.
 
-    weight_packed      uint8 [N, ceil(K * bits / 8)]   codes, first column in the lowest bits
-    weight_scale       uint8 (e8m0) or float16 [N, groups]
-    weight_zero_point  uint8 [N, ceil(groups * bits / 8)], asymmetric formats only, packed alike
+    weight_packed        uint8 [N, ceil(K * bits / 8)]   codes, first column in the lowest bits
+    weight_scale         [N, groups]: uint8 (the bits of e8m0 or e4m3), float16 or float32
+    weight_zero_point    uint8 [N, ceil(groups * bits / 8)], asymmetric formats only, packed alike
+    weight_global_scale  float32 [1], beside scales in e4m3 only: what they are divided by
+
+Codes of 3, 5 and 6 bits lie in two planes, one behind the other in each row: the lower 2 or 4 bits
+of all of a row's codes as if they were codes of that many bits, then the 1 or 2 bits above these
+likewise. So a kernel loads each plane whole, as it loads codes of 1, 2 and 4 bits.
 
 A linear whose recipe is not plain has these for each of its segments, of that segment's columns,
 under `segments.<number>.`, and beside them, where its columns have an order of their own that the
@@ -10,14 +15,14 @@ linears before it do not make them in (`Recipe.order_in_producer`),
 
     order              uint8 [K] up to 256 columns, int16 up to 32768, else int32
 
-For MXFP4 and MXFP8 these are the bytes of compressed-tensors. One layout serves every backend
-and instruction set.
+For MXFP4, MXFP8, NVFP4 and FP8 these are the bytes of compressed-tensors. One layout serves every
+backend and instruction set.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple, TypeAlias
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -27,6 +32,12 @@ from . import reference
 from .schemes import MX_GROUP, Format, Recipe, order_bits
 
 LAYOUT = 1  # the number of this layout; a checkpoint records it
+SCALE_DTYPES = {
+    "e8m0": torch.uint8,
+    "float16": torch.float16,
+    "e4m3": torch.uint8,
+    "float32": torch.float32,
+}
 
 
 class Packed(NamedTuple):
@@ -35,16 +46,21 @@ class Packed(NamedTuple):
     weight_packed: Tensor
     weight_scale: Tensor
     weight_zero_point: Tensor | None = None
+    weight_global_scale: Tensor | None = None
+
+    def map(self, change: Callable[[str, Tensor], Tensor]) -> Packed:
+        """The same with `change(name, tensor)` in each tensor's place."""
+        named = self._asdict().items()
+        changed: dict[str, Any] = {n: None if t is None else change(n, t) for n, t in named}
+        return Packed(**changed)
 
     def to(self, device: torch.device | str) -> Packed:
-        codes, scale, zero_point = self
-        zero_point = None if zero_point is None else zero_point.to(device)
-        return Packed(codes.to(device), scale.to(device), zero_point)
+        return self.map(lambda name, tensor: tensor.to(device))
 
     def rows(self, which: Tensor | slice) -> Packed:
-        """Some of the weight's rows, or all in another order: they share nothing."""
-        codes, scale, zero_point = self
-        return Packed(codes[which], scale[which], None if zero_point is None else zero_point[which])
+        """Some of the weight's rows, or all in another order: they share the tensor's scale."""
+        whole = "weight_global_scale"
+        return self.map(lambda name, tensor: tensor if name == whole else tensor[which])
 
 
 class Part(NamedTuple):
@@ -124,17 +140,26 @@ Rounded: TypeAlias = Mapping[str, Sequence[Packed]]  # linear -> its packed part
 
 def packed_spec(
     fmt: Format, out_features: int, in_features: int
-) -> dict[str, tuple[torch.dtype, tuple[int, int]]]:
+) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """Name -> (dtype, shape) of the tensors that hold an [out_features, in_features] weight."""
-    scale_dtype = torch.uint8 if fmt.is_mx else torch.float16
-    spec = {
+    spec: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
         "weight_packed": (torch.uint8, (out_features, fmt.packed_bytes(in_features))),
-        "weight_scale": (scale_dtype, (out_features, fmt.groups(in_features))),
+        "weight_scale": (SCALE_DTYPES[fmt.scale], (out_features, fmt.groups(in_features))),
     }
     if not fmt.symmetric:
         shape = (out_features, fmt.zero_point_bytes(in_features))
         spec["weight_zero_point"] = (torch.uint8, shape)
+    if fmt.tensor_scale:
+        spec["weight_global_scale"] = (torch.float32, (1,))
     return spec
+
+
+def empty_packed(
+    fmt: Format, out_features: int, in_features: int, device: torch.device | str | None = None
+) -> Packed:
+    """The tensors of `packed_spec`, for somebody to fill."""
+    spec = packed_spec(fmt, out_features, in_features)
+    return Packed(**{n: torch.empty(s, dtype=d, device=device) for n, (d, s) in spec.items()})
 
 
 def recipe_spec(
@@ -166,7 +191,8 @@ def order_dtype(in_features: int) -> torch.dtype:
 def pack(q: reference.Quantized, fmt: Format) -> Packed:
     """Codes, scales and zero points of a weight -> the tensors that are stored."""
     zero_point = None if q.zero_point is None else reference.pack_codes(q.zero_point, fmt.bits)
-    return Packed(reference.pack_codes(q.codes, fmt.bits), q.scale, zero_point)
+    codes = reference.pack_codes(q.codes, fmt.bits)
+    return Packed(codes, q.scale, zero_point, q.tensor_scale)
 
 
 def unpack(packed: Packed, fmt: Format, in_features: int) -> reference.Quantized:
@@ -176,7 +202,7 @@ def unpack(packed: Packed, fmt: Format, in_features: int) -> reference.Quantized
     if packed.weight_zero_point is not None:
         groups = fmt.groups(in_features)
         zero_point = reference.unpack_codes(packed.weight_zero_point, fmt.bits, groups)
-    return reference.Quantized(codes, packed.weight_scale, zero_point)
+    return reference.Quantized(codes, packed.weight_scale, zero_point, packed.weight_global_scale)
 
 
 def check_finite(name: str, tensor: Tensor) -> None:

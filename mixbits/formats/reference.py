@@ -4,7 +4,8 @@ Nothing here is tuned. It is written to be read, and to be compared with: fake-q
 codes and packing of every other backend equal these bit for bit.
 
 The scale of an MX block of maximum m is 2^E, stored as the byte E + 127. With m = f * 2^e,
-1 <= f < 2, and the element's largest value fmax * 2^emax:
+1 <= f < 2, and the element's largest value fmax * 2^emax (of int8, whose codes count 2^-6 each,
+that is 127/64):
 
     floor   E = e - emax                      OCP MX v1.0; values above the element's maximum clamp
     rceil   E = e - emax + (f > fmax)         the smallest E with m <= max_value * 2^E
@@ -13,8 +14,13 @@ The scale of an MX block of maximum m is 2^E, stored as the byte E + 127. With m
 and E is clamped to -127 at the lower end. The exponent is read from the bits of the float, so
 that there is no logarithm to go wrong one ulp below a power of two. A block of zeros has the
 byte 0. A block that holds a NaN or an infinity has the byte 255 (e8m0's NaN) and is NaN as a
-whole; an integer group with one has a NaN scale. Nothing non-finite is ever packed silently:
-`mixbits.rounding.nearest.pack_weight` refuses it by name.
+whole; a group of any other scale with one has a NaN scale. Nothing non-finite is ever packed
+silently: `mixbits.rounding.nearest.pack_weight` refuses it by name.
+
+The scale of an NVFP4 block is m / 6 * G rounded to e4m3, at least its smallest number above 0;
+the values are code * (scale / G), where G = 448 * 6 / (the largest magnitude of the tensor, or of
+the row). Scales in float32 are m / 448 for e4m3 and m / 127.5 for int8. A maximum below 2^-100
+counts as that.
 
 Elements are rounded to nearest, ties to even, and clamped to the largest finite value. Zeros
 keep their sign.
@@ -22,27 +28,50 @@ keep their sign.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .schemes import INTEGERS, MINIFLOATS, MX_GROUP, Format, Minifloat
+from .schemes import INTEGERS, MINIFLOATS, MX_GROUP, PLANES, ROW, Format, Minifloat
 
 MIN_INT_SCALE = 1e-5  # AutoRound's q_scale_thresh, rounded to float16 on use
+MIN_MAXIMUM = 2.0**-100  # of a row or tensor, where scales in float32 follow from it
+INT8_UNIT = 2.0**-6  # of OCP's INT8: what its codes count
+
+
+class Scales(NamedTuple):
+    """What groups of codes are multiplied by, and counted from.
+
+    scale         [..., groups]: uint8 (the bits of e8m0 or e4m3), float16 or float32
+    zero_point    uint8 [..., groups] of asymmetric formats
+    tensor_scale  float32 [1], or [..., 1] of a row each: what scales in e4m3 are divided by
+    """
+
+    scale: Tensor
+    zero_point: Tensor | None = None
+    tensor_scale: Tensor | None = None
 
 
 class Quantized(NamedTuple):
-    """`codes` uint8 [..., K]; `scale` [..., groups] uint8 (e8m0) or float16; `zero_point` uint8."""
+    """`codes` uint8 [..., K], and their `Scales`, field by field."""
 
     codes: Tensor
     scale: Tensor
     zero_point: Tensor | None = None
+    tensor_scale: Tensor | None = None
+
+    @property
+    def scales(self) -> Scales:
+        return Scales(*self[1:])
 
 
 def split_groups(x: Tensor, group_size: int) -> Tensor:
     """x [..., K] as float32 [..., groups, group_size]; a short last group is filled with zeros."""
+    if group_size == ROW:
+        return x.float().unsqueeze(-2)
     pad = -x.shape[-1] % group_size
     padded = torch.nn.functional.pad(x.float(), (0, pad))
     return padded.unflatten(-1, (padded.shape[-1] // group_size, group_size))
@@ -64,15 +93,16 @@ def e8m0_to_float(byte: Tensor) -> Tensor:
 
 def mx_scale(block_max: Tensor, fmt: Format) -> Tensor:
     """The e8m0 byte of blocks whose largest magnitudes are `block_max` (float32 >= 0)."""
-    element = MINIFLOATS[fmt.element]
+    largest = MINIFLOATS[fmt.element].max_value if fmt.is_float else 127 * INT8_UNIT
     bits = block_max.float().contiguous().view(torch.int32)
     exponent, mantissa = bits >> 23, bits & 0x7FFFFF
     if fmt.scale_mode == "rceil":
-        top = int(torch.tensor(element.max_value).view(torch.int32).item()) & 0x7FFFFF
+        top = int(torch.tensor(largest).view(torch.int32).item()) & 0x7FFFFF
         round_up = mantissa > top
     else:
         round_up = mantissa >= 0x600000 if fmt.scale_mode == "even" else torch.zeros_like(bits)
-    byte = (exponent - element.max_exponent + round_up.int()).clamp(min=0)
+    max_exponent = math.frexp(largest)[1] - 1
+    byte = (exponent - max_exponent + round_up.int()).clamp(min=0)
     return torch.where(exponent == 255, torch.full_like(byte, 255), byte).to(torch.uint8)
 
 
@@ -121,12 +151,42 @@ def _mx_scales(grouped: Tensor, fmt: Format) -> Tensor:
     return mx_scale(magnitude_bits.amax(-1).view(torch.float32), fmt)
 
 
-def _mx_codes(grouped: Tensor, scale: Tensor, fmt: Format) -> Tensor:
-    element = MINIFLOATS[fmt.element]
-    y = grouped / e8m0_to_float(scale).unsqueeze(-1)
-    rounded = round_minifloat(torch.nan_to_num(y), element)  # NaN blocks: codes are don't-cares
-    rounded = torch.where(torch.isnan(y), torch.zeros_like(rounded), rounded)
-    return minifloat_encode(rounded, element)
+# --- scales in e4m3 and in float32 --------------------------------------------------------------
+
+
+def _maxima(grouped: Tensor) -> Tensor:
+    """Largest magnitudes [..., groups] of x [..., groups, group]; NaN where one is not finite."""
+    finite = torch.isfinite(grouped)
+    largest = torch.where(finite, grouped, 0.0).abs().amax(-1)
+    return torch.where(finite.all(-1), largest, torch.nan)
+
+
+def tensor_scale(x: Tensor, fmt: Format, largest_scale: float = 448.0) -> Tensor:
+    """G, float32 [1] or [..., 1], of x [..., K]: scales times G are at most `largest_scale`."""
+    maximum = torch.where(torch.isfinite(x), x, 0.0).float().abs()
+    if fmt.tensor_scale == "row":
+        maximum = maximum.amax(-1, keepdim=True)
+    else:
+        maximum = maximum.amax().reshape(1)
+    top = torch.full_like(maximum, largest_scale * MINIFLOATS[fmt.element].max_value)
+    return top / maximum.clamp_min(MIN_MAXIMUM)
+
+
+def nv_scale(block_max: Tensor, divisor: Tensor, fmt: Format) -> Tensor:
+    """The e4m3 byte of blocks of maxima [..., groups], NaN among them, for a tensor's scale."""
+    e4m3 = MINIFLOATS["e4m3"]
+    wanted = block_max / MINIFLOATS[fmt.element].max_value * divisor
+    rounded = round_minifloat(torch.nan_to_num(wanted), e4m3).clamp_min(2.0**-9)
+    byte = minifloat_encode(rounded, e4m3)
+    return torch.where(torch.isnan(wanted), torch.full_like(byte, 0x7F), byte)
+
+
+def _row_scale(grouped: Tensor, fmt: Format) -> Tensor:
+    """float32 [..., groups]: the maximum becomes the largest code; compressed-tensors' rule."""
+    maximum = _maxima(grouped)
+    top = MINIFLOATS[fmt.element].max_value if fmt.is_float else (2**fmt.bits - 1) / 2
+    # By a tensor: by a number torch would divide as it likes.
+    return maximum.clamp_min(MIN_MAXIMUM) / torch.full_like(maximum, top)
 
 
 # --- integers --------------------------------------------------------------------------------
@@ -153,54 +213,75 @@ def _int_scales(grouped: Tensor, fmt: Format) -> tuple[Tensor, Tensor | None]:
     return scale, zero_point
 
 
-def _int_codes(grouped: Tensor, scale: Tensor, zero_point: Tensor | None, fmt: Format) -> Tensor:
-    bits = INTEGERS[fmt.element]
-    offset = 1 << (bits - 1) if zero_point is None else zero_point.float().unsqueeze(-1)
-    codes = torch.round(grouped / scale.float().unsqueeze(-1)) + offset
-    return torch.nan_to_num(codes).clamp(0, (1 << bits) - 1).to(torch.uint8)
+# --- all -------------------------------------------------------------------------------------
 
 
-# --- both ------------------------------------------------------------------------------------
-
-
-def scales(x: Tensor, fmt: Format) -> tuple[Tensor, Tensor | None]:
-    """Scale and zero point [..., groups] of x [..., K] in `fmt`, as in `Quantized`."""
+def scales(x: Tensor, fmt: Format, divisor: Tensor | None = None) -> Scales:
+    """The scales of x [..., K] in `fmt`; a tensor's scale may be given, as by `tensor_scale`."""
     grouped = split_groups(x, fmt.group_size)
-    return (_mx_scales(grouped, fmt), None) if fmt.is_mx else _int_scales(grouped, fmt)
+    if fmt.scale == "e8m0":
+        return Scales(_mx_scales(grouped, fmt))
+    if fmt.scale == "float16":
+        return Scales(*_int_scales(grouped, fmt))
+    if fmt.scale == "float32":
+        return Scales(_row_scale(grouped, fmt))
+    divisor = tensor_scale(x, fmt) if divisor is None else divisor
+    return Scales(nv_scale(_maxima(grouped), divisor, fmt), None, divisor)
 
 
-def encode(x: Tensor, scale: Tensor, zero_point: Tensor | None, fmt: Format) -> Tensor:
+def factors(scales: Scales, fmt: Format) -> Tensor:
+    """float32 [..., groups]: what decoded codes are multiplied by."""
+    if fmt.scale == "e8m0":
+        factor = e8m0_to_float(scales.scale)
+        return factor if fmt.is_float else factor * INT8_UNIT
+    if fmt.scale == "e4m3":
+        assert scales.tensor_scale is not None
+        return minifloat_decode(scales.scale, MINIFLOATS["e4m3"]) / scales.tensor_scale
+    return scales.scale.float()
+
+
+def offsets(scales: Scales, fmt: Format) -> Tensor | float:
+    """What integer codes are counted from: float32 [..., groups], or one number for all."""
+    if scales.zero_point is not None:
+        return scales.zero_point.float()
+    return 0.0 if fmt.is_float else float(1 << (fmt.bits - 1))
+
+
+def round_codes(y: Tensor, offset: Tensor | float, fmt: Format) -> Tensor:
+    """float32 -> codes uint8 of y = x / factor, rounded to nearest; of NaN they mean nothing."""
+    if fmt.is_float:
+        element = MINIFLOATS[fmt.element]
+        rounded = round_minifloat(torch.nan_to_num(y), element)
+        rounded = torch.where(torch.isnan(y), torch.zeros_like(rounded), rounded)
+        return minifloat_encode(rounded, element)
+    codes = torch.round(y) + offset
+    return torch.nan_to_num(codes).clamp(0, (1 << fmt.bits) - 1).to(torch.uint8)
+
+
+def encode(x: Tensor, scales: Scales, fmt: Format) -> Tensor:
     """Codes uint8 [..., K]: x rounded to nearest with given scales, which need not be its own."""
-    grouped = split_groups(x, fmt.group_size)
-    if fmt.is_mx:
-        codes = _mx_codes(grouped, scale, fmt)
-    else:
-        codes = _int_codes(grouped, scale, zero_point, fmt)
-    return join_groups(codes, x.shape[-1])
+    y = split_groups(x, fmt.group_size) / factors(scales, fmt).unsqueeze(-1)
+    offset = offsets(scales, fmt)
+    offset = offset.unsqueeze(-1) if isinstance(offset, Tensor) else offset
+    return join_groups(round_codes(y, offset, fmt), x.shape[-1])
 
 
 def quantize(x: Tensor, fmt: Format) -> Quantized:
     """Round x [..., K] (any float dtype; computed in float32) to codes and scales."""
-    scale, zero_point = scales(x, fmt)
-    return Quantized(encode(x, scale, zero_point, fmt), scale, zero_point)
+    found = scales(x, fmt)
+    return Quantized(encode(x, found, fmt), *found)
 
 
 def dequantize(q: Quantized, fmt: Format, dtype: torch.dtype = torch.float32) -> Tensor:
     """The values [..., K] that codes and scales stand for, in `dtype`."""
     columns = q.codes.shape[-1]
-    if fmt.is_mx:
-        values = minifloat_decode(q.codes, MINIFLOATS[fmt.element])
-        scale = e8m0_to_float(q.scale)
+    if fmt.is_float:
+        values = split_groups(minifloat_decode(q.codes, MINIFLOATS[fmt.element]), fmt.group_size)
     else:
-        half = 1 << (INTEGERS[fmt.element] - 1)
-        offset = half if q.zero_point is None else q.zero_point.float()
-        grouped = split_groups(q.codes, fmt.group_size)
-        values = grouped - (offset if isinstance(offset, int) else offset.unsqueeze(-1))
-        values = join_groups(values, columns)
-        scale = q.scale.float()
-    return join_groups(split_groups(values, fmt.group_size) * scale.unsqueeze(-1), columns).to(
-        dtype
-    )
+        offset = offsets(q.scales, fmt)
+        offset = offset.unsqueeze(-1) if isinstance(offset, Tensor) else offset
+        values = split_groups(q.codes, fmt.group_size) - offset
+    return join_groups(values * factors(q.scales, fmt).unsqueeze(-1), columns).to(dtype)
 
 
 def fake_quantize(x: Tensor, fmt: Format) -> Tensor:
@@ -209,7 +290,15 @@ def fake_quantize(x: Tensor, fmt: Format) -> Tensor:
 
 
 def pack_codes(codes: Tensor, bits: int) -> Tensor:
-    """uint8 codes [..., K] -> bytes [..., ceil(K * bits / 8)], first code in the lowest bits."""
+    """uint8 codes [..., K] -> bytes; `mixbits.formats.pack` says where their bits are."""
+    planes, shift = [], 0
+    for width in PLANES.get(bits, (bits,)):
+        planes.append(_pack_plane(codes >> shift & (1 << width) - 1, width))
+        shift += width
+    return planes[0] if len(planes) == 1 else torch.cat(planes, -1)
+
+
+def _pack_plane(codes: Tensor, bits: int) -> Tensor:
     per_byte = 8 // bits
     pad = -codes.shape[-1] % per_byte
     padded = torch.nn.functional.pad(codes, (0, pad)).unflatten(-1, (-1, per_byte))
@@ -219,6 +308,17 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
 
 def unpack_codes(packed: Tensor, bits: int, columns: int) -> Tensor:
     """Inverse of `pack_codes`; `columns` is K."""
+    codes, shift, start = None, 0, 0
+    for width in PLANES.get(bits, (bits,)):
+        stop = start - (-columns * width // 8)
+        plane = _unpack_plane(packed[..., start:stop], width, columns) << shift
+        codes = plane if codes is None else codes | plane
+        shift, start = shift + width, stop
+    assert codes is not None
+    return codes
+
+
+def _unpack_plane(packed: Tensor, bits: int, columns: int) -> Tensor:
     shifts = torch.arange(8 // bits, device=packed.device) * bits
     codes = (packed.int().unsqueeze(-1) >> shifts) & ((1 << bits) - 1)
     return codes.flatten(-2)[..., :columns].to(torch.uint8)

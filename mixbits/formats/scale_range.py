@@ -1,9 +1,10 @@
 """Weights that lie outside of what the scales of a format can be: refused, where it does harm.
 
 A scale is a float16 of at least 1e-5 (integers; AutoRound's floor) or a power of two from 2^-127
-(MX). A group that needs a smaller one is rounded in steps that are too coarse for it, in the end
-to zeros, though nothing overflows and nothing is NaN. How much that matters is judged by rounding
-the same group again, multiplied by a power of two that takes it to where scales are no limit:
+(MX); others follow the tensor's or the row's largest weight, and need no check. A group that needs
+a smaller one is rounded in steps that are too coarse for it, in the end to zeros, though nothing
+overflows and nothing is NaN. How much that matters is judged by rounding the same group again,
+multiplied by a power of two that takes it to where scales are no limit:
 
     a group is *lost*     if its squared error is more than WORSE times what it is there
     a weight is refused   if more than MANY of its groups are lost (those of zeros not counted), or
@@ -30,8 +31,7 @@ HARM = 1 / 2
 
 def _errors(x: Tensor, q: Quantized, fmt: Format) -> Tensor:
     """float64 [N, groups]: squared error of x [N, K], rounded to nearest with the scales of `q`."""
-    codes = encode(x, q.scale, q.zero_point, fmt)
-    rounded = dequantize(Quantized(codes, q.scale, q.zero_point), fmt)
+    rounded = dequantize(Quantized(encode(x, q.scales, fmt), *q.scales), fmt)
     squares = (rounded.double() - x.double()).square()  # of 2^-127 and less, beyond float32
     padded = torch.nn.functional.pad(squares, (0, -x.shape[-1] % fmt.group_size))
     return padded.unflatten(-1, (-1, fmt.group_size)).sum(-1)
@@ -47,7 +47,7 @@ def _errors_elsewhere(x: Tensor, fmt: Format) -> Tensor:
 
 def _low(scale: Tensor, fmt: Format) -> Tensor:
     """Whether a scale [N, groups] may be larger than its group needs."""
-    if fmt.is_mx:
+    if fmt.scale == "e8m0":
         return scale <= 1  # of the byte 0, and one more, a search takes the better
     floor = torch.tensor(MIN_INT_SCALE, dtype=torch.float16, device=scale.device)
     return scale.abs() <= floor
@@ -56,6 +56,8 @@ def _low(scale: Tensor, fmt: Format) -> Tensor:
 def check_scales(name: str, weight: Tensor, scheme: Scheme, packed: Packed) -> None:
     """Raise UsageError that names the tensor where its scales cannot hold weight [N, K]."""
     fmt, columns = scheme.format, weight.shape[1]
+    if fmt.scale not in ("e8m0", "float16"):
+        return
     _check_high(name, weight, scheme, packed)
     low = _low(packed.weight_scale, fmt)
     if not low.any():
@@ -72,7 +74,7 @@ def check_scales(name: str, weight: Tensor, scheme: Scheme, packed: Packed) -> N
     lost = found > WORSE * due
     many = int(lost.sum()) > MANY * int((largest > 0).sum())
     if many or float((found - due)[lost].sum()) > HARM * float(due.sum()):
-        least = "2^-127" if fmt.is_mx else f"{MIN_INT_SCALE:g}, within float16"
+        least = "2^-127" if fmt.scale == "e8m0" else f"{MIN_INT_SCALE:g}, within float16"
         raise UsageError(
             f"{scheme.name} needs group scales of at least {least}: got {int(lost.sum())} of "
             f"{largest.numel()} groups of smaller weights, up to {float(largest[lost].max()):.3g}, "
@@ -82,12 +84,14 @@ def check_scales(name: str, weight: Tensor, scheme: Scheme, packed: Packed) -> N
 
 def _check_high(name: str, weight: Tensor, scheme: Scheme, packed: Packed) -> None:
     fmt, scale = scheme.format, packed.weight_scale
-    limit = "float32" if fmt.is_mx else "float16"
-    if fmt.is_mx and not (scale >= 254 - MINIFLOATS[fmt.element].max_exponent).any():
+    is_mx = fmt.scale == "e8m0"
+    limit = "float32" if is_mx else "float16"
+    top = MINIFLOATS[fmt.element].max_exponent if fmt.is_float else 0
+    if is_mx and not (scale >= 254 - top).any():
         return  # the largest values are within float32
-    held = dequantize(unpack(packed, fmt, weight.shape[1]), fmt) if fmt.is_mx else scale
+    held = dequantize(unpack(packed, fmt, weight.shape[1]), fmt) if is_mx else scale
     if not torch.isfinite(held).all():
-        what = "rounded weights" if fmt.is_mx else "group scales"
+        what = "rounded weights" if is_mx else "group scales"
         raise UsageError(
             f"{scheme.name} needs {what} within {limit}: got weights up to "
             f"{weight.abs().max().item():.4g} ({name})"

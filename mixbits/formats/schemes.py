@@ -3,19 +3,28 @@
 A `Format` says how one tensor is quantized: rows are cut into groups of `group_size` columns
 (the last group of a row may be short), every group has one scale, every element one code.
 
-    element  code                                   scale          value
-    e2m1     4 bits: sign, 2 exponent, 1 mantissa   e8m0, 1 byte   code * 2^(scale - 127)
-    e4m3     8 bits, as torch.float8_e4m3fn         e8m0, 1 byte   code * 2^(scale - 127)
-    e5m2     8 bits, as torch.float8_e5m2           e8m0, 1 byte   code * 2^(scale - 127)
-    int2/4/8 offset binary, symmetric               float16        (code - 2^(bits - 1)) * scale
-    int2/4/8 asymmetric                             float16        (code - zero_point) * scale
+    element     code                                              value of a code
+    e2m1        4 bits: sign, 2 exponent, 1 mantissa              0 to 6
+    e2m3        6 bits: sign, 2 exponent, 3 mantissa              0 to 7.5
+    e4m3        8 bits, as torch.float8_e4m3fn                    0 to 448
+    e5m2        8 bits, as torch.float8_e5m2                      0 to 57344
+    int2..int8  2, 3, 4, 5, 6 or 8 bits, offset binary            code - 2^(bits - 1)
+                the same, asymmetric                              code - zero_point
+
+    scale       stored as                     factor of a group   groups     called
+    e8m0        1 byte                        2^(scale - 127)     32         MX; integers count 1/64
+    float16     float16, may be negative      scale               32 to 128  integers
+    e4m3        1 byte, and one float32 more  scale / tensor's    16         NVFP4
+                for the tensor, or the row
+    float32     float32                       scale               a row      FP8, INT8
 
 A `Scheme` pairs the format of a linear's weight with that of its input activations; the names
-are those of compressed-tensors and AutoRound. `BF16` is the scheme that leaves a linear alone.
-A `Recipe` divides the input columns of one linear among one to eight schemes.
+are those of compressed-tensors and AutoRound where they have one. `BF16` is the scheme that leaves
+a linear alone. A `Recipe` divides the input columns of one linear among one to eight schemes.
 
-Sources: OCP Microscaling Formats v1.0 (MX); AutoRound's data_type/int.py and data_type/mxfp.py
-(symmetric integers have a signed scale over the full range, as in llama.cpp).
+Sources: OCP Microscaling Formats v1.0 (MX; its INT8 has an implied factor of 2^-6); NVIDIA's NVFP4
+as in compressed-tensors' nvfp4 (the tensor's scale is a divisor); AutoRound's data_type/int.py and
+data_type/mxfp.py (symmetric integers have a signed scale over the full range, as in llama.cpp).
 """
 
 from __future__ import annotations
@@ -29,8 +38,10 @@ from typing import Literal, TypeAlias
 from ..errors import UsageError
 
 ScaleMode = Literal["floor", "rceil", "even"]
+TensorScale = Literal["", "tensor", "row"]
 
 MX_GROUP = 32  # block size of OCP MX, and the width of a slab
+ROW = 0  # the group size that stands for a whole row
 MAX_SEGMENTS = 8  # of one linear: csrc/cpu/kernels.h
 SCALE_MODES: tuple[ScaleMode, ...] = ("floor", "rceil", "even")
 INT_GROUPS = (32, 64, 128)
@@ -53,98 +64,185 @@ class Minifloat:
 
 MINIFLOATS = {
     "e2m1": Minifloat(4, 1, 0, 2, 6.0),
+    "e2m3": Minifloat(6, 3, 0, 2, 7.5),
     "e4m3": Minifloat(8, 3, -6, 8, 448.0),
     "e5m2": Minifloat(8, 2, -14, 15, 57344.0),
 }
-INTEGERS = {"int2": 2, "int4": 4, "int8": 8}
-ELEMENTS = (*MINIFLOATS, *INTEGERS)  # an element's place here is its number in native code
+INTEGERS = {f"int{bits}": bits for bits in (2, 3, 4, 5, 6, 8)}
+# An element's place here is its number in native code (csrc/formats.h): new ones come last.
+ELEMENTS = ("e2m1", "e4m3", "e5m2", "int2", "int4", "int8", "e2m3", "int3", "int5", "int6")
+
+
+@dataclass(frozen=True)
+class Scale:
+    """A kind of group scale: its bits, and the groups and elements that it is used with."""
+
+    bits: int
+    group_sizes: tuple[int, ...]
+    elements: tuple[str, ...]
+
+
+# A scale's place here is its number in native code.
+SCALES = {
+    "e8m0": Scale(8, (MX_GROUP,), (*MINIFLOATS, "int8")),
+    "float16": Scale(16, INT_GROUPS, tuple(INTEGERS)),
+    "e4m3": Scale(8, (16,), ("e2m1",)),
+    "float32": Scale(32, (ROW,), ("e4m3", "int8")),
+}
+
+
+# What every backend holds: elements with scales.
+FIRST_FORMATS = frozenset(
+    {(e, "e8m0") for e in ("e2m1", "e4m3", "e5m2")}
+    | {(e, "float16") for e in ("int2", "int4", "int8")}
+)
 
 
 @dataclass(frozen=True)
 class Format:
     """How one tensor is quantized along its last dimension.
 
-    `scale_mode` is used by MX elements only (how the block maximum becomes a power of two),
-    `symmetric` by integers only.
+    element       one of `ELEMENTS`
+    group_size    columns that share a scale, or ROW: all of them
+    symmetric     False for integers that have a zero point
+    scale_mode    how the maximum of a block becomes a power of two (e8m0 only)
+    scale         one of `SCALES`; if none is said, e8m0 for floats, float16 for integers
+    tensor_scale  what shares the one float32 beside scales in e4m3: "tensor" (weights) or "row"
+                  (activations, whose rows must not depend on each other); other scales have none
     """
 
     element: str
     group_size: int
     symmetric: bool = True
     scale_mode: ScaleMode = "floor"
+    scale: str = ""
+    tensor_scale: TensorScale = ""
 
     def __post_init__(self) -> None:
-        if self.element not in MINIFLOATS and self.element not in INTEGERS:
+        if self.element not in ELEMENTS:
             raise UsageError(f"element must be one of {', '.join(ELEMENTS)}: got {self.element!r}")
         if self.scale_mode not in SCALE_MODES:
             raise UsageError(
                 f"scale mode must be one of {', '.join(SCALE_MODES)}: got {self.scale_mode!r}"
             )
-        if not isinstance(self.symmetric, bool) or not (self.symmetric or self.element in INTEGERS):
+        if not self.scale:
+            object.__setattr__(self, "scale", "e8m0" if self.is_float else "float16")
+        if self.scale == "e4m3" and not self.tensor_scale:
+            object.__setattr__(self, "tensor_scale", "tensor")
+        self._check_scale()
+        if not isinstance(self.symmetric, bool) or not (self.symmetric or self.has_zero_points):
             raise UsageError(
-                f"symmetric must be True, or False for integers: got {self.symmetric!r} of "
-                f"{self.element}"
-            )
-        allowed = (MX_GROUP,) if self.is_mx else INT_GROUPS
-        if type(self.group_size) is not int or self.group_size not in allowed:
-            raise UsageError(
-                f"group_size of {self.element} must be one of {allowed}: got {self.group_size}"
+                f"symmetric must be True, or False for integers with float16 scales: got "
+                f"{self.symmetric!r} of {self.element}"
             )
         _ = self.code  # now, for torch.compile cannot enter the lock of a cached property
 
+    def _check_scale(self) -> None:
+        kind = SCALES.get(self.scale)
+        if kind is None or self.element not in kind.elements:
+            known = [name for name, kind in SCALES.items() if self.element in kind.elements]
+            raise UsageError(
+                f"scale of {self.element} must be one of {', '.join(known)}: got {self.scale!r}"
+            )
+        if type(self.group_size) is not int or self.group_size not in kind.group_sizes:
+            raise UsageError(
+                f"group_size of {self.element} with scales in {self.scale} must be one of "
+                f"{kind.group_sizes}: got {self.group_size}"
+            )
+        allowed = ("tensor", "row") if self.scale == "e4m3" else ("",)
+        if self.tensor_scale not in allowed:
+            raise UsageError(
+                f"tensor_scale beside scales in {self.scale} must be one of {allowed}: got "
+                f"{self.tensor_scale!r}"
+            )
+
     @property
-    def is_mx(self) -> bool:
+    def is_float(self) -> bool:
+        """Whether the element is a minifloat, and not an integer."""
         return self.element in MINIFLOATS
+
+    @property
+    def has_zero_points(self) -> bool:
+        """Whether there is an asymmetric kind of it."""
+        return not self.is_float and self.scale == "float16"
 
     @property
     def bits(self) -> int:
         """Bits of one code."""
-        return MINIFLOATS[self.element].bits if self.is_mx else INTEGERS[self.element]
+        return MINIFLOATS[self.element].bits if self.is_float else INTEGERS[self.element]
 
     @property
     def scale_bits(self) -> int:
         """Bits of one group's scale."""
-        return 8 if self.is_mx else 16
+        return SCALES[self.scale].bits
 
     @functools.cached_property
     def code(self) -> int:
         """The format as one integer for native code; csrc/formats.h reads it.
 
-        Bits 0-7 element, 8-11 scale mode, 12 symmetric, 16 and up group_size.
+        Bits 0-7 element, 8-11 scale mode, 12 symmetric, 13-14 scale, 15 a tensor scale per row,
+        16 and up group_size.
         """
-        mode = SCALE_MODES.index(self.scale_mode)
         return (
             ELEMENTS.index(self.element)
-            | mode << 8
+            | SCALE_MODES.index(self.scale_mode) << 8
             | int(self.symmetric) << 12
+            | list(SCALES).index(self.scale) << 13
+            | int(self.tensor_scale == "row") << 15
             | self.group_size << 16
         )
 
     @classmethod
     def from_code(cls, code: int) -> Format:
         """The format whose `code` this is. Raises UsageError for a number that is none's."""
-        element, mode, rest = code & 0xFF, code >> 8 & 0xF, code >> 13 & 0x7
-        if element >= len(ELEMENTS) or mode >= len(SCALE_MODES) or rest:
+        element, mode = code & 0xFF, code >> 8 & 0xF
+        if element >= len(ELEMENTS) or mode >= len(SCALE_MODES):
             raise UsageError(f"a format's code must be one that Format.code gives: got {code}")
+        scale, per_row = list(SCALES)[code >> 13 & 3], bool(code >> 15 & 1)
+        tensor_scale: TensorScale = "row" if per_row else "tensor" if scale == "e4m3" else ""
         symmetric = bool(code >> 12 & 1)
-        return cls(ELEMENTS[element], code >> 16, symmetric, SCALE_MODES[mode])
+        return cls(ELEMENTS[element], code >> 16, symmetric, SCALE_MODES[mode], scale, tensor_scale)
 
     def groups(self, in_features: int) -> int:
         """Number of groups in a row of `in_features` columns."""
-        return -(-in_features // self.group_size)
+        return 1 if self.group_size == ROW else -(-in_features // self.group_size)
+
+    @property
+    def planes(self) -> tuple[int, ...]:
+        """Bits of a code in each plane of a packed row, lowest first (`mixbits.formats.pack`)."""
+        return PLANES.get(self.bits, (self.bits,))
 
     def packed_bytes(self, in_features: int) -> int:
-        """Bytes of one row of packed codes; a row always begins at a byte."""
-        return -(-in_features * self.bits // 8)
+        """Bytes of one row of packed codes; a row, and each of its planes, begins at a byte."""
+        return packed_bytes(in_features, self.bits)
 
     def zero_point_bytes(self, in_features: int) -> int:
         """Bytes of one row of packed zero points (0 where the format has none)."""
-        return 0 if self.symmetric else -(-self.groups(in_features) * self.bits // 8)
+        return 0 if self.symmetric else packed_bytes(self.groups(in_features), self.bits)
 
     def row_bytes(self, in_features: int) -> int:
         """Bytes that one row takes on disk and in memory: codes, scales and zero points."""
         scales = self.groups(in_features) * self.scale_bits // 8
         return self.packed_bytes(in_features) + scales + self.zero_point_bytes(in_features)
+
+    @property
+    def tensor_bytes(self) -> int:
+        """Bytes that a weight takes beside its rows: the scale of the tensor."""
+        return 4 if self.tensor_scale else 0
+
+
+# How the bits of a code that does not divide a byte are laid into planes of codes that do.
+PLANES = {3: (2, 1), 5: (4, 1), 6: (4, 2)}
+
+
+def packed_bytes(count: int, bits: int) -> int:
+    """Bytes of `count` packed codes."""
+    return sum(-(-count * plane // 8) for plane in PLANES.get(bits, (bits,)))
+
+
+def has_scale_mode(fmt: Format | None) -> bool:
+    """Whether a rule is needed that makes powers of two of block maxima."""
+    return fmt is not None and fmt.scale == "e8m0"
 
 
 @dataclass(frozen=True)
@@ -177,7 +275,7 @@ class Scheme:
         """Bits of a [out_features, in_features] weight, scales and zero points counted or not."""
         if self.weight is None or ignore_scale_bits:
             return self.element_bits * out_features * in_features
-        return 8 * out_features * self.weight.row_bytes(in_features)
+        return 8 * (out_features * self.weight.row_bytes(in_features) + self.weight.tensor_bytes)
 
 
 BF16 = Scheme("BF16", None)
@@ -276,13 +374,87 @@ def order_bits(in_features: int) -> int:
 
 Assignment: TypeAlias = Mapping[str, Recipe]  # linear -> its recipe
 
-_MX_NAME = re.compile(r"MXFP(?P<bits>4|8)(?P<element>E4M3|E5M2)?(?P<a16>A16)?")
-_INT_NAME = re.compile(r"W(?P<bits>2|4|8)A16(?:G(?P<group>\d+))?(?P<asym>ASYM)?")
+
+# --- names -----------------------------------------------------------------------------------
+
+_FLOATS = {  # name -> element, scale, group_size
+    "MXFP4": ("e2m1", "e8m0", MX_GROUP),
+    "MXFP6": ("e2m3", "e8m0", MX_GROUP),
+    "MXFP8": ("e4m3", "e8m0", MX_GROUP),
+    "MXFP8E5M2": ("e5m2", "e8m0", MX_GROUP),
+    "MXINT8": ("int8", "e8m0", MX_GROUP),
+    "NVFP4": ("e2m1", "e4m3", 16),
+    "FP8": ("e4m3", "float32", ROW),
+}
+_ACTIVATIONS = {**_FLOATS, "INT8": ("int8", "float32", ROW)}
+# The same under compressed-tensors' and AutoRound's names.
+_ALIASES = {
+    "MXFP8E4M3": "MXFP8",
+    "MXFP8E4M3A16": "MXFP8A16",
+    "MXFP6A8": "MXFP6XMXFP8",
+    "W4AFP8": "W4XFP8",
+}
+_INTEGER = re.compile(r"W(?P<bits>[234568])(?P<a16>A16)?(?:G(?P<group>\d+))?(?P<asym>ASYM)?")
 SCHEME_NAMES = (
-    "MXFP4, MXFP8, MXFP8E5M2, each also with A16 at the end (weights only); "
-    "W2A16, W4A16, W8A16, each also with G32, G64 or G128 and with ASYM at the end "
-    "(W4A16G64ASYM); BF16"
+    f"{', '.join(_FLOATS)} for weights and activations alike, and each with A16 at the end for "
+    f"weights only (NVFP4A16); W2A16, W3A16, W4A16, W5A16, W6A16, W8A16, each also with G32, G64 "
+    f"or G128 and with ASYM at the end (W4A16G64ASYM); weights x activations, these one of "
+    f"{', '.join(_ACTIVATIONS)} (MXFP4xMXFP8, W4G32xMXINT8); BF16"
 )
+
+
+def _named(name: str, table: Mapping[str, tuple[str, str, int]], mode: ScaleMode) -> Format | None:
+    if name not in table:
+        return None
+    element, scale, group = table[name]
+    return Format(element, group, scale_mode=mode, scale=scale)
+
+
+def _integers(name: str) -> tuple[str, Format, bool] | None:
+    """Of an integer name its shortest form, its format, and whether it says A16."""
+    match = _INTEGER.fullmatch(name)
+    group = int(match["group"] or 128) if match else 0
+    if match is None or group not in INT_GROUPS:
+        return None
+    fmt = Format(f"int{match['bits']}", group, symmetric=not match["asym"])
+    return name.replace("G128", ""), fmt, bool(match["a16"])
+
+
+def _scheme(key: str, weight_mode: ScaleMode, act_mode: ScaleMode) -> Scheme | None:
+    """The scheme of an upper-case name, or None."""
+    if alike := _named(key, _FLOATS, weight_mode):
+        return Scheme(key, alike, per_row(replace(alike, scale_mode=act_mode)))
+    if weight := _named(key.removesuffix("A16"), _FLOATS, weight_mode):
+        return Scheme(key, weight)
+    if (found := _integers(key)) and found[2]:
+        return Scheme(found[0], found[1])
+    for name in sorted(_ACTIVATIONS, key=len, reverse=True):  # MXFP8 ends as FP8 does
+        stem = key.removesuffix(f"X{name}")
+        activation = _named(name, _ACTIVATIONS, act_mode)
+        if stem == key or activation is None:
+            continue
+        if stem == name:
+            return _scheme(name, weight_mode, act_mode)
+        if weight := _named(stem, _FLOATS, weight_mode):
+            return Scheme(f"{stem}x{name}", weight, per_row(activation))
+        if (found := _integers(stem)) and not found[2]:
+            return Scheme(f"{found[0]}x{name}", found[1], per_row(activation))
+    return None
+
+
+def weight_only(fmt: Format) -> Scheme:
+    """The scheme of weights in `fmt` and activations left in 16 bits."""
+    if fmt.is_float or not fmt.has_zero_points:
+        kind = (fmt.element, fmt.scale, fmt.group_size)
+        name = next(name for name, known in _FLOATS.items() if known == kind) + "A16"
+    else:
+        name = f"W{fmt.bits}A16G{fmt.group_size}{'' if fmt.symmetric else 'ASYM'}"
+    return parse_scheme(name, fmt.scale_mode)
+
+
+def per_row(fmt: Format) -> Format:
+    """The same of activations, whose rows share no scale."""
+    return replace(fmt, tensor_scale="row") if fmt.tensor_scale else fmt
 
 
 def parse_scheme(
@@ -295,16 +467,7 @@ def parse_scheme(
     key = name.strip().upper()
     if key == "BF16":
         return BF16
-    if match := _MX_NAME.fullmatch(key):
-        bits, element = match["bits"], (match["element"] or "").lower()
-        if bits == "8" or not element:
-            element = "e2m1" if bits == "4" else element or "e4m3"
-            weight = Format(element, MX_GROUP, scale_mode=weight_scale_mode)
-            activation = None if match["a16"] else replace(weight, scale_mode=act_scale_mode)
-            return Scheme(key.replace("E4M3", ""), weight, activation)
-    if match := _INT_NAME.fullmatch(key):
-        group = int(match["group"] or 128)
-        if group in INT_GROUPS:
-            weight = Format(f"int{match['bits']}", group, symmetric=not match["asym"])
-            return Scheme(key.replace("G128", ""), weight)
+    key = _ALIASES.get(key, key)
+    if scheme := _scheme(key, weight_scale_mode, act_scale_mode):
+        return scheme
     raise UsageError(f"unknown scheme {name!r:.60}: known are {SCHEME_NAMES}")

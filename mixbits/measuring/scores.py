@@ -30,7 +30,7 @@ from ..errors import UsageError
 from ..files.io import DATA_BYTES, read_object, write_text
 from ..formats.arrange import Arrangement
 from ..formats.schemas import ScoresFile, check
-from ..formats.schemes import MX_GROUP, Scheme
+from ..formats.schemes import MX_GROUP, Scheme, has_scale_mode
 from ..model.layout import LinearInfo
 from .slabs import Arrangements, SlabScores
 
@@ -178,8 +178,8 @@ class Scores:
         if model_sha256 is not None and self.data["model"]["sha256"] != model_sha256:
             raise UsageError(f"{path} was measured on another model, {self.data['model']['name']}")
         for name, mode, used in (
-            ("weight", scale_modes[0], any(s.weight and s.weight.is_mx for s in schemes)),
-            ("act", scale_modes[1], any(s.activation for s in schemes)),
+            ("weight", scale_modes[0], any(has_scale_mode(s.weight) for s in schemes)),
+            ("act", scale_modes[1], any(has_scale_mode(s.activation) for s in schemes)),
         ):
             measured = self.data[f"{name}_scale_mode"]
             if used and measured != mode:

@@ -58,9 +58,8 @@ class _Part:
         self.latent: Tensor | None = None
         if fmt.bits <= LEARNED_BITS:
             codes = unpack(packed, fmt, columns)
-            self.scale, self.zero_point = codes.scale, codes.zero_point
-            zero_point = None if self.zero_point is None else self.zero_point.unsqueeze(-1)
-            self.grid = snapper(self.scale.unsqueeze(-1), zero_point, fmt)
+            self.scales = codes.scales
+            self.grid = snapper(codes.scales, fmt).of_groups()
             latent = split_groups(dequantize(codes, fmt), fmt.group_size) / self.grid.scale
             self.latent = latent.requires_grad_()
 
@@ -75,8 +74,8 @@ class _Part:
     def packed(self) -> Packed:
         if self.latent is None:
             return self.before
-        codes = encode(self.weight().detach(), self.scale, self.zero_point, self.fmt)
-        return pack(Quantized(codes, self.scale, self.zero_point), self.fmt)
+        codes = encode(self.weight().detach(), self.scales, self.fmt)
+        return pack(Quantized(codes, *self.scales), self.fmt)
 
 
 class _Linear:

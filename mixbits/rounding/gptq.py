@@ -23,9 +23,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ..formats.compensate import Group, compensate_group
-from ..formats.reference import Quantized
-from ..formats.schemes import Format
+from ..formats.compensate import Group, compensate_group, search_scales, search_tensor_scale
+from ..formats.reference import Quantized, Scales
+from ..formats.schemes import ROW, Format
 
 DAMPING = 0.01  # of the mean of the diagonal, added to second moments (GPTQ's percdamp)
 _BLOCK = 128  # columns, a multiple of every group size
@@ -81,38 +81,48 @@ def gptq(
     weight: Tensor,
     curvature: Curvature,
     parts: Sequence[tuple[Format, int]],
-    compensate: Callable[[Tensor, Tensor, Tensor, Format], Group] = compensate_group,
+    compensate: Callable[..., Group] = compensate_group,
 ) -> list[Quantized]:
     """Round weight [N, K] with error compensation, for inputs of this curvature.
 
     `parts` are formats with numbers of columns, K in all: one `Quantized` for each. A group's
     scale is fixed when its first column is reached, by search weighted with the moments'
-    diagonal. `compensate` is `compensate_group`, or something faster that equals it.
+    diagonal; those of a tensor or a row, before. `compensate` is `compensate_group`, or something
+    faster that equals it.
     """
     left = weight.float().clone()
     results, start = [], 0
     for fmt, columns in parts:
         stop = start + columns
+        piece, importance = left[:, start:stop], curvature.importance[start:stop]
+        divisor = search_tensor_scale(piece, fmt)
+        known = search_scales(piece, fmt, importance) if fmt.group_size == ROW else None
+        one = functools.partial(compensate, fmt=fmt, divisor=divisor, known=known)
         groups: list[Group] = []
         for first in range(start, stop, _BLOCK):
-            groups += _gptq_block(
-                left, curvature, fmt, first, min(first + _BLOCK, stop), compensate
-            )
-        codes = torch.cat([group.codes for group in groups], 1)
-        scale = torch.cat([group.scale for group in groups], 1)
-        zeros = [group.zero_point for group in groups if group.zero_point is not None]
-        results.append(Quantized(codes, scale, torch.cat(zeros, 1) if zeros else None))
+            last = min(first + _BLOCK, stop)
+            groups += _gptq_block(left, curvature, fmt.group_size or _BLOCK, first, last, one)
+        results.append(_joined(groups, divisor, known))
         start = stop
     return results
+
+
+def _joined(groups: Sequence[Group], divisor: Tensor | None, known: Scales | None) -> Quantized:
+    codes = torch.cat([group.codes for group in groups], 1)
+    if known is not None:
+        return Quantized(codes, *known)
+    scale = torch.cat([group.scale for group in groups], 1)
+    zeros = [group.zero_point for group in groups if group.zero_point is not None]
+    return Quantized(codes, scale, torch.cat(zeros, 1) if zeros else None, divisor)
 
 
 def _gptq_block(
     left: Tensor,
     curvature: Curvature,
-    fmt: Format,
+    group_size: int,
     start: int,
     stop: int,
-    compensate: Callable[[Tensor, Tensor, Tensor, Format], Group],
+    compensate: Callable[[Tensor, Tensor, Tensor], Group],
 ) -> list[Group]:
     """Round the columns start..stop of `left` in one format, and push their errors to the right.
 
@@ -120,12 +130,10 @@ def _gptq_block(
     """
     factor, importance = curvature.upper, curvature.importance
     groups = []
-    for first in range(start, stop, fmt.group_size):
-        last = min(first + fmt.group_size, stop)
+    for first in range(start, stop, group_size):
+        last = min(first + group_size, stop)
         columns = slice(first, last)
-        groups.append(
-            compensate(left[:, columns], factor[columns, columns], importance[columns], fmt)
-        )
+        groups.append(compensate(left[:, columns], factor[columns, columns], importance[columns]))
         left[:, last:stop] -= groups[-1].errors @ factor[columns, last:stop]
     left[:, stop:] -= torch.cat([group.errors for group in groups], 1) @ factor[start:stop, stop:]
     return groups

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from ..errors import UsageError, plain_errors
 from ..formats.compensate import search
 from ..formats.pack import Packed, pack
-from ..formats.reference import Quantized, dequantize, encode
-from ..formats.schemes import LEFT_ALONE, MX_GROUP, Assignment, Format, Scheme
+from ..formats.reference import Quantized, Scales, dequantize, encode
+from ..formats.schemes import INTEGERS, LEFT_ALONE, MX_GROUP, Assignment, Format, Scheme
 from ..model.layout import CausalLM, LinearInfo, weight_of
 from .nearest import check_packed, pack_weight
 
@@ -33,7 +33,7 @@ UNQUANTIZED: dict[str, Any] = {"bits": 16, "act_bits": 16}
 
 
 def _data_type(fmt: Format) -> str:
-    if not fmt.is_mx:
+    if not fmt.is_float:
         return "int"
     return "mx_fp_rceil" if fmt.scale_mode == "rceil" else "mx_fp"
 
@@ -43,7 +43,8 @@ def layer_option(name: str, scheme: Scheme) -> dict[str, Any]:
     fmt, activation = scheme.weight, scheme.activation
     if fmt is None:
         return UNQUANTIZED
-    if fmt.element == "e5m2":
+    known = {(e, "e8m0") for e in ("e2m1", "e4m3")} | {(e, "float16") for e in INTEGERS}
+    if any((one.element, one.scale) not in known for one in (fmt, activation) if one):
         raise UsageError(f"{scheme.name} is not known to auto-round ({name})")
     option: dict[str, Any] = {"bits": fmt.bits, "group_size": fmt.group_size, "sym": fmt.symmetric}
     option |= {"data_type": _data_type(fmt), "act_bits": 16}
@@ -72,12 +73,13 @@ def _options(linears: Sequence[LinearInfo], recipes: Assignment) -> dict[str, di
 
 def _codes(module: Any, weight: Tensor, fmt: Format) -> Quantized:
     """The codes of a tuned weight [N, K]: MX scales are found again, integer ones were learned."""
-    if fmt.is_mx:
+    if fmt.is_float:
         return search(weight, fmt)
     shape = weight.shape[0], -1
     scale = module.scale.detach().reshape(shape).to(torch.float16)
     zero_point = None if fmt.symmetric else module.zp.detach().reshape(shape).to(torch.uint8)
-    return Quantized(encode(weight, scale, zero_point, fmt), scale, zero_point)
+    scales = Scales(scale, zero_point)
+    return Quantized(encode(weight, scales, fmt), *scales)
 
 
 def _packed(name: str, model: nn.Module, scheme: Scheme) -> Packed:

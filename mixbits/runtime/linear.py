@@ -23,6 +23,7 @@ from ..backends import gradients
 from ..errors import UsageError
 from ..formats import checks
 from ..formats.arrange import Arrangement, check_order
+from ..formats.fp8_weights import can_fold
 from ..formats.pack import Operand, Packed, Part, order_dtype, packed_spec, recipe_tensors
 from ..formats.schemes import Format, Recipe, Scheme
 from ..model.families import DEFAULT
@@ -69,6 +70,7 @@ class Segment(_Watched):
     weight_packed: Tensor
     weight_scale: Tensor
     weight_zero_point: Tensor | None
+    weight_global_scale: Tensor | None
     format: Format
     activation: Format | None
 
@@ -77,7 +79,7 @@ class Segment(_Watched):
     ) -> None:
         self.format, self.activation = scheme.format, scheme.activation
         # No buffer as long as it is None: accelerate moves buffers, and takes all for tensors.
-        self.weight_zero_point = None
+        self.weight_zero_point = self.weight_global_scale = None
         for name, (dtype, shape) in packed_spec(scheme.format, rows, columns).items():
             vars(self).pop(name, None)
             self.register_buffer(name, torch.empty(shape, dtype=dtype, device=device))
@@ -85,22 +87,25 @@ class Segment(_Watched):
     @property
     def part(self) -> Part:
         found = self._buffers.get  # at once, where torch would look in three places
-        codes, scale, zero_point = map(found, Packed._fields)
+        codes, scale, zero_point, whole = map(found, Packed._fields)
         if codes is None or scale is None:
             codes, scale = self.weight_packed, self.weight_scale
         if zero_point is None:
             zero_point = self.weight_zero_point
-        return Part(Packed(codes, scale, zero_point), self.format, self.activation)
+        if whole is None:
+            whole = self.weight_global_scale
+        return Part(Packed(codes, scale, zero_point, whole), self.format, self.activation)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Segment:
-        # `.to(bfloat16)` must not round float16 scales: they travel as integers.
-        scale = getattr(self, "weight_scale", None)
-        is_float = scale is not None and scale.is_floating_point()
-        if is_float:
-            self.weight_scale = self.weight_scale.view(torch.int16)
+        # `.to(bfloat16)` must not round scales: they travel as integers.
+        scales = {n: getattr(self, n, None) for n in ("weight_scale", "weight_global_scale")}
+        dtypes = {n: s.dtype for n, s in scales.items() if s is not None and s.is_floating_point()}
+        for name, dtype in dtypes.items():
+            bits = torch.int16 if dtype.itemsize == 2 else torch.int32
+            setattr(self, name, getattr(self, name).view(bits))
         super()._apply(fn, recurse)
-        if is_float:
-            self.weight_scale = self.weight_scale.view(torch.float16)
+        for name, dtype in dtypes.items():
+            setattr(self, name, getattr(self, name).view(dtype))
         PackedLinear.changes += 1
         return self
 
@@ -309,7 +314,7 @@ def allow_fp8_activations(model: nn.Module) -> None:
     """
     packed_ones = [m for m in model.modules() if isinstance(m, PackedLinear)]
     parts = {m: m.part for m in packed_ones if not m.has_segments}
-    chosen = [m for m, p in parts.items() if p.format.element == "e2m1" and not p.activation]
+    chosen = [m for m, p in parts.items() if can_fold(p.format) and not p.activation]
     for one in chosen:
         row_scale = ops.fold_rows(parts[one].packed, parts[one].format, one.in_features)
         if row_scale is not None:

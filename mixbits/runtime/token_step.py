@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import os
 import threading
 import types
 from collections.abc import Callable
@@ -30,6 +29,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .. import ops
 from ..backends import cpu
+from ..backends.choice import requested_backend
 from ..formats import checks
 from ..formats.pack import packed_spec
 from ..model.families import family_of
@@ -231,6 +231,8 @@ class NativeModel:
                 tensor = part.get_buffer(name)
                 self.parameters.append(tensor)
                 self._buffer(tensor)
+        held = all(map(cpu.holds, ops.formats_of([linear.operand])))
+        _require(held, "a linear's format")
         numbers = cpu.linear_numbers(linear.operand)
         return [bias, int(linear.int8_activations), *numbers]
 
@@ -371,7 +373,7 @@ def _is_plain(model: Any) -> bool:
         and config.use_cache is not False
         and not torch.is_autocast_enabled("cpu")
         and not torch._C._get_tracing_state()
-        and ops.choose_backend("cpu", os.environ.get("MIXBITS_BACKEND") or None) == "cpu"
+        and ops.choose_backend("cpu", requested_backend(None)) == "cpu"
     )
 
 

@@ -12,20 +12,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from ..formats.pack import Packed
-from ..formats.schemes import Assignment, Format, Scheme, parse_scheme
+from ..formats.schemes import Assignment, Format, Scheme, weight_only
 from ..model.layout import LinearInfo
 from ..model.units import Unit
 from ..progress import steps
 from .weights import Weights
-
-
-def weight_only(fmt: Format) -> Scheme:
-    """The scheme of weights in `fmt` and activations left in 16 bits."""
-    if fmt.is_mx:
-        name = {"e2m1": "MXFP4A16", "e4m3": "MXFP8A16", "e5m2": "MXFP8E5M2A16"}[fmt.element]
-    else:
-        name = f"W{fmt.bits}A16G{fmt.group_size}{'' if fmt.symmetric else 'ASYM'}"
-    return parse_scheme(name, fmt.scale_mode)
 
 
 def _is_format(scheme: Scheme, fmt: Format) -> bool:

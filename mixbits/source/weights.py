@@ -26,7 +26,6 @@ from torch import Tensor
 
 from ..errors import UsageError, first_line, plain_errors
 from ..files.io import check_file, is_plain_name
-from ..formats.pack import Packed
 from ..formats.schemes import Format
 from ..model.experts import Layout, layout_of
 from ..model.layout import CausalLM, split_expert_name
@@ -338,10 +337,8 @@ class Weights:
         kept = None if found is None else found[0].kept(self.files.read)
         if found is None or kept is None:
             return None
-        codes, scale, zero_point = kept.packed
-        codes, scale = (found[1](tensor).contiguous() for tensor in (codes, scale))
-        zero_point = None if zero_point is None else found[1](zero_point).contiguous()
-        return Kept(kept.format, Packed(codes, scale, zero_point))
+        of_linear = found[1]
+        return Kept(kept.format, kept.packed.map(lambda _, tensor: of_linear(tensor).contiguous()))
 
 
 def _of_expert(layout: Layout, expert: int, projection: str, stack: Tensor) -> Tensor:

@@ -147,9 +147,9 @@ def test_products_with_activations_in_8_bit_floats(monkeypatch):
     operand = operand_of("MXFP4A16")
     module = type("Module", (), {})()
     module.packed_matmul = lambda x, packed, fmt, scale: fp8_weights.matmul(x, packed, scale)
-    original = ops._module
+    original = ops.module_of
     monkeypatch.setattr(ops, "require_fp8", lambda *_: None)
-    monkeypatch.setattr(ops, "_module", lambda n: module if n == "cuda_fp8" else original(n))
+    monkeypatch.setattr(ops, "module_of", lambda n: module if n == "cuda_fp8" else original(n))
     packed, fmt, _ = operand.parts[0]
     row_scale = ops.fold_rows(packed, fmt, 172)
 

@@ -84,7 +84,7 @@ def test_matmul(isa, fmt, tokens):
     for number, columns in enumerate([1, 31, 32, 96, 172, 192]):
         for rows in (1, 15, 16, 17, 100):
             dtype = DTYPES[(number + rows) % 3]
-            activation = fmt if fmt.is_mx and rows % 2 else None
+            activation = fmt if fmt.is_float and rows % 2 else None
             check_matmul(random_product(tokens, rows, columns, dtype, fmt, activation), "cpu")
 
 

@@ -231,7 +231,7 @@ def places_of(argument: int, kind: str | tuple[str, ...]) -> list[tuple[int, ...
 
 
 def packed_signature(fmt: Format) -> dict[str, str]:
-    scale = "*u8" if fmt.is_mx else "*fp16"
+    scale = "*u8" if fmt.is_float else "*fp16"
     return {"packed_ptr": "*u8", "scale_ptr": scale, "zero_ptr": "*u8", **PACKED_SIZES}
 
 

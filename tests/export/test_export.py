@@ -62,7 +62,7 @@ def test_compressed_tensors_has_the_same_values(fmt: Format) -> None:
     if fmt.element == "e4m3":
         scale = reference.e8m0_to_float(made["weight_scale"]).repeat_interleave(32, 1)
         assert torch.equal(made["weight"].float() * scale, reference.dequantize(quantized, fmt))
-    if fmt.is_mx:
+    if fmt.is_float:
         return
     assert torch.equal(fields(made["weight_packed"], fmt.bits), quantized.codes.long())
     if quantized.zero_point is not None:
@@ -87,7 +87,9 @@ def test_compressed_tensors_itself_agrees(fmt: Format) -> None:
     assert torch.equal(plain, expected)
 
 
-@pytest.mark.parametrize("fmt", [f for f in FORMATS if not f.is_mx] + [Format("int2", 64)], ids=str)
+@pytest.mark.parametrize(
+    "fmt", [f for f in FORMATS if not f.is_float] + [Format("int2", 64)], ids=str
+)
 def test_auto_round_has_the_same_values(fmt: Format) -> None:
     quantized, stored = weight(fmt)
     less_one = fmt.symmetric

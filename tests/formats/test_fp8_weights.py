@@ -203,7 +203,7 @@ def test_refusals():
     with pytest.raises(UsageError, match="the cuda backend is needed: got cpu on cpu"):
         linear[0](torch.randn(2, 64))
     packed, fmt, _ = linear[1].operand.parts[0]
-    with pytest.raises(UsageError, match="need weights in e2m1: got int4"):
+    with pytest.raises(UsageError, match="need weights in MXFP4: got int4"):
         ops.fold_rows(packed, fmt, 64)
 
 

@@ -45,7 +45,7 @@ def test_every_code_survives(bits, columns):
 
 def _packed_bytes(fmt, values):
     packed = pack(reference.quantize(torch.tensor([values]), fmt), fmt)
-    return [None if t is None else t[0].view(torch.uint8).tolist() for t in packed]
+    return [None if t is None else t[0].view(torch.uint8).tolist() for t in packed[:3]]
 
 
 def test_golden_mxfp4():

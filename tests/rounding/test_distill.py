@@ -48,16 +48,16 @@ def test_what_has_learned_nothing_is_what_was_packed(fmt: Format) -> None:
 def test_a_weight_takes_the_nearest_code_and_gradients_pass_straight_through(fmt: Format) -> None:
     part = part_of(fmt)
     assert part.latent is not None
-    scale, zero_point = part.scale, part.zero_point
-    factors = torch.exp2(scale.float() - 127) if fmt.is_mx else scale.float()
+    scale = part.scales.scale
+    factors = torch.exp2(scale.float() - 127) if fmt.scale == "e8m0" else scale.float()
     factors = factors.repeat_interleave(fmt.group_size, 1)[:, :172]
     with torch.no_grad():
         part.latent += torch.randn(part.latent.shape)
         moved = part.latent.flatten(1)[:, :172] * factors
     weight, gradient = part.weight(), torch.randn(24, 172)
     weight.backward(gradient)
-    codes = encode(moved, scale, zero_point, fmt)
-    nearest = dequantize(Quantized(codes, scale, zero_point), fmt)
+    codes = encode(moved, part.scales, fmt)
+    nearest = dequantize(Quantized(codes, *part.scales), fmt)
     torch.testing.assert_close(weight, nearest)
     torch.testing.assert_close(ops.dequantize(part.packed(), fmt, 172), nearest)
     assert part.latent.grad is not None

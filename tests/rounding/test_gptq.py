@@ -6,7 +6,7 @@ from conftest import FORMATS, MX_FORMATS, format_id
 
 from mixbits import ops
 from mixbits.formats.compensate import search
-from mixbits.formats.reference import Quantized, dequantize, encode, fake_quantize, scales
+from mixbits.formats.reference import Quantized, Scales, dequantize, encode, fake_quantize, scales
 from mixbits.formats.schemes import Format
 from mixbits.rounding.gptq import DAMPING, Curvature, corrected, gptq
 
@@ -36,7 +36,7 @@ def test_searched_scales_are_never_worse(fmt, weighted):
     errors = [group_errors(x, v, fmt, counts) for v in (found, fake_quantize(x, fmt))]
     assert (errors[0] <= errors[1]).all()
     # With 8 bits only the floor, which cuts off what is above the largest value, can be bettered.
-    if fmt.bits < 8 or (fmt.is_mx and fmt.scale_mode == "floor"):
+    if fmt.bits < 8 or (fmt.is_float and fmt.scale_mode == "floor"):
         assert errors[0].sum() < errors[1].sum()
 
 
@@ -44,10 +44,10 @@ def test_searched_scales_are_never_worse(fmt, weighted):
 def test_an_mx_search_finds_the_best_of_all_powers_of_two(fmt):
     x = torch.randn(200, 32) * torch.rand(200, 1).mul(8).exp2()
     best = torch.full((200, 1), torch.inf)
-    usual, _ = scales(x, Format(fmt.element, 32))
+    usual = scales(x, Format(fmt.element, 32)).scale
     for step in range(-3, 5):
         scale = (usual.int() + step).to(torch.uint8)
-        values = dequantize(Quantized(encode(x, scale, None, fmt), scale), fmt)
+        values = dequantize(Quantized(encode(x, Scales(scale), fmt), scale), fmt)
         best = torch.minimum(best, group_errors(x, values, fmt, torch.ones(32)))
     values = dequantize(search(x, fmt), fmt)
     torch.testing.assert_close(group_errors(x, values, fmt, torch.ones(32)), best)
@@ -76,10 +76,9 @@ def eliminated(weight, moments, parts):
                 stop = min(j + fmt.group_size, start + columns)
                 block = left[:, j:stop].float()
                 q = search(block, fmt, h.diagonal()[j:stop].float())
-                scale, zero = q.scale, q.zero_point
             column = left[:, j : j + 1].float()
-            code = encode(column, scale, zero, fmt)
-            values[:, j : j + 1] = dequantize(Quantized(code, scale, zero), fmt).double()
+            code = encode(column, q.scales, fmt)
+            values[:, j : j + 1] = dequantize(Quantized(code, *q.scales), fmt).double()
             error = (left[:, j] - values[:, j]) / inverse[j, j]
             left[:, j:] -= error[:, None] * inverse[j, j:]
             inverse = inverse - inverse[:, j : j + 1] @ inverse[j : j + 1] / inverse[j, j]
