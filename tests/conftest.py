@@ -21,12 +21,12 @@ from mixbits.backends import cpu
 from mixbits.formats.schemes import INT_GROUPS, SCALE_MODES, SCALES, Format
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-MX_FORMATS = [
-    Format(e, 32, scale_mode=mode) for e in ("e2m1", "e4m3", "e5m2") for mode in SCALE_MODES
-]
+# Elements that every backend holds, with scales in e8m0 and in float16.
+FLOATS, INTS = ("e2m1", "e4m3", "e5m2"), ("int2", "int4", "int8")
+MX_FORMATS = [Format(e, 32, scale_mode=mode) for e in FLOATS for mode in SCALE_MODES]
 INT_FORMATS = [
     Format(e, group, symmetric=symmetric)
-    for e in ("int2", "int4", "int8")
+    for e in INTS
     for group in INT_GROUPS
     for symmetric in (True, False)
 ]

@@ -18,18 +18,16 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from conftest import FORMATS
 from tampered import ALLOWED, SAME, TAMPERED, fake, flat, freed, shrunk
 from torch import Tensor
 
 from mixbits import ops
 from mixbits.backends import cpu
 from mixbits.formats.pack import Operand, Packed, Part, order_dtype
-from mixbits.formats.schemes import INT_GROUPS, INTEGERS, MINIFLOATS, SCALE_MODES, Format
+from mixbits.formats.schemes import Format
 
 MXFP4, INT4 = Format("e2m1", 32), Format("int4", 32, symmetric=False)
-FORMATS = [Format(e, 32, scale_mode=m) for e in MINIFLOATS for m in SCALE_MODES] + [
-    Format(e, g, symmetric=s) for e in INTEGERS for g in INT_GROUPS for s in (True, False)
-]
 ROWS, COLUMNS = 6, 64
 
 
@@ -98,12 +96,14 @@ def tensors_of(name: str) -> tuple[Callable[..., Any], dict[str, Any]]:
             {"x": torch.randn(3, k), **weights()},
         ),
         "torch.packed_matmul": (
-            lambda x, codes, scale, zero: native.packed_matmul(x, codes, scale, zero, INT4.code, 0),
+            lambda x, codes, scale, zero: native.packed_matmul(
+                x, codes, scale, zero, None, INT4.code, 0
+            ),
             {"x": torch.randn(3, k), **weights()},
         ),
         "packed_matmul_backward": (
             lambda gradient, codes, scale, zero: native.packed_matmul_backward(
-                gradient, codes, scale, zero, INT4.code, k
+                gradient, codes, scale, zero, None, INT4.code, k
             ),
             {"gradient": torch.randn(3, n), **weights()},
         ),

@@ -17,7 +17,7 @@ import pytest
 import sass
 import torch
 from compiled import CSRC, needs_gpp, output_of
-from conftest import assert_same_bits
+from conftest import FLOATS, assert_same_bits
 
 from mixbits.formats import reference
 from mixbits.formats.schemes import MINIFLOATS
@@ -278,7 +278,7 @@ def test_host_numerics(tmp_path):
     halves = torch.arange(65536, dtype=torch.int32).to(torch.uint16).view(torch.float16)
     ties = ((torch.arange(65536) << 16 | 0x8000).to(torch.int32)).view(torch.float32)
     expected = []
-    for element in MINIFLOATS.values():
+    for element in map(MINIFLOATS.__getitem__, FLOATS):
         codes = torch.arange(1 << element.bits, dtype=torch.uint8)
         values = reference.minifloat_decode(codes, element)
         expected += [(values * scales).flatten(), codes.float()]

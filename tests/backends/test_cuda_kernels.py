@@ -14,7 +14,16 @@ import checks
 import pytest
 import torch
 from compiled import needs_gpp
-from conftest import FORMATS, INT_FORMATS, MX_FORMATS, assert_same_bits, format_id, hard_rows
+from conftest import (
+    FLOATS,
+    FORMATS,
+    INT_FORMATS,
+    INTS,
+    MX_FORMATS,
+    assert_same_bits,
+    format_id,
+    hard_rows,
+)
 from emulator import build_emulation
 from fp8_checks import (
     FP8,
@@ -35,7 +44,7 @@ from mixbits.backends.cuda_choice import Device, KernelChoice
 from mixbits.formats import fp8_weights as folding
 from mixbits.formats import pack, reference
 from mixbits.formats.recipes import parse_recipe
-from mixbits.formats.schemes import INTEGERS, MAX_SEGMENTS, MINIFLOATS, MX_GROUP, Format
+from mixbits.formats.schemes import MAX_SEGMENTS, MINIFLOATS, MX_GROUP, Format
 from mixbits.runtime.linear import PackedLinear, allow_fp8_activations
 
 needs_gpu = pytest.mark.skipif(
@@ -89,16 +98,16 @@ def test_emulated_round_trip(emulated, fmt, columns):
 
 @emulated_test
 @pytest.mark.parametrize("shape", [(1, 5, 33), (3, 17, 172), (11, 18, 640), (17, 9, 65)], ids=str)
-@pytest.mark.parametrize("element", [*MINIFLOATS, *INTEGERS])
+@pytest.mark.parametrize("element", FLOATS + INTS)
 def test_emulated_matmul(emulated, element, shape, monkeypatch):
     """As the backend chooses: all ways but wgmma occur, and scratch in several blocks."""
     monkeypatch.setattr(scratch, "SCRATCH_BYTES", 4 * 64 * 4)  # four float32 rows
-    fmt = Format(element, 32, symmetric=element in MINIFLOATS)
+    fmt = Format(element, 32, symmetric=element in FLOATS)
     checks.check_matmul(emulated, CPU, fmt, shape)
 
 
 @emulated_test
-@pytest.mark.parametrize("element", MINIFLOATS)
+@pytest.mark.parametrize("element", FLOATS)
 def test_emulated_codes_and_scales(emulated, element):
     checks.check_all_codes_and_scales(emulated, CPU, element)
 
@@ -243,7 +252,7 @@ def is_nan_code(element: str) -> Tensor:
 
 @emulated_test
 @pytest.mark.parametrize("choice", [MMA[0], WGMMA[0]], ids=str)
-@pytest.mark.parametrize("element", MINIFLOATS)
+@pytest.mark.parametrize("element", FLOATS)
 def test_emulated_units_take_every_code_and_scale(emulated, element, choice, monkeypatch):
     """Row s has scale s and all codes but NaNs; then one NaN code per row."""
     use(monkeypatch, choice)
@@ -270,7 +279,7 @@ def test_emulated_units_take_every_code_and_scale(emulated, element, choice, mon
 
 @emulated_test
 @pytest.mark.parametrize("choice", [MMA[0], WGMMA[0]], ids=str)
-@pytest.mark.parametrize("element", INTEGERS)
+@pytest.mark.parametrize("element", INTS)
 def test_emulated_units_take_every_integer(emulated, element, choice, monkeypatch):
     """All codes and zero points, scales of all sizes: weights are rounded once to x's dtype."""
     use(monkeypatch, choice)
@@ -374,7 +383,7 @@ def test_round_trip(fmt, columns):
 
 
 @needs_gpu
-@pytest.mark.parametrize("element", MINIFLOATS)
+@pytest.mark.parametrize("element", FLOATS)
 def test_codes_and_scales(element):
     checks.check_all_codes_and_scales(cuda, GPU, element)
 

@@ -27,6 +27,7 @@ from checks import (
 )
 from conftest import (
     DTYPES,
+    FLOATS,
     FORMATS,
     INT_FORMATS,
     MX_FORMATS,
@@ -38,7 +39,7 @@ from mixes import ARRANGED
 
 from mixbits.backends import scratch
 from mixbits.formats import reference
-from mixbits.formats.schemes import MINIFLOATS, MX_GROUP, Format
+from mixbits.formats.schemes import MX_GROUP, Format
 
 pytest.importorskip("triton", reason="triton is not installed")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -74,7 +75,7 @@ def test_round_trip(backend, fmt, columns):
 
 
 @needs_device
-@pytest.mark.parametrize("element", MINIFLOATS)
+@pytest.mark.parametrize("element", FLOATS)
 def test_all_codes_and_scales(backend, element):
     check_all_codes_and_scales(backend, DEVICE, element)
 
