@@ -43,7 +43,7 @@ def part(rows: int = ROWS, columns: int = COLUMNS, fmt: Format = MXFP4) -> Part:
 
 
 def weights() -> dict[str, Tensor]:
-    codes, scale, zero = packed()
+    codes, scale, zero, _ = packed()
     assert zero is not None
     return {"codes": codes, "scale": scale, "zero": zero}
 
