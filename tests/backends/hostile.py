@@ -57,7 +57,7 @@ def tensors_of(name: str) -> tuple[Callable[..., Any], dict[str, Any]]:
     """An operation, and arguments that it takes."""
     x, (n, k) = torch.randn(ROWS, COLUMNS), (ROWS, COLUMNS)
     if name == "mix":
-        codes, scale, _ = packed(fmt=MXFP4)
+        codes, scale, *_ = packed(fmt=MXFP4)
         x, order = torch.randn(3, 2 * k), torch.randperm(2 * k).to(order_dtype(2 * k))
         arguments = {"x": x, "codes": codes, "scale": scale, "order": order}
         return lambda **a: mix(second=SECOND, **a), arguments
