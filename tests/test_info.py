@@ -12,6 +12,8 @@ import torch
 
 import mixbits
 from mixbits import info, ops
+from mixbits.formats.menus import MENUS
+from mixbits.formats.schemes import parse_scheme
 
 
 def test_it_prints_versions_and_every_backend(capsys: pytest.CaptureFixture[str]) -> None:
@@ -58,6 +60,22 @@ def test_it_says_which_way_a_product_takes(capsys: pytest.CaptureFixture[str]) -
     assert len(re.findall(rf"^  (?:MXFP|W)\w+ +M=\d+ +{backend}", out, re.M)) == 25
     with pytest.raises(SystemExit):
         info.main(["--matmul", "64"])
+
+
+def test_it_lists_schemes_and_menus(capsys: pytest.CaptureFixture[str]) -> None:
+    info.main(["--schemes"])
+    out = capsys.readouterr().out
+    rows = {line.split()[0]: line for line in out.splitlines() if line.startswith("  ")}
+    for name in (*info._USUAL, *(name for menu in MENUS.values() for name in menu)):
+        assert parse_scheme(name).name == name
+        assert name in rows
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    backend = ops.choose_backend(device, None)
+    assert re.search(
+        rf"^  MXFP4A16 +4\.2500 +{backend} +compressed-tensors, vllm, gguf$", out, re.M
+    )
+    assert re.search(r"^  NVFP4 +4\.5000 +\w+ ", out, re.M)
+    assert re.search(r"^  w4a4 +MXFP4, NVFP4, MXFP6, MXFP8$", out, re.M)
 
 
 def test_it_runs_as_a_module() -> None:

@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from ..errors import UsageError
+from ..formats.menus import expanded
 from ..formats.pack import check_finite
 from ..formats.schemes import Assignment, Recipe, Scheme, parse_scheme
 from ..model.layout import CausalLM, LinearInfo, Survey, output_head, survey
@@ -41,7 +42,7 @@ def parse_schemes(names: Sequence[str], modes: Sequence[Any]) -> list[Scheme]:
 
     Raises UsageError for none, for an unknown one, and for BF16, which packs nothing.
     """
-    schemes = [parse_scheme(name, *modes) for name in names]
+    schemes = [parse_scheme(name, *modes) for name in expanded(names)]
     plain = [scheme.name for scheme in schemes if not scheme.packed]
     if plain or not schemes:
         raise UsageError(f"schemes must name schemes that pack weights: got {plain or 'none'}")

@@ -269,6 +269,11 @@ class Scheme:
             raise ValueError(f"{self.name} does not pack weights")
         return self.weight
 
+    @property
+    def formats(self) -> tuple[Format, ...]:
+        """That of weights, and that of activations, where there are."""
+        return tuple(fmt for fmt in (self.weight, self.activation) if fmt is not None)
+
     def storage_bits(
         self, out_features: int, in_features: int, ignore_scale_bits: bool = False
     ) -> int:

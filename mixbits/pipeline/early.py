@@ -17,7 +17,7 @@ from ..errors import UsageError
 from ..export.targets import DEFAULT_SCHEMES
 from ..files.atomic import check_destination, recover
 from ..files.io import read_object
-from ..formats.schemes import parse_scheme
+from ..formats.schemes import ROW, parse_scheme
 from ..measuring.hub_data import check_dataset
 from ..source.model_files import already_quantized, check_name
 from .settings import Settings
@@ -109,7 +109,8 @@ def _check_bits(settings: Settings, config: dict[str, Any]) -> None:
     schemes = [parse_scheme(name) for name in settings.schemes or DEFAULT_SCHEMES]
     groups = [s.weight.group_size for s in schemes if s.weight is not None]
     sizes = [v for k, v in config.items() if k in _SIZES and isinstance(v, int)]
-    if not sizes or any(value % group for value in sizes for group in groups):
+    # A scale per row weighs the less the longer the row is.
+    if not sizes or ROW in groups or any(value % group for value in sizes for group in groups):
         return
     width = 128 * 32  # columns that all groups divide
     bits = [s.storage_bits(1, width, settings.ignore_scale_bits) / width for s in schemes]

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ..formats.menus import expanded
+
 LEAST_BYTES = 10_000  # of a model's files; a size below that has lost its unit
 
 
@@ -84,6 +86,11 @@ def words(value: Any) -> tuple[str, ...]:
 def names(value: Any) -> tuple[str, ...]:
     """Names, one text with commas between them or several texts."""
     return tuple(name for word in words(value) for name in word.split(","))
+
+
+def scheme_names(value: Any) -> tuple[str, ...]:
+    """Names of schemes and of menus, as `names`; those of a menu in its place."""
+    return expanded(names(value))
 
 
 def _is_several(value: Any) -> bool:

@@ -15,11 +15,12 @@ from typing import Any, ClassVar
 
 from ..errors import UsageError
 from ..export.targets import DEFAULT_SCHEMES, TARGETS
+from ..formats.menus import MENUS
 from ..formats.schemes import SCALE_MODES, ScaleMode, Scheme, parse_scheme
 from ..planning.allocate import STRATEGIES
 from ..rounding.methods import CORRECTION
 from ..rounding.methods import METHODS as ROUNDINGS
-from .kinds import bits, names, nats, path, positive, share, size, whole, words
+from .kinds import bits, names, nats, path, positive, scheme_names, share, size, whole, words
 
 METHODS = ("fisher", "deltaloss", "weight")  # as in measuring.sensitivity, which imports torch
 BATCH_SIZE = 8  # sequences
@@ -97,9 +98,10 @@ class BudgetSettings:
     plan: Path | None = _option(None, "apply this plan.json", kind=path, one_of="budget")
     schemes: tuple[str, ...] | None = _option(
         None,
-        f"what to choose from ({','.join(DEFAULT_SCHEMES)}; with --target, what it holds; "
+        f"what to choose from: schemes, or a menu of them ({', '.join(MENUS)}: see mixbits.info "
+        f"--schemes) (default: {','.join(DEFAULT_SCHEMES)}; with --target, what it holds; "
         "with --scores, what was measured)",
-        kind=names,
+        kind=scheme_names,
     )
     ignore_scale_bits: bool = _option(
         False, "let --avg-bits count elements only, as published tables do"

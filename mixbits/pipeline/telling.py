@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from ..formats.schemes import Recipe, parse_scheme
+import torch
+
+from ..backends.choice import choose_backend, holder
+from ..formats.schemes import Recipe, Scheme, parse_scheme
 from ..model.layout import LeftAlone
 from ..planning.plan import Plan, average_bits
 from ..progress import say
@@ -29,9 +32,19 @@ from .texts import Text
 
 
 def source(run: Run) -> None:
-    """What else than plain linears in 16 bits the source holds."""
+    """What else than plain linears in 16 bits the source holds, and schemes without kernels."""
     for line in source_lines(run):
         say(f"  {line}")
+    if slow := without_kernels(run.all_schemes, str(run.settings.device)):
+        say(f"  {', '.join(slow)}: without kernels here yet, run by plain torch, slowly")
+
+
+def without_kernels(schemes: Sequence[Scheme], device: str) -> list[str]:
+    """The names of those that only the slow definition can run on a device."""
+    kind = torch.device(device).type
+    if choose_backend(kind, None) == "reference":
+        return []
+    return [s.name for s in schemes if holder(kind, None, s.formats) == "reference"]
 
 
 def source_lines(run: Run) -> Iterator[str]:

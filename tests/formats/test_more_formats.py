@@ -3,6 +3,9 @@
 compressed-tensors dequantizes and packs NVFP4, MXFP6, FP8 and integers; torch has float8.
 """
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 from compressed_tensors.compressors.mxfp6.helpers import pack_fp6_to_uint8
@@ -11,14 +14,19 @@ from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.quantization.lifecycle.forward import dequantize, quantize
 from compressed_tensors.quantization.utils.helpers import calculate_qparams, generate_gparam
 from conftest import MORE_FORMATS, assert_same_bits, format_id
+from tiny import make_model
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
+import mixbits
 from mixbits import ops
 from mixbits.backends import cpu
 from mixbits.errors import UsageError
-from mixbits.formats import compensate, reference
+from mixbits.formats import compensate, reference, schemes
 from mixbits.formats.pack import Packed, pack, packed_spec, unpack
 from mixbits.formats.schemes import PLANES, Format
+from mixbits.runtime.fake import fake_quantize_model
+from mixbits.runtime.linear import PackedLinear
 
 NVFP4 = Format("e2m1", 16, scale="e4m3")
 MXFP6 = Format("e2m3", 32)
@@ -292,3 +300,48 @@ def test_error_compensation_holds_every_format(fmt: Format) -> None:
         (x @ (reference.dequantize(q, fmt) - weight).T).square().sum() for q in (found, nearest)
     ]
     assert lost[0] < 0.6 * lost[1]
+
+
+# --- docs/add-a-format.md, followed --------------------------------------------------------------
+
+
+def test_a_format_that_there_is_not_is_added_by_its_lines_in_one_file(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """e3m2, OCP's other 6-bit float: the lines that the document's first step asks for."""
+    element = schemes.Minifloat(6, 2, -2, 4, 28.0)
+    e8m0 = replace(schemes.SCALES["e8m0"], elements=(*schemes.SCALES["e8m0"].elements, "e3m2"))
+    monkeypatch.setitem(schemes.MINIFLOATS, "e3m2", element)
+    monkeypatch.setattr(schemes, "ELEMENTS", (*schemes.ELEMENTS, "e3m2"))
+    monkeypatch.setitem(schemes.SCALES, "e8m0", e8m0)
+    monkeypatch.setitem(schemes._FLOATS, "MXFP6E3M2", ("e3m2", "e8m0", 32))
+    scheme = schemes.parse_scheme("MXFP6E3M2xMXINT8")
+    fmt = scheme.format
+    assert Format.from_code(fmt.code) == fmt and not cpu.holds(fmt)
+    # By its definition: the nearest of all numbers (1 + m / 4) 2^e, and m / 4 2^-2 below.
+    weight = weights(6, 64)
+    grid = torch.tensor(
+        [m / 4 * 2.0**-2 for m in range(4)]
+        + [(1 + m / 4) * 2.0**e for e in range(-2, 5) for m in range(4)]
+    )
+    q = reference.quantize(weight, fmt)
+    scaled = weight.unflatten(1, (-1, 32)) / reference.e8m0_to_float(q.scale)[..., None]
+    nearest = (scaled.abs()[..., None] - grid).abs().amin(-1)
+    found = reference.dequantize(q, fmt).unflatten(1, (-1, 32))
+    found = found / reference.e8m0_to_float(q.scale)[..., None]
+    inside = scaled.abs() <= 28
+    assert torch.equal((found - scaled).abs()[inside], nearest[inside])
+    # And a model in it is planned, packed, written, loaded, and gives what the fake one gives.
+    source, out = make_model(tmp_path / "model"), tmp_path / "out"
+    names = ("MXFP6E3M2xMXINT8", "MXFP4xMXFP8")
+    how = {"effort": "quick", "rounding": "rtn", "eval_nsamples": 0, "seqlen": 32}
+    mixbits.quantize_model(source, out=out, schemes=names, avg_bits=5.3, **how)
+    packed = mixbits.load(out, dtype=torch.float32)
+    recipes = {n: m.recipe for n, m in packed.named_modules() if isinstance(m, PackedLinear)}
+    assert {recipe.name for recipe in recipes.values()} == set(names)
+    fake = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    fake_quantize_model(fake, recipes)
+    ids = torch.arange(40)[None]
+    with torch.no_grad():
+        got, expected = packed(ids).logits, fake(ids).logits
+    torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
