@@ -39,7 +39,7 @@ import torch
 from torch import Tensor, nn
 
 from ..files.io import read_object
-from ..formats.pack import LAYOUT, recipe_spec
+from ..formats.pack import layout_number, recipe_spec
 from ..formats.recipes import describe
 from ..formats.schemes import Assignment
 from ..model.experts import layout_of
@@ -266,7 +266,7 @@ def quantization_config(assignment: Assignment, provenance: dict[str, Any]) -> d
         "quant_method": "mixbits",
         "to_load": TO_LOAD,
         "mixbits_version": __version__,
-        "layout": LAYOUT,
+        "layout": layout_number(assignment.values()),
         **dict.fromkeys(_MODES, "floor"),
         **provenance,
         "modules": {n: describe(r) for n, r in assignment.items() if r.packed},

@@ -29,7 +29,7 @@ from ..errors import UsageError
 from ..files.io import read_object, write_text
 from ..formats.arrange import check_order
 from ..formats.checks import DTYPES
-from ..formats.pack import LAYOUT
+from ..formats.pack import LAYOUTS, layout_number
 from ..formats.recipes import parse_recipe
 from ..formats.schemas import PackedConfig, check
 from ..formats.schemes import Recipe, Scheme
@@ -145,13 +145,19 @@ class MixbitsConfig(QuantizationConfigMixin):
         Raises UsageError for a layout or recipes that cannot be read.
         """
         layout = getattr(self, "layout", None)  # what a user asks for has none
-        if layout != LAYOUT:
+        if layout not in LAYOUTS:
+            known = " and ".join(map(str, LAYOUTS))
             raise UsageError(
-                f"this mixbits reads checkpoints of layout {LAYOUT}: got {layout!r:.60}"
+                f"this mixbits reads checkpoints of layouts {known}: got {layout!r:.60}"
             )
         check(PackedConfig, vars(self), "quantization_config of config.json")
         modes: Any = self._modes
         recipes = {name: parse_recipe(value, *modes) for name, value in self.modules.items()}
+        if layout != layout_number(recipes.values()):
+            raise UsageError(
+                f"the schemes of quantization_config are of layout "
+                f"{layout_number(recipes.values())}: got {layout!r:.60}"
+            )
         plain = [name for name, recipe in recipes.items() if not recipe.packed]
         if plain:
             raise UsageError(

@@ -21,7 +21,7 @@ backend and instruction set.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -29,9 +29,11 @@ from torch import Tensor
 
 from ..errors import UsageError
 from . import reference
-from .schemes import MX_GROUP, Format, Recipe, order_bits
+from .schemes import FIRST_FORMATS, MX_GROUP, Format, Recipe, order_bits
 
-LAYOUT = 1  # the number of this layout; a checkpoint records it
+# The numbers of this layout, which checkpoints record: the first has none but `FIRST_FORMATS`, so
+# that who knows no others can read it.
+LAYOUTS = (1, 2)
 SCALE_DTYPES = {
     "e8m0": torch.uint8,
     "float16": torch.float16,
@@ -181,6 +183,13 @@ def segment_prefixes(recipe: Recipe) -> list[str]:
     if recipe.is_plain:
         return [""]
     return [f"segments.{number}." for number in range(len(recipe.segments))]
+
+
+def layout_number(recipes: Iterable[Recipe]) -> int:
+    """The least of `LAYOUTS` that has all formats of the weights."""
+    weights = (scheme.weight for recipe in recipes for scheme, _ in recipe.segments)
+    first = all(fmt is None or (fmt.element, fmt.scale) in FIRST_FORMATS for fmt in weights)
+    return LAYOUTS[0] if first else LAYOUTS[1]
 
 
 def order_dtype(in_features: int) -> torch.dtype:

@@ -22,7 +22,7 @@ from ..errors import UsageError, plain_errors
 from ..formats.compensate import search
 from ..formats.pack import Packed, pack
 from ..formats.reference import Quantized, Scales, dequantize, encode
-from ..formats.schemes import INTEGERS, LEFT_ALONE, MX_GROUP, Assignment, Format, Scheme
+from ..formats.schemes import FIRST_FORMATS, LEFT_ALONE, MX_GROUP, Assignment, Format, Scheme
 from ..model.layout import CausalLM, LinearInfo, weight_of
 from .nearest import check_packed, pack_weight
 
@@ -43,8 +43,9 @@ def layer_option(name: str, scheme: Scheme) -> dict[str, Any]:
     fmt, activation = scheme.weight, scheme.activation
     if fmt is None:
         return UNQUANTIZED
-    known = {(e, "e8m0") for e in ("e2m1", "e4m3")} | {(e, "float16") for e in INTEGERS}
-    if any((one.element, one.scale) not in known for one in (fmt, activation) if one):
+    known = FIRST_FORMATS - {("e5m2", "e8m0")}
+    alike = activation is None or activation.element == fmt.element
+    if not alike or any((one.element, one.scale) not in known for one in scheme.formats):
         raise UsageError(f"{scheme.name} is not known to auto-round ({name})")
     option: dict[str, Any] = {"bits": fmt.bits, "group_size": fmt.group_size, "sym": fmt.symmetric}
     option |= {"data_type": _data_type(fmt), "act_bits": 16}

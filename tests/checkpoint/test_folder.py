@@ -253,7 +253,8 @@ DAMAGE: dict[str, tuple[Any, str]] = {
         "modules must be an object",
     ),
     "bad scale mode": (_edit_config(lambda q: q.update(weight_scale_mode="up")), "_scale_mode"),
-    "future layout": (_edit_config(lambda q: q.update(layout=2)), "layout 1: got 2"),
+    "another layout": (_edit_config(lambda q: q.update(layout=2)), "are of layout 1: got 2"),
+    "future layout": (_edit_config(lambda q: q.update(layout=3)), "layouts 1 and 2: got 3"),
     "other method": (
         _edit_config(lambda q: q.update(quant_method="gptq")),
         "no mixbits checkpoint",
@@ -353,7 +354,7 @@ def test_transformers_alone_refuses_a_future_layout(intact: Path, tmp_path: Path
     shutil.copytree(intact, folder)
     AutoModelForCausalLM.from_pretrained(folder)
     DAMAGE["future layout"][0](folder)
-    with pytest.raises(UsageError, match="layout 1: got 2"):
+    with pytest.raises(UsageError, match="layouts 1 and 2: got 3"):
         AutoModelForCausalLM.from_pretrained(folder)
 
 

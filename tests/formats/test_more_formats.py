@@ -339,6 +339,7 @@ def test_a_format_that_there_is_not_is_added_by_its_lines_in_one_file(
     packed = mixbits.load(out, dtype=torch.float32)
     recipes = {n: m.recipe for n, m in packed.named_modules() if isinstance(m, PackedLinear)}
     assert {recipe.name for recipe in recipes.values()} == set(names)
+    assert packed.config.quantization_config.layout == 2  # whoever knows no such formats refuses
     fake = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     fake_quantize_model(fake, recipes)
     ids = torch.arange(40)[None]
