@@ -71,6 +71,15 @@ def export(folder: Path, name: str, *more: str) -> Path:
     return out
 
 
+def loaded(folder: Path, dtype: Any = "auto", **options: Any) -> Any:
+    """What transformers makes of an exported folder, of which it must need every tensor."""
+    model, info = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, output_loading_info=True, **options
+    )
+    assert not any(info.values())
+    return model.eval()
+
+
 def fake_model(source: Source, assignment: dict[str, Recipe]) -> Any:
     model = source.load()
     fake_quantize_model(model, assignment)

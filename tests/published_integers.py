@@ -19,6 +19,8 @@ COMPRESSED: dict[str, tuple[str, str, dict[str, Any]]] = {
     "W4A16": ("pack-quantized", "W4A16", {}),
     "W4A16G32": ("pack-quantized", "W4A16", {"group_size": 32}),  # Kimi-K2-Thinking
     "W4A16-asym": ("pack-quantized", "W4A16_ASYM", {}),
+    "W3A16": ("pack-quantized", "W3A16", {"group_size": 32}),  # codes across two words
+    "W6A16-asym": ("pack-quantized", "W6A16", {"group_size": 64, "symmetric": False}),
     "W8A16": ("pack-quantized", "W8A16", {}),
     "W8A8": ("int-quantized", "W8A8", {}),
     "FP8": ("float-quantized", "FP8", {}),  # one scale per tensor
@@ -26,6 +28,7 @@ COMPRESSED: dict[str, tuple[str, str, dict[str, Any]]] = {
     "FP8-block": ("float-quantized", "FP8_BLOCK", {}),
     "NVFP4A16": ("nvfp4-pack-quantized", "NVFP4A16", {}),
     "MXFP4A16": ("mxfp4-pack-quantized", "MXFP4A16", {}),
+    "MXFP6A16": ("mxfp6-pack-quantized", "MXFP6A16", {}),
     "MXFP8A16": ("mxfp8-quantized", "MXFP8A16", {}),
 }
 

@@ -24,19 +24,20 @@ from torch import Tensor
 
 from ..formats.pack import Packed
 from ..formats.reference import pack_codes, unpack_codes
-from ..formats.schemes import Format, Scheme
+from ..formats.schemes import Scheme
+from ..formats.words import words
 from ..model.layout import decoder_blocks
 from ..rounding.signround import UNQUANTIZED, layer_option
 from . import compressed_tensors
-from .compressed_tensors import words
 from .folder import Piece, Shapes, linear_piece, plain_pieces, write_folder
 from .packed import Carrier
 
 
-def shapes(fmt: Format, rows: int, columns: int) -> Shapes:
+def shapes(scheme: Scheme, rows: int, columns: int) -> Shapes:
     """Suffix -> dtype and shape of the tensors of a [rows, columns] weight."""
+    fmt = scheme.format
     if fmt.is_float:
-        return compressed_tensors.shapes(fmt, rows, columns, torch.uint8)
+        return compressed_tensors.shapes(scheme, rows, columns, torch.uint8)
     groups = columns // fmt.group_size
     return {
         "qweight": (torch.int32, (columns * fmt.bits // 32, rows)),
@@ -45,10 +46,11 @@ def shapes(fmt: Format, rows: int, columns: int) -> Shapes:
     }
 
 
-def tensors(packed: Packed, fmt: Format, columns: int, less_one: bool) -> dict[str, Tensor]:
+def tensors(packed: Packed, scheme: Scheme, columns: int, less_one: bool) -> dict[str, Tensor]:
     """The same weight as `shapes` announces it; `less_one` is AutoGPTQ's way with zero points."""
+    fmt = scheme.format
     if fmt.is_float:
-        return compressed_tensors.tensors(packed, fmt, columns)
+        return compressed_tensors.tensors(packed, scheme, columns)
     codes, scale, zero_point = packed.weight_packed, packed.weight_scale, packed.weight_zero_point
     rows, groups = scale.shape
     if zero_point is None:
@@ -84,12 +86,12 @@ def quantization_config(
 
 
 def _piece(carrier: Carrier, name: str, less_one: bool) -> Piece:
-    info, fmt = carrier.model.linears[name], carrier.fits[name].scheme.format
+    info, scheme = carrier.model.linears[name], carrier.fits[name].scheme
 
     def make() -> dict[str, Tensor]:
-        return tensors(carrier.packed(name), fmt, info.in_features, less_one)
+        return tensors(carrier.packed(name), scheme, info.in_features, less_one)
 
-    return linear_piece(name, shapes(fmt, info.out_features, info.in_features), make)
+    return linear_piece(name, shapes(scheme, info.out_features, info.in_features), make)
 
 
 def write(folder: Path, carrier: Carrier) -> None:

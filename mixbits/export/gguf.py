@@ -35,7 +35,12 @@ from .gguf_tokenizer import add_vocabulary, read_vocabulary
 from .packed import Carrier
 
 FILE = "model.gguf"
-_TYPES = {"e2m1": "MXFP4", "int8": "Q8_0", "int4": "Q4_0", "int2": "Q4_0"}
+_TYPES = {  # element, scale -> the type that holds them
+    ("e2m1", "e8m0"): "MXFP4",
+    ("int8", "float16"): "Q8_0",
+    ("int4", "float16"): "Q4_0",
+    ("int2", "float16"): "Q4_0",
+}
 
 
 def _nibbles(codes: Tensor) -> Tensor:
@@ -201,7 +206,7 @@ class _Entries:
             dtype = self.carrier.unpacked_dtype(info.name)
             return _matrix((rows, columns), dtype, lambda: self.carrier.unpacked(info.name)[order])
         fmt = fit.scheme.weight
-        kind = _TYPES[fmt.element]
+        kind = _TYPES[fmt.element, fmt.scale]
         elements, size = self.sizes[self.types[kind]]
 
         def make() -> Tensor:

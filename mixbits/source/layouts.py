@@ -259,6 +259,8 @@ def _take_compressed(
         columns = columns or grid[-1] * args.group_size
     elif layout in ("mxfp4-pack-quantized", "nvfp4-pack-quantized"):
         columns = shape[-1] * 2
+    elif layout == "mxfp6-pack-quantized":
+        columns = shape[-1] * 4 // 3
     plain = (*shape[:-1], columns)
     name = f"{module}.weight"
     if layout.startswith(("mxfp4", "mxfp8")):

@@ -30,6 +30,7 @@ from torch import Tensor
 from ..formats.pack import Packed, pack, unpack
 from ..formats.reference import Quantized, dequantize, minifloat_decode, unpack_codes
 from ..formats.schemes import INT_GROUPS, INTEGERS, MINIFLOATS, MX_GROUP, Format
+from ..formats.words import unpack_stream
 
 
 class Header(NamedTuple):
@@ -222,12 +223,7 @@ class _Integers(Stored, ABC):
 
 def _bits_of(words: Tensor, bits: int, count: int) -> Tensor:
     """Rows of int32 words [R, W] as their first `count` fields of `bits`, the lowest first."""
-    stream = words.contiguous().view(torch.uint8)
-    if bits != 3:
-        return unpack_codes(stream, bits, count)
-    each = (stream.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8)) & 1
-    fields = each.flatten(-2)[..., : 3 * count].unflatten(-1, (count, 3))
-    return (fields << torch.arange(3, dtype=torch.uint8)).sum(-1, dtype=torch.uint8)
+    return unpack_stream(words.contiguous().view(torch.uint8), bits, count)
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from exported import export, fake_model, logits, packed
+from exported import export, fake_model, loaded, logits, packed
 from safetensors.torch import load_file, save_file
 from tiny import read
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoRoundConfig
+from transformers import AutoRoundConfig
 
 from mixbits.checkpoint import folder as checkpoint
 from mixbits.errors import UsageError
@@ -56,8 +56,8 @@ def fields(word: Tensor, bits: int) -> Tensor:
 @pytest.mark.parametrize("fmt", FORMATS, ids=str)
 def test_compressed_tensors_has_the_same_values(fmt: Format) -> None:
     quantized, stored = weight(fmt)
-    made = compressed_tensors.tensors(stored, fmt, COLUMNS)
-    said = compressed_tensors.shapes(fmt, ROWS, COLUMNS, torch.float16)
+    made = compressed_tensors.tensors(stored, Scheme("any", fmt), COLUMNS)
+    said = compressed_tensors.shapes(Scheme("any", fmt), ROWS, COLUMNS, torch.float16)
     assert {k: (v.dtype, tuple(v.shape)) for k, v in made.items()} == said
     if fmt.element == "e4m3":
         scale = reference.e8m0_to_float(made["weight_scale"]).repeat_interleave(32, 1)
@@ -81,7 +81,8 @@ def test_compressed_tensors_itself_agrees(fmt: Format) -> None:
     group = config["config_groups"]["group_0"]
     compressor = BaseCompressor.get_value_from_registry(group["format"])
     plain = compressor.decompress(
-        compressed_tensors.tensors(stored, fmt, COLUMNS), QuantizationScheme(**group)
+        compressed_tensors.tensors(stored, Scheme("any", fmt), COLUMNS),
+        QuantizationScheme(**group),
     )["weight"]
     expected = reference.dequantize(quantized, fmt).to(plain.dtype)
     assert torch.equal(plain, expected)
@@ -93,22 +94,14 @@ def test_compressed_tensors_itself_agrees(fmt: Format) -> None:
 def test_auto_round_has_the_same_values(fmt: Format) -> None:
     quantized, stored = weight(fmt)
     less_one = fmt.symmetric
-    made = auto_round.tensors(stored, fmt, COLUMNS, less_one)
-    said = auto_round.shapes(fmt, ROWS, COLUMNS)
+    made = auto_round.tensors(stored, Scheme("any", fmt), COLUMNS, less_one)
+    said = auto_round.shapes(Scheme("any", fmt), ROWS, COLUMNS)
     assert {k: (v.dtype, tuple(v.shape)) for k, v in made.items()} == said
     assert torch.equal(fields(made["qweight"].t(), fmt.bits), quantized.codes.long())
     assert torch.equal(made["scales"].t(), quantized.scale)
     points = fields(made["qzeros"], fmt.bits) + less_one
     half = torch.full_like(points, 1 << (fmt.bits - 1))
     assert torch.equal(points, half if fmt.symmetric else quantized.zero_point.t().long())  # type: ignore[union-attr]
-
-
-def loaded(folder: Path, **options: Any) -> Any:
-    model, info = AutoModelForCausalLM.from_pretrained(
-        folder, dtype="auto", output_loading_info=True, **options
-    )
-    assert not any(info.values())
-    return model.eval()
 
 
 @pytest.mark.parametrize(

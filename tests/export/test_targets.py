@@ -26,15 +26,20 @@ def scheme(name: str, mode: str = "even") -> Recipe:
 
 
 HELD = {
-    "compressed-tensors": "MXFP4 MXFP8 MXFP4A16 MXFP8A16 W4A16 W8A16G64 W4A16G32ASYM BF16",
-    "vllm": "MXFP4 MXFP8A16 W4A16 BF16",
-    "gguf": "MXFP4 MXFP4A16 W2A16 W4A16G32 W8A16 BF16",
+    "compressed-tensors": "MXFP4 MXFP8 MXFP4A16 MXFP8A16 W4A16 W8A16G64 W4A16G32ASYM BF16 W2A16 "
+    "NVFP4A16 NVFP4xMXFP8 MXFP6A16 MXFP6xMXFP8 MXFP4xMXFP8 FP8 FP8A16 W3A16 W5A16G32ASYM W6A16G64 "
+    "W4xINT8 W8xINT8 W4xFP8 W4xMXFP8",
+    "vllm": "MXFP4 MXFP8A16 W4A16 BF16 FP8 FP8A16",
+    "gguf": "MXFP4 MXFP4A16 W2A16 W4A16G32 W8A16 BF16 MXFP4xMXFP8 W4xINT8",
 }
 NOT_HELD = {
-    "compressed-tensors": "MXFP8E5M2 MXFP8E5M2A16 W2A16",
-    "vllm": "W2A16G32 MXFP8E5M2",
-    "auto-round": "MXFP4A16 MXFP8A16 MXFP8E5M2 MXFP4",  # its activations are in mode `even`
-    "gguf": "MXFP8 MXFP8A16 W4A16ASYM W8A16ASYM",
+    "compressed-tensors": "MXFP8E5M2 MXFP8E5M2A16 NVFP4 MXFP6 MXINT8 MXINT8A16 MXFP4xFP8 "
+    "NVFP4xINT8 W4xMXINT8 W8xNVFP4 FP8xMXFP8E5M2",
+    "vllm": "W2A16G32 MXFP8E5M2 NVFP4A16 NVFP4 MXFP6A16 MXFP4xMXFP8 W3A16 W4xFP8 W8xINT8 FP8xMXFP8",
+    # Its activations are in mode `even`.
+    "auto-round": "MXFP4A16 MXFP8A16 MXFP8E5M2 MXFP4 NVFP4 NVFP4A16 MXFP6 MXINT8 FP8 W3A16 W4xINT8 "
+    "MXFP4xMXFP8",
+    "gguf": "MXFP8 MXFP8A16 W4A16ASYM W8A16ASYM NVFP4 NVFP4A16 MXFP6 MXINT8 FP8 W3A16 W4ASYMxINT8",
 }
 
 
@@ -57,6 +62,40 @@ def test_what_it_does_not_hold_is_named_or_converted(target: str) -> None:
         assert found.why and found.scheme.weight is not None
         again = {info.name: Recipe.plain(found.scheme) for info in linears}
         assert fit(TARGETS[target], linears, again)["layer.0"].why is None
+
+
+@pytest.mark.parametrize(
+    ("target", "name", "instead", "why"),
+    [
+        ("compressed-tensors", "NVFP4", "NVFP4A16", "a scale that was measured beforehand"),
+        ("compressed-tensors", "MXFP6", "MXFP6A16", "6 bits by another rule"),
+        ("compressed-tensors", "MXFP4xFP8", "MXFP4A16", "is MXFP4xFP8"),
+        ("compressed-tensors", "W4xMXINT8", "W4A16G128", "is W4xMXINT8"),
+        ("compressed-tensors", "MXINT8", "MXFP8", "is MXINT8"),
+        ("vllm", "NVFP4A16", "MXFP8A16", "is NVFP4A16"),
+        ("vllm", "W8xINT8", "W8A16G128", "is W8xINT8"),
+        ("gguf", "NVFP4A16", "W8A16G32", "is NVFP4A16"),
+        ("auto-round", "NVFP4", "MXFP8", "is NVFP4"),
+        ("auto-round", "W4G32xINT8", "W4A16G32", "is W4G32xINT8"),
+    ],
+)
+def test_what_takes_the_place_of_what_is_not_held(
+    target: str, name: str, instead: str, why: str
+) -> None:
+    """The same weights where only activations are in the way."""
+    info, plan = linear(), {"a.q_proj": scheme(name)}
+    with pytest.raises(UsageError, match=why):
+        fit(TARGETS[target], [info], plan)
+    found = fit(TARGETS[target], [info], plan, lossy=True)[info.name].scheme
+    assert found.name.replace("G128", "") == instead.replace("G128", "")
+
+
+def test_groups_of_activations_are_whole_too() -> None:
+    for name, columns, fits in (("FP8", 172, True), ("FP8xMXFP8", 172, False), ("FP8A16", 1, True)):
+        plan = {"a": scheme(name)}
+        found = fit(TARGETS["compressed-tensors"], [linear("a", 8, columns)], plan, lossy=True)
+        assert (found["a"].why is None) == fits
+    assert found["a"].scheme.name == "FP8A16"
 
 
 def test_auto_round_rounds_activations_by_floor() -> None:
@@ -145,6 +184,20 @@ def test_experts_agree(
             assert (fits[info.name].why is None) == (wanted == "MXFP4A16")
         else:
             assert info.name not in fits
+
+
+@pytest.mark.parametrize(
+    ("name", "instead"),
+    [("NVFP4A16", "MXFP8A16"), ("W4G32xINT8", "W4A16G32"), ("FP8", "FP8"), ("MXFP6A16",) * 2],
+)
+def test_experts_that_loaders_do_not_read(name: str, instead: str) -> None:
+    linears = experts()
+    plan = {info.name: scheme(name) for info in linears}
+    if name != instead:
+        with pytest.raises(UsageError, match=f"is {name}, which .* experts"):
+            fit(TARGETS["compressed-tensors"], linears, plan)
+    fits = fit(TARGETS["compressed-tensors"], linears, plan, lossy=True)
+    assert {found.scheme.name for found in fits.values()} == {instead}
 
 
 def test_experts_of_unlike_projections() -> None:

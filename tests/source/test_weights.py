@@ -19,6 +19,8 @@ from torch import Tensor
 
 import mixbits
 from mixbits.errors import UsageError
+from mixbits.formats.pack import unpack
+from mixbits.formats.reference import dequantize
 from mixbits.model.layout import find_linears, weight_of
 from mixbits.quantize import main
 from mixbits.runtime.linear import PackedLinear
@@ -238,6 +240,18 @@ def test_a_format_of_ours_is_not_rounded_twice(
     for name, linear in linears:
         if (value := found.plain.get(f"{name}.weight")) is not None:  # others are experts
             torch.testing.assert_close(linear.weight, value, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("name", ["W3A16", "W6A16-asym", "W8A16"])
+def test_integers_of_any_bits_are_kept(name: str, tmp_path: Path) -> None:
+    found = integers.compressed(tmp_path, name)
+    weights = open_source(str(tmp_path)).weights
+    for weight in found.encoded:
+        kept = weights.kept(weight.removesuffix(".weight"), False)
+        assert kept is not None and kept.format.element == f"int{name[1]}"
+        value = found.plain[weight]
+        codes = unpack(kept.packed, kept.format, value.shape[1])
+        assert torch.equal(dequantize(codes, kept.format), value)
 
 
 def test_what_the_plan_leaves_stays_quantized(tmp_path: Path) -> None:

@@ -1,0 +1,109 @@
+"""Each format that compressed-tensors has beside MXFP4, MXFP8 and integers of 4 and 8 bits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from exported import export, fake_model, loaded, logits, packed
+from torch import Tensor, nn
+
+from mixbits.export import compressed_tensors
+from mixbits.formats import reference
+from mixbits.formats.pack import Packed, pack
+from mixbits.formats.schemes import parse_scheme
+from mixbits.runtime.fake import fake_quantize_model
+
+pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed")
+
+from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.quantization import QuantizationScheme
+
+ROWS, COLUMNS = 33, 256
+LAYOUTS = {
+    "NVFP4A16": "nvfp4-pack-quantized",
+    "NVFP4xMXFP8": "nvfp4-pack-quantized",
+    "MXFP4xMXFP8": "mxfp4-pack-quantized",
+    "MXFP8xMXFP4": "mxfp8-quantized",
+    "MXFP6A16": "mxfp6-pack-quantized",
+    "MXFP6xMXFP8": "mxfp6-pack-quantized",
+    "FP8": "float-quantized",
+    "FP8A16": "naive-quantized",
+    "FP8xINT8": "float-quantized",
+    "W2A16": "pack-quantized",
+    "W3A16": "pack-quantized",
+    "W3A16G32ASYM": "pack-quantized",
+    "W5A16G64": "pack-quantized",
+    "W5A16ASYM": "pack-quantized",
+    "W6A16": "pack-quantized",
+    "W6A16G64ASYM": "pack-quantized",
+    "W4xFP8": "pack-quantized",
+    "W8G32xMXFP8": "pack-quantized",
+    "W4xINT8": "int-quantized",
+    "W8G64xINT8": "int-quantized",
+    "W3G32ASYMxINT8": "int-quantized",
+}
+
+
+def weight(fmt: Any) -> tuple[Packed, Tensor]:
+    """A weight with rows of one sign, of zeros, of one outlier and of all sizes; and its value."""
+    x = torch.randn(ROWS, COLUMNS, generator=torch.Generator().manual_seed(1))
+    x[0], x[1], x[2] = x[0].abs(), -x[1].abs(), 0
+    x[3, 7] = 1e4
+    x *= torch.logspace(-6, 3, ROWS, 2)[:, None]
+    quantized = reference.quantize(x, fmt)
+    return pack(quantized, fmt), reference.dequantize(quantized, fmt)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_compressed_tensors_reads_the_same_values(name: str) -> None:
+    scheme = parse_scheme(name, act_scale_mode="even")
+    stored, value = weight(scheme.weight)
+    made = compressed_tensors.tensors(stored, scheme, COLUMNS)
+    said = compressed_tensors.shapes(scheme, ROWS, COLUMNS, torch.float16)
+    assert {k: (v.dtype, tuple(v.shape)) for k, v in made.items()} == said
+    group = compressed_tensors.quantization_config({"a": scheme}, [])["config_groups"]["group_0"]
+    assert group["format"] == LAYOUTS[name]
+    there = QuantizationScheme(**group)
+    compressor = BaseCompressor.get_value_from_registry(group["format"])
+    inputs = scheme.activation
+    packed_as_for_vllm = not scheme.format.is_float and inputs is not None and inputs.is_float
+    assert compressor.can_compress(nn.Linear, there) != packed_as_for_vllm
+    if made["weight_scale"].dtype == torch.float16:
+        made["weight_scale"] = made["weight_scale"].float()  # or it rounds products to float16
+    plain = compressor.decompress(made, there)["weight"]
+    assert plain.dtype == (torch.float32 if scheme.format.scale[:5] == "float" else torch.bfloat16)
+    assert torch.equal(plain, value.to(plain.dtype))
+
+
+@pytest.mark.parametrize(
+    "schemes",
+    [
+        "NVFP4A16,MXFP6A16,MXFP6xMXFP8,BF16",
+        "MXFP4xMXFP8,NVFP4xMXFP8,MXFP8xMXFP4,NVFP4xMXFP4",
+        "W2A16G32,W3A16G32,W5A16G32,W6A16G32",
+        "W4G32xMXFP8,MXFP6xMXFP4,W6G32xMXFP4",
+    ],
+)
+def test_transformers_computes_the_same(tmp_path: Path, schemes: str) -> None:
+    source, assignment, folder = packed(tmp_path, schemes)
+    model = loaded(export(folder, "compressed-tensors"))
+    assert torch.equal(logits(model), logits(fake_model(source, assignment)))
+
+
+@pytest.mark.parametrize(
+    "schemes",
+    [
+        "FP8,FP8A16,BF16",
+        "W4G32xINT8,W8G32xINT8,W4G32xFP8",
+        "FP8xINT8,FP8xMXFP8,W6G32xINT8,W3G32xFP8",
+    ],
+)
+def test_in_float32_it_rounds_whole_rows_as_we_do(tmp_path: Path, schemes: str) -> None:
+    source, assignment, folder = packed(tmp_path, schemes)
+    model = loaded(export(folder, "compressed-tensors"), torch.float32)
+    wide = source.load().float()
+    fake_quantize_model(wide, assignment)
+    assert torch.equal(logits(model), logits(wide))
