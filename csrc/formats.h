@@ -4,6 +4,7 @@
 //
 //   element   code                                      scale      value
 //   e2m1      sign, 2 bits exponent, 1 bit mantissa     e8m0       decode(code) * 2^(scale - 127)
+//   e2m3      sign, 2, 3 (largest 7.5)                  e8m0       likewise
 //   e4m3      sign, 4, 3 (largest 448, no infinity)     e8m0       likewise
 //   e5m2      sign, 5, 2 (largest 57344)                e8m0       likewise
 //   intB      symmetric, offset binary                  float16    (code - 2^(B-1)) * scale
@@ -32,12 +33,24 @@
 namespace mixbits {
 
 // Order of mixbits.formats.schemes.ELEMENTS, SCALE_MODES.
-enum Element : int { kE2M1 = 0, kE4M3 = 1, kE5M2 = 2, kInt2 = 3, kInt4 = 4, kInt8 = 5 };
+enum Element : int {
+  kE2M1 = 0,
+  kE4M3 = 1,
+  kE5M2 = 2,
+  kInt2 = 3,
+  kInt4 = 4,
+  kInt8 = 5,
+  kE2M3 = 6,
+  kInt3 = 7,
+  kInt5 = 8,
+  kInt6 = 9,
+};
 enum ScaleMode : int { kFloor = 0, kRceil = 1, kEven = 2 };
 // The number under which Python passes a tensor's dtype.
 enum Dtype : int { kBFloat16 = 0, kFloat16 = 1, kFloat32 = 2 };
 
-// mixbits.formats.schemes.Format.code: bits 0-7 element, 8-11 scale mode, 12 symmetric, 16..
+// mixbits.formats.schemes.Format.code: bits 0-7 element, 8-11 scale mode, 12 symmetric, 13-14 scale
+// (that of the element; no other is known here), 15 a tensor's scale per row (likewise), 16..
 // group_size.
 struct Format {
   int element;
@@ -49,9 +62,18 @@ struct Format {
 MB_HD static inline constexpr Format decode_format(int code) {
   return Format{code & 0xff, (code >> 8) & 0xf, ((code >> 12) & 1) != 0, code >> 16};
 }
-MB_HD static inline constexpr bool is_mx(int element) { return element <= kE5M2; }
+MB_HD static inline constexpr bool is_float(int element) {
+  return element <= kE5M2 || element == kE2M3;
+}
+// Whether scales are e8m0.
+MB_HD static inline constexpr bool is_mx(int element) { return is_float(element); }
 MB_HD static inline constexpr int element_bits(int element) {
-  return element == kE2M1 || element == kInt4 ? 4 : element == kInt2 ? 2 : 8;
+  return element == kE2M1 || element == kInt4   ? 4
+         : element == kInt2                     ? 2
+         : element == kInt3                     ? 3
+         : element == kInt5                     ? 5
+         : element == kE2M3 || element == kInt6 ? 6
+                                                : 8;
 }
 
 struct Minifloat {
@@ -64,6 +86,7 @@ struct Minifloat {
 
 MB_HD static inline constexpr Minifloat minifloat(int element) {
   return element == kE2M1   ? Minifloat{4, 1, 0, 2, 0x40c00000}      // 6
+         : element == kE2M3 ? Minifloat{6, 3, 0, 2, 0x40f00000}      // 7.5
          : element == kE4M3 ? Minifloat{8, 3, -6, 8, 0x43e00000}     // 448
                             : Minifloat{8, 2, -14, 15, 0x47600000};  // 57344
 }

@@ -42,6 +42,7 @@ MORE_FORMATS = [
     for per in (("tensor", "row") if kind == "e4m3" else ("",))
     if (fmt := Format(element, size, symmetric, mode, kind, per)) not in FORMATS
 ]
+CPU_FORMATS = FORMATS + [fmt for fmt in MORE_FORMATS if cpu.holds(fmt)]
 ISAS = ["avx512bf16", "avx512vnni", "avx2", "scalar"]
 
 
@@ -54,6 +55,7 @@ def format_id(fmt: Format) -> str:
 
 
 by_format = pytest.mark.parametrize("fmt", FORMATS, ids=format_id)
+by_cpu_format = pytest.mark.parametrize("fmt", CPU_FORMATS, ids=format_id)
 by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 # The instruction sets take turns on each input, so that a cache of one input's results serves all.
 by_isa = pytest.mark.parametrize("isa", ISAS, indirect=True)

@@ -135,6 +135,14 @@ NATIVE_PARTS = {
         (Format("int8", 64), 76),
     ],
     "W4A16G32ASYM": [(Format("int4", 32, symmetric=False), 172)],
+    "MXFP6, W3A16G32ASYM": [
+        (Format("e2m3", 32, scale_mode="even"), 64),
+        (Format("int3", 32, symmetric=False), 108),
+    ],
+    "W5A16, W6A16G64ASYM": [
+        (Format("int5", 128), 128),
+        (Format("int6", 64, symmetric=False), 44),
+    ],
 }
 
 
@@ -154,7 +162,7 @@ def test_native_gptq_equals_its_slow_twin_to_the_bit(isa, name, rows):
             assert a is b is None or torch.equal(a, b)
 
 
-@pytest.mark.parametrize("fmt", [MXFP4, INT4], ids=format_id)
+@pytest.mark.parametrize("fmt", [MXFP4, INT4, Format("e2m3", 32)], ids=format_id)
 def test_native_gptq_of_what_is_not_finite(isa, fmt):
     weight = torch.randn(20, 64)
     weight[3, 7], weight[9, 60] = torch.nan, torch.inf

@@ -34,7 +34,7 @@ def check_mix(x, mix, values, got):
     half = 2.0**-23 if x.dtype == torch.float32 or mix.rotated else 2.0**-15
     start = 0
     for one, columns in zip(mix.parts, mix.columns, strict=True):
-        if one.activation is None and one.format.element not in ("e4m3", "e5m2"):
+        if one.activation is None and one.format.element in ("e2m1", "int2", "int4", "int8"):
             piece = rounded[:, start : start + columns].abs()
             blocks = torch.nn.functional.pad(piece, (0, -columns % 32)).unflatten(1, (-1, 32))
             steps = 1.01 * half * blocks.amax(-1).repeat_interleave(32, -1)[:, :columns]

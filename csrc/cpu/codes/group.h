@@ -32,6 +32,14 @@ MB_INLINE void with_element(int element, F&& f) {
       return f(Tag<kInt2>());
     case kInt4:
       return f(Tag<kInt4>());
+    case kE2M3:
+      return f(Tag<kE2M3>());
+    case kInt3:
+      return f(Tag<kInt3>());
+    case kInt5:
+      return f(Tag<kInt5>());
+    case kInt6:
+      return f(Tag<kInt6>());
     default:
       return f(Tag<kInt8>());
   }
@@ -315,33 +323,55 @@ MB_INLINE void fake_run(const float* x, float* q, int padded, const Format forma
 
 // --- values -> codes ----------------------------------------------------------------------------
 
-// kPair codes of BITS bits as stored: `even` and `odd` are those of even and odd columns.
+// kPair codes of BITS bits as stored in a plane: `even` and `odd` are those of even and odd
+// columns.
 template <int BITS>
-MB_INLINE void store_codes(uint8_t* out, vi even, vi odd) {
+MB_INLINE void store_plane(uint8_t* out, vi even, vi odd) {
   const vi both = even | odd << BITS;
   if (BITS == 8) return store_raw(out, narrow_to_halves(both));
   const vb bytes = narrow_to_bytes(both);
   if (BITS == 4) return store_raw(out, bytes);
-  // Two codes of two bits in each byte's lower half: neighbours join.
-  for (int i = 0; i < kLanes; i += 4) {
-    uint32_t word;
-    memcpy(&word, (const char*)&bytes + i, 4);
-    word = (word | word >> 4) & 0x00ff00ff;
-    const uint16_t joined = uint16_t(word | word >> 8);
-    memcpy(out + i / 2, &joined, 2);
+  if constexpr (BITS < 4) {
+    // Two codes of one or two bits at the lower end of each byte: neighbours join, then pairs.
+    constexpr uint32_t pairs = BITS == 2 ? 0x00ff00ff : 0x000f000f;
+    for (int i = 0; i < kLanes; i += 4) {
+      uint32_t word;
+      memcpy(&word, (const char*)&bytes + i, 4);
+      word = (word | word >> (8 - 2 * BITS)) & pairs;
+      const uint32_t joined = word | word >> (16 - 4 * BITS);
+      memcpy(out + i / 4 * BITS, &joined, BITS);
+    }
   }
+}
+
+// Where codes of a packed row are: in one plane or two.
+struct Planes {
+  uint8_t *lower, *upper;
+
+  // From column k on, which begins at a byte in both.
+  Planes at(int64_t k, int bits) const {
+    const int low = lower_bits(bits);
+    return {lower + k * low / 8, upper + k * (bits - low) / 8};
+  }
+};
+
+template <int BITS>
+MB_INLINE void store_codes(const Planes& out, vi even, vi odd) {
+  constexpr int low = lower_bits(BITS), mask = (1 << low) - 1;
+  store_plane<low>(out.lower, even & mask, odd & mask);
+  if constexpr (low < BITS) store_plane<BITS - low>(out.upper, even >> low, odd >> low);
 }
 
 // `groups` (at most kBatch) groups of DTYPE -> their packed codes and scales.
 template <int ELEMENT, int DTYPE>
-static void pack_groups(const char* x, uint8_t* out, int groups, const Format format,
+static void pack_groups(const char* x, Planes out, int groups, const Format format,
                         Scales* scales) {
   constexpr int step = kPair * dtype_bytes(DTYPE), bits = element_bits(ELEMENT);
   const int columns = columns_of_group<ELEMENT>(format);
   find_scales<ELEMENT, DTYPE>(x, groups, format, scales);
   for (int g = 0; g < groups; ++g) {
     const Rounding<ELEMENT> group(*scales, g);
-    for (int k = 0; k < columns; k += kPair, x += step, out += kPair * bits / 8) {
+    for (int k = 0; k < columns; k += kPair, x += step, out = out.at(kPair, bits)) {
       const Pair v = load_even_odd<DTYPE>(x);
       store_codes<bits>(out, group.code(v.a), group.code(v.b));
     }
@@ -350,9 +380,10 @@ static void pack_groups(const char* x, uint8_t* out, int groups, const Format fo
 
 // --- codes -> values ----------------------------------------------------------------------------
 
-// kLanes codes beginning at `p`, which is the byte where code number (a multiple of kLanes) starts.
+// kLanes codes of a plane from number k on, a multiple of kLanes.
 template <int BITS>
-MB_INLINE vi unpack(const uint8_t* p) {
+MB_INLINE vi unpack_plane(const uint8_t* plane, int64_t k) {
+  const uint8_t* p = plane + k * BITS / 8;
   if (BITS == 8) return widen_bytes(load_raw<vb>(p));
   vi lane;
   for (int i = 0; i < kLanes; ++i) lane[i] = i;
@@ -365,15 +396,27 @@ MB_INLINE vi unpack(const uint8_t* p) {
   }
 #endif
   int32_t word = 0;
-  memcpy(&word, p, kLanes * BITS / 8);
+  memcpy(&word, p, (kLanes * BITS + 7) / 8);
+  if (kLanes * BITS < 8) word >>= k * BITS & 7;  // four codes of one bit
   return (splat_i(word) >> (lane * BITS)) & ((1 << BITS) - 1);
+}
+
+// kLanes codes of a row, given as its planes, from number k on, a multiple of kLanes.
+template <int BITS>
+MB_INLINE vi unpack(const uint8_t* lower, const uint8_t* upper, int64_t k) {
+  constexpr int low = lower_bits(BITS);
+  vi codes = unpack_plane<low>(lower, k);
+  if constexpr (low < BITS) codes |= unpack_plane<BITS - low>(upper, k) << low;
+  return codes;
 }
 
 // One row of a packed weight.
 struct PackedRow {
   const uint8_t* codes;
+  const uint8_t* upper;  // the second plane of codes, where there is one
   const uint8_t* scales;
   const uint8_t* zero_points;  // null for formats without
+  int64_t groups;
 };
 
 // A whole one; csrc/layout.h says where its bits are. Sizes are of a row.
@@ -397,8 +440,10 @@ struct PackedWeight {
   }
 
   PackedRow row(int64_t n) const {
-    return {codes + n * code_bytes, scales + n * scale_row_bytes,
-            zero_points ? zero_points + n * zero_point_bytes : nullptr};
+    const uint8_t* const first = codes + n * code_bytes;
+    return {first, first + upper_plane(columns, element_bits(format.element)),
+            scales + n * scale_row_bytes,
+            zero_points ? zero_points + n * zero_point_bytes : nullptr, groups};
   }
 };
 
@@ -414,7 +459,8 @@ MB_INLINE GroupValue group_value(const PackedRow& row, int64_t g) {
   constexpr int bits = element_bits(ELEMENT);
   uint16_t half;
   memcpy(&half, row.scales + 2 * g, 2);
-  const int offset = row.zero_points ? unpack_code(row.zero_points, g, bits) : 1 << (bits - 1);
+  const int offset =
+      row.zero_points ? unpack_code(row.zero_points, g, bits, row.groups) : 1 << (bits - 1);
   return {half_to_float(half), float(offset)};
 }
 
@@ -432,19 +478,24 @@ MB_INLINE vf decode(vi codes, float offset) {
   return small_to_float<vf, vi>(codes) - offset;
 }
 
-// The codes of columns [first, first + count), as bytes that may be read to a whole kRun.
+// The codes of columns [first, first + count), as planes that may be read to a whole kRun.
 struct RunBytes {
   uint8_t copy[kRun];
-  const uint8_t* data;
+  const uint8_t *lower, *upper;
 };
 
 template <int BITS>
 MB_INLINE void run_bytes(const PackedRow& row, int64_t first, int count, RunBytes* out) {
-  out->data = row.codes + first * BITS / 8;
+  constexpr int low = lower_bits(BITS), rest = BITS - low;
+  out->lower = row.codes + first * low / 8;
+  out->upper = row.upper + first * rest / 8;
   if (count == kRun) return;
+  uint8_t* const upper = out->copy + kRun * low / 8;
   memset(out->copy, 0, sizeof(out->copy));
-  memcpy(out->copy, out->data, packed_bytes(count, BITS));
-  out->data = out->copy;
+  memcpy(out->copy, out->lower, plane_bytes(count, low));
+  if (rest) memcpy(upper, out->upper, plane_bytes(count, rest));
+  out->lower = out->copy;
+  out->upper = upper;
 }
 
 // Values of the columns [first, first + count) of a row; `first` is a multiple of kRun and count
@@ -459,7 +510,7 @@ MB_INLINE void decode_run(const PackedRow& row, int group_size, int64_t first, i
   for (int k = 0; k < count; k += group_size, ++g) {
     const GroupValue group = group_value<ELEMENT>(row, g);
     for (int i = k; i < k + group_size; i += kLanes) {
-      const vi codes = unpack<bits>(bytes.data + i * bits / 8);
+      const vi codes = unpack<bits>(bytes.lower, bytes.upper, i);
       store(out + i, decode<ELEMENT>(codes, group.offset) * group.scale);
     }
   }

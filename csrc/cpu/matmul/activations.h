@@ -44,9 +44,9 @@ static inline Integers integers_for(const SegmentWeight& segment, int dtype,
   return dtype == kFloat32 ? kInt24Values : kInt16Values;
 }
 
-// Whether a weight's codes are small integers (twice the values of e2m1).
-static inline bool has_integer_codes(const SegmentWeight& segment) {
-  return segment.element() == kE2M1 || !is_mx(segment.element());
+// Whether a weight's codes are small integers (twice the values of e2m1), in one plane.
+constexpr bool has_integer_codes(int element) {
+  return element == kE2M1 || element == kInt2 || element == kInt4 || element == kInt8;
 }
 
 // Whether activations are left alone, or are codes of e2m1.

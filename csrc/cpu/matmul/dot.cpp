@@ -388,7 +388,7 @@ const Path* path_of(Integers kind) {
 
 const Path* integer_dot_path(const SegmentWeight& segment, const Tokens& tokens,
                              bool int8_activations) {
-  if (!has_integer_codes(segment) || !has_integer_activations(segment)) return nullptr;
+  if (!has_integer_codes(segment.element()) || !has_integer_activations(segment)) return nullptr;
   const Integers kind = integers_for(segment, tokens.dtype, int8_activations);
   switch (segment.element()) {
     case kE2M1:

@@ -71,7 +71,7 @@ void dot_row(const Work& work, int64_t n, float* out, int64_t stride) {
       for (int i = k; i < k + group_size; i += 2 * kLanes) {
         for (int half = 0; half < 2; ++half) {
           const int at = i + half * kLanes;
-          const vi codes = unpack<bits>(bytes.data + at * bits / 8);
+          const vi codes = unpack<bits>(bytes.lower, bytes.upper, at);
           const vf w = decode<ELEMENT>(codes, group.offset) * group.scale;
           for (int m = 0; m < M; ++m) {
             sums[m][half] = fma(w, load(token(work, m) + first + at), sums[m][half]);

@@ -453,8 +453,7 @@ bool can_be_bfloat16(const SegmentWeight& segment, int dtype) {
 
 template <int ELEMENT>
 const Path* path_of(const SegmentWeight& segment, const Tokens& tokens, bool int8_activations) {
-  constexpr bool integer = ELEMENT == kE2M1 || !is_mx(ELEMENT);
-  if constexpr (integer) {
+  if constexpr (has_integer_codes(ELEMENT)) {
     if (has_integer_activations(segment)) {
       const Integers kind = integers_for(segment, tokens.dtype, int8_activations);
       // Unsigned bytes cannot be counted from a zero point.
@@ -467,7 +466,10 @@ const Path* path_of(const SegmentWeight& segment, const Tokens& tokens, bool int
         return &kIntegers<Int16, ELEMENT, kInt16Values>;
     }
   }
-  return can_be_bfloat16(segment, tokens.dtype) ? bfloat16_path<ELEMENT>() : nullptr;
+  if constexpr (has_integer_codes(ELEMENT) || ELEMENT == kE4M3 || ELEMENT == kE5M2) {
+    if (can_be_bfloat16(segment, tokens.dtype)) return bfloat16_path<ELEMENT>();
+  }
+  return nullptr;
 }
 
 }  // namespace

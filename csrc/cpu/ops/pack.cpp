@@ -8,20 +8,26 @@
 namespace mixbits {
 namespace MB_ISA {
 
-// Zero points, one byte each, to packed ones; the first in the lowest bits. `in` is zero beyond
-// `count`, up to a multiple of four.
-static void pack_zero_points(const uint8_t* in, int64_t count, int bits, uint8_t* out) {
-  const int per_byte = 8 / bits;
-  for (int64_t i = 0; i < packed_bytes(count, bits); ++i) {
+// `bits` bits of codes, one byte each, from bit `shift` on, to a plane; the first in the lowest
+// bits. `in` is zero beyond `count`, up to a multiple of eight.
+static void pack_plane(const uint8_t* in, int64_t count, int shift, int bits, uint8_t* out) {
+  const int per_byte = 8 / bits, mask = (1 << bits) - 1;
+  for (int64_t i = 0; i < plane_bytes(count, bits); ++i) {
     int byte = 0;
-    for (int j = 0; j < per_byte; ++j) byte |= in[i * per_byte + j] << (j * bits);
+    for (int j = 0; j < per_byte; ++j) byte |= (in[i * per_byte + j] >> shift & mask) << (j * bits);
     out[i] = uint8_t(byte);
   }
 }
 
+static void pack_zero_points(const uint8_t* in, int64_t count, int bits, uint8_t* out) {
+  const int low = lower_bits(bits);
+  pack_plane(in, count, 0, low, out);
+  if (low < bits) pack_plane(in, count, low, bits - low, out + upper_plane(count, bits));
+}
+
 // Where the groups of one row go.
 struct RowOut {
-  uint8_t* codes;
+  Planes codes;
   uint8_t* scales;
   uint8_t* zero_points;  // one byte each, or null
 
@@ -34,18 +40,24 @@ struct RowOut {
   }
 };
 
+// The first `count` codes of a plane, which is zero beyond them.
+static void copy_plane(uint8_t* from, int count, int bits, uint8_t* out) {
+  const int bytes = int(plane_bytes(count, bits)), spare = bytes * 8 - count * bits;
+  from[bytes - 1] &= uint8_t(0xff >> spare);
+  memcpy(out, from, bytes);
+}
+
 // A group at the row's end, of `count` columns: as any other, filled with zeros, which however
 // must not appear among the codes (integers do not code 0 as 0).
 template <int ELEMENT, int DTYPE>
-static void pack_rest(const char* x, uint8_t* out, int count, const Format format, Scales* scales) {
-  constexpr int bits = element_bits(ELEMENT), size = dtype_bytes(DTYPE);
+static void pack_rest(const char* x, Planes out, int count, const Format format, Scales* scales) {
+  constexpr int bits = element_bits(ELEMENT), low = lower_bits(bits), size = dtype_bytes(DTYPE);
   alignas(64) char rest[kRun * size] = {};
-  alignas(64) uint8_t codes[kRun];
+  alignas(64) uint8_t lower[kRun], upper[kRun];
   memcpy(rest, x, count * size);
-  pack_groups<ELEMENT, DTYPE>(rest, codes, 1, format, scales);
-  const int bytes = int(packed_bytes(count, bits)), spare = bytes * 8 - count * bits;
-  codes[bytes - 1] &= uint8_t(0xff >> spare);
-  memcpy(out, codes, bytes);
+  pack_groups<ELEMENT, DTYPE>(rest, {lower, upper}, 1, format, scales);
+  copy_plane(lower, count, low, out.lower);
+  if (low < bits) copy_plane(upper, count, bits - low, out.upper);
 }
 
 template <int ELEMENT, int DTYPE>
@@ -57,12 +69,12 @@ static void pack_row(const char* x, int64_t columns, const Format format, const 
   for (int64_t g = 0; g < whole; g += kBatch) {
     const int groups = int(min64(whole - g, kBatch));
     const int64_t k = g * group;
-    pack_groups<ELEMENT, DTYPE>(x + k * size, out.codes + k * bits / 8, groups, format, &scales);
+    pack_groups<ELEMENT, DTYPE>(x + k * size, out.codes.at(k, bits), groups, format, &scales);
     out.put_scales<ELEMENT>(g, groups, scales);
   }
   const int64_t k = whole * group;
   if (k < columns) {
-    pack_rest<ELEMENT, DTYPE>(x + k * size, out.codes + k * bits / 8, int(columns - k), format,
+    pack_rest<ELEMENT, DTYPE>(x + k * size, out.codes.at(k, bits), int(columns - k), format,
                               &scales);
     out.put_scales<ELEMENT>(whole, 1, scales);
   }
@@ -78,8 +90,10 @@ bool quantize_pack(const PackArgs& a) {
 #pragma omp parallel for schedule(static) if (!serial)
   for (int64_t row = 0; row < a.rows; ++row) {
     uint8_t* points = a.zero_points ? buffers.bytes() + stride * omp_get_thread_num() : nullptr;
-    const RowOut out = {a.codes + row * packed_bytes(a.columns, bits),
-                        a.scales + row * groups * scale_bytes(format.element), points};
+    uint8_t* const codes = a.codes + row * packed_bytes(a.columns, bits);
+    const RowOut out = {{codes, codes + upper_plane(a.columns, bits)},
+                        a.scales + row * groups * scale_bytes(format.element),
+                        points};
     const char* x = static_cast<const char*>(a.weight) + row * a.columns * dtype_bytes(a.dtype);
     with_element(format.element, [&](auto element) {
       with_dtype(a.dtype, [&](auto dtype) {
@@ -87,7 +101,7 @@ bool quantize_pack(const PackArgs& a) {
       });
     });
     if (!points) continue;
-    for (int64_t i = groups; i % 4 != 0; ++i) points[i] = 0;
+    for (int64_t i = groups; i % 8 != 0; ++i) points[i] = 0;
     pack_zero_points(points, groups, bits, a.zero_points + row * packed_bytes(groups, bits));
   }
   return true;

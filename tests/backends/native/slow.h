@@ -24,8 +24,8 @@ inline double largest_of(int element) {
 // The values of all magnitudes of an element, in order; those beyond the largest are no numbers.
 inline const std::vector<double>& grid(int element) {
   static const std::vector<std::vector<double>> grids = [] {
-    std::vector<std::vector<double>> all(3);
-    for (int e = kE2M1; e <= kE5M2; ++e) {
+    std::vector<std::vector<double>> all(kE2M3 + 1);
+    for (const int e : {kE2M1, kE4M3, kE5M2, kE2M3}) {
       for (int code = 0; code < 1 << (element_bits(e) - 1); ++code) {
         if (decode_minifloat(code, e) <= largest_of(e)) all[e].push_back(decode_minifloat(code, e));
       }
@@ -123,8 +123,15 @@ inline double code_value(int code, int scale, int zero_point, int element) {
   return double(code - zero_point) * double(half_to_float(uint16_t(scale)));
 }
 
-inline void put_code(uint8_t* row, int64_t k, int bits, int code) {
-  row[k * bits / 8] = uint8_t(row[k * bits / 8] | code << (k * bits % 8));
+inline void put_bits(uint8_t* plane, int64_t k, int bits, int code) {
+  plane[k * bits / 8] = uint8_t(plane[k * bits / 8] | code << (k * bits % 8));
+}
+
+// Code number k of a row of `columns`: in one plane, or in two.
+inline void put_code(uint8_t* row, int64_t columns, int64_t k, int bits, int code) {
+  const int low = bits == 3 ? 2 : bits == 5 || bits == 6 ? 4 : bits;
+  put_bits(row, k, low, code & ((1 << low) - 1));
+  if (low < bits) put_bits(row + (columns * low + 7) / 8, k, bits - low, code >> low);
 }
 
 inline double weight_value(const Weight& w, int64_t n, int64_t k) {
@@ -135,10 +142,11 @@ inline double weight_value(const Weight& w, int64_t n, int64_t k) {
   memcpy(&scale, w.scale_at(n, g), scale_bytes(format.element));
   int zero_point = 1 << (bits - 1);
   if (has_zero_points(w.format)) {
-    zero_point = unpack_code(w.zero_points.data() + n * packed_bytes(w.groups(), bits), g, bits);
+    zero_point =
+        unpack_code(w.zero_points.data() + n * packed_bytes(w.groups(), bits), g, bits, w.groups());
   }
   const uint8_t* row = w.codes.data() + n * packed_bytes(w.columns, bits);
-  return code_value(unpack_code(row, k, bits), scale, zero_point, format.element);
+  return code_value(unpack_code(row, k, bits, w.columns), scale, zero_point, format.element);
 }
 
 inline Weight slow_pack(const std::vector<float>& x, int64_t rows, int64_t columns, int code) {
@@ -155,9 +163,9 @@ inline Weight slow_pack(const std::vector<float>& x, int64_t rows, int64_t colum
       const uint16_t scale = uint16_t(group.stored_scale);
       memcpy(w.scale_at(n, g), &scale, scale_bytes(format.element));
       uint8_t* row = w.codes.data() + n * packed_bytes(columns, bits);
-      for (int64_t i = 0; i < count; ++i) put_code(row, first + i, bits, group.codes[i]);
+      for (int64_t i = 0; i < count; ++i) put_code(row, columns, first + i, bits, group.codes[i]);
       if (!has_zero_points(code)) continue;
-      put_code(w.zero_points.data() + n * packed_bytes(w.groups(), bits), g, bits,
+      put_code(w.zero_points.data() + n * packed_bytes(w.groups(), bits), w.groups(), g, bits,
                group.zero_point);
     }
   }

@@ -124,17 +124,19 @@ inline int64_t first_difference(const Bytes& a, const Bytes& b, int dtype) {
 // --- formats ------------------------------------------------------------------------------------
 
 inline int format_code(int element, int group_size, bool symmetric, int scale_mode) {
-  return element | scale_mode << 8 | int(symmetric) << 12 | group_size << 16;
+  const int scale = is_float(element) ? 0 : 1;
+  return element | scale_mode << 8 | int(symmetric) << 12 | scale << 13 | group_size << 16;
 }
 
 inline const char* element_name(int element) {
-  static const char* const names[] = {"e2m1", "e4m3", "e5m2", "int2", "int4", "int8"};
+  static const char* const names[] = {"e2m1", "e4m3", "e5m2", "int2", "int4",
+                                      "int8", "e2m3", "int3", "int5", "int6"};
   return names[element];
 }
 
 inline std::vector<int> mx_formats() {
   std::vector<int> codes;
-  for (int element = kE2M1; element <= kE5M2; ++element) {
+  for (const int element : {kE2M1, kE4M3, kE5M2, kE2M3}) {
     for (int mode = kFloor; mode <= kEven; ++mode)
       codes.push_back(format_code(element, 32, true, mode));
   }
@@ -143,7 +145,7 @@ inline std::vector<int> mx_formats() {
 
 inline std::vector<int> int_formats() {
   std::vector<int> codes;
-  for (int element = kInt2; element <= kInt8; ++element) {
+  for (const int element : {kInt2, kInt4, kInt8, kInt3, kInt5, kInt6}) {
     for (int group = 32; group <= 128; group *= 2) {
       codes.push_back(format_code(element, group, true, kFloor));
       codes.push_back(format_code(element, group, false, kFloor));
