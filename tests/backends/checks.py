@@ -17,9 +17,28 @@ from mixes import ARRANGED, exact_product, make_mix
 
 from mixbits.formats import pack, reference
 from mixbits.formats.arrange import Arrangement
-from mixbits.formats.schemes import MX_GROUP, Format
+from mixbits.formats.schemes import MINIFLOATS, MX_GROUP, Format
 
 each_format = pytest.mark.parametrize("fmt", FORMATS, ids=format_id)
+
+
+def every_scale_and_code(fmt: Format) -> tuple[reference.Quantized, torch.Tensor]:
+    """Row s has scale s and all codes of a float but NaNs, at least 64; and the codes of NaNs."""
+    codes = torch.arange(1 << fmt.bits, dtype=torch.uint8)
+    nan = reference.minifloat_decode(codes, MINIFLOATS[fmt.element]).isnan()
+    bad = codes[nan]
+    codes = torch.where(nan, 0, codes).repeat(64 // len(codes) + 1)[: max(64, len(codes))]
+    scale = torch.arange(256, dtype=torch.uint8)[:, None].repeat(1, len(codes) // MX_GROUP)
+    return reference.Quantized(codes.repeat(256, 1), scale), bad
+
+
+def every_zero_point_and_code(fmt: Format) -> reference.Quantized:
+    """Row z of 256 columns has zero point z and all codes of an integer; scales of all sizes."""
+    levels = 1 << fmt.bits
+    zero_point = torch.arange(levels, dtype=torch.uint8)[:, None].repeat(1, 2)
+    codes = torch.arange(256).remainder(levels).to(torch.uint8).repeat(levels, 1)
+    scale = torch.logspace(-5, 2, 2 * levels, dtype=torch.float64).to(torch.float16)
+    return reference.Quantized(codes, scale.view(levels, 2), zero_point)
 
 
 def check_round_trip(backend: ModuleType, device: torch.device, fmt: Format, columns: int) -> None:

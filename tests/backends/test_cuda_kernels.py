@@ -44,7 +44,7 @@ from mixbits.backends.cuda_choice import Device, KernelChoice
 from mixbits.formats import fp8_weights as folding
 from mixbits.formats import pack, reference
 from mixbits.formats.recipes import parse_recipe
-from mixbits.formats.schemes import MAX_SEGMENTS, MINIFLOATS, MX_GROUP, Format
+from mixbits.formats.schemes import MAX_SEGMENTS, MX_GROUP, Format
 from mixbits.runtime.linear import PackedLinear, allow_fp8_activations
 
 needs_gpu = pytest.mark.skipif(
@@ -245,11 +245,6 @@ def dequantized(emulated, packed: pack.Packed, fmt: Format, columns: int, dtype)
     return emulated.packed_matmul(eye, plain(packed, fmt))
 
 
-def is_nan_code(element: str) -> Tensor:
-    codes = torch.arange(1 << MINIFLOATS[element].bits, dtype=torch.uint8)
-    return reference.minifloat_decode(codes, MINIFLOATS[element]).isnan()
-
-
 @emulated_test
 @pytest.mark.parametrize("choice", [MMA[0], WGMMA[0]], ids=str)
 @pytest.mark.parametrize("element", FLOATS)
@@ -257,22 +252,18 @@ def test_emulated_units_take_every_code_and_scale(emulated, element, choice, mon
     """Row s has scale s and all codes but NaNs; then one NaN code per row."""
     use(monkeypatch, choice)
     fmt = Format(element, MX_GROUP)
-    nan = is_nan_code(element)
-    codes = torch.arange(1 << fmt.bits, dtype=torch.uint8)
-    codes = torch.where(nan, 0, codes).repeat(64 // len(codes) + 1)[: max(64, len(codes))]
-    scale = torch.arange(256, dtype=torch.uint8)[:, None].repeat(1, len(codes) // MX_GROUP)
-    q = reference.Quantized(codes.repeat(256, 1), scale)
+    q, bad = checks.every_scale_and_code(fmt)
+    columns = q.codes.shape[1]
     for dtype in HALVES:
         w = reference.dequantize(q, fmt, dtype)
-        expected = torch.eye(len(codes), dtype=torch.float64) @ w.double().T  # NaN * 0 is NaN
-        got = dequantized(emulated, pack.pack(q, fmt), fmt, len(codes), dtype)
+        expected = torch.eye(columns, dtype=torch.float64) @ w.double().T  # NaN * 0 is NaN
+        got = dequantized(emulated, pack.pack(q, fmt), fmt, columns, dtype)
         # Two roundings of float16 below its normal numbers may differ from one by a last digit.
         atol = 0.0 if dtype == torch.bfloat16 else 2.0**-24
         torch.testing.assert_close(got.double(), expected, rtol=0, atol=atol, equal_nan=True)
-    bad = nan.nonzero().flatten().to(torch.uint8)
     q.codes[: len(bad), 17] = bad
     q.scale[: len(bad)] = 120
-    got = dequantized(emulated, pack.pack(q, fmt), fmt, len(codes), torch.bfloat16)
+    got = dequantized(emulated, pack.pack(q, fmt), fmt, columns, torch.bfloat16)
     assert got[:, : len(bad)].isnan().all()
     assert not got[:, len(bad) : 200].isnan().any()  # scales that overflow come later
 
@@ -284,11 +275,7 @@ def test_emulated_units_take_every_integer(emulated, element, choice, monkeypatc
     """All codes and zero points, scales of all sizes: weights are rounded once to x's dtype."""
     use(monkeypatch, choice)
     fmt = Format(element, 128, symmetric=False)
-    levels = 1 << fmt.bits
-    zero_point = torch.arange(levels, dtype=torch.uint8)[:, None].repeat(1, 2)
-    codes = torch.arange(256).remainder(levels).to(torch.uint8).repeat(levels, 1)
-    scale = torch.logspace(-5, 2, 2 * levels, dtype=torch.float64).to(torch.float16)
-    q = reference.Quantized(codes, scale.view(levels, 2), zero_point)
+    q = checks.every_zero_point_and_code(fmt)
     exact = reference.dequantize(q, fmt, torch.float32).double().T
     for dtype in HALVES:
         got = dequantized(emulated, pack.pack(q, fmt), fmt, 256, dtype).double()

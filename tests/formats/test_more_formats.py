@@ -13,7 +13,7 @@ from compressed_tensors.compressors.nvfp4.helpers import pack_fp4_to_uint8, unpa
 from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.quantization.lifecycle.forward import dequantize, quantize
 from compressed_tensors.quantization.utils.helpers import calculate_qparams, generate_gparam
-from conftest import MORE_FORMATS, assert_same_bits, format_id
+from conftest import FORMATS, MORE_FORMATS, assert_same_bits, format_id
 from tiny import make_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -278,6 +278,28 @@ def test_a_backend_without_a_format_refuses_it_and_another_takes_over(fmt: Forma
         for call in calls(fmt, "cpu").values():
             with pytest.raises(UsageError, match="backend 'cpu' cannot take Format"):
                 call()
+
+
+ACTIVATIONS = [
+    fmt
+    for fmt in FORMATS + MORE_FORMATS
+    if fmt.scale != "float16" and fmt.tensor_scale != "tensor" and fmt.scale_mode != "rceil"
+]
+
+
+@pytest.mark.parametrize("fmt", ACTIVATIONS, ids=format_id)
+def test_weights_of_every_format_meet_activations_of_every_other(fmt: Format) -> None:
+    """By whoever takes the pair: few tokens and many go different ways."""
+    x = weights(33, 160)
+    for weight in FORMATS + MORE_FORMATS:
+        if weight.tensor_scale == "row":
+            continue
+        packed = pack(reference.quantize(weights(9, 160), weight), weight)
+        expected = ops.packed_matmul(x, packed, weight, fmt, "reference")
+        allowed = 1e-5 * expected.abs().max()
+        for tokens in (1, 33):
+            got = ops.packed_matmul(x[:tokens].clone(), packed, weight, fmt)
+            assert (got - expected[:tokens]).abs().max() <= allowed, format_id(weight)
 
 
 def as_list(value: Tensor | Packed) -> list[Tensor]:
