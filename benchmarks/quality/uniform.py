@@ -1,0 +1,97 @@
+"""One scheme for all linears, scheme by scheme: `python -m benchmarks.quality.uniform MODEL`.
+
+    python -m benchmarks.quality.uniform smollm2 --dataset calib_c4.txt --held-out wikitext2.txt \\
+        --schemes MXFP4,NVFP4,W5G32xMXINT8 --csv uniform.csv
+
+What each format costs before anything is allocated. Weights are rounded by `--rounding` (gptq from
+the quantized inputs, without correction), activations as the scheme says, the head and the
+embedding are left alone. Printed are stored bits, KL(original || quantized) in 1e-3 nats per token
+and perplexity on other text than that of calibration.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from benchmarks.tools.records import Records
+from mixbits.command import quiet
+from mixbits.formats.schemes import Recipe, parse_scheme
+from mixbits.measuring.evaluate import compare
+from mixbits.measuring.text import load_sequences
+from mixbits.model.layout import find_linears
+from mixbits.model.streaming import StreamedModel
+from mixbits.planning.plan import average_bits
+from mixbits.report.tables import table
+from mixbits.rounding.whole_model import RoundedModel, round_model
+from mixbits.source.source import open_source
+
+SCHEMES = (
+    *("MXFP4", "MXFP4xMXFP8", "MXFP4xMXINT8", "MXFP4A16", "NVFP4", "NVFP4xMXFP8", "W3A16G32"),
+    *("W4A16G32", "W5A16G32", "MXFP6", "MXFP6xMXFP8", "W6A16G32", "W6G32xMXINT8", "MXFP8"),
+    "MXINT8",
+)
+KEY = ("model", "scheme", "rounding", "calibration", "held_out")
+FIGURES = ("kl", "kl_stderr", "perplexity", "perplexity_reference")
+COLUMNS = (*KEY, "bits", *FIGURES)
+
+
+class Subject:
+    """One model, its linears and its text."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        source = open_source(args.model)
+        self.model = StreamedModel(source.load())
+        self.linears = find_linears(self.model.model)
+        vocab, tokenizer = source.config.get_text_config().vocab_size, source.tokenizer()
+        length = args.seqlen
+        self.calibration, _ = load_sequences(
+            args.dataset, tokenizer, vocab, args.nsamples, 0, length
+        )
+        _, self.held_out = load_sequences(
+            args.held_out, tokenizer, vocab, 0, args.eval_nsamples, length
+        )
+
+    def figures(self, scheme_name: str, rounding: str) -> dict[str, Any]:
+        recipe = Recipe.plain(parse_scheme(scheme_name, act_scale_mode="even"))
+        recipes = {info.name: recipe for info in self.linears}
+        ids = self.calibration.ids
+        rounded = round_model(self.model, self.linears, recipes, rounding, ids, correction=0.0)
+        quantized = RoundedModel(self.model, self.linears, recipes, rounded)
+        found = compare(self.model, quantized, self.held_out.ids)
+        return {"bits": average_bits(self.linears, recipes), **{n: found[n] for n in FIGURES}}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.quality.uniform")
+    parser.add_argument("model", help="a folder")
+    parser.add_argument("--dataset", required=True, help="text to calibrate with")
+    parser.add_argument("--held-out", required=True, help="text to judge by")
+    parser.add_argument("--nsamples", type=int, default=16)
+    parser.add_argument("--eval-nsamples", type=int, default=24)
+    parser.add_argument("--seqlen", type=int, default=256)
+    parser.add_argument("--schemes", default=",".join(SCHEMES))
+    parser.add_argument("--rounding", default="search,gptq", help="of rtn, search, gptq")
+    parser.add_argument("--csv", type=Path, default=Path("uniform.csv"))
+    args = parser.parse_args()
+    quiet()
+    subject, records = Subject(args), Records(args.csv, COLUMNS, KEY)
+    roundings, rows = args.rounding.split(","), [["scheme", "bits"]]
+    rows[0] += [f"{what}, {rounding}" for rounding in roundings for what in ("KL", "perplexity")]
+    for name in args.schemes.split(","):
+        cells: list[str] = []
+        for rounding in roundings:
+            key = {"model": Path(args.model).resolve().name, "scheme": name, "rounding": rounding}
+            key |= {"calibration": Path(args.dataset).name, "held_out": Path(args.held_out).name}
+            row = records.find(**key)
+            row = row or records.append({**key, **subject.figures(name, rounding)})
+            bits = f"{float(row['bits']):.3f}"
+            cells += [f"{float(row['kl']) * 1e3:.1f}", f"{float(row['perplexity']):.1f}"]
+        rows.append([name, bits, *cells])
+        print(*rows[-1], flush=True)
+    print("\n" + table(rows))
+
+
+if __name__ == "__main__":
+    main()
