@@ -10,6 +10,7 @@ import torch
 from exported import export, fake_model, loaded, logits, packed
 from tiny import read
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
 from mixbits.errors import UsageError
 from mixbits.export import auto_round, compressed_tensors, gguf
@@ -150,3 +151,19 @@ def test_one_format_is_never_written_as_another_of_the_same_element() -> None:
         assert (scheme.format.element, scheme.format.scale) not in gguf._TYPES
     with pytest.raises(KeyError):
         compressed_tensors.layout(parse_scheme("MXINT8A16"))
+
+
+def in_float16(folder: Path) -> None:
+    AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float16).save_pretrained(folder)
+
+
+def test_zero_points_beside_rounded_inputs_are_read(tmp_path: Path) -> None:
+    """Of integers that are not packed its own loader takes them; float16 holds their scales."""
+    source, assignment, folder = packed(
+        tmp_path, "W4G32ASYMxINT8,W3G32ASYMxINT8,W8G32ASYMxINT8", change=in_float16
+    )
+    out = export(folder, "compressed-tensors", "--dtype", "float16")
+    model = loaded(out, torch.float32)
+    wide = source.load().float()
+    fake_quantize_model(wide, assignment)
+    assert torch.equal(logits(model), logits(wide))
