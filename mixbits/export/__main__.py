@@ -23,11 +23,15 @@ _WORST = 5  # linears whose loss is printed; the report has them all
 
 
 def make_parser() -> argparse.ArgumentParser:
+    from .targets import TARGETS
+
+    held = "; ".join(f"{name}: {TARGETS[name].says}" for name in FORMATS if name in TARGETS)
     parser = Parser(
         prog="python -m mixbits.export",
         description="Write a packed model as another engine reads it, codes carried over; or in 16 "
         "bits again (plain), for anything that loads the original.",
-        epilog="exit codes: 0 done, 2 wrong usage or input, 1 failure",
+        epilog=f"what they hold: {held}; plain: everything. exit codes: 0 done, 2 wrong usage or "
+        "input, 1 failure",
     )
     parser.add_argument(
         "model", metavar="DIR", help="a folder from mixbits.quantize, or its name on the hub"
@@ -45,7 +49,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--dtype",
         choices=("bfloat16", "float16", "float32"),
         help="instead of the model's own dtype, for what is not packed in that dtype, and for "
-        "compressed-tensors' scales; float32 for plain only, where nothing is rounded",
+        "compressed-tensors' scales of integers; float32 for plain only, where nothing is rounded",
     )
     return parser
 
