@@ -23,11 +23,15 @@ _WORST = 5  # linears whose loss is printed; the report has them all
 
 
 def make_parser() -> argparse.ArgumentParser:
+    from .targets import TARGETS
+
+    held = "; ".join(f"{name}: {TARGETS[name].says}" for name in FORMATS if name in TARGETS)
     parser = Parser(
         prog="python -m mixbits.export",
         description="Write a packed model as another engine reads it, codes carried over; or in 16 "
         "bits again (plain), for anything that loads the original.",
-        epilog="exit codes: 0 done, 2 wrong usage or input, 1 failure",
+        epilog=f"what they hold: {held}; plain: everything. exit codes: 0 done, 2 wrong usage or "
+        "input, 1 failure",
     )
     parser.add_argument(
         "model", metavar="DIR", help="a folder from mixbits.quantize, or its name on the hub"
@@ -45,7 +49,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--dtype",
         choices=("bfloat16", "float16", "float32"),
         help="instead of the model's own dtype, for what is not packed in that dtype, and for "
-        "compressed-tensors' scales; float32 for plain only, where nothing is rounded",
+        "compressed-tensors' scales of integers; float32 for plain only, where nothing is rounded",
     )
     return parser
 
@@ -114,6 +118,23 @@ def _print_plain(model: Any, losses: dict[str, float], dtype: Any) -> None:
         say("activations are not rounded any more, as some schemes did")
 
 
+def _tell_loaders(fits: Mapping[str, Any], rounds_experts: bool) -> None:
+    """What becomes of a folder of compressed-tensors in its loaders."""
+    from .targets import TARGETS
+
+    if rounds_experts:
+        say("transformers dequantizes experts, and does not round their activations")
+    schemes = {fit.scheme.name: fit.scheme for fit in fits.values() if fit.scheme.weight}
+    if any(f and f.scale == "float32" for s in schemes.values() for f in (s.weight, s.activation)):
+        say(
+            "transformers takes the scales of rows and tokens in the model's dtype: load it with "
+            "dtype=torch.float32 for the same numbers"
+        )
+    others = [name for name, scheme in schemes.items() if not TARGETS["vllm"].knows(scheme)]
+    if others:
+        say(f"vLLM does not run {', '.join(others)} as they are: --target vllm plans without")
+
+
 def _fits(args: argparse.Namespace, model: Any) -> dict[str, Any]:
     """What becomes of each packed linear. Raises UsageError for what the format cannot hold."""
     from ..formats.schemes import BF16
@@ -173,8 +194,8 @@ def _export(args: argparse.Namespace, place: Destination) -> None:
             f"a GGUF holds the text model only: left out {len(carried)} tensors, "
             f"{megabytes:.1f} MB ({carried[0].name}{', ...' if len(carried) > 1 else ''})"
         )
-    if args.format == "compressed-tensors" and any(model.linears[n].is_expert for n in rounded):
-        say("transformers dequantizes experts, and does not round their activations")
+    if args.format == "compressed-tensors":
+        _tell_loaders(fits, any(model.linears[n].is_expert for n in rounded))
     say(f"written to {args.out}; how to load it is in {args.out}/README.md")
 
 

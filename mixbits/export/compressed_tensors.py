@@ -37,17 +37,18 @@ from torch import Tensor
 
 from ..formats.pack import Packed
 from ..formats.reference import unpack_codes
-from ..formats.schemes import ROW, Format, Scheme
+from ..formats.schemes import INTEGERS, ROW, Format, Scheme
 from ..formats.words import pack_stream, words
 from .folder import Piece, Shapes, linear_piece, plain_pieces, write_folder
 from .packed import Carrier, PackedModel
 
-_FLOATS = {  # element, scale -> what compressed-tensors calls its layout
+_LAYOUTS = {  # element, scale -> what compressed-tensors calls its layout
     ("e2m1", "e8m0"): "mxfp4-pack-quantized",
     ("e2m1", "e4m3"): "nvfp4-pack-quantized",
     ("e2m3", "e8m0"): "mxfp6-pack-quantized",
     ("e4m3", "e8m0"): "mxfp8-quantized",
     ("e4m3", "float32"): "float-quantized",
+    **{(element, "float16"): "pack-quantized" for element in INTEGERS},
 }
 _SCALE_TYPES = {"e8m0": torch.uint8, "e4m3": torch.float8_e4m3fn, "float32": torch.float32}
 
@@ -55,10 +56,11 @@ _SCALE_TYPES = {"e8m0": torch.uint8, "e4m3": torch.float8_e4m3fn, "float32": tor
 def layout(scheme: Scheme) -> str:
     """What compressed-tensors calls the way in which a scheme's weights are stored."""
     fmt, inputs = scheme.format, scheme.activation
-    if fmt.is_float:
-        name = _FLOATS[fmt.element, fmt.scale]
-        return "naive-quantized" if name == "float-quantized" and inputs is None else name
-    return "pack-quantized" if inputs is None or inputs.is_float else "int-quantized"
+    name = _LAYOUTS[fmt.element, fmt.scale]
+    if name == "float-quantized" and inputs is None:
+        return "naive-quantized"
+    is_loose = name == "pack-quantized" and inputs is not None and not inputs.is_float
+    return "int-quantized" if is_loose else name
 
 
 def _codes_shape(scheme: Scheme, rows: int, columns: int) -> Shapes:

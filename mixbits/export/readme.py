@@ -9,6 +9,7 @@ from ..formats.schemes import Assignment
 from ..planning.plan import average_bits
 from ..report.card import escaped, snippet
 from .packed import PackedModel
+from .targets import TARGETS
 
 _TRANSFORMERS = """\
 ```python
@@ -36,13 +37,22 @@ _ENGINES = {  # any other format is transformers' own
 }
 
 
-def _how(name: str, folder: str) -> list[str]:
+def _engine(name: str, schemes: Assignment) -> str:
+    """Who reads a folder of that format; vLLM only what it runs."""
+    held = (recipe.scheme for recipe in schemes.values() if recipe.packed)
+    in_vllm = all(scheme is not None and TARGETS["vllm"].knows(scheme) for scheme in held)
+    if name == "compressed-tensors" and not in_vllm:
+        return "transformers"
+    return _ENGINES.get(name, "transformers")
+
+
+def _how(name: str, folder: str, engine: str) -> list[str]:
     """Commands for whoever reads that format."""
     if name == "gguf":
         return ["With llama.cpp:", snippet(_LLAMA_CPP, f"{folder}/model.gguf")]
     package = f" {name}" if name in _ENGINES else ""
     code = snippet(_TRANSFORMERS.replace(" {package}", package), folder)
-    if name == "compressed-tensors":
+    if "vLLM" in engine:
         return ["With vLLM:", snippet(_VLLM, folder), "With transformers:", code]
     return ["With transformers:", code]
 
@@ -56,7 +66,7 @@ def render(name: str, out: Path, model: PackedModel, schemes: Assignment) -> str
     linears = [info for info in model.linears.values() if info.name in packed]
     used = ", ".join(dict.fromkeys(scheme.name for scheme in packed.values()))
     bits = f", {average_bits(linears, packed):.2f} bits per weight of these" if linears else ""
-    engine = _ENGINES.get(name, "transformers")
+    engine = _engine(name, packed)
     what = f"{len(packed)} linears are in {used}{bits}, scales counted"
     if not packed:
         what = f"Its {len(schemes)} packed linears are plain again"
@@ -65,6 +75,6 @@ def render(name: str, out: Path, model: PackedModel, schemes: Assignment) -> str
         f"A model for {engine}, in the format `{name}`: exported by mixbits from its packed folder "
         f"{escaped(model.path.resolve().name)}{made_from}. {what}; `mixbits-export.json` has each "
         "of them, and the error where a weight was rounded again.",
-        *_how(name, out.resolve().name),
+        *_how(name, out.resolve().name, engine),
     ]
     return "\n\n".join(parts) + "\n"

@@ -123,7 +123,7 @@ class Target:
         """The same of a [rows, columns] weight in one scheme."""
         if scheme.weight is None:
             return None
-        if not self._knows(scheme):
+        if not self.knows(scheme):
             why = _OTHER_INPUTS.get(_kind(scheme.activation)) if scheme.activation else None
             return f"is {scheme.name}" + (f", which {why}" if why else "")
         if of_expert and self.experts == "layer" and (why := _lost_of_experts(scheme)) is not None:
@@ -138,7 +138,7 @@ class Target:
             return f"rounds activations in scale mode {inputs.scale_mode}, not {mode}"
         return None
 
-    def _knows(self, scheme: Scheme) -> bool:
+    def knows(self, scheme: Scheme) -> bool:
         """Whether it holds such weights, with such activations."""
         fmt, inputs = scheme.format, scheme.activation
         kind = None if inputs is None else _kind(inputs)

@@ -5,7 +5,8 @@ fused may have been packed in different schemes, so that a fused layer keeps a t
 them: the loader sees one parameter of bytes, which knows where each begins.
 
 Rows are cut anywhere. Columns are cut for down_proj and o_proj with tensor parallelism: at whole
-groups only, and not through slabs, whose columns lie in an order of their own.
+groups only, and not through slabs, whose columns lie in an order of their own, nor where something
+is of a whole row: planes of codes, or a scale of weights or of a token.
 
 Experts are linears of their own, through which tokens are led one expert after the other: any mix
 of schemes, at the pace of a loop that asks the host where tokens go. CUDA graphs cannot record it.
@@ -38,7 +39,7 @@ from ..checkpoint.transformers_quantizer import MixbitsConfig
 from ..errors import UsageError
 from ..formats.arrange import check_order
 from ..formats.pack import recipe_spec
-from ..formats.schemes import LEFT_ALONE, Assignment, Recipe
+from ..formats.schemes import LEFT_ALONE, ROW, Assignment, Recipe, Scheme
 from ..model.experts import EXPERT_PROJECTIONS, ExpertsLoop, GatedActivation
 from ..model.families import FAMILIES, name_from_vllm
 from ..ops import packed_matmuls_unchecked
@@ -118,6 +119,18 @@ def tensor_spec(
     return recipe_spec(recipe, rows, columns)
 
 
+def _spans_columns(scheme: Scheme) -> str | None:
+    """What of a linear is of all its columns together, if anything."""
+    fmt, inputs = scheme.format, scheme.activation
+    if len(fmt.planes) > 1:
+        return f"codes of {fmt.bits} bits lie in planes of whole rows"
+    if fmt.group_size == ROW:
+        return "its scales are of whole rows"
+    if inputs is not None and (inputs.group_size == ROW or inputs.tensor_scale == "row"):
+        return "its activations have a scale for a whole token"
+    return None
+
+
 def check_cut(prefix: str, recipe: Recipe, columns: int, part: int) -> None:
     """Raise UsageError if `part` of `columns` of a linear cannot be on a GPU of their own."""
     if part == columns or not recipe.packed:
@@ -128,6 +141,11 @@ def check_cut(prefix: str, recipe: Recipe, columns: int, part: int) -> None:
             f"{part} of {columns} columns on a GPU ({prefix}); quantize with --target vllm"
         )
     fmt = recipe.scheme.format
+    if (why := _spans_columns(recipe.scheme)) is not None:
+        raise UsageError(
+            f"{recipe.name} cannot be cut by tensor parallelism, for {why}: got {part} of "
+            f"{columns} columns on a GPU ({prefix})"
+        )
     whole = part % max(fmt.group_size, 32) == 0
     if not whole or (not fmt.symmetric and part // fmt.group_size * fmt.bits % 8):
         raise UsageError(

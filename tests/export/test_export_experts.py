@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from exported import IDS, export, fake_model, logits, packed
+from exported import IDS, export, fake_model, loaded, logits, packed
 from safetensors.torch import load_file
 from tiny import MOE_KINDS, read
 from torch import Tensor
@@ -218,6 +218,21 @@ def test_transformers_dequantizes_experts(tmp_path: Path, kind: str) -> None:
     expected = logits(fake_model(source, assignment).float())
     # In float32: products in another order, such as of 16-bit numbers, make some choose others.
     assert (logits(torch.nn.Module.float(there)) - expected).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(("scheme", "dtype"), [("W3A16G32", "bfloat16"), ("FP8", "float32")])
+def test_transformers_reads_experts_of_other_formats(
+    tmp_path: Path, scheme: str, dtype: str
+) -> None:
+    pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed")
+    source, assignment, folder = model(tmp_path, "mixtral", "BF16", experts(scheme))
+    there = loaded(export(folder, "compressed-tensors"), getattr(torch, dtype))
+    weights, found = rounded(source, assignment), find_linears(there)
+    for info in found:
+        if info.is_expert:
+            value = weights[info.name].to(getattr(torch, dtype))
+            assert torch.equal(weight_of(there, info).detach(), value)
+    assert sum(info.is_expert for info in found) == 12
 
 
 @pytest.mark.parametrize("schemes", [("W4A16G32", "W8A16G32"), ("W8A16G32", "W4A16G32")])

@@ -8,9 +8,13 @@ from typing import Any
 import pytest
 import torch
 from exported import export, fake_model, loaded, logits, packed
+from tiny import read
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
-from mixbits.export import compressed_tensors
+from mixbits.errors import UsageError
+from mixbits.export import auto_round, compressed_tensors, gguf
+from mixbits.export.__main__ import main
 from mixbits.formats import reference
 from mixbits.formats.pack import Packed, pack
 from mixbits.formats.schemes import parse_scheme
@@ -104,6 +108,62 @@ def test_transformers_computes_the_same(tmp_path: Path, schemes: str) -> None:
 def test_in_float32_it_rounds_whole_rows_as_we_do(tmp_path: Path, schemes: str) -> None:
     source, assignment, folder = packed(tmp_path, schemes)
     model = loaded(export(folder, "compressed-tensors"), torch.float32)
+    wide = source.load().float()
+    fake_quantize_model(wide, assignment)
+    assert torch.equal(logits(model), logits(wide))
+
+
+def test_activations_that_it_rounds_otherwise_stay_in_16_bits(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Weights keep codes and scales; what the loaders make of the folder is said."""
+    source, assignment, folder = packed(tmp_path, "NVFP4,FP8xMXINT8", head=False)
+    argv = [str(folder), "--format", "compressed-tensors", "--out", str(tmp_path / "out")]
+    assert main(argv) == 2
+    error = capsys.readouterr().err
+    assert "which needs, for a linear's inputs, a scale that was measured beforehand" in error
+    assert "is FP8xMXINT8;" in error and error.count("\n") == 1
+    assert main([*argv, "--lossy"]) == 0
+    printed = capsys.readouterr().out
+    assert "14 packed linears, 14 of them converted" in printed
+    assert "every weight stands for the same number as before" in printed
+    assert "load it with dtype=torch.float32 for the same numbers" in printed
+    assert "vLLM does not run NVFP4A16 as they are" in printed
+    report = read(tmp_path / "out" / "mixbits-export.json")
+    assert {one["scheme"] for one in report["linears"].values()} == {"NVFP4A16", "FP8A16"}
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "A model for transformers, in the format `compressed-tensors`" in card
+    assert "vllm serve" not in card
+    weights = fake_model(source, assignment).state_dict()
+    model = loaded(tmp_path / "out")
+    logits(model)  # it decompresses in the first step
+    for name, recipe in assignment.items():
+        if recipe.name == "NVFP4":
+            value = weights[f"{name}.weight_fake"].bfloat16()
+            assert torch.equal(model.get_submodule(name).weight, value)
+
+
+def test_one_format_is_never_written_as_another_of_the_same_element() -> None:
+    for name in ("NVFP4A16", "MXINT8A16"):
+        scheme = parse_scheme(name)
+        with pytest.raises(UsageError, match=f"{name} is not known to auto-round"):
+            auto_round.quantization_config({"a": scheme}, [], "model.layers", "auto_round")
+        assert (scheme.format.element, scheme.format.scale) not in gguf._TYPES
+    with pytest.raises(KeyError):
+        compressed_tensors.layout(parse_scheme("MXINT8A16"))
+
+
+def in_float16(folder: Path) -> None:
+    AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float16).save_pretrained(folder)
+
+
+def test_zero_points_beside_rounded_inputs_are_read(tmp_path: Path) -> None:
+    """Of integers that are not packed its own loader takes them; float16 holds their scales."""
+    source, assignment, folder = packed(
+        tmp_path, "W4G32ASYMxINT8,W3G32ASYMxINT8,W8G32ASYMxINT8", change=in_float16
+    )
+    out = export(folder, "compressed-tensors", "--dtype", "float16")
+    model = loaded(out, torch.float32)
     wide = source.load().float()
     fake_quantize_model(wide, assignment)
     assert torch.equal(logits(model), logits(wide))

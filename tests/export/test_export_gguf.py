@@ -41,7 +41,7 @@ def test_blocks_are_the_same_values(fmt: Format) -> None:
     x[1] = 0.0
     quantized = reference.quantize(x, fmt)
     made = blocks(pack(quantized, fmt), fmt, 160).numpy()
-    kind = gguf.GGMLQuantizationType[_TYPES[fmt.element]]
+    kind = gguf.GGMLQuantizationType[_TYPES[fmt.element, fmt.scale]]
     values = torch.from_numpy(gguf.quants.dequantize(made, kind))
     assert torch.equal(values, reference.dequantize(quantized, fmt))
 

@@ -222,6 +222,24 @@ def test_columns_are_cut_at_whole_groups(tmp_path: Path, ranks: Any) -> None:
     plugin.check_cut("down_proj", parse_recipe("W4A16G64ASYM"), INNER, INNER // 2)
 
 
+@pytest.mark.parametrize(
+    ("scheme", "why"),
+    [
+        ("W3A16G32", "codes of 3 bits lie in planes"),
+        ("MXFP6A16", "codes of 6 bits lie in planes"),
+        ("FP8A16", "its scales are of whole rows"),
+        ("W4xINT8", "a scale for a whole token"),
+        ("NVFP4", "a scale for a whole token"),
+    ],
+)
+def test_what_spans_all_columns_is_not_cut(scheme: str, why: str) -> None:
+    with pytest.raises(UsageError, match=rf"{scheme} cannot be cut.*{why}.*128 of 256.*down_proj"):
+        plugin.check_cut("down_proj", parse_recipe(scheme), 256, 128)
+    plugin.check_cut("down_proj", parse_recipe(scheme), 256, 256)
+    for other in ("NVFP4A16", "W4A16", "MXFP8"):
+        plugin.check_cut("down_proj", parse_recipe(other), 256, 128)
+
+
 def test_a_head_fills_up_its_vocabulary(tmp_path: Path, ranks: Any) -> None:
     checkpoint = Checkpoint(tmp_path, "MXFP4A16")
     x = torch.randn(3, HIDDEN)
