@@ -77,10 +77,10 @@ def test_fake_quantize_across_threads(isa):
     assert_same_bits(ops.fake_quantize(x, INT4, "cpu"), reference.fake_quantize(x, INT4))
 
 
-@pytest.mark.parametrize("element", ["e2m1", "e2m3", "e4m3", "e5m2"])
+@pytest.mark.parametrize("element", ["e2m1", "e2m3", "e4m3", "e5m2", "int8"])
 @by_dtype
 def test_dequantize_every_code_with_every_scale(isa, element, dtype):
-    fmt = Format(element, 32)
+    fmt = Format(element, 32, scale="e8m0")
     columns = 256
     codes = torch.arange(columns).remainder(1 << fmt.bits).to(torch.uint8)
     scale = torch.arange(256, dtype=torch.int32).to(torch.uint8)[:, None]

@@ -24,7 +24,11 @@ from ..formats.schemes import FIRST_FORMATS, MX_GROUP, Format
 DTYPE_NUMBERS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # csrc/formats.h, Dtype
 
 # Elements with scales: csrc/cpu/codes/group.h.
-HELD = FIRST_FORMATS | {("e2m3", "e8m0")} | {(e, "float16") for e in ("int3", "int5", "int6")}
+HELD = (
+    FIRST_FORMATS
+    | {(e, "e8m0") for e in ("e2m3", "int8")}
+    | {(e, "float16") for e in ("int3", "int5", "int6")}
+)
 
 _native: Any = None
 _why: str | None = None

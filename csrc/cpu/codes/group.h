@@ -40,6 +40,8 @@ MB_INLINE void with_element(int element, F&& f) {
       return f(Tag<kInt5>());
     case kInt6:
       return f(Tag<kInt6>());
+    case kMXInt8:
+      return f(Tag<kMXInt8>());
     default:
       return f(Tag<kInt8>());
   }
@@ -182,6 +184,7 @@ MB_INLINE void mx_scales(const Bounds& bounds, int groups, int scale_mode, Scale
     const int byte = mx_scale(bit_cast<int32_t>(bounds.high[g]), ELEMENT, scale_mode);
     out->scale[g] = e8m0_to_float(byte);
     out->reciprocal[g] = e8m0_reciprocal(byte);
+    out->offset[g] = 128.0f;  // of integers
     out->stored[g] = uint16_t(byte);
   }
 }
@@ -260,10 +263,16 @@ MB_INLINE vf divide(vf x, float divisor, float reciprocal) {
 #endif
 }
 
+// What integers of code 0 are, as a sum with round_magic.
+template <int ELEMENT>
+MB_INLINE float lowest_sum(const Scales& scales, int g) {
+  return round_magic(ELEMENT) - scales.offset[g] * unit_of(ELEMENT);
+}
+
 // Rounds the elements of one group, number `g` of a batch.
 template <int ELEMENT>
 struct Rounding {
-  // Integers: a rounded number is kept as its sum with kRoundMagic, where clamping is the same
+  // Integers: a rounded number is kept as its sum with round_magic, where clamping is the same
   // and the code is in the lowest bits.
   float scale, reciprocal, lowest, highest;
   int32_t keep;  // MX: 0 in a NaN block, whose codes are 0
@@ -271,24 +280,25 @@ struct Rounding {
   Rounding(const Scales& scales, int g)
       : scale(scales.scale[g]),
         reciprocal(scales.reciprocal[g]),
-        lowest(is_mx(ELEMENT) ? 0.0f : kRoundMagic - scales.offset[g]),
-        highest(lowest + float((1 << element_bits(ELEMENT)) - 1)),
+        lowest(is_float(ELEMENT) ? 0.0f : lowest_sum<ELEMENT>(scales, g)),
+        highest(lowest + float((1 << element_bits(ELEMENT)) - 1) * unit_of(ELEMENT)),
         keep(scales.stored[g] == kNanScale ? 0 : 0xff) {}
 
   // In a group of NaN scale all sums are `lowest`.
   vf sum(vf x) const {
-    const vf rounded = divide(x, scale, reciprocal) + kRoundMagic;
+    const vf quotient = is_mx(ELEMENT) ? x * reciprocal : divide(x, scale, reciprocal);
+    const vf rounded = quotient + round_magic(ELEMENT);
     const vf low = splat(lowest), high = splat(highest);
     const vf floored = rounded > low ? rounded : low;
     return floored < high ? floored : high;
   }
   vf value(vf x) const {
-    if (!is_mx(ELEMENT)) return (sum(x) - kRoundMagic) * scale;
+    if (!is_float(ELEMENT)) return (sum(x) - round_magic(ELEMENT)) * scale;
     // In a NaN block both factors are NaN, and so is every product.
     return minifloat_round<vf, vi>(x * reciprocal, minifloat(ELEMENT)) * scale;
   }
   vi code(vf x) const {
-    if (!is_mx(ELEMENT)) return bit_cast<vi>(sum(x)) - bit_cast<int32_t>(lowest);
+    if (!is_float(ELEMENT)) return bit_cast<vi>(sum(x)) - bit_cast<int32_t>(lowest);
     return minifloat_encode<vf, vi>(x * reciprocal, minifloat(ELEMENT)) & keep;
   }
 };
@@ -455,7 +465,7 @@ struct GroupValue {
 
 template <int ELEMENT>
 MB_INLINE GroupValue group_value(const PackedRow& row, int64_t g) {
-  if (is_mx(ELEMENT)) return {e8m0_to_float(row.scales[g]), 0.0f};
+  if (is_mx(ELEMENT)) return {e8m0_to_float(row.scales[g]) * unit_of(ELEMENT), 128.0f};
   constexpr int bits = element_bits(ELEMENT);
   uint16_t half;
   memcpy(&half, row.scales + 2 * g, 2);
@@ -474,7 +484,7 @@ MB_INLINE vf decode(vi codes, float offset) {
     return (vf)_mm512_permutexvar_ps((__m512i)codes, table);
   }
 #endif
-  if (is_mx(ELEMENT)) return minifloat_decode<vf, vi>(codes, minifloat(ELEMENT));
+  if (is_float(ELEMENT)) return minifloat_decode<vf, vi>(codes, minifloat(ELEMENT));
   return small_to_float<vf, vi>(codes) - offset;
 }
 

@@ -459,6 +459,7 @@ const Path* path_of(const SegmentWeight& segment, const Tokens& tokens, bool int
       // Unsigned bytes cannot be counted from a zero point.
       if (!segment.weight.zero_points) {
         if (kind == kE2M1Codes) return &kIntegers<Int8, ELEMENT, kE2M1Codes>;
+        if (kind == kMXInt8Codes) return &kIntegers<Int8, ELEMENT, kMXInt8Codes>;
         if (kind == kInt8Values) return &kIntegers<Int8, ELEMENT, kInt8Values>;
       }
       if (can_be_bfloat16(segment, tokens.dtype)) return bfloat16_path<ELEMENT>();
