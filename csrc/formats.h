@@ -7,6 +7,7 @@
 //   e2m3      sign, 2, 3 (largest 7.5)                  e8m0       likewise
 //   e4m3      sign, 4, 3 (largest 448, no infinity)     e8m0       likewise
 //   e5m2      sign, 5, 2 (largest 57344)                e8m0       likewise
+//   e2m1      the same                                  e4m3       decode(code) * (scale / divisor)
 //   int8      symmetric, offset binary                  e8m0       (code - 128) / 64 * 2^(..)
 //   intB      symmetric, offset binary                  float16    (code - 2^(B-1)) * scale
 //   intB      asymmetric                                float16    (code - zero_point) * scale
@@ -45,15 +46,16 @@ enum Element : int {
   kInt3 = 7,
   kInt5 = 8,
   kInt6 = 9,
-  // int8 with scales in e8m0 is another element here: bits 13-14 of a format's code tell.
-  kMXInt8 = 0x40 | kInt8,
+  // With other scales they are other elements here: bits 13-14 of a format's code tell.
+  kMXInt8 = 0x40 | kInt8,  // e8m0
+  kNVE2M1 = 0x40 | kE2M1,  // e4m3, and one divisor for the whole tensor
 };
 enum ScaleMode : int { kFloor = 0, kRceil = 1, kEven = 2 };
 // The number under which Python passes a tensor's dtype.
 enum Dtype : int { kBFloat16 = 0, kFloat16 = 1, kFloat32 = 2 };
 
 // mixbits.formats.schemes.Format.code: bits 0-7 element, 8-11 scale mode, 12 symmetric, 13-14 scale
-// (0 e8m0, 1 float16; no other is known here), 15 a tensor's scale per row (likewise), 16..
+// (0 e8m0, 1 float16, 2 e4m3; no other is known here), 15 a tensor's scale per row (likewise), 16..
 // group_size.
 struct Format {
   int element;
@@ -63,24 +65,25 @@ struct Format {
 };
 
 MB_HD static inline constexpr Format decode_format(int code) {
-  const bool int8_with_e8m0 = (code & 0xff) == kInt8 && (code >> 13 & 3) == 0;
-  return Format{int8_with_e8m0 ? int(kMXInt8) : code & 0xff, (code >> 8) & 0xf,
-                ((code >> 12) & 1) != 0, code >> 16};
+  const int element = code & 0xff, scale = code >> 13 & 3;
+  const bool other = (element == kInt8 && scale == 0) || (element == kE2M1 && scale == 2);
+  return Format{other ? element | 0x40 : element, (code >> 8) & 0xf, ((code >> 12) & 1) != 0,
+                code >> 16};
 }
 MB_HD static inline constexpr bool is_float(int element) {
-  return element <= kE5M2 || element == kE2M3;
+  return element <= kE5M2 || element == kE2M3 || element == kNVE2M1;
 }
 // Whether scales are e8m0.
 MB_HD static inline constexpr bool is_mx(int element) {
-  return is_float(element) || element == kMXInt8;
+  return element == kMXInt8 || (is_float(element) && element != kNVE2M1);
 }
 MB_HD static inline constexpr int element_bits(int element) {
-  return element == kE2M1 || element == kInt4   ? 4
-         : element == kInt2                     ? 2
-         : element == kInt3                     ? 3
-         : element == kInt5                     ? 5
-         : element == kE2M3 || element == kInt6 ? 6
-                                                : 8;
+  return element == kE2M1 || element == kNVE2M1 || element == kInt4 ? 4
+         : element == kInt2                                         ? 2
+         : element == kInt3                                         ? 3
+         : element == kInt5                                         ? 5
+         : element == kE2M3 || element == kInt6                     ? 6
+                                                                    : 8;
 }
 
 struct Minifloat {
@@ -93,8 +96,8 @@ struct Minifloat {
 constexpr float kMXInt8Unit = 1.0f / 64;  // what its codes count
 
 MB_HD static inline constexpr Minifloat minifloat(int element) {
-  return element == kE2M1     ? Minifloat{4, 1, 0, 2, 0x40c00000}   // 6
-         : element == kE2M3   ? Minifloat{6, 3, 0, 2, 0x40f00000}   // 7.5
+  return element == kE2M1 || element == kNVE2M1 ? Minifloat{4, 1, 0, 2, 0x40c00000}  // 6
+         : element == kE2M3                     ? Minifloat{6, 3, 0, 2, 0x40f00000}  // 7.5
          : element == kMXInt8 ? Minifloat{8, 6, 0, 0, 0x3ffe0000}   // 127/64; for its scales only
          : element == kE4M3   ? Minifloat{8, 3, -6, 8, 0x43e00000}  // 448
                               : Minifloat{8, 2, -14, 15, 0x47600000};  // 57344

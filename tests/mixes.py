@@ -19,6 +19,7 @@ SEGMENTS = {
     "weights only": (("W8A16", 128), ("W4A16", 160), ("W2A16G32ASYM", 1)),
     "both": (("MXFP8A16", 40), ("MXFP4", 31), ("W4A16ASYM", 130), ("MXFP4A16", 7)),
     "two planes": (("MXFP6", 40), ("W3A16G32ASYM", 98), ("W5A16", 31), ("W6A16G64ASYM", 65)),
+    "NVFP4": (("NVFP4A16", 40), ("MXFP4", 33), ("NVFP4A16", 99)),
     "MXINT8": (("MXINT8", 40), ("MXFP4xMXINT8", 31), ("W4xMXINT8", 97)),
     "one": (("MXFP4", 172),),
     "many columns": (("MXFP8", 1024), ("MXFP4", 3072)),

@@ -57,6 +57,11 @@ def holds(fmt: Format) -> bool:
     return (fmt.element, fmt.scale) in HELD
 
 
+def decodes(fmt: Format) -> bool:
+    """Whether packed weights in `fmt` can be dequantized and multiplied: NVFP4's, too."""
+    return holds(fmt) or (fmt.scale == "e4m3" and fmt.tensor_scale == "tensor")
+
+
 def isa() -> str:
     """The name of the instruction set in use."""
     return str(_native.isa())
@@ -90,6 +95,12 @@ def _pointers(packed: Packed) -> tuple[int, int, int]:
     return packed.weight_packed.data_ptr(), packed.weight_scale.data_ptr(), pointer
 
 
+def _divisor(packed: Packed) -> int:
+    """The address of the tensor's scale, or 0."""
+    scale = packed.weight_global_scale
+    return 0 if scale is None else scale.data_ptr()
+
+
 def sum_words(data: Tensor) -> int:
     """Sum of the int64 elements of `data`, modulo 2^64: reads memory as fast as it can be read."""
     return int(_native.sum_words(data.data_ptr(), data.nbytes))
@@ -120,7 +131,7 @@ def dequantize(packed: Packed, fmt: Format, in_features: int, dtype: torch.dtype
     rows = packed.weight_packed.shape[0]
     out = torch.empty((rows, in_features), dtype=dtype)
     sizes = (rows, in_features, DTYPE_NUMBERS[dtype], fmt.code)
-    _native.dequantize(*_pointers(packed), out.data_ptr(), *sizes)
+    _native.dequantize(*_pointers(packed), _divisor(packed), out.data_ptr(), *sizes)
     return out
 
 
@@ -185,6 +196,7 @@ def linear_numbers(operand: Operand) -> list[int]:
             width,
             fmt.code,
             0 if activation is None else activation.code,
+            _divisor(packed),
         )
     return numbers
 
@@ -192,7 +204,7 @@ def linear_numbers(operand: Operand) -> list[int]:
 def plain_numbers(weight: Tensor) -> list[int]:
     """The same for a weight [N, K] that was left alone, of the model's dtype: its format is 0."""
     rows, columns = weight.shape
-    return [0, 0, 0, rows, 1, weight.data_ptr(), 0, 0, columns, 0, 0]
+    return [0, 0, 0, rows, 1, weight.data_ptr(), 0, 0, columns, 0, 0, 0]
 
 
 def packed_matmuls(x: Tensor, operands: Sequence[Operand], int8_activations: bool) -> list[Tensor]:

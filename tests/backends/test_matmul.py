@@ -82,6 +82,7 @@ def check_matmul(case, backend):
 
 # Those of which there is one way to multiply take few shapes.
 MORE = [fmt for fmt in CPU_FORMATS if fmt not in FORMATS and fmt.group_size != 64]
+MORE.append(Format("e2m1", 16, scale="e4m3"))
 
 
 @by_isa
@@ -100,6 +101,7 @@ def test_matmul(isa, fmt, tokens):
     "scheme",
     [
         *("MXFP4", "MXFP4A16", "MXFP8", "MXFP8A16", "W4A16", "W8A16", "W2A16G32ASYM", "MXFP6"),
+        "NVFP4A16",
         *("MXFP4xMXINT8", "W4xMXINT8", "W2G32ASYMxMXINT8", "W8G32xMXINT8"),
     ],
 )

@@ -47,6 +47,13 @@ MB_INLINE void with_element(int element, F&& f) {
   }
 }
 
+// The same for elements of packed weights: of kNVE2M1 only decoding is known.
+template <class F>
+MB_INLINE void with_packed_element(int element, F&& f) {
+  if (element == kNVE2M1) return f(Tag<kNVE2M1>());
+  with_element(element, f);
+}
+
 // The same for a count of 1 to MOST; what is beyond counts as MOST.
 template <int MOST, class F>
 MB_INLINE void with_count(int64_t count, F&& f) {
@@ -427,6 +434,7 @@ struct PackedRow {
   const uint8_t* scales;
   const uint8_t* zero_points;  // null for formats without
   int64_t groups;
+  float divisor;  // of scales in e4m3
 };
 
 // A whole one; csrc/layout.h says where its bits are. Sizes are of a row.
@@ -434,14 +442,17 @@ struct PackedWeight {
   const uint8_t* codes;
   const uint8_t* scales;
   const uint8_t* zero_points;
+  float divisor;
   int64_t columns;
   Format format;
   int64_t groups, code_bytes, scale_row_bytes, zero_point_bytes;
 
   PackedWeight() = default;
   // A format 0 stands for elements that were left alone, in no groups.
-  PackedWeight(const uint8_t* c, const uint8_t* s, const uint8_t* z, int64_t k, const Format& f)
-      : codes(c), scales(s), zero_points(z), columns(k), format(f) {
+  PackedWeight(const uint8_t* c, const uint8_t* s, const uint8_t* z, const void* d, int64_t k,
+               const Format& f)
+      : codes(c), scales(s), zero_points(z), divisor(1), columns(k), format(f) {
+    if (d) memcpy(&divisor, d, sizeof(divisor));
     const int bits = element_bits(f.element);
     groups = f.group_size ? group_count(k, f.group_size) : 0;
     code_bytes = packed_bytes(k, bits);
@@ -451,9 +462,12 @@ struct PackedWeight {
 
   PackedRow row(int64_t n) const {
     const uint8_t* const first = codes + n * code_bytes;
-    return {first, first + upper_plane(columns, element_bits(format.element)),
+    return {first,
+            first + upper_plane(columns, element_bits(format.element)),
             scales + n * scale_row_bytes,
-            zero_points ? zero_points + n * zero_point_bytes : nullptr, groups};
+            zero_points ? zero_points + n * zero_point_bytes : nullptr,
+            groups,
+            divisor};
   }
 };
 
@@ -465,6 +479,10 @@ struct GroupValue {
 
 template <int ELEMENT>
 MB_INLINE GroupValue group_value(const PackedRow& row, int64_t g) {
+  if (ELEMENT == kNVE2M1) {
+    const float scale = minifloat_decode<float, int32_t>(row.scales[g], minifloat(kE4M3));
+    return {scale / row.divisor, 0.0f};
+  }
   if (is_mx(ELEMENT)) return {e8m0_to_float(row.scales[g]) * unit_of(ELEMENT), 128.0f};
   constexpr int bits = element_bits(ELEMENT);
   uint16_t half;
@@ -478,7 +496,7 @@ MB_INLINE GroupValue group_value(const PackedRow& row, int64_t g) {
 template <int ELEMENT>
 MB_INLINE vf decode(vi codes, float offset) {
 #if defined(__AVX512F__)
-  if (ELEMENT == kE2M1) {
+  if (ELEMENT == kE2M1 || ELEMENT == kNVE2M1) {
     const __m512 table = _mm512_setr_ps(0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f,  //
                                         -0.0f, -0.5f, -1.0f, -1.5f, -2.0f, -3.0f, -4.0f, -6.0f);
     return (vf)_mm512_permutexvar_ps((__m512i)codes, table);
