@@ -42,11 +42,11 @@ void quantize_pack(uintptr_t weight, uintptr_t codes, uintptr_t scales, uintptr_
                                pointer<uint8_t>(zero_points), rows, columns, dtype, format}));
 }
 
-void dequantize(uintptr_t codes, uintptr_t scales, uintptr_t zero_points, uintptr_t out,
-                int64_t rows, int64_t columns, int dtype, int format) {
+void dequantize(uintptr_t codes, uintptr_t scales, uintptr_t zero_points, uintptr_t divisor,
+                uintptr_t out, int64_t rows, int64_t columns, int dtype, int format) {
   check_memory(kernels().dequantize({pointer<uint8_t>(codes), pointer<uint8_t>(scales),
                                      pointer<uint8_t>(zero_points), pointer(out), rows, columns,
-                                     dtype, format}));
+                                     dtype, format, pointer(divisor)}));
 }
 
 void fisher_statistics(uintptr_t weight, uintptr_t row_weight, uintptr_t column_weight,
@@ -130,6 +130,7 @@ class LinearReader {
       s.columns = int64_t(next());
       s.format = int(next());
       s.activation = int(next());
+      s.divisor = pointer(next());
       segments_.back().push_back(s);
     }
     l.segments = segments_.back().data();
@@ -241,7 +242,8 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("quantize_pack", &quantize_pack, release(),
         "weight [rows, columns] -> codes, scales, zero_points (0 where there are none)");
   m.def("dequantize", &dequantize, release(),
-        "codes, scales, zero_points -> out [rows, columns] of dtype");
+        "codes, scales, zero_points, divisor (0 where there are none) -> out [rows, columns] of "
+        "dtype");
   m.def("fisher_statistics", &fisher_statistics, release(),
         "weight, row_weight, column_weight -> out float64 [formats, ceil(columns / 32)]");
   m.def("gradient_statistics", &gradient_statistics, release(),
@@ -255,7 +257,7 @@ PYBIND11_MODULE(_cpu, m) {
         "x [tokens, columns], targets (out [tokens, rows]; order or 0, bytes of its entries, "
         "rotated, "
         "rows, segments; for each codes, scales, zero_points or 0, columns, format, activation's "
-        "format or 0; one after the other) -> every out");
+        "format or 0, divisor or 0; one after the other) -> every out");
   py::class_<BoundModel>(m, "StepModel", "a model of which token_step knows all addresses")
       .def(
           py::init<const std::vector<std::vector<uintptr_t>>&,

@@ -7,6 +7,8 @@
 //   e2m3      sign, 2, 3 (largest 7.5)                  e8m0       likewise
 //   e4m3      sign, 4, 3 (largest 448, no infinity)     e8m0       likewise
 //   e5m2      sign, 5, 2 (largest 57344)                e8m0       likewise
+//   e2m1      the same                                  e4m3       decode(code) * (scale / divisor)
+//   int8      symmetric, offset binary                  e8m0       (code - 128) / 64 * 2^(..)
 //   intB      symmetric, offset binary                  float16    (code - 2^(B-1)) * scale
 //   intB      asymmetric                                float16    (code - zero_point) * scale
 //
@@ -44,13 +46,16 @@ enum Element : int {
   kInt3 = 7,
   kInt5 = 8,
   kInt6 = 9,
+  // With other scales they are other elements here: bits 13-14 of a format's code tell.
+  kMXInt8 = 0x40 | kInt8,  // e8m0
+  kNVE2M1 = 0x40 | kE2M1,  // e4m3, and one divisor for the whole tensor
 };
 enum ScaleMode : int { kFloor = 0, kRceil = 1, kEven = 2 };
 // The number under which Python passes a tensor's dtype.
 enum Dtype : int { kBFloat16 = 0, kFloat16 = 1, kFloat32 = 2 };
 
 // mixbits.formats.schemes.Format.code: bits 0-7 element, 8-11 scale mode, 12 symmetric, 13-14 scale
-// (that of the element; no other is known here), 15 a tensor's scale per row (likewise), 16..
+// (0 e8m0, 1 float16, 2 e4m3; no other is known here), 15 a tensor's scale per row (likewise), 16..
 // group_size.
 struct Format {
   int element;
@@ -60,20 +65,25 @@ struct Format {
 };
 
 MB_HD static inline constexpr Format decode_format(int code) {
-  return Format{code & 0xff, (code >> 8) & 0xf, ((code >> 12) & 1) != 0, code >> 16};
+  const int element = code & 0xff, scale = code >> 13 & 3;
+  const bool other = (element == kInt8 && scale == 0) || (element == kE2M1 && scale == 2);
+  return Format{other ? element | 0x40 : element, (code >> 8) & 0xf, ((code >> 12) & 1) != 0,
+                code >> 16};
 }
 MB_HD static inline constexpr bool is_float(int element) {
-  return element <= kE5M2 || element == kE2M3;
+  return element <= kE5M2 || element == kE2M3 || element == kNVE2M1;
 }
 // Whether scales are e8m0.
-MB_HD static inline constexpr bool is_mx(int element) { return is_float(element); }
+MB_HD static inline constexpr bool is_mx(int element) {
+  return element == kMXInt8 || (is_float(element) && element != kNVE2M1);
+}
 MB_HD static inline constexpr int element_bits(int element) {
-  return element == kE2M1 || element == kInt4   ? 4
-         : element == kInt2                     ? 2
-         : element == kInt3                     ? 3
-         : element == kInt5                     ? 5
-         : element == kE2M3 || element == kInt6 ? 6
-                                                : 8;
+  return element == kE2M1 || element == kNVE2M1 || element == kInt4 ? 4
+         : element == kInt2                                         ? 2
+         : element == kInt3                                         ? 3
+         : element == kInt5                                         ? 5
+         : element == kE2M3 || element == kInt6                     ? 6
+                                                                    : 8;
 }
 
 struct Minifloat {
@@ -83,12 +93,14 @@ struct Minifloat {
   int max_exponent;   // of the largest finite value
   int32_t max_value;  // the largest finite value, as the bits of a float
 };
+constexpr float kMXInt8Unit = 1.0f / 64;  // what its codes count
 
 MB_HD static inline constexpr Minifloat minifloat(int element) {
-  return element == kE2M1   ? Minifloat{4, 1, 0, 2, 0x40c00000}      // 6
-         : element == kE2M3 ? Minifloat{6, 3, 0, 2, 0x40f00000}      // 7.5
-         : element == kE4M3 ? Minifloat{8, 3, -6, 8, 0x43e00000}     // 448
-                            : Minifloat{8, 2, -14, 15, 0x47600000};  // 57344
+  return element == kE2M1 || element == kNVE2M1 ? Minifloat{4, 1, 0, 2, 0x40c00000}  // 6
+         : element == kE2M3                     ? Minifloat{6, 3, 0, 2, 0x40f00000}  // 7.5
+         : element == kMXInt8 ? Minifloat{8, 6, 0, 0, 0x3ffe0000}   // 127/64; for its scales only
+         : element == kE4M3   ? Minifloat{8, 3, -6, 8, 0x43e00000}  // 448
+                              : Minifloat{8, 2, -14, 15, 0x47600000};  // 57344
 }
 
 template <class To, class From>
@@ -146,10 +158,11 @@ MB_HD static inline float e8m0_to_float(int byte) {
   return bit_cast<float>(uint32_t(byte) << 23 | special);
 }
 
-// 2^(127 - byte) for bytes up to 253, which are all that mx_scale returns, and NaN for 255.
-// A power of two's reciprocal is exact, so multiplying by it equals dividing.
+// 2^(127 - byte), and NaN for 255. A power of two's reciprocal is exact, so multiplying by it
+// equals dividing.
 MB_HD static inline float e8m0_reciprocal(int byte) {
-  return bit_cast<float>(byte == kNanScale ? 0x7fc00000u : uint32_t(254 - byte) << 23);
+  const uint32_t subnormal = byte == 254 ? 0x00400000u : 0u;
+  return bit_cast<float>(byte == kNanScale ? 0x7fc00000u : uint32_t(254 - byte) << 23 | subnormal);
 }
 
 // The e8m0 byte of a block whose largest magnitude has these float bits.
@@ -230,6 +243,13 @@ MB_HD static inline F minifloat_decode(I code, const Minifloat f) {
 
 constexpr float kRoundMagic = 12582912.0f;  // 1.5 * 2^23: its neighbours are the integers
 constexpr int32_t kRoundMagicBits = 0x4b400000;
+// The same for multiples of what an element's codes count.
+MB_HD static inline constexpr float unit_of(int element) {
+  return element == kMXInt8 ? kMXInt8Unit : 1.0f;
+}
+MB_HD static inline constexpr float round_magic(int element) {
+  return kRoundMagic * unit_of(element);
+}
 constexpr uint16_t kMinIntScale = 0x00a8;  // float16 of 1e-5, AutoRound's q_scale_thresh
 
 // Scale and offset of an integer group. `finite` is false where the group held a NaN or an

@@ -26,7 +26,7 @@ torch.compile sees (`mixbits.backends.registered`).
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -81,7 +81,7 @@ def explain_matmul(
 
     The choice depends on these arguments, MIXBITS_BACKEND and what is installed; nothing runs.
     """
-    name = holder(device_type, requested_backend(backend), (fmt,))
+    name = holder(device_type, requested_backend(backend), (), (fmt,))
     explain = getattr(module_of(name), "explain_matmul", None)
     return name if explain is None else f"{name}: {explain(fmt, m, n, k, dtype)}"
 
@@ -147,7 +147,7 @@ def dequantize(
     out_shape = (packed.weight_packed.shape[0], in_features)
     if dtype not in DTYPES:
         raise TypeError(f"dtype must be bfloat16, float16 or float32: got {dtype}")
-    module = backend_for(packed.weight_packed, backend, (fmt,))
+    module = backend_for(packed.weight_packed, backend, (), (fmt,))
     if 0 in out_shape:
         return torch.empty(out_shape, dtype=dtype, device=device)
     return module.dequantize(packed_in_memory(packed), fmt, in_features, dtype)
@@ -393,7 +393,7 @@ def packed_matmuls_unchecked(
             return packed_matmuls_unchecked(x.detach(), operands, backend, int8_activations)
 
         return gradients.products(x, operands, multiply, backend)
-    module = backend_for(x, backend, formats_of(operands))
+    module = backend_for(x, backend, activations_of(operands), weights_of(operands))
     if x.numel() == 0:
         return [x.new_zeros((x.shape[0], operand.out_features)) for operand in operands]
     x = x if is_in_memory(x) else _ready("x", x, module)
@@ -409,13 +409,15 @@ def packed_matmuls_unchecked(
     ]
 
 
-def formats_of(operands: Iterable[Operand]) -> Iterator[Format]:
-    """Those of weights and of activations, as often as they occur."""
-    for operand in operands:
-        for _, fmt, activation in operand.parts:
-            yield fmt
-            if activation is not None:
-                yield activation
+def weights_of(operands: Iterable[Operand]) -> list[Format]:
+    """Formats of weights, as often as they occur."""
+    return [one.format for operand in operands for one in operand.parts]
+
+
+def activations_of(operands: Iterable[Operand]) -> list[Format]:
+    """Formats that x is rounded to, as often as they occur."""
+    parts = (one for operand in operands for one in operand.parts)
+    return [one.activation for one in parts if one.activation is not None]
 
 
 # x [M, K], a plain operand [N, K] -> [M, N]

@@ -7,7 +7,7 @@ import torch
 from mixbits import ops
 from mixbits.formats.arrange import Arrangement
 from mixbits.formats.pack import Operand, Part, order_dtype
-from mixbits.formats.schemes import Recipe, parse_scheme
+from mixbits.formats.schemes import FIRST_FORMATS, Recipe, parse_scheme
 from mixbits.runtime.linear import PackedLinear
 from mixbits.runtime.swap import swap_linears
 
@@ -19,10 +19,17 @@ SEGMENTS = {
     "weights only": (("W8A16", 128), ("W4A16", 160), ("W2A16G32ASYM", 1)),
     "both": (("MXFP8A16", 40), ("MXFP4", 31), ("W4A16ASYM", 130), ("MXFP4A16", 7)),
     "two planes": (("MXFP6", 40), ("W3A16G32ASYM", 98), ("W5A16", 31), ("W6A16G64ASYM", 65)),
+    "NVFP4": (("NVFP4A16", 40), ("MXFP4", 33), ("NVFP4A16", 99)),
+    "MXINT8": (("MXINT8", 40), ("MXFP4xMXINT8", 31), ("W4xMXINT8", 97)),
     "one": (("MXFP4", 172),),
     "many columns": (("MXFP8", 1024), ("MXFP4", 3072)),
 }
 ARRANGED = {"natural": (False, False), "ordered": (True, False), "rotated": (True, True)}
+
+
+def meets_integers(fmt):
+    """Whether the CPU may take x that has no format for integers, beside weights in `fmt`."""
+    return (fmt.element, fmt.scale) in FIRST_FORMATS and fmt.element not in ("e4m3", "e5m2")
 
 
 def make_mix(segments, arranged, rows):

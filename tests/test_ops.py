@@ -31,6 +31,7 @@ COLUMNS = [1, 31, 33, 172, 192]
 MXFP4 = Format("e2m1", 32)
 MXFP8 = Format("e4m3", 32)
 INT4 = Format("int4", 128)
+NVFP4 = Format("e2m1", 16, scale="e4m3")
 
 
 def misaligned(x):
@@ -77,10 +78,10 @@ def test_fake_quantize_across_threads(isa):
     assert_same_bits(ops.fake_quantize(x, INT4, "cpu"), reference.fake_quantize(x, INT4))
 
 
-@pytest.mark.parametrize("element", ["e2m1", "e2m3", "e4m3", "e5m2"])
+@pytest.mark.parametrize("element", ["e2m1", "e2m3", "e4m3", "e5m2", "int8"])
 @by_dtype
 def test_dequantize_every_code_with_every_scale(isa, element, dtype):
-    fmt = Format(element, 32)
+    fmt = Format(element, 32, scale="e8m0")
     columns = 256
     codes = torch.arange(columns).remainder(1 << fmt.bits).to(torch.uint8)
     scale = torch.arange(256, dtype=torch.int32).to(torch.uint8)[:, None]
@@ -114,6 +115,19 @@ def every_code_with_every_float16_scale(fmt):
 def test_dequantize_every_code_with_every_float16_scale(isa, fmt):
     packed, expected = every_code_with_every_float16_scale(fmt)
     assert_same_bits(ops.dequantize(packed, fmt, fmt.group_size, torch.float32, "cpu"), expected)
+
+
+@by_dtype
+def test_dequantize_nvfp4(isa, dtype):
+    """Which the library reads, and does not make: hard rows, then every code with every scale."""
+    scale = torch.arange(256, dtype=torch.int32).to(torch.uint8)[:, None]
+    codes = torch.arange(16, dtype=torch.uint8).repeat(256, 1)
+    divisor = torch.tensor([1234.5])
+    every = reference.Quantized(codes, scale, tensor_scale=divisor)
+    rows = [reference.quantize(hard_rows(columns, dtype), NVFP4) for columns in COLUMNS]
+    for q in (*rows, every):
+        got = ops.dequantize(pack(q, NVFP4), NVFP4, q.codes.shape[1], dtype, "cpu")
+        assert_same_bits(got, reference.dequantize(q, NVFP4, dtype))
 
 
 def test_non_contiguous_input(isa):

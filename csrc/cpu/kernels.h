@@ -32,6 +32,7 @@ struct DequantizeArgs {
   void* out;                   // [rows, columns] of dtype
   int64_t rows, columns;
   int dtype, format;
+  const void* divisor;  // a float, of scales in e4m3; null for formats without
 };
 
 // Fisher statistics have row_weight and column_weight, gradient statistics have gradient.
@@ -79,7 +80,8 @@ struct PackedSegment {
   const uint8_t* zero_points;  // null for formats without
   int64_t columns;
   int format;
-  int activation;  // format of x, or 0 to leave it as it is
+  int activation;       // format of x, or 0 to leave it as it is
+  const void* divisor;  // a float, of scales in e4m3; null for formats without
 };
 
 // A linear's weight: segments side by side, at most kMaxSegments. Their columns are those of x in

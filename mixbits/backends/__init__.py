@@ -4,6 +4,8 @@
     supports(device) -> bool
     holds(fmt) -> bool                     whether it has code for a format; else `mixbits.ops`
                                            asks the next best, and never this one
+    decodes(fmt) -> bool                   optional: whether it dequantizes and multiplies packed
+                                           weights in `fmt`, which it may not be able to make
     fake_quantize(x, fmt), quantize_pack(weight, fmt), dequantize(packed, fmt, in_features, dtype)
     fisher_statistics(weight, row_weight, column_weight, formats)
     gradient_statistics(weight, gradient, formats)

@@ -56,10 +56,25 @@ def requested_backend(backend: str | None) -> str | None:
     return backend or os.environ.get("MIXBITS_BACKEND") or None
 
 
-def holder(device_type: str, requested: str | None, formats: Iterable[Format]) -> str:
-    """`choose_backend` among those that hold all `formats`; the one requested, or none."""
+def _lacking(name: str, formats: Iterable[Format], decoded: Iterable[Format]) -> list[Format]:
+    module = module_of(name)
+    decodes = getattr(module, "decodes", module.holds)
+    missing = [fmt for fmt in decoded if not decodes(fmt)]
+    return missing + [fmt for fmt in formats if not module.holds(fmt)]
+
+
+def holder(
+    device_type: str,
+    requested: str | None,
+    formats: Sequence[Format],
+    decoded: Sequence[Format] = (),
+) -> str:
+    """`choose_backend` among those that hold all `formats`; the one requested, or none.
+
+    Packed weights in `decoded` are read only, for which a backend may have `decodes(fmt)`.
+    """
     chosen = choose_backend(device_type, requested)
-    lacking = [fmt for fmt in formats if not module_of(chosen).holds(fmt)]
+    lacking = _lacking(chosen, formats, decoded)
     if not lacking:
         return chosen
     if requested is not None:
@@ -67,13 +82,18 @@ def holder(device_type: str, requested: str | None, formats: Iterable[Format]) -
     others = _PREFERENCE.get(device_type, ("reference",))
     left = others[others.index(chosen) + 1 :]
     able = (n for n in left if module_of(n).why_unavailable() is None)
-    return next(n for n in able if all(map(module_of(n).holds, lacking)))
+    return next(n for n in able if not _lacking(n, formats, decoded))
 
 
-def backend_for(x: Tensor, requested: str | None, formats: Iterable[Format]) -> Any:
+def backend_for(
+    x: Tensor,
+    requested: str | None,
+    formats: Sequence[Format],
+    decoded: Sequence[Format] = (),
+) -> Any:
     if requested is not None and not isinstance(requested, str):
         raise TypeError(f"backend must be the name of one, or None: got {requested!s:.80}")
-    return module_of(holder(x.device.type, requested_backend(requested), formats))
+    return module_of(holder(x.device.type, requested_backend(requested), formats, decoded))
 
 
 def by_holder(

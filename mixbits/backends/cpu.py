@@ -24,7 +24,11 @@ from ..formats.schemes import FIRST_FORMATS, MX_GROUP, Format
 DTYPE_NUMBERS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # csrc/formats.h, Dtype
 
 # Elements with scales: csrc/cpu/codes/group.h.
-HELD = FIRST_FORMATS | {("e2m3", "e8m0")} | {(e, "float16") for e in ("int3", "int5", "int6")}
+HELD = (
+    FIRST_FORMATS
+    | {(e, "e8m0") for e in ("e2m3", "int8")}
+    | {(e, "float16") for e in ("int3", "int5", "int6")}
+)
 
 _native: Any = None
 _why: str | None = None
@@ -51,6 +55,11 @@ def supports(device: torch.device) -> bool:
 def holds(fmt: Format) -> bool:
     """Whether operations have code for `fmt`."""
     return (fmt.element, fmt.scale) in HELD
+
+
+def decodes(fmt: Format) -> bool:
+    """Whether packed weights in `fmt` can be dequantized and multiplied: NVFP4's, too."""
+    return holds(fmt) or (fmt.scale == "e4m3" and fmt.tensor_scale == "tensor")
 
 
 def isa() -> str:
@@ -86,6 +95,12 @@ def _pointers(packed: Packed) -> tuple[int, int, int]:
     return packed.weight_packed.data_ptr(), packed.weight_scale.data_ptr(), pointer
 
 
+def _divisor(packed: Packed) -> int:
+    """The address of the tensor's scale, or 0."""
+    scale = packed.weight_global_scale
+    return 0 if scale is None else scale.data_ptr()
+
+
 def sum_words(data: Tensor) -> int:
     """Sum of the int64 elements of `data`, modulo 2^64: reads memory as fast as it can be read."""
     return int(_native.sum_words(data.data_ptr(), data.nbytes))
@@ -116,7 +131,7 @@ def dequantize(packed: Packed, fmt: Format, in_features: int, dtype: torch.dtype
     rows = packed.weight_packed.shape[0]
     out = torch.empty((rows, in_features), dtype=dtype)
     sizes = (rows, in_features, DTYPE_NUMBERS[dtype], fmt.code)
-    _native.dequantize(*_pointers(packed), out.data_ptr(), *sizes)
+    _native.dequantize(*_pointers(packed), _divisor(packed), out.data_ptr(), *sizes)
     return out
 
 
@@ -181,6 +196,7 @@ def linear_numbers(operand: Operand) -> list[int]:
             width,
             fmt.code,
             0 if activation is None else activation.code,
+            _divisor(packed),
         )
     return numbers
 
@@ -188,7 +204,7 @@ def linear_numbers(operand: Operand) -> list[int]:
 def plain_numbers(weight: Tensor) -> list[int]:
     """The same for a weight [N, K] that was left alone, of the model's dtype: its format is 0."""
     rows, columns = weight.shape
-    return [0, 0, 0, rows, 1, weight.data_ptr(), 0, 0, columns, 0, 0]
+    return [0, 0, 0, rows, 1, weight.data_ptr(), 0, 0, columns, 0, 0, 0]
 
 
 def packed_matmuls(x: Tensor, operands: Sequence[Operand], int8_activations: bool) -> list[Tensor]:

@@ -1,11 +1,13 @@
 """Products with packed weights on CPU tensors, with every instruction set that this CPU has."""
 
+from dataclasses import replace
 from functools import lru_cache
 from typing import NamedTuple
 
 import pytest
 import torch
 from conftest import CPU_FORMATS, DTYPES, FORMATS, MX_FORMATS, by_dtype, by_isa, format_id
+from mixes import meets_integers
 
 from mixbits import ops
 from mixbits.formats import reference
@@ -15,6 +17,7 @@ from mixbits.formats.schemes import SCALE_MODES, Format, parse_scheme
 MXFP4 = Format("e2m1", 32)
 MXFP8 = Format("e4m3", 32)
 INT4 = Format("int4", 128)
+MXINT8 = Format("int8", 32, scale="e8m0")
 
 
 def integer_bound(x, values):
@@ -56,7 +59,7 @@ def product(x, weight, fmt, activation):
     # of the largest partial sum, which the sum of magnitudes bounds.
     magnitudes = rounded.double().abs() @ values.double().abs().T
     floor = torch.finfo(x.dtype).eps * exact.abs() + 2.0**-23 * magnitudes
-    if activation is None and fmt.element in ("e2m1", "int2", "int4", "int8"):
+    if activation is None and meets_integers(fmt):
         floor += integer_bound(x, values)
     return Product(x, packed, fmt, activation, exact, torchs_error, 2 * torchs_error + floor)
 
@@ -79,6 +82,7 @@ def check_matmul(case, backend):
 
 # Those of which there is one way to multiply take few shapes.
 MORE = [fmt for fmt in CPU_FORMATS if fmt not in FORMATS and fmt.group_size != 64]
+MORE.append(Format("e2m1", 16, scale="e4m3"))
 
 
 @by_isa
@@ -94,7 +98,12 @@ def test_matmul(isa, fmt, tokens):
 
 @by_isa
 @pytest.mark.parametrize(
-    "scheme", ["MXFP4", "MXFP4A16", "MXFP8", "MXFP8A16", "W4A16", "W8A16", "W2A16G32ASYM", "MXFP6"]
+    "scheme",
+    [
+        *("MXFP4", "MXFP4A16", "MXFP8", "MXFP8A16", "W4A16", "W8A16", "W2A16G32ASYM", "MXFP6"),
+        "NVFP4A16",
+        *("MXFP4xMXINT8", "W4xMXINT8", "W2G32ASYMxMXINT8", "W8G32xMXINT8"),
+    ],
 )
 @by_dtype
 def test_matmul_of_many_columns(isa, scheme, dtype):
@@ -104,7 +113,10 @@ def test_matmul_of_many_columns(isa, scheme, dtype):
         check_matmul(random_product(tokens, 100, 4096, dtype, *formats), "cpu")
 
 
-MIXED = ["MXFP4", "MXFP8", "W4A16", "MXFP4A16", "W8A16G32ASYM", "W2A16", "MXFP8E5M2", "W4A16G32"]
+MIXED = [
+    *("MXFP4", "MXFP4xMXINT8", "W4xMXINT8", "MXINT8", "MXFP8", "W4A16", "MXFP4A16"),
+    *("W8A16G32ASYM", "W2A16", "MXFP8E5M2", "W4A16G32"),
+]
 
 
 def operands_of(names, columns):
@@ -159,7 +171,9 @@ def test_matmul_does_not_depend_on_threads(isa, fmt):
         assert all(torch.equal(result, results[0]) for result in results)
 
 
-@pytest.mark.parametrize("activation", [None, *MX_FORMATS[:3]], ids=lambda f: f and format_id(f))
+@pytest.mark.parametrize(
+    "activation", [None, *MX_FORMATS[:3], MXINT8], ids=lambda f: f and format_id(f)
+)
 @by_dtype
 @pytest.mark.parametrize("tokens", [1, 7, 70])
 def test_matmul_of_extreme_scales(isa, activation, dtype, tokens):
@@ -184,11 +198,12 @@ def test_matmul_of_extreme_scales(isa, activation, dtype, tokens):
 @pytest.mark.parametrize("tokens", [1, 7])
 @pytest.mark.parametrize("exponent", [-25, -24, -23, -22, -20, 12, 13, 14, 15])
 @pytest.mark.parametrize("mode", SCALE_MODES)
-def test_matmul_of_float16_tokens_that_round_in_float16(isa, tokens, exponent, mode):
+@pytest.mark.parametrize("kind", [MXFP4, MXINT8], ids=str)
+def test_matmul_of_float16_tokens_that_round_in_float16(isa, tokens, exponent, mode, kind):
     """A block's values may lie among float16's subnormals, or beyond its largest number."""
     x = ((torch.rand(tokens, 128) * 3.8 - 1.9) * 2.0**exponent).half()
     packed = ops.quantize_pack(torch.randn(20, 128) * 2.0**-exponent, MXFP4)
-    activation = Format("e2m1", 32, scale_mode=mode)
+    activation = replace(kind, scale_mode=mode)
     got = ops.packed_matmul(x, packed, MXFP4, activation, "cpu")
     expected = ops.packed_matmul(x, packed, MXFP4, activation, "reference")
     # Both add in float32 before they round; cancellation leaves 2^-24 of the largest terms.

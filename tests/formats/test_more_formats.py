@@ -275,7 +275,9 @@ def test_a_backend_without_a_format_refuses_it_and_another_takes_over(fmt: Forma
         for a, b in zip(as_list(got), as_list(expected[name]), strict=True):
             assert torch.allclose(a.double(), b.double(), rtol=1e-4, atol=1e-3), name
     if not cpu.holds(fmt):
-        for call in calls(fmt, "cpu").values():
+        for name, call in calls(fmt, "cpu").items():
+            if name in ("dequantize", "packed_matmul") and cpu.decodes(fmt):
+                continue
             with pytest.raises(UsageError, match="backend 'cpu' cannot take Format"):
                 call()
 

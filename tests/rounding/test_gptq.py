@@ -12,6 +12,7 @@ from mixbits.rounding.gptq import DAMPING, Curvature, corrected, gptq
 
 MXFP4, MXFP8 = Format("e2m1", 32), Format("e4m3", 32)
 INT4 = Format("int4", 32)
+MXINT8 = Format("int8", 32, scale="e8m0", scale_mode="rceil")
 
 
 def inputs(tokens: int, columns: int) -> torch.Tensor:
@@ -139,6 +140,7 @@ NATIVE_PARTS = {
         (Format("e2m3", 32, scale_mode="even"), 64),
         (Format("int3", 32, symmetric=False), 108),
     ],
+    "MXINT8": [(MXINT8, 172)],
     "W5A16, W6A16G64ASYM": [
         (Format("int5", 128), 128),
         (Format("int6", 64, symmetric=False), 44),
@@ -162,7 +164,7 @@ def test_native_gptq_equals_its_slow_twin_to_the_bit(isa, name, rows):
             assert a is b is None or torch.equal(a, b)
 
 
-@pytest.mark.parametrize("fmt", [MXFP4, INT4, Format("e2m3", 32)], ids=format_id)
+@pytest.mark.parametrize("fmt", [MXFP4, INT4, Format("e2m3", 32), MXINT8], ids=format_id)
 def test_native_gptq_of_what_is_not_finite(isa, fmt):
     weight = torch.randn(20, 64)
     weight[3, 7], weight[9, 60] = torch.nan, torch.inf

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import DTYPES
-from mixes import ARRANGED, SEGMENTS, exact_product, filled, make_mix, slab_recipe
+from mixes import ARRANGED, SEGMENTS, exact_product, filled, make_mix, meets_integers, slab_recipe
 from tiny import make_model
 
 import mixbits
@@ -34,7 +34,7 @@ def check_mix(x, mix, values, got):
     half = 2.0**-23 if x.dtype == torch.float32 or mix.rotated else 2.0**-15
     start = 0
     for one, columns in zip(mix.parts, mix.columns, strict=True):
-        if one.activation is None and one.format.element in ("e2m1", "int2", "int4", "int8"):
+        if one.activation is None and meets_integers(one.format):
             piece = rounded[:, start : start + columns].abs()
             blocks = torch.nn.functional.pad(piece, (0, -columns % 32)).unflatten(1, (-1, 32))
             steps = 1.01 * half * blocks.amax(-1).repeat_interleave(32, -1)[:, :columns]

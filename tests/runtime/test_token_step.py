@@ -30,9 +30,9 @@ pytestmark = pytest.mark.skipif(cpu.why_unavailable() is not None, reason="no na
 MIXES = {
     "weights": [
         *("W4A16", "MXFP8A16", "BF16", "W8A16ASYM", "MXFP4A16", "W2A16G64ASYM"),
-        *("W3A16", "MXFP6A16", "W5A16G32ASYM", "W6A16"),
+        *("W3A16", "MXFP6A16", "W5A16G32ASYM", "W6A16", "NVFP4A16"),
     ],
-    "activations": ["MXFP4", "MXFP8", "W4A16", "BF16", "MXFP8E5M2", "MXFP6"],
+    "activations": ["MXFP4", "MXFP8", "W4A16", "BF16", "MXFP8E5M2"],
     "plain": ["BF16"],
 }
 ROPES = {

@@ -40,9 +40,18 @@ MB_INLINE void with_element(int element, F&& f) {
       return f(Tag<kInt5>());
     case kInt6:
       return f(Tag<kInt6>());
+    case kMXInt8:
+      return f(Tag<kMXInt8>());
     default:
       return f(Tag<kInt8>());
   }
+}
+
+// The same for elements of packed weights: of kNVE2M1 only decoding is known.
+template <class F>
+MB_INLINE void with_packed_element(int element, F&& f) {
+  if (element == kNVE2M1) return f(Tag<kNVE2M1>());
+  with_element(element, f);
 }
 
 // The same for a count of 1 to MOST; what is beyond counts as MOST.
@@ -182,6 +191,7 @@ MB_INLINE void mx_scales(const Bounds& bounds, int groups, int scale_mode, Scale
     const int byte = mx_scale(bit_cast<int32_t>(bounds.high[g]), ELEMENT, scale_mode);
     out->scale[g] = e8m0_to_float(byte);
     out->reciprocal[g] = e8m0_reciprocal(byte);
+    out->offset[g] = 128.0f;  // of integers
     out->stored[g] = uint16_t(byte);
   }
 }
@@ -260,10 +270,16 @@ MB_INLINE vf divide(vf x, float divisor, float reciprocal) {
 #endif
 }
 
+// What integers of code 0 are, as a sum with round_magic.
+template <int ELEMENT>
+MB_INLINE float lowest_sum(const Scales& scales, int g) {
+  return round_magic(ELEMENT) - scales.offset[g] * unit_of(ELEMENT);
+}
+
 // Rounds the elements of one group, number `g` of a batch.
 template <int ELEMENT>
 struct Rounding {
-  // Integers: a rounded number is kept as its sum with kRoundMagic, where clamping is the same
+  // Integers: a rounded number is kept as its sum with round_magic, where clamping is the same
   // and the code is in the lowest bits.
   float scale, reciprocal, lowest, highest;
   int32_t keep;  // MX: 0 in a NaN block, whose codes are 0
@@ -271,24 +287,25 @@ struct Rounding {
   Rounding(const Scales& scales, int g)
       : scale(scales.scale[g]),
         reciprocal(scales.reciprocal[g]),
-        lowest(is_mx(ELEMENT) ? 0.0f : kRoundMagic - scales.offset[g]),
-        highest(lowest + float((1 << element_bits(ELEMENT)) - 1)),
+        lowest(is_float(ELEMENT) ? 0.0f : lowest_sum<ELEMENT>(scales, g)),
+        highest(lowest + float((1 << element_bits(ELEMENT)) - 1) * unit_of(ELEMENT)),
         keep(scales.stored[g] == kNanScale ? 0 : 0xff) {}
 
   // In a group of NaN scale all sums are `lowest`.
   vf sum(vf x) const {
-    const vf rounded = divide(x, scale, reciprocal) + kRoundMagic;
+    const vf quotient = is_mx(ELEMENT) ? x * reciprocal : divide(x, scale, reciprocal);
+    const vf rounded = quotient + round_magic(ELEMENT);
     const vf low = splat(lowest), high = splat(highest);
     const vf floored = rounded > low ? rounded : low;
     return floored < high ? floored : high;
   }
   vf value(vf x) const {
-    if (!is_mx(ELEMENT)) return (sum(x) - kRoundMagic) * scale;
+    if (!is_float(ELEMENT)) return (sum(x) - round_magic(ELEMENT)) * scale;
     // In a NaN block both factors are NaN, and so is every product.
     return minifloat_round<vf, vi>(x * reciprocal, minifloat(ELEMENT)) * scale;
   }
   vi code(vf x) const {
-    if (!is_mx(ELEMENT)) return bit_cast<vi>(sum(x)) - bit_cast<int32_t>(lowest);
+    if (!is_float(ELEMENT)) return bit_cast<vi>(sum(x)) - bit_cast<int32_t>(lowest);
     return minifloat_encode<vf, vi>(x * reciprocal, minifloat(ELEMENT)) & keep;
   }
 };
@@ -417,6 +434,7 @@ struct PackedRow {
   const uint8_t* scales;
   const uint8_t* zero_points;  // null for formats without
   int64_t groups;
+  float divisor;  // of scales in e4m3
 };
 
 // A whole one; csrc/layout.h says where its bits are. Sizes are of a row.
@@ -424,14 +442,17 @@ struct PackedWeight {
   const uint8_t* codes;
   const uint8_t* scales;
   const uint8_t* zero_points;
+  float divisor;
   int64_t columns;
   Format format;
   int64_t groups, code_bytes, scale_row_bytes, zero_point_bytes;
 
   PackedWeight() = default;
   // A format 0 stands for elements that were left alone, in no groups.
-  PackedWeight(const uint8_t* c, const uint8_t* s, const uint8_t* z, int64_t k, const Format& f)
-      : codes(c), scales(s), zero_points(z), columns(k), format(f) {
+  PackedWeight(const uint8_t* c, const uint8_t* s, const uint8_t* z, const void* d, int64_t k,
+               const Format& f)
+      : codes(c), scales(s), zero_points(z), divisor(1), columns(k), format(f) {
+    if (d) memcpy(&divisor, d, sizeof(divisor));
     const int bits = element_bits(f.element);
     groups = f.group_size ? group_count(k, f.group_size) : 0;
     code_bytes = packed_bytes(k, bits);
@@ -441,9 +462,12 @@ struct PackedWeight {
 
   PackedRow row(int64_t n) const {
     const uint8_t* const first = codes + n * code_bytes;
-    return {first, first + upper_plane(columns, element_bits(format.element)),
+    return {first,
+            first + upper_plane(columns, element_bits(format.element)),
             scales + n * scale_row_bytes,
-            zero_points ? zero_points + n * zero_point_bytes : nullptr, groups};
+            zero_points ? zero_points + n * zero_point_bytes : nullptr,
+            groups,
+            divisor};
   }
 };
 
@@ -455,7 +479,11 @@ struct GroupValue {
 
 template <int ELEMENT>
 MB_INLINE GroupValue group_value(const PackedRow& row, int64_t g) {
-  if (is_mx(ELEMENT)) return {e8m0_to_float(row.scales[g]), 0.0f};
+  if (ELEMENT == kNVE2M1) {
+    const float scale = minifloat_decode<float, int32_t>(row.scales[g], minifloat(kE4M3));
+    return {scale / row.divisor, 0.0f};
+  }
+  if (is_mx(ELEMENT)) return {e8m0_to_float(row.scales[g]) * unit_of(ELEMENT), 128.0f};
   constexpr int bits = element_bits(ELEMENT);
   uint16_t half;
   memcpy(&half, row.scales + 2 * g, 2);
@@ -468,13 +496,13 @@ MB_INLINE GroupValue group_value(const PackedRow& row, int64_t g) {
 template <int ELEMENT>
 MB_INLINE vf decode(vi codes, float offset) {
 #if defined(__AVX512F__)
-  if (ELEMENT == kE2M1) {
+  if (ELEMENT == kE2M1 || ELEMENT == kNVE2M1) {
     const __m512 table = _mm512_setr_ps(0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f,  //
                                         -0.0f, -0.5f, -1.0f, -1.5f, -2.0f, -3.0f, -4.0f, -6.0f);
     return (vf)_mm512_permutexvar_ps((__m512i)codes, table);
   }
 #endif
-  if (is_mx(ELEMENT)) return minifloat_decode<vf, vi>(codes, minifloat(ELEMENT));
+  if (is_float(ELEMENT)) return minifloat_decode<vf, vi>(codes, minifloat(ELEMENT));
   return small_to_float<vf, vi>(codes) - offset;
 }
 

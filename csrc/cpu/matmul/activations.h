@@ -1,6 +1,7 @@
 // Activations as integers: 32 consecutive values become integers with one scale.
 //
 //   e2m1 codes    twice the value, at most 12              exact: what the format says
+//   MXINT8 codes  64 times the value, at most 128          likewise
 //   int8          scale max / 127                          rounds: opt-in
 //   int16         power-of-two scale, at most 32639        15 bits below the block's largest value
 //   int24         likewise, at most 8355711                23 bits
@@ -30,7 +31,7 @@
 namespace mixbits {
 namespace MB_ISA {
 
-enum Integers { kE2M1Codes, kInt8Values, kInt16Values, kInt24Values };
+enum Integers { kE2M1Codes, kMXInt8Codes, kInt8Values, kInt16Values, kInt24Values };
 
 constexpr int pieces_of(Integers kind) {
   return kind == kInt16Values ? 2 : kind == kInt24Values ? 3 : 1;
@@ -39,7 +40,8 @@ constexpr int pieces_of(Integers kind) {
 // The integers that stand for activations of this dtype beside integer weights.
 static inline Integers integers_for(const SegmentWeight& segment, int dtype,
                                     bool int8_activations) {
-  if (segment.activation_code) return kE2M1Codes;
+  if (segment.activation_code)
+    return segment.activation.element == kE2M1 ? kE2M1Codes : kMXInt8Codes;
   if (int8_activations) return kInt8Values;
   return dtype == kFloat32 ? kInt24Values : kInt16Values;
 }
@@ -49,9 +51,10 @@ constexpr bool has_integer_codes(int element) {
   return element == kE2M1 || element == kInt2 || element == kInt4 || element == kInt8;
 }
 
-// Whether activations are left alone, or are codes of e2m1.
+// Whether activations are left alone, or are codes that are small integers.
 static inline bool has_integer_activations(const SegmentWeight& segment) {
-  return !segment.activation_code || segment.activation.element == kE2M1;
+  const int element = segment.activation.element;
+  return !segment.activation_code || element == kE2M1 || element == kMXInt8;
 }
 
 // What weights, as unsigned bytes, are above their values; zero points are another matter.
@@ -59,7 +62,7 @@ static inline int code_offset(int element) {
   return element == kE2M1 ? 12 : 1 << (element_bits(element) - 1);
 }
 
-// Whether the values of an e2m1 block with this scale are finite in the dtype of x, and in
+// Whether the values of an MX block with this scale are finite in the dtype of x, and in
 // float32 with room to spare. Where not, x must be rounded to its dtype, which the float path
 // does. At the lower end nothing is lost: below the dtype's smallest number, x is on the grid.
 static inline bool is_exact(int byte, int dtype) {
@@ -98,17 +101,23 @@ MB_INLINE Fit round_block(float* x, float scale, float reciprocal, int steps, in
   return kTerm;
 }
 
-MB_INLINE Fit e2m1_block(float* x, const Format format, int dtype, int32_t* out, float* scale) {
-  const int byte = mx_scale(largest_magnitude(x, kBlock), kE2M1, format.scale_mode);
-  *scale = 0.5f * e8m0_to_float(byte);
+// Of e2m1 twice the values, of MXINT8 its integers.
+template <int ELEMENT>
+MB_INLINE Fit mx_block(float* x, const Format format, int dtype, int32_t* out, float* scale) {
+  constexpr float unit = ELEMENT == kE2M1 ? 0.5f : kMXInt8Unit;
+  const int byte = mx_scale(largest_magnitude(x, kBlock), ELEMENT, format.scale_mode);
+  *scale = unit * e8m0_to_float(byte);
   if (byte == kNanScale) {
     memset(out, 0, kBlock * sizeof(int32_t));
     return kEnough;
   }
   const float reciprocal = e8m0_reciprocal(byte);
   for (int i = 0; i < kBlock; i += kLanes) {
-    const vf rounded = minifloat_round<vf, vi>(load(x + i) * reciprocal, minifloat(kE2M1));
-    store_raw(out + i, round_to_int(rounded + rounded));
+    vf value = load(x + i) * reciprocal;
+    if (ELEMENT == kE2M1) value = minifloat_round<vf, vi>(value, minifloat(kE2M1));
+    const vf steps = value * (1 / unit), low = splat(-128.0f), high = splat(127.0f);
+    const vf floored = steps > low ? steps : low;
+    store_raw(out + i, round_to_int(floored < high ? floored : high));
   }
   return is_exact(byte, dtype) ? kEnough : kUnfit;
 }
@@ -117,7 +126,8 @@ MB_INLINE Fit e2m1_block(float* x, const Format format, int dtype, int32_t* out,
 // they are not finite, or too small for a scale.
 MB_INLINE Fit integer_block(float* x, Integers kind, const Format format, int dtype, int32_t* out,
                             float* scale) {
-  if (kind == kE2M1Codes) return e2m1_block(x, format, dtype, out, scale);
+  if (kind == kE2M1Codes) return mx_block<kE2M1>(x, format, dtype, out, scale);
+  if (kind == kMXInt8Codes) return mx_block<kMXInt8>(x, format, dtype, out, scale);
   const int32_t top = largest_magnitude(x, kBlock);
   // The exponent of the power of two above which the largest value lies, or just below it where
   // it is nearly the next power: what then exceeds the bytes' range.

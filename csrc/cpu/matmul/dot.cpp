@@ -375,6 +375,8 @@ const Path* path_of(Integers kind) {
   switch (kind) {
     case kE2M1Codes:
       return &kPath<ELEMENT, kE2M1Codes>;
+    case kMXInt8Codes:
+      return &kPath<ELEMENT, kMXInt8Codes>;
     case kInt8Values:
       return &kPath<ELEMENT, kInt8Values>;
     case kInt16Values:

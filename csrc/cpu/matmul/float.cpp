@@ -59,6 +59,7 @@ void dot_row(const Work& work, int64_t n, float* out, int64_t stride) {
   const SegmentWeight& segment = work.segment;
   const PackedRow row = segment.weight.row(n);
   const int group_size = segment.weight.format.group_size;
+  constexpr int vectors = ELEMENT == kNVE2M1 ? 16 / kLanes : 2;  // of a group, side by side
   // Two sums per token, so that one addition need not wait for the last.
   vf sums[M][2] = {};
   int64_t g = 0;
@@ -69,7 +70,7 @@ void dot_row(const Work& work, int64_t n, float* out, int64_t stride) {
     for (int k = 0; k < count; k += group_size, ++g) {
       const GroupValue group = group_value<ELEMENT>(row, g);
       for (int i = k; i < k + group_size; i += 2 * kLanes) {
-        for (int half = 0; half < 2; ++half) {
+        for (int half = 0; half < 2 && half < vectors; ++half) {
           const int at = i + half * kLanes;
           const vi codes = unpack<bits>(bytes.lower, bytes.upper, at);
           const vf w = decode<ELEMENT>(codes, group.offset) * group.scale;
@@ -94,8 +95,9 @@ void dot_rows(const Work& work, int64_t first_row, int64_t last_row, Sums sums) 
 }
 
 void multiply_few(const Work& work, int64_t first_row, int64_t last_row, Sums sums, char*) {
-  with_element(work.segment.element(),
-               [&](auto tag) { dot_rows<decltype(tag)::value>(work, first_row, last_row, sums); });
+  with_packed_element(work.segment.element(), [&](auto tag) {
+    dot_rows<decltype(tag)::value>(work, first_row, last_row, sums);
+  });
 }
 
 // --- many tokens ----------------------------------------------------------------------------
@@ -161,7 +163,7 @@ void multiply_many(const Work& work, int64_t first_row, int64_t last_row, Sums s
   // A tile beyond the last row reads what lies there, and its sums are dropped.
   const int64_t rows = last_row - first_row, tiled = round_up(rows, kTileN);
   memset(panel + rows * stride, 0, (tiled - rows) * work.stride);
-  with_element(work.segment.element(), [&](auto tag) {
+  with_packed_element(work.segment.element(), [&](auto tag) {
     decode_panel<decltype(tag)::value>(work.segment.weight, first_row, rows, stride, panel);
   });
   multiply_panel(work, panel, rows, sums);

@@ -459,6 +459,7 @@ const Path* path_of(const SegmentWeight& segment, const Tokens& tokens, bool int
       // Unsigned bytes cannot be counted from a zero point.
       if (!segment.weight.zero_points) {
         if (kind == kE2M1Codes) return &kIntegers<Int8, ELEMENT, kE2M1Codes>;
+        if (kind == kMXInt8Codes) return &kIntegers<Int8, ELEMENT, kMXInt8Codes>;
         if (kind == kInt8Values) return &kIntegers<Int8, ELEMENT, kInt8Values>;
       }
       if (can_be_bfloat16(segment, tokens.dtype)) return bfloat16_path<ELEMENT>();
@@ -476,7 +477,7 @@ const Path* path_of(const SegmentWeight& segment, const Tokens& tokens, bool int
 
 const Path* gemm_path(const SegmentWeight& segment, const Tokens& tokens, bool int8_activations) {
   const Path* path = nullptr;
-  with_element(segment.element(), [&](auto tag) {
+  with_packed_element(segment.element(), [&](auto tag) {
     path = path_of<decltype(tag)::value>(segment, tokens, int8_activations);
   });
   return path;

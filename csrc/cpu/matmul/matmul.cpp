@@ -27,7 +27,7 @@ int make_works(const Linear& linear, const Input& input, bool int8_activations, 
   for (int i = 0; i < linear.segment_count; ++i) {
     const PackedSegment& s = linear.segments[i];
     const Format format = decode_format(s.format);
-    works[i] = {{{s.codes, s.scales, s.zero_points, s.columns, format},
+    works[i] = {{{s.codes, s.scales, s.zero_points, s.divisor, s.columns, format},
                  linear.rows,
                  s.activation,
                  decode_format(s.activation)},

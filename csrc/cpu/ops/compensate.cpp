@@ -24,7 +24,10 @@ struct LaneScales {
 
   vf scale() const { return load(of.scale); }
   // What x is as a number of steps, or of the element's units.
-  vf quotient(vf x) const { return is_mx(ELEMENT) ? x * load(of.reciprocal) : x / scale(); }
+  vf quotient(vf x) const {
+    if (!is_mx(ELEMENT)) return x / scale();
+    return x * load(of.reciprocal) / unit_of(ELEMENT);  // a power of two
+  }
   // Integers: the code as a float.
   vf clamped(vf x) const {
     const vf rounded = ((quotient(x) + kRoundMagic) - kRoundMagic) + load(of.offset);
@@ -33,11 +36,11 @@ struct LaneScales {
     return floored < top ? floored : top;
   }
   vf value(vf x) const {
-    if (!is_mx(ELEMENT)) return (clamped(x) - load(of.offset)) * scale();
+    if (!is_float(ELEMENT)) return (clamped(x) - load(of.offset)) * (scale() * unit_of(ELEMENT));
     return minifloat_round<vf, vi>(quotient(x), minifloat(ELEMENT)) * scale();
   }
   vi code(vf x) const {
-    if (!is_mx(ELEMENT)) return small_to_int<vf, vi>(clamped(x));
+    if (!is_float(ELEMENT)) return small_to_int<vf, vi>(clamped(x));
     const vf s = scale();
     return minifloat_encode<vf, vi>(quotient(x), minifloat(ELEMENT)) & (s == s);
   }
@@ -87,7 +90,7 @@ void candidate(const Bounds& bounds, int c, const Format format, LaneScales<ELEM
   if (is_mx(ELEMENT)) {
     mx_scales<ELEMENT>(bounds, kLanes, kFloor, &out->of);
     for (int l = 0; l < kLanes; ++l) {
-      const int byte = out->of.stored[l] + (out->of.stored[l] == kNanScale ? 0 : c);
+      const int byte = out->of.stored[l] + (out->of.stored[l] >= kNanScale - 1 ? 0 : c);
       out->of.stored[l] = uint16_t(byte);
       out->of.scale[l] = e8m0_to_float(byte);
       out->of.reciprocal[l] = e8m0_reciprocal(byte);

@@ -109,14 +109,14 @@ bool quantize_pack(const PackArgs& a) {
 
 bool dequantize(const DequantizeArgs& a) {
   const Format format = decode_format(a.format);
-  const PackedWeight weight = {a.codes, a.scales, a.zero_points, a.columns, format};
+  const PackedWeight weight = {a.codes, a.scales, a.zero_points, a.divisor, a.columns, format};
   const int size = dtype_bytes(a.dtype);
   const bool serial = a.rows * group_count(a.columns, kRun) <= kSerialRuns;
 #pragma omp parallel for schedule(static) if (!serial)
   for (int64_t n = 0; n < a.rows; ++n) {
     const PackedRow row = weight.row(n);
     char* out = static_cast<char*>(a.out) + n * a.columns * size;
-    with_element(format.element, [&](auto tag) {
+    with_packed_element(format.element, [&](auto tag) {
       for (int64_t first = 0; first < a.columns; first += kRun) {
         const int count = int(min64(a.columns - first, kRun));
         alignas(64) float values[kRun];

@@ -49,7 +49,7 @@ struct TileFormat {
   Scales scales;
   alignas(64) float weight[kBatch];
   alignas(64) float lowest[kBatch];   // integers: rounded numbers are clamped to these, as sums
-  alignas(64) float highest[kBatch];  // with kRoundMagic
+  alignas(64) float highest[kBatch];  // with round_magic
   double factor;
 };
 
@@ -183,10 +183,11 @@ static void prepare_format(const Tile& tile, const Format format, bool squares, 
   Bounds bounds;
   merge_bounds<is_mx(ELEMENT)>(tile.bounds, groups, group_slabs, &bounds);
   scales_of_bounds<ELEMENT>(bounds, groups, format, &out->scales);
-  if (!is_mx(ELEMENT)) {
+  if (!is_float(ELEMENT)) {
+    const float range = float((1 << element_bits(ELEMENT)) - 1) * unit_of(ELEMENT);
     for (int g = 0; g < groups; ++g) {
-      out->lowest[g] = kRoundMagic - out->scales.offset[g];
-      out->highest[g] = out->lowest[g] + float((1 << element_bits(ELEMENT)) - 1);
+      out->lowest[g] = lowest_sum<ELEMENT>(out->scales, g);
+      out->highest[g] = out->lowest[g] + range;
     }
   }
   // Squares of scales could be beyond float32: they are taken over the largest.
@@ -228,15 +229,16 @@ MB_INLINE vf round_magnitude(vi bits) {
 template <int ELEMENT>
 MB_INLINE vf rounding_error(vf x, const TileFormat& f, int g) {
   const Scales& scales = f.scales;
-  if (is_mx(ELEMENT)) {
+  if (is_float(ELEMENT)) {
     const vi bits = bit_cast<vi>(vf(x * scales.reciprocal[g])) & 0x7fffffff;
     return bit_cast<vf>(bits) - round_magnitude<ELEMENT>(bits);
   }
   // The product with the reciprocal may end on the other side of a tie, where errors are equal.
-  const vf sum = fma(x, splat(scales.reciprocal[g]), splat(kRoundMagic));
+  const vf sum = fma(x, splat(scales.reciprocal[g]), splat(round_magic(ELEMENT)));
   const vf low = splat(f.lowest[g]), high = splat(f.highest[g]);
   const vf floored = sum > low ? sum : low;
-  const vf code = (floored < high ? floored : high) - kRoundMagic;
+  const vf code = (floored < high ? floored : high) - round_magic(ELEMENT);
+  if (is_mx(ELEMENT)) return x * scales.reciprocal[g] - code;
   return fma(-code, splat(scales.scale[g]), x);
 }
 

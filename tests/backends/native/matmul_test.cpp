@@ -187,7 +187,7 @@ void check_matmul(const Matmul& m) {
 
 std::vector<int> weight_formats() {
   std::vector<int> formats = int_formats();
-  for (const int element : {kE2M1, kE4M3, kE5M2, kE2M3})
+  for (const int element : {kE2M1, kE4M3, kE5M2, kE2M3, kMXInt8})
     formats.push_back(format_code(element, 32, true, kFloor));
   return formats;
 }
@@ -300,7 +300,7 @@ void fill_extreme_weight(Random& random, const Weight& w) {
     const int bits = element_bits(element), upper = bits - lower_bits(bits);
     const int spare = int(-w.columns * (upper ? upper : bits) & 7);
     w.codes.data()[(n + 1) * packed_bytes(w.columns, bits) - 1] &= uint8_t(0xff >> spare);
-    if (bits == 8 && is_mx(element) && n % 4 == 0)
+    if (bits == 8 && is_float(element) && n % 4 == 0)
       w.codes.data()[n * w.columns + random.below(w.columns)] = 0x7f;  // NaN
   }
 }

@@ -51,6 +51,11 @@ inline int nearest_code(double y, int element) {
   return signbit(y) ? best | 1 << (element_bits(element) - 1) : best;
 }
 
+// MXINT8 counts 1/64, from code 128 on.
+inline int nearest_mxint8_code(double y) {
+  return int(std::min(std::max(nearbyint(y * 64), -128.0), 127.0)) + 128;
+}
+
 // The e8m0 byte of a block whose largest magnitude is `largest`.
 inline int slow_mx_scale(double largest, int element, int scale_mode) {
   if (!(largest <= FLT_MAX)) return kNanScale;
@@ -85,7 +90,11 @@ inline SlowGroup slow_mx_group(const float* x, int64_t count, const Format& form
   const bool finite = group.stored_scale != kNanScale;
   const double scale = scale_value(group.stored_scale);
   for (int64_t i = 0; i < count; ++i) {
-    group.codes.push_back(finite ? nearest_code(double(x[i]) / scale, format.element) : 0);
+    const double y = double(x[i]) / scale;
+    const int code = !finite                    ? 0
+                     : is_float(format.element) ? nearest_code(y, format.element)
+                                                : nearest_mxint8_code(y);
+    group.codes.push_back(code);
   }
   return group;
 }
@@ -119,7 +128,8 @@ inline SlowGroup slow_group(const float* x, int64_t count, const Format& format)
 
 // The value of a code; `scale` is as it is stored.
 inline double code_value(int code, int scale, int zero_point, int element) {
-  if (is_mx(element)) return decode_minifloat(code, element) * scale_value(scale);
+  if (is_float(element)) return decode_minifloat(code, element) * scale_value(scale);
+  if (element == kMXInt8) return double(code - 128) / 64 * scale_value(scale);
   return double(code - zero_point) * double(half_to_float(uint16_t(scale)));
 }
 

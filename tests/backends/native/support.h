@@ -124,19 +124,20 @@ inline int64_t first_difference(const Bytes& a, const Bytes& b, int dtype) {
 // --- formats ------------------------------------------------------------------------------------
 
 inline int format_code(int element, int group_size, bool symmetric, int scale_mode) {
-  const int scale = is_float(element) ? 0 : 1;
+  const int scale = is_mx(element) ? 0 : 1;
+  if (element == kMXInt8) element = kInt8;
   return element | scale_mode << 8 | int(symmetric) << 12 | scale << 13 | group_size << 16;
 }
 
 inline const char* element_name(int element) {
   static const char* const names[] = {"e2m1", "e4m3", "e5m2", "int2", "int4",
                                       "int8", "e2m3", "int3", "int5", "int6"};
-  return names[element];
+  return element == kMXInt8 ? "mxint8" : names[element];
 }
 
 inline std::vector<int> mx_formats() {
   std::vector<int> codes;
-  for (const int element : {kE2M1, kE4M3, kE5M2, kE2M3}) {
+  for (const int element : {kE2M1, kE4M3, kE5M2, kE2M3, kMXInt8}) {
     for (int mode = kFloor; mode <= kEven; ++mode)
       codes.push_back(format_code(element, 32, true, mode));
   }
