@@ -168,13 +168,14 @@ MB_HD static inline float e8m0_reciprocal(int byte) {
 // The e8m0 byte of a block whose largest magnitude has these float bits.
 //   floor   E = e - emax              rceil   + (m > max_value * 2^E)
 //   even    + (mantissa >= 1.75)      and E >= -127, stored as E + 127
+// Of int8 the mantissa of `even` is that from which on 127 / 64 is nearest: 127.5 / 64.
 MB_HD static inline int mx_scale(int32_t max_bits, int element, int scale_mode) {
   const Minifloat f = minifloat(element);
   const int32_t exponent = max_bits >> 23, mantissa = max_bits & 0x7fffff;
   if (exponent == 255) return kNanScale;
   int32_t byte = exponent - f.max_exponent;
   if (scale_mode == kRceil) byte += mantissa > (f.max_value & 0x7fffff);
-  if (scale_mode == kEven) byte += mantissa >= 0x600000;
+  if (scale_mode == kEven) byte += mantissa >= (is_float(element) ? 0x600000 : 0x7f0000);
   return byte > 0 ? byte : 0;
 }
 

@@ -61,7 +61,8 @@ def print_schemes(device_type: str) -> None:
     for name in known:
         scheme = parse_scheme(name)
         bits = scheme.storage_bits(4096, 4096) / 4096**2
-        runs = holder(device_type, None, scheme.formats)
+        inputs = [fmt for fmt in (scheme.activation,) if fmt is not None]
+        runs = holder(device_type, None, inputs, [scheme.format])
         holding = [
             target.name
             for target in TARGETS.values()

@@ -9,7 +9,8 @@ that is 127/64):
 
     floor   E = e - emax                      OCP MX v1.0; values above the element's maximum clamp
     rceil   E = e - emax + (f > fmax)         the smallest E with m <= max_value * 2^E
-    even    E = e - emax + (f >= 1.75)        compressed-tensors' rule, for 4 and 8 bits alike
+    even    E = e - emax + (f >= 1.75)        compressed-tensors' rule, for all its bits alike; of
+                                              int8 (f >= 127.5/64): what would round beyond 127
 
 and E is clamped to -127 at the lower end. The exponent is read from the bits of the float, so
 that there is no logarithm to go wrong one ulp below a power of two. A block of zeros has the
@@ -100,7 +101,8 @@ def mx_scale(block_max: Tensor, fmt: Format) -> Tensor:
         top = int(torch.tensor(largest).view(torch.int32).item()) & 0x7FFFFF
         round_up = mantissa > top
     else:
-        round_up = mantissa >= 0x600000 if fmt.scale_mode == "even" else torch.zeros_like(bits)
+        even = mantissa >= (0x600000 if fmt.is_float else 0x7F0000)  # 1.75, or 127.5 / 64
+        round_up = even if fmt.scale_mode == "even" else torch.zeros_like(bits)
     max_exponent = math.frexp(largest)[1] - 1
     byte = (exponent - max_exponent + round_up.int()).clamp(min=0)
     return torch.where(exponent == 255, torch.full_like(byte, 255), byte).to(torch.uint8)

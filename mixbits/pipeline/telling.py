@@ -36,11 +36,11 @@ def source(run: Run) -> None:
     for line in source_lines(run):
         say(f"  {line}")
     if slow := without_kernels(run.all_schemes, str(run.settings.device)):
-        say(f"  {', '.join(slow)}: without kernels here yet, run by plain torch, slowly")
+        say(f"  {', '.join(slow)}: not all kernels are here yet; plain torch does the rest, slowly")
 
 
 def without_kernels(schemes: Sequence[Scheme], device: str) -> list[str]:
-    """The names of those that only the slow definition can run on a device."""
+    """The names of those that only the slow definition can make, or run, on a device."""
     kind = torch.device(device).type
     if choose_backend(kind, None) == "reference":
         return []
