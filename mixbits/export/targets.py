@@ -124,7 +124,7 @@ class Target:
         if scheme.weight is None:
             return None
         if not self.knows(scheme):
-            why = _OTHER_INPUTS.get(_kind(scheme.activation)) if scheme.activation else None
+            why = self._of_inputs(scheme)
             return f"is {scheme.name}" + (f", which {why}" if why else "")
         if of_expert and self.experts == "layer" and (why := _lost_of_experts(scheme)) is not None:
             return f"is {scheme.name}, which {why}"
@@ -143,6 +143,13 @@ class Target:
         fmt, inputs = scheme.format, scheme.activation
         kind = None if inputs is None else _kind(inputs)
         return kind in self.holds.get(_kind(fmt), ()) and (fmt.symmetric or self.name != "gguf")
+
+    def _of_inputs(self, scheme: Scheme) -> str | None:
+        """What there is to say of activations that are in the way, and not weights."""
+        inputs = scheme.activation
+        if inputs is None or _kind(scheme.format) not in self.holds:
+            return None
+        return _OTHER_INPUTS.get(_kind(inputs)) if self.name == "compressed-tensors" else None
 
     def _widths(self, scheme: Scheme) -> list[int]:
         """What must divide the columns of a row."""

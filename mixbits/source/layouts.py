@@ -225,6 +225,7 @@ def _compressed_tensors(reader: _Reader) -> None:
     try:
         from compressed_tensors.compressors import BaseCompressor
         from compressed_tensors.compressors.format import infer_module_format
+        from compressed_tensors.config import CompressionFormat
         from compressed_tensors.quantization import QuantizationConfig
         from compressed_tensors.utils.match import match_quantizable_tensors
     except ImportError as error:
@@ -236,7 +237,8 @@ def _compressed_tensors(reader: _Reader) -> None:
     except ValueError as error:
         raise UsageError(f"quantization_config is not compressed-tensors': {error}") from error
     for scheme in config.config_groups.values():
-        layout = str((scheme.format or infer_module_format(torch.nn.Linear, scheme)).value)
+        told = scheme.format or infer_module_format(torch.nn.Linear, scheme)
+        layout = CompressionFormat(told).value
         compressor: Any = BaseCompressor.get_value_from_registry(layout)
         first, *others = compressor.compression_param_names(scheme)
         headers: Any = reader.headers

@@ -19,6 +19,7 @@ from mixbits.formats import reference
 from mixbits.formats.pack import Packed, pack
 from mixbits.formats.schemes import parse_scheme
 from mixbits.runtime.fake import fake_quantize_model
+from mixbits.source.source import open_source
 
 pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed")
 
@@ -167,3 +168,14 @@ def test_zero_points_beside_rounded_inputs_are_read(tmp_path: Path) -> None:
     wide = source.load().float()
     fake_quantize_model(wide, assignment)
     assert torch.equal(logits(model), logits(wide))
+
+
+def test_an_exported_folder_can_be_quantized_again(tmp_path: Path) -> None:
+    """A source is read in its own dtype, by compressed-tensors itself."""
+    schemes = "NVFP4A16,MXFP6A16,FP8,W3A16G32,W4G32xINT8,W6A16G32,MXFP4xMXFP8"
+    source, assignment, folder = packed(tmp_path, schemes)
+    again = open_source(str(export(folder, "compressed-tensors"))).weights
+    expected = fake_model(source, assignment).state_dict()
+    for name, recipe in assignment.items():
+        value = expected[f"{name}.weight_fake"].bfloat16()
+        assert torch.equal(again.tensor(f"{name}.weight"), value), recipe.name

@@ -75,7 +75,7 @@ def test_what_it_does_not_hold_is_named_or_converted(target: str) -> None:
         ("vllm", "NVFP4A16", "MXFP8A16", "is NVFP4A16"),
         ("vllm", "W8xINT8", "W8A16G128", "is W8xINT8"),
         ("gguf", "NVFP4A16", "W8A16G32", "is NVFP4A16"),
-        ("auto-round", "NVFP4", "MXFP8", "is NVFP4"),
+        ("auto-round", "NVFP4", "MXFP8", "is NVFP4;"),
         ("auto-round", "W4G32xINT8", "W4A16G32", "is W4G32xINT8"),
     ],
 )
