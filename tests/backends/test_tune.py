@@ -9,8 +9,9 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from mixbits.formats.schemes import Format
 from mixbits.kernels import gemm, tune
+
+from mixbits.formats.schemes import Format
 
 CONFIGS = [("slow", 1), ("fast", 2), ("broken", 3)]
 
