@@ -18,15 +18,21 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from conftest import FORMATS
 from tampered import ALLOWED, SAME, TAMPERED, fake, flat, freed, shrunk
 from torch import Tensor
 
 from mixbits import ops
 from mixbits.backends import cpu
 from mixbits.formats.pack import Operand, Packed, Part, order_dtype
-from mixbits.formats.schemes import Format
+from mixbits.formats.schemes import INT_GROUPS, SCALE_MODES, Format
 
+# As conftest's, which a program of its own has no sight of.
+FORMATS = [Format(e, 32, scale_mode=m) for e in ("e2m1", "e4m3", "e5m2") for m in SCALE_MODES] + [
+    Format(e, g, symmetric=s)
+    for e in ("int2", "int4", "int8")
+    for g in INT_GROUPS
+    for s in (True, False)
+]
 MXFP4, INT4 = Format("e2m1", 32), Format("int4", 32, symmetric=False)
 ROWS, COLUMNS = 6, 64
 
@@ -309,7 +315,7 @@ def calls() -> dict[str, Callable[[], Any]]:
         ("int4", 32.0, True),
         ("int4", 33, True),
         ("int4", 0, True),
-        ("int3", 32, True),
+        ("int7", 32, True),
     ):
         found[f"Format{form}"] = lambda form=form: Format(*form)
     found["vmap"] = lambda: torch.func.vmap(lambda y: ops.fake_quantize(y, MXFP4))(x)
