@@ -401,10 +401,10 @@ _ALIASES = {
 }
 _INTEGER = re.compile(r"W(?P<bits>[234568])(?P<a16>A16)?(?:G(?P<group>\d+))?(?P<asym>ASYM)?")
 SCHEME_NAMES = (
-    f"{', '.join(_FLOATS)} for weights and activations alike, and each with A16 at the end for "
-    f"weights only (NVFP4A16); W2A16, W3A16, W4A16, W5A16, W6A16, W8A16, each also with G32, G64 "
-    f"or G128 and with ASYM at the end (W4A16G64ASYM); weights x activations, these one of "
-    f"{', '.join(_ACTIVATIONS)} (MXFP4xMXFP8, W4G32xMXINT8); BF16"
+    f"{', '.join(_FLOATS)}, weights and activations alike; each with A16, weights only; W2A16, "
+    f"W3A16, W4A16, W5A16, W6A16, W8A16, also with G32, G64 or G128 and ASYM at the end "
+    f"(W4A16G64ASYM); weights x activations, these one of {', '.join(_ACTIVATIONS)} (MXFP4xMXFP8, "
+    f"W4G32xMXINT8); BF16"
 )
 
 

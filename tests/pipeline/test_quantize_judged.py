@@ -110,9 +110,9 @@ def test_the_smallest_model_of_a_quality(
     limit = 1.001 * next(row["kl"] for row in rows if row["name"] == "optimal")
     plans: list[dict[str, str]] = []
 
-    def noted(model: Any, linears: Any, recipes: Any, *args: Any) -> Any:
+    def noted(model: Any, linears: Any, recipes: Any, *args: Any, **named: Any) -> Any:
         plans.append({name: recipe.name for name, recipe in recipes.items()})
-        return round_model(model, linears, recipes, *args)
+        return round_model(model, linears, recipes, *args, **named)
 
     monkeypatch.setattr(roundings, "round_model", noted)
     assert run("--max-kl", limit, *rest) == 0

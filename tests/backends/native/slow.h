@@ -65,7 +65,8 @@ inline int slow_mx_scale(double largest, int element, int scale_mode) {
   // As the exponent of the largest value is max_exponent, both are to be compared as mantissas.
   const double top = ldexp(largest_of(element), -minifloat(element).max_exponent);
   if (scale_mode == kRceil) shared += mantissa > top;
-  if (scale_mode == kEven) shared += mantissa >= 1.75;
+  // Of int8: from where on the nearest code would be 128.
+  if (scale_mode == kEven) shared += mantissa >= (element == kMXInt8 ? 127.5 / 64 : 1.75);
   return largest == 0 || shared < -127 ? 0 : shared + 127;
 }
 
