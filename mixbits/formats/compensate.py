@@ -104,13 +104,12 @@ class Snapper(NamedTuple):
     """What rounds values of groups: their factor, and for integers the offset and highest code."""
 
     scale: Tensor
-    offset: Tensor | float
+    offset: Tensor
     top: float
 
     def of_groups(self) -> Snapper:
         """The same for values [..., groups, group]."""
-        offset = self.offset.unsqueeze(-1) if isinstance(self.offset, Tensor) else self.offset
-        return Snapper(self.scale.unsqueeze(-1), offset, self.top)
+        return Snapper(self.scale.unsqueeze(-1), self.offset.unsqueeze(-1), self.top)
 
 
 def snapper(scales: Scales, fmt: Format) -> Snapper:

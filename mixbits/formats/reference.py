@@ -242,14 +242,14 @@ def factors(scales: Scales, fmt: Format) -> Tensor:
     return scales.scale.float()
 
 
-def offsets(scales: Scales, fmt: Format) -> Tensor | float:
-    """What integer codes are counted from: float32 [..., groups], or one number for all."""
+def offsets(scales: Scales, fmt: Format) -> Tensor:
+    """float32 [..., groups]: what integer codes are counted from."""
     if scales.zero_point is not None:
         return scales.zero_point.float()
-    return 0.0 if fmt.is_float else float(1 << (fmt.bits - 1))
+    return torch.full_like(scales.scale, 1 << (fmt.bits - 1), dtype=torch.float32)
 
 
-def round_codes(y: Tensor, offset: Tensor | float, fmt: Format) -> Tensor:
+def round_codes(y: Tensor, offset: Tensor, fmt: Format) -> Tensor:
     """float32 -> codes uint8 of y = x / factor, rounded to nearest; of NaN they mean nothing."""
     if fmt.is_float:
         element = MINIFLOATS[fmt.element]
@@ -263,9 +263,7 @@ def round_codes(y: Tensor, offset: Tensor | float, fmt: Format) -> Tensor:
 def encode(x: Tensor, scales: Scales, fmt: Format) -> Tensor:
     """Codes uint8 [..., K]: x rounded to nearest with given scales, which need not be its own."""
     y = split_groups(x, fmt.group_size) / factors(scales, fmt).unsqueeze(-1)
-    offset = offsets(scales, fmt)
-    offset = offset.unsqueeze(-1) if isinstance(offset, Tensor) else offset
-    return join_groups(round_codes(y, offset, fmt), x.shape[-1])
+    return join_groups(round_codes(y, offsets(scales, fmt).unsqueeze(-1), fmt), x.shape[-1])
 
 
 def quantize(x: Tensor, fmt: Format) -> Quantized:
@@ -280,9 +278,7 @@ def dequantize(q: Quantized, fmt: Format, dtype: torch.dtype = torch.float32) ->
     if fmt.is_float:
         values = split_groups(minifloat_decode(q.codes, MINIFLOATS[fmt.element]), fmt.group_size)
     else:
-        offset = offsets(q.scales, fmt)
-        offset = offset.unsqueeze(-1) if isinstance(offset, Tensor) else offset
-        values = split_groups(q.codes, fmt.group_size) - offset
+        values = split_groups(q.codes, fmt.group_size) - offsets(q.scales, fmt).unsqueeze(-1)
     return join_groups(values * factors(q.scales, fmt).unsqueeze(-1), columns).to(dtype)
 
 

@@ -1,7 +1,7 @@
 """Weights that lie outside of what the scales of a format can be: refused, where it does harm.
 
-A scale is a float16 of at least 1e-5 (integers; AutoRound's floor) or a power of two from 2^-127
-(MX); others follow the tensor's or the row's largest weight, and need no check. A group that needs
+A scale is a float16 of at least 1e-5 (integers; AutoRound's floor), a power of two from 2^-127
+(MX), that of a maximum of 2^-100 (FP8), or 2^-9 of a tensor's own (NVFP4). A group that needs
 a smaller one is rounded in steps that are too coarse for it, in the end to zeros, though nothing
 overflows and nothing is NaN. How much that matters is judged by rounding the same group again,
 multiplied by a power of two that takes it to where scales are no limit:
@@ -16,25 +16,43 @@ are refused wherever there is one: it would be infinite, or NaN.
 
 from __future__ import annotations
 
+import logging
+
 import torch
 from torch import Tensor
 
 from ..errors import UsageError
 from .pack import Packed, unpack
-from .reference import MIN_INT_SCALE, Quantized, dequantize, encode, quantize, split_groups
+from .reference import (
+    MIN_INT_SCALE,
+    MIN_MAXIMUM,
+    Quantized,
+    dequantize,
+    encode,
+    quantize,
+    split_groups,
+)
 from .schemes import MINIFLOATS, Format, Scheme
 
 WORSE = 2.0
 MANY = 1 / 8
 HARM = 1 / 2
 
+_LEAST = {
+    "e8m0": "2^-127",
+    "float16": f"{MIN_INT_SCALE:g}, within float16",
+    "float32": "those of rows up to 2^-100",
+}
+logger = logging.getLogger("mixbits")
+
 
 def _errors(x: Tensor, q: Quantized, fmt: Format) -> Tensor:
     """float64 [N, groups]: squared error of x [N, K], rounded to nearest with the scales of `q`."""
     rounded = dequantize(Quantized(encode(x, q.scales, fmt), *q.scales), fmt)
     squares = (rounded.double() - x.double()).square()  # of 2^-127 and less, beyond float32
-    padded = torch.nn.functional.pad(squares, (0, -x.shape[-1] % fmt.group_size))
-    return padded.unflatten(-1, (-1, fmt.group_size)).sum(-1)
+    group_size = fmt.group_size or x.shape[-1]
+    padded = torch.nn.functional.pad(squares, (0, -x.shape[-1] % group_size))
+    return padded.unflatten(-1, (-1, group_size)).sum(-1)
 
 
 def _errors_elsewhere(x: Tensor, fmt: Format) -> Tensor:
@@ -47,17 +65,21 @@ def _errors_elsewhere(x: Tensor, fmt: Format) -> Tensor:
 
 def _low(scale: Tensor, fmt: Format) -> Tensor:
     """Whether a scale [N, groups] may be larger than its group needs."""
-    if fmt.scale == "e8m0":
-        return scale <= 1  # of the byte 0, and one more, a search takes the better
+    if fmt.scale in ("e8m0", "e4m3"):
+        return scale <= 1  # of the lowest byte, and one more, a search takes the better
+    if fmt.scale == "float32":
+        return scale <= MIN_MAXIMUM  # scales of such maxima are smaller still
     floor = torch.tensor(MIN_INT_SCALE, dtype=torch.float16, device=scale.device)
     return scale.abs() <= floor
 
 
 def check_scales(name: str, weight: Tensor, scheme: Scheme, packed: Packed) -> None:
-    """Raise UsageError that names the tensor where its scales cannot hold weight [N, K]."""
+    """Raise UsageError that names the tensor where its scales cannot hold weight [N, K].
+
+    Of NVFP4, whose scales reach no further below the largest of the tensor than they do, lost
+    groups are warned of instead.
+    """
     fmt, columns = scheme.format, weight.shape[1]
-    if fmt.scale not in ("e8m0", "float16"):
-        return
     _check_high(name, weight, scheme, packed)
     low = _low(packed.weight_scale, fmt)
     if not low.any():
@@ -72,9 +94,20 @@ def check_scales(name: str, weight: Tensor, scheme: Scheme, packed: Packed) -> N
     due = found.clone()
     due[low] = _errors_elsewhere(grouped[low], fmt).squeeze(-1)
     lost = found > WORSE * due
+    if fmt.scale == "e4m3":
+        if lost.any():
+            logger.warning(
+                "%s: %d of %d groups are too small beside the largest weight for %s, and lose "
+                "their digits",
+                name,
+                int(lost.sum()),
+                lost.numel(),
+                scheme.name,
+            )
+        return
     many = int(lost.sum()) > MANY * int((largest > 0).sum())
     if many or float((found - due)[lost].sum()) > HARM * float(due.sum()):
-        least = "2^-127" if fmt.scale == "e8m0" else f"{MIN_INT_SCALE:g}, within float16"
+        least = _LEAST[fmt.scale]
         raise UsageError(
             f"{scheme.name} needs group scales of at least {least}: got {int(lost.sum())} of "
             f"{largest.numel()} groups of smaller weights, up to {float(largest[lost].max()):.3g}, "
@@ -84,6 +117,8 @@ def check_scales(name: str, weight: Tensor, scheme: Scheme, packed: Packed) -> N
 
 def _check_high(name: str, weight: Tensor, scheme: Scheme, packed: Packed) -> None:
     fmt, scale = scheme.format, packed.weight_scale
+    if fmt.scale not in ("e8m0", "float16"):
+        return  # the largest values are the largest weights, but for rounding
     is_mx = fmt.scale == "e8m0"
     limit = "float32" if is_mx else "float16"
     top = MINIFLOATS[fmt.element].max_exponent if fmt.is_float else 0

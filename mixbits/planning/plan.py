@@ -37,6 +37,7 @@ from ..formats.schemas import PlanFile, check
 from ..formats.schemes import (
     LEFT_ALONE,
     MX_GROUP,
+    ROW,
     Assignment,
     Recipe,
     Scheme,
@@ -97,10 +98,13 @@ def unit_options(
 
 
 def slab_width(schemes: Sequence[Scheme]) -> int:
-    """Columns of a slab that holds whole groups of every scheme. Raises UsageError for BF16."""
+    """Columns of a slab that holds whole groups of every scheme.
+
+    Raises UsageError for BF16, and for a scale that all columns share.
+    """
     for scheme in schemes:
-        if not scheme.packed:
-            raise UsageError(f"slabs must be of packed schemes: got {scheme.name}")
+        if not scheme.packed or scheme.format.group_size == ROW:
+            raise UsageError(f"slabs must be of packed groups of columns: got {scheme.name}")
     return max([MX_GROUP, *(scheme.format.group_size for scheme in schemes)])
 
 

@@ -25,9 +25,12 @@ from mixbits.errors import UsageError
 from mixbits.formats import compensate, reference, schemes
 from mixbits.formats.pack import Packed, pack, packed_spec, unpack
 from mixbits.formats.schemes import PLANES, Format
+from mixbits.rounding.gptq import Curvature, gptq
 from mixbits.runtime.fake import fake_quantize_model
 from mixbits.runtime.linear import PackedLinear
 
+# Those that weights are packed in; activations share no scale of a tensor.
+PACKED = [fmt for fmt in MORE_FORMATS if fmt.tensor_scale != "row"]
 NVFP4 = Format("e2m1", 16, scale="e4m3")
 MXFP6 = Format("e2m3", 32)
 MXINT8 = Format("int8", 32, scale="e8m0")
@@ -183,11 +186,9 @@ def test_planes_of_codes(bits: int) -> None:
         assert upper >> k * (bits - low) & (1 << (bits - low)) - 1 == code >> low
 
 
-@pytest.mark.parametrize("fmt", MORE_FORMATS, ids=format_id)
+@pytest.mark.parametrize("fmt", PACKED, ids=format_id)
 @pytest.mark.parametrize("columns", [1, 31, 33, 172])
 def test_packing_and_back(fmt: Format, columns: int) -> None:
-    if fmt.tensor_scale == "row":
-        return  # of activations, which are not packed
     weight = weights(5, columns)
     q = reference.quantize(weight, fmt)
     packed = pack(q, fmt)
@@ -208,7 +209,7 @@ def test_search_is_no_worse_than_the_nearest(fmt: Format) -> None:
         (reference.dequantize(q, fmt) - weight).square().sum()
         for q in (compensate.search(weight, fmt), reference.quantize(weight, fmt))
     ]
-    assert errors[0] <= errors[1] * (1.001 if fmt.tensor_scale else 1)
+    assert errors[0] <= errors[1]
 
 
 @pytest.mark.parametrize("fmt", MORE_FORMATS, ids=format_id)
@@ -219,7 +220,8 @@ def test_numbers_that_are_none_and_zeros(fmt: Format) -> None:
     values = reference.fake_quantize(x, fmt)
     assert (values[0] == 0).all()
     assert values[1, : fmt.group_size or 64].isnan().all()
-    assert torch.allclose(values[2], x[2], rtol=0.15)
+    # A scale in e4m3 is off by 1/16 at most, and 1 is a code of floats times a power of two.
+    assert torch.allclose(values[2], x[2], rtol=2.0**-4, atol=0)
 
 
 @pytest.mark.parametrize("fmt", MORE_FORMATS, ids=format_id)
@@ -273,7 +275,8 @@ def test_a_backend_without_a_format_refuses_it_and_another_takes_over(fmt: Forma
     for name, call in calls(fmt, None).items():
         got = call()
         for a, b in zip(as_list(got), as_list(expected[name]), strict=True):
-            assert torch.allclose(a.double(), b.double(), rtol=1e-4, atol=1e-3), name
+            # Products and statistics differ by the order of float32 sums; all else is equal.
+            assert torch.allclose(a.double(), b.double(), rtol=1e-5, atol=1e-5 * top(b)), name
     if not cpu.holds(fmt):
         for name, call in calls(fmt, "cpu").items():
             if name in ("dequantize", "packed_matmul") and cpu.decodes(fmt):
@@ -304,17 +307,17 @@ def test_weights_of_every_format_meet_activations_of_every_other(fmt: Format) ->
             assert (got - expected[:tokens]).abs().max() <= allowed, format_id(weight)
 
 
+def top(x: Tensor) -> float:
+    return x.double().abs().max().item()
+
+
 def as_list(value: Tensor | Packed) -> list[Tensor]:
     return [value] if isinstance(value, Tensor) else [t for t in value if t is not None]
 
 
-@pytest.mark.parametrize("fmt", MORE_FORMATS, ids=format_id)
+@pytest.mark.parametrize("fmt", PACKED, ids=format_id)
 def test_error_compensation_holds_every_format(fmt: Format) -> None:
     """Where inputs are correlated it is better than rounding to nearest with the same search."""
-    from mixbits.rounding.gptq import Curvature, gptq
-
-    if fmt.tensor_scale == "row":
-        return
     weight = weights(16, 192)
     mixing = torch.randn(192, 192) + 3 * torch.randn(192, 1)
     x = torch.randn(2048, 192) @ mixing

@@ -21,8 +21,18 @@ from mixbits.rounding.gptq import Curvature, gptq
 from mixbits.rounding.nearest import check_packed, pack_recipe, packed_values
 
 WEIGHT = torch.randn(32, 256, generator=torch.Generator().manual_seed(0))
-INTEGERS = ("W2A16", "W4A16", "W4A16G32", "W8A16", "W4A16ASYM", "W8A16G32ASYM")
-MX = ("MXFP4", "MXFP8", "MXFP8E5M2", "MXFP4A16")
+INTEGERS = (
+    "W2A16",
+    "W3A16",
+    "W5A16",
+    "W6A16G32ASYM",
+    "W4A16",
+    "W4A16G32",
+    "W8A16",
+    "W4A16ASYM",
+    "W8A16G32ASYM",
+)
+MX = ("MXFP4", "MXFP6", "MXINT8", "MXFP8", "MXFP8E5M2", "MXFP4A16")
 
 
 def rtn(weight: Tensor, name: str) -> Tensor:
@@ -170,3 +180,30 @@ def test_the_command_refuses_by_name(
     assert error.startswith("error: W") and "group scales of at least 1e-05" in error
     assert "model.layers.0.self_attn.q_proj" in error
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("make", [rtn, searched, compensated])
+def test_rows_too_small_for_a_scale_of_theirs_are_refused(make: Callable[..., Tensor]) -> None:
+    """FP8: a maximum counts as 2^-100 at least, and codes reach 2^-18 below it."""
+    for size in (2.0**-95, 2.0**-112):
+        error = (make(WEIGHT * size, "FP8A16") / size - WEIGHT).square().mean()
+        assert error < 1e-3
+    with pytest.raises(UsageError, match=r"FP8A16 needs group scales of at least those of rows"):
+        make(WEIGHT * 2.0**-122, "FP8A16")
+
+
+@pytest.mark.parametrize("make", [rtn, searched, compensated])
+def test_groups_too_small_beside_the_largest_weight_are_warned_of(
+    make: Callable[..., Tensor], caplog: pytest.LogCaptureFixture
+) -> None:
+    """NVFP4: scales lie within 2^18 of each other, and what is below is told, not refused."""
+    weight = WEIGHT.clone()
+    make(weight, "NVFP4A16")
+    assert not caplog.records
+    weight[3, 16:48] *= 2.0**-24
+    found = make(weight, "NVFP4A16")
+    assert found[3, 16:48].abs().max() == 0 or make is compensated
+    (told,) = caplog.messages
+    assert told.startswith(
+        "w: 2 of 512 groups are too small beside the largest weight for NVFP4A16"
+    )

@@ -174,7 +174,11 @@ BAD_OPTIONS: dict[str, tuple[list[str], str]] = {
     ),
     "slabs of BF16": (
         ["--granularity", "slab", "--schemes", "MXFP4,BF16"],
-        "slabs must be of packed schemes: got BF16",
+        "slabs must be of packed groups of columns: got BF16",
+    ),
+    "slabs of whole rows": (
+        ["--granularity", "slab", "--schemes", "MXFP4,FP8"],
+        "slabs must be of packed groups of columns: got FP8",
     ),
     "slabs by deltaloss": (
         ["--granularity", "slab", "--method", "deltaloss"],
