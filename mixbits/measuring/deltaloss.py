@@ -9,7 +9,7 @@ since each format has a model of its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,11 +17,9 @@ from torch import Tensor
 
 from .. import ops
 from ..formats.schemes import MX_GROUP, Scheme
-from ..model.layout import LinearInfo
 from ..model.probing import probed
-from ..model.streaming import Progress, StreamedModel
 from .reached import fill_idle
-from .slabs import Arrangements, SlabScores, rounded_linear, slab_sums
+from .slabs import SlabScores, Task, rounded_linear, slab_sums
 
 
 class _DeltaLossLinear(torch.autograd.Function):
@@ -64,38 +62,23 @@ def _next_token_loss(logits: Tensor, ids: Tensor) -> Tensor:
     return torch.nn.functional.cross_entropy(flat, ids[:, 1:].flatten())
 
 
-def measure_deltaloss(
-    model: StreamedModel,
-    linears: Sequence[LinearInfo],
-    schemes: Sequence[Scheme],
-    batches: Sequence[Tensor],
-    seed: int,
-    progress: Progress,
-    arrangements: Arrangements,
-) -> SlabScores:
-    scores: SlabScores = {info.name: {} for info in linears}
-    for scheme in schemes:
+def measure_deltaloss(task: Task) -> SlabScores:
+    scores: SlabScores = {info.name: {} for info in task.linears}
+    for scheme in task.schemes:
         records = {
             info.name: torch.zeros(
-                -(-info.in_features // MX_GROUP), dtype=torch.float64, device=model.device
+                -(-info.in_features // MX_GROUP), dtype=torch.float64, device=task.model.device
             )
-            for info in linears
+            for info in task.linears
         }
         if scheme.weight is not None:
-            _deltaloss_pass(model, linears, scheme, batches, records, progress)
+            _deltaloss_pass(task, scheme, records)
         for name, record in records.items():
             scores[name][scheme.name] = record.tolist()
     return scores
 
 
-def _deltaloss_pass(
-    model: StreamedModel,
-    linears: Sequence[LinearInfo],
-    scheme: Scheme,
-    batches: Sequence[Tensor],
-    records: dict[str, Tensor],
-    progress: Progress,
-) -> None:
+def _deltaloss_pass(task: Task, scheme: Scheme, records: dict[str, Tensor]) -> None:
     """Add the scores of one scheme to `records`, at the model quantized to it everywhere."""
 
     def probe(name: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -109,7 +92,7 @@ def _deltaloss_pass(
         return out
 
     reached: set[str] = set()
-    with probed(model.model, linears, probe):
-        for ids in batches:
-            model.forward_backward(ids, _next_token_loss, progress)
-    fill_idle(records, linears, reached, lambda parts: torch.stack(list(parts)).mean(0))
+    with probed(task.model.model, task.linears, probe):
+        for ids in task.batches:
+            task.model.forward_backward(ids, _next_token_loss, task.progress)
+    fill_idle(records, task.linears, reached, lambda parts: torch.stack(list(parts)).mean(0))

@@ -37,9 +37,9 @@ from ..formats.arrange import Arrangement
 from ..formats.schemes import MX_GROUP, Format, Scheme
 from ..model.layout import LinearInfo, weight_of
 from ..model.probing import probed
-from ..model.streaming import Progress, StreamedModel
+from ..model.streaming import StreamedModel
 from .reached import fill_idle
-from .slabs import Arrangements, SlabScores, progress_of, rounded_linear, slab_sums
+from .slabs import SlabScores, Task, progress_of, rounded_linear, slab_sums
 
 # So many sequences err in their sampling as much as taking tokens for independent does: by half.
 PRIOR_SEQUENCES = 8
@@ -184,16 +184,9 @@ def _fisher_scores(
     return result
 
 
-def _collect(
-    model: StreamedModel,
-    linears: Sequence[LinearInfo],
-    schemes: Sequence[Scheme],
-    batches: Sequence[Tensor],
-    seed: int,
-    progress: Progress,
-    arrangements: Arrangements,
-) -> dict[str, _Moments]:
+def _collect(task: Task) -> dict[str, _Moments]:
     """Second moments of every linear, of its columns as arranged."""
+    model, linears, schemes = task.model, task.linears, task.schemes
     moments = {info.name: _Moments() for info in linears}
     activations = list(dict.fromkeys(s.activation for s in schemes if s.activation is not None))
     spread = [s for s in schemes if s.weight is not None]
@@ -202,37 +195,29 @@ def _collect(
     def probe(name: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if name not in moments or not torch.is_grad_enabled():  # an expert may be left alone
             return torch.nn.functional.linear(x, weight, bias)
-        arrangement = arrangements.get(name, Arrangement())
+        arrangement = task.arrangements.get(name, Arrangement())
         is_read_later = x.dim() == 3 and name in remembered
         how = activations, arrangement, spread if is_read_later else []
         out: Tensor = _FisherLinear.apply(x, weight, bias, moments[name], *how)
         return out
 
-    loss = _sampled_label_loss(torch.Generator(model.device).manual_seed(seed))
+    loss = _sampled_label_loss(torch.Generator(model.device).manual_seed(task.seed))
     with probed(model.model, linears, probe):
-        for ids in batches:
-            model.forward_backward(ids, loss, progress)
+        for ids in task.batches:
+            model.forward_backward(ids, loss, task.progress)
     reached = {name for name, m in moments.items() if m.reached}
     fill_idle(moments, linears, reached, _mean)
     return moments
 
 
-def measure_fisher(
-    model: StreamedModel,
-    linears: Sequence[LinearInfo],
-    schemes: Sequence[Scheme],
-    batches: Sequence[Tensor],
-    seed: int,
-    progress: Progress,
-    arrangements: Arrangements,
-) -> SlabScores:
-    moments = _collect(model, linears, schemes, batches, seed, progress, arrangements)
-    tokens = sum(ids.numel() for ids in batches)
+def measure_fisher(task: Task) -> SlabScores:
+    moments, model = _collect(task), task.model
+    tokens = sum(ids.numel() for ids in task.batches)
     scores = {}
-    for info in model.visit(linears):
+    for info in model.visit(task.linears):
         weight = weight_of(model.model, info).detach()
-        weight = arrangements.get(info.name, Arrangement()).weight(weight)
-        scores[info.name] = _fisher_scores(weight, moments[info.name], schemes, tokens)
+        weight = task.arrangements.get(info.name, Arrangement()).weight(weight)
+        scores[info.name] = _fisher_scores(weight, moments[info.name], task.schemes, tokens)
     return scores
 
 
@@ -263,7 +248,7 @@ def sorted_columns(
     """
     batches = list(ids.split(batch_size))
     progress = progress_of(model, len(ids), 2 * len(batches) * len(model.blocks))
-    moments = _collect(model, linears, [scheme], batches, seed, progress, {})
+    moments = _collect(Task(model, linears, [scheme], batches, seed, progress))
     scores = {
         info.name: _column_scores(weight_of(model.model, info).detach(), moments[info.name], scheme)
         for info in model.visit([info for group in readers for info in group])

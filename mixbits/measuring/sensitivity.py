@@ -24,7 +24,7 @@ from ..model.layout import LinearInfo
 from ..model.streaming import StreamedModel
 from .deltaloss import measure_deltaloss
 from .fisher import measure_fisher
-from .slabs import Arrangements, SlabScores, progress_of
+from .slabs import Arrangements, SlabScores, Task, progress_of
 from .weight import measure_weight
 
 _MEASURES = {
@@ -65,7 +65,8 @@ def measure(
     passes = sum(s.weight is not None for s in schemes) if method == "deltaloss" else 1
     calls = 2 * passes * len(batches) * len(model.blocks)
     progress = progress_of(model, passes * len(ids), calls)
-    scores = _MEASURES[method](model, linears, schemes, batches, seed, progress, arrangements)
+    task = Task(model, linears, schemes, batches, seed, progress, arrangements)
+    scores = _MEASURES[method](task)
     for name, by_scheme in scores.items():
         for scheme_name, slabs in by_scheme.items():
             if not all(s == s and abs(s) != float("inf") for s in slabs):

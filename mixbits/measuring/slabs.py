@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import torch
@@ -11,11 +12,29 @@ from torch import Tensor
 from .. import ops
 from ..formats.arrange import Arrangement
 from ..formats.schemes import MX_GROUP, Scheme
+from ..model.layout import LinearInfo
 from ..model.streaming import Progress, StreamedModel
 from ..progress import BACKWARD, steps
 
 SlabScores = dict[str, dict[str, list[float]]]  # linear -> scheme -> score per 32-column slab
 Arrangements: TypeAlias = Mapping[str, Arrangement]  # linear -> how its columns are arranged
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a method of measuring is to score, and with what.
+
+    `batches` are token ids [B, S]; `progress` is told of every call of a block. `arrangements` has
+    the linears whose columns are ordered or rotated: slabs are of these.
+    """
+
+    model: StreamedModel
+    linears: Sequence[LinearInfo]
+    schemes: Sequence[Scheme]
+    batches: Sequence[Tensor]
+    seed: int
+    progress: Progress
+    arrangements: Arrangements = field(default_factory=dict)
 
 
 def slab_sums(columns: Tensor) -> Tensor:

@@ -15,24 +15,16 @@ from torch import Tensor
 
 from .. import ops
 from ..formats.schemes import Format, Scheme
-from ..model.layout import LinearInfo, weight_of
-from ..model.streaming import Progress, StreamedModel
-from .slabs import Arrangements, SlabScores, slab_sums
+from ..model.layout import weight_of
+from .slabs import SlabScores, Task, slab_sums
 
 
-def measure_weight(
-    model: StreamedModel,
-    linears: Sequence[LinearInfo],
-    schemes: Sequence[Scheme],
-    batches: Sequence[Tensor],
-    seed: int,
-    progress: Progress,
-    arrangements: Arrangements,
-) -> SlabScores:
+def measure_weight(task: Task) -> SlabScores:
+    model, schemes, seed = task.model, task.schemes, task.seed
     formats = list(dict.fromkeys(s.weight for s in schemes if s.weight is not None))
     noise = {s.activation: _noise(s.activation, seed) for s in schemes if s.activation is not None}
     scores: SlabScores = {}
-    for info in model.visit(linears):
+    for info in model.visit(task.linears):
         weight = weight_of(model.model, info).detach()
         scores[info.name] = _weight_scores(weight, schemes, formats, noise)
     return scores
