@@ -56,11 +56,11 @@ def requested_backend(backend: str | None) -> str | None:
     return backend or os.environ.get("MIXBITS_BACKEND") or None
 
 
-def _lacking(name: str, formats: Iterable[Format], decoded: Iterable[Format]) -> list[Format]:
+def _lacking(name: str, formats: Iterable[int], decoded: Iterable[int]) -> list[Format]:
     module = module_of(name)
     decodes = getattr(module, "decodes", module.holds)
-    missing = [fmt for fmt in decoded if not decodes(fmt)]
-    return missing + [fmt for fmt in formats if not module.holds(fmt)]
+    missing = [fmt for fmt in map(Format.from_code, decoded) if not decodes(fmt)]
+    return missing + [fmt for fmt in map(Format.from_code, formats) if not module.holds(fmt)]
 
 
 def holder(
@@ -73,6 +73,17 @@ def holder(
 
     Packed weights in `decoded` are read only, for which a backend may have `decodes(fmt)`.
     """
+    codes = tuple([fmt.code for fmt in formats]), tuple([fmt.code for fmt in decoded])
+    return _holder(device_type, requested, *codes)
+
+
+@functools.cache  # of numbers, which are hashed at once: every product asks
+def _holder(
+    device_type: str,
+    requested: str | None,
+    formats: tuple[int, ...],
+    decoded: tuple[int, ...],
+) -> str:
     chosen = choose_backend(device_type, requested)
     lacking = _lacking(chosen, formats, decoded)
     if not lacking:
