@@ -125,7 +125,7 @@ def _tell_loaders(fits: Mapping[str, Any], rounds_experts: bool) -> None:
     if rounds_experts:
         say("transformers dequantizes experts, and does not round their activations")
     schemes = {fit.scheme.name: fit.scheme for fit in fits.values() if fit.scheme.weight}
-    if any(f and f.scale == "float32" for s in schemes.values() for f in (s.weight, s.activation)):
+    if any(fmt.scale == "float32" for scheme in schemes.values() for fmt in scheme.formats):
         say(
             "transformers takes the scales of rows and tokens in the model's dtype: load it with "
             "dtype=torch.float32 for the same numbers"
