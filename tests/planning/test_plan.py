@@ -320,7 +320,7 @@ def test_every_slab_is_there_once(slabs: list[int]) -> None:
 
 
 def test_slabs_of_bf16_are_refused() -> None:
-    with pytest.raises(UsageError, match="packed schemes: got BF16"):
+    with pytest.raises(UsageError, match="packed groups of columns: got BF16"):
         slab_width([MX[0], BF16])
     assert slab_width(MX) == 32
     assert slab_width([parse_scheme("W2A16"), parse_scheme("W4A16G32")]) == 128
