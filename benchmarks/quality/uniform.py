@@ -17,7 +17,7 @@ from typing import Any
 
 from benchmarks.tools.records import Records
 from mixbits.command import quiet
-from mixbits.formats.schemes import Recipe, parse_scheme
+from mixbits.formats.schemes import Assignment, Recipe, parse_scheme
 from mixbits.measuring.evaluate import compare
 from mixbits.measuring.text import load_sequences
 from mixbits.model.layout import find_linears
@@ -41,6 +41,7 @@ class Subject:
     """One model, its linears and its text."""
 
     def __init__(self, args: argparse.Namespace) -> None:
+        self.name = Path(args.model).resolve().name
         source = open_source(args.model)
         self.model = StreamedModel(source.load())
         self.linears = find_linears(self.model.model)
@@ -53,9 +54,12 @@ class Subject:
             args.held_out, tokenizer, vocab, 0, args.eval_nsamples, length
         )
 
-    def figures(self, scheme_name: str, rounding: str) -> dict[str, Any]:
+    def uniform(self, scheme_name: str) -> Assignment:
         recipe = Recipe.plain(parse_scheme(scheme_name, act_scale_mode="even"))
-        recipes = {info.name: recipe for info in self.linears}
+        return {info.name: recipe for info in self.linears}
+
+    def figures(self, recipes: Assignment, rounding: str) -> dict[str, Any]:
+        """`bits` stored, and FIGURES of the linears so rounded."""
         ids = self.calibration.ids
         rounded = round_model(self.model, self.linears, recipes, rounding, ids, correction=0.0)
         quantized = RoundedModel(self.model, self.linears, recipes, rounded)
@@ -63,14 +67,20 @@ class Subject:
         return {"bits": average_bits(self.linears, recipes), **{n: found[n] for n in FIGURES}}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.quality.uniform")
+def make_parser(name: str) -> argparse.ArgumentParser:
+    """What a Subject is made of."""
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.quality.{name}")
     parser.add_argument("model", help="a folder")
     parser.add_argument("--dataset", required=True, help="text to calibrate with")
     parser.add_argument("--held-out", required=True, help="text to judge by")
     parser.add_argument("--nsamples", type=int, default=16)
     parser.add_argument("--eval-nsamples", type=int, default=24)
     parser.add_argument("--seqlen", type=int, default=256)
+    return parser
+
+
+def main() -> None:
+    parser = make_parser("uniform")
     parser.add_argument("--schemes", default=",".join(SCHEMES))
     parser.add_argument("--rounding", default="search,gptq", help="of rtn, search, gptq")
     parser.add_argument("--csv", type=Path, default=Path("uniform.csv"))
@@ -82,10 +92,10 @@ def main() -> None:
     for name in args.schemes.split(","):
         cells: list[str] = []
         for rounding in roundings:
-            key = {"model": Path(args.model).resolve().name, "scheme": name, "rounding": rounding}
+            key = {"model": subject.name, "scheme": name, "rounding": rounding}
             key |= {"calibration": Path(args.dataset).name, "held_out": Path(args.held_out).name}
             row = records.find(**key)
-            row = row or records.append({**key, **subject.figures(name, rounding)})
+            row = row or records.append({**key, **subject.figures(subject.uniform(name), rounding)})
             bits = f"{float(row['bits']):.3f}"
             cells += [f"{float(row['kl']) * 1e3:.1f}", f"{float(row['perplexity']):.1f}"]
         rows.append([name, bits, *cells])
