@@ -24,6 +24,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from ..errors import UsageError
+from ..formats.menus import MENUS
 from ..formats.schemes import (
     BF16,
     LEFT_ALONE,
@@ -43,7 +44,6 @@ from ..formats.schemes import (
 if TYPE_CHECKING:
     from ..model.layout import LinearInfo
 
-DEFAULT_SCHEMES = ("W4A16G64", "W8A16G64")
 _SHOWN = 3  # linears that an error names
 
 Kind: TypeAlias = tuple[str, str]  # an element and its scale
@@ -108,7 +108,7 @@ class Target:
     act_scale_mode: ScaleMode | None = None
     fuse: bool = False
     experts: Literal["layer", "projection"] | None = "layer"
-    defaults: tuple[tuple[str, ...], ...] = (DEFAULT_SCHEMES, ("W4A16G32", "W8A16G32"))
+    defaults: tuple[tuple[str, ...], ...] = (MENUS["portable"], ("W4A16G32", "W8A16G32"))
 
     def obstacle(self, recipe: Recipe, rows: int, columns: int, of_expert: bool) -> str | None:
         """Why a [rows, columns] weight cannot be held as it is; None where it can."""
@@ -224,13 +224,11 @@ TARGETS = {
 }
 
 
-def default_schemes(target: Target | None, linears: Sequence[LinearInfo]) -> tuple[str, ...]:
+def default_schemes(target: Target, linears: Sequence[LinearInfo]) -> tuple[str, ...]:
     """What to choose from where nothing is asked for: the first that the target holds everywhere.
 
     Or that it holds more of the linears in than in the others.
     """
-    if target is None:
-        return DEFAULT_SCHEMES
     return min(target.defaults, key=lambda names: len(_obstructed(target, linears, names)))
 
 

@@ -17,6 +17,7 @@ are refused wherever there is one: it would be infinite, or NaN.
 from __future__ import annotations
 
 import logging
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -73,27 +74,53 @@ def _low(scale: Tensor, fmt: Format) -> Tensor:
     return scale.abs() <= floor
 
 
+class _Loss(NamedTuple):
+    """Of groups [N, groups]: largest magnitude, squared error, and what it would be elsewhere."""
+
+    largest: Tensor
+    found: Tensor
+    due: Tensor
+
+    @property
+    def lost(self) -> Tensor:
+        return self.found > WORSE * self.due
+
+
+def _loss(weight: Tensor, fmt: Format, packed: Packed) -> _Loss | None:
+    """What small groups of weight [N, K] lose to their scales; None where none is that small."""
+    low = _low(packed.weight_scale, fmt)
+    if not low.any():
+        return None
+    weight = weight.float()
+    grouped = split_groups(weight, fmt.group_size)
+    largest = grouped.abs().amax(-1)
+    low &= largest > 0
+    if not low.any():
+        return None
+    found = _errors(weight, unpack(packed, fmt, weight.shape[1]), fmt)
+    due = found.clone()
+    due[low] = _errors_elsewhere(grouped[low], fmt).squeeze(-1)
+    return _Loss(largest, found, due)
+
+
+def lost_groups(weight: Tensor, fmt: Format, packed: Packed) -> int:
+    """How many groups of weight [N, K] are too small for their scales, and lose their digits."""
+    loss = _loss(weight, fmt, packed)
+    return 0 if loss is None else int(loss.lost.sum())
+
+
 def check_scales(name: str, weight: Tensor, scheme: Scheme, packed: Packed) -> None:
     """Raise UsageError that names the tensor where its scales cannot hold weight [N, K].
 
     Of NVFP4, whose scales reach no further below the largest of the tensor than they do, lost
     groups are warned of instead.
     """
-    fmt, columns = scheme.format, weight.shape[1]
+    fmt = scheme.format
     _check_high(name, weight, scheme, packed)
-    low = _low(packed.weight_scale, fmt)
-    if not low.any():
+    loss = _loss(weight, fmt, packed)
+    if loss is None:
         return
-    weight = weight.float()
-    grouped = split_groups(weight, fmt.group_size)
-    largest = grouped.abs().amax(-1)
-    low &= largest > 0
-    if not low.any():
-        return
-    found = _errors(weight, unpack(packed, fmt, columns), fmt)
-    due = found.clone()
-    due[low] = _errors_elsewhere(grouped[low], fmt).squeeze(-1)
-    lost = found > WORSE * due
+    (largest, found, due), lost = loss, loss.lost
     if fmt.scale == "e4m3":
         if lost.any():
             logger.warning(

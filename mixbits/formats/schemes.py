@@ -29,6 +29,7 @@ data_type/mxfp.py (symmetric integers have a signed scale over the full range, a
 
 from __future__ import annotations
 
+import difflib
 import functools
 import re
 from collections.abc import Mapping
@@ -475,4 +476,17 @@ def parse_scheme(
     key = _ALIASES.get(key, key)
     if scheme := _scheme(key, weight_scale_mode, act_scale_mode):
         return scheme
-    raise UsageError(f"unknown scheme {name!r:.60}: known are {SCHEME_NAMES}")
+    near = f" (nearest: {', '.join(found)})" if (found := _nearest(key)) else ""
+    raise UsageError(f"unknown scheme {name!r:.60}: known are {SCHEME_NAMES}{near}")
+
+
+def _nearest(key: str) -> list[str]:
+    """At most three names of schemes that look like an upper-case name."""
+    groups = ("", *(f"G{size}" for size in INT_GROUPS))
+    integers = [f"W{bits}{{}}{group}" for bits in INTEGERS.values() for group in groups]
+    weights = [*_FLOATS, *(name.format("") for name in integers)]
+    names = [*_FLOATS, *(f"{name}A16" for name in _FLOATS), "BF16"]
+    names += [name.format("A16") + tail for name in integers for tail in ("", "ASYM")]
+    names += [f"{weight}x{inputs}" for weight in weights for inputs in _ACTIVATIONS]
+    by_key = {name.upper(): name for name in names}
+    return [by_key[near] for near in difflib.get_close_matches(key[:60], by_key, 3)]

@@ -127,6 +127,7 @@ def report(run: Run, sha256: str, planned: Planned, decision: Decision, text: Te
         "calibration": None if scores is None else scores.data["calibration"],
         # An edited plan still says what it was once made for.
         "budget": None if scores is None else plan.data["budget"],
+        "menu": run.menu,
         "reached": run.reached(plan.assignment),
         "left_alone": run.coverage.groups(),
         "carried": len(run.source.weights.carried_parts),

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
-from ..export.targets import DEFAULT_SCHEMES
 from ..files.atomic import check_destination, recover
 from ..files.io import read_object
+from ..formats.menus import MENUS
 from ..formats.schemes import ROW, parse_scheme
 from ..measuring.hub_data import check_dataset
 from ..source.model_files import already_quantized, check_name
@@ -24,6 +24,7 @@ from .settings import Settings
 
 _TASKS = Path(__file__).parent.parent / "demo" / "tasks"
 _SIZES = {"hidden_size", "intermediate_size", "moe_intermediate_size", "head_dim"}
+_GPUS = ("/dev/nvidia0", "/dev/kfd", "/dev/dxg")
 _KEYS = re.compile(r"(?:task|group|tag)s?\s*:|-\s")  # of a YAML line that may name a task
 
 
@@ -106,7 +107,10 @@ def _check_bits(settings: Settings, config: dict[str, Any]) -> None:
         return
     if not settings.schemes and (settings.target or settings.scores):
         return
-    schemes = [parse_scheme(name) for name in settings.schemes or DEFAULT_SCHEMES]
+    if not settings.schemes and settings.device is None and any(map(os.path.exists, _GPUS)):
+        return  # torch is to say whether it can compute there
+    names = settings.schemes or MENUS[settings.default_menu[0]]
+    schemes = [parse_scheme(name) for name in names]
     groups = [s.weight.group_size for s in schemes if s.weight is not None]
     sizes = [v for k, v in config.items() if k in _SIZES and isinstance(v, int)]
     # A scale per row weighs the less the longer the row is.

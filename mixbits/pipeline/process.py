@@ -32,7 +32,7 @@ from .evaluation import check_evaluation, evaluate
 from .gate import Decision, choose
 from .output import Reports, write
 from .plans import Planned, make_plans, refine_plan
-from .roundings import Outcome, Subject, plain
+from .roundings import Outcome, Subject, lost_groups, plain
 from .run import Run, given_plan, prepare
 from .scoring import measure
 from .settings import Settings
@@ -206,4 +206,8 @@ def _rounded(run: Run, clock: Clock, subject: Subject, planned: Planned, text: T
     listed = f"the best of {', '.join(plans)}" if is_compared else name
     with clock.run("round", f"{what}, {listed}"):
         found = candidates(settings, plans, text.correction, planned.rounded)
-        return choose(subject, found, text.gate.ids, text.gate.judged_from)
+        decision = choose(subject, found, text.gate.ids, text.gate.judged_from)
+    weights = decision.outcome.weights
+    if lost := lost_groups(subject, decision.winner.plan.assignment, weights):
+        decision.outcome.told["lost_groups"] = lost
+    return decision

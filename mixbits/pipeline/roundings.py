@@ -14,10 +14,12 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar, Protocol
 
+from ..formats import scale_range
+from ..formats.arrange import arrangement_of
 from ..formats.pack import Rounded
-from ..formats.schemes import Assignment
+from ..formats.schemes import LEFT_ALONE, Assignment
 from ..measuring.text import Sequences
-from ..model.layout import CausalLM, LinearInfo
+from ..model.layout import CausalLM, LinearInfo, weight_of
 from ..model.streaming import StreamedModel, gradient_dtype
 from ..rounding.distill import distill, enough_text
 from ..rounding.methods import CORRECTION
@@ -54,6 +56,22 @@ class Outcome:
 
     weights: Rounded
     told: dict[str, Any]
+
+
+def lost_groups(subject: Subject, recipes: Assignment, weights: Rounded) -> int:
+    """Groups of NVFP4 weights that are too small beside the largest of their tensor."""
+    count = 0
+    for info in subject.linears:
+        recipe = recipes.get(info.name, LEFT_ALONE)
+        if not any(s.weight and s.format.tensor_scale for s, _ in recipe.segments):
+            continue
+        arranged = arrangement_of(recipe, "cpu").weight(weight_of(subject.model, info).cpu())
+        parts = recipe.parts(info.in_features)
+        pieces = arranged.split([columns for _, columns in parts], 1)
+        for (scheme, _), piece, packed in zip(parts, pieces, weights[info.name], strict=True):
+            if scheme.format.tensor_scale:
+                count += scale_range.lost_groups(piece, scheme.format, packed)
+    return count
 
 
 class Rounding(Protocol):

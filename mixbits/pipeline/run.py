@@ -10,6 +10,7 @@ from typing import Any
 from ..checkpoint.folder import predicted_bytes
 from ..errors import UsageError
 from ..export.targets import TARGETS, advice, check_fused, check_together, default_schemes, fit
+from ..formats.menus import MENUS
 from ..formats.schemes import Assignment, Recipe, Scheme, parse_scheme
 from ..measuring.scores import Scores
 from ..model.layout import CausalLM, LinearInfo, Survey, check_layout, survey
@@ -35,6 +36,7 @@ class Run:
     units: list[Unit]
     coverage: Coverage  # and what else there is
     own: OwnCodes = NO_CODES  # of linears that the source has quantized
+    menu: str | None = None  # why these schemes, where none were asked for
 
     @property
     def all_schemes(self) -> list[Scheme]:
@@ -89,7 +91,7 @@ def prepare(settings: Settings, source: Source | None = None) -> Run:
     shapes = source.shapes
     found = survey(shapes, include_head=settings.quantize_lm_head)
     linears, coverage = _take_part(settings, found)
-    settings = _with_schemes(settings, linears)
+    settings, menu = _with_schemes(settings, linears)
     schemes = [parse_scheme(name, *settings.scale_modes) for name in settings.schemes or ()]
     schemes = list({s.name: s for s in schemes}.values())
     slabs = settings.slabs
@@ -102,20 +104,25 @@ def prepare(settings: Settings, source: Source | None = None) -> Run:
     own = NO_CODES
     if source.quantization and not settings.dry_run:
         own = OwnCodes.find(source.weights, linears)
-    run = Run(settings, schemes, keep, source, shapes, linears, units, coverage, own)
+    run = Run(settings, schemes, keep, source, shapes, linears, units, coverage, own, menu)
     if settings.target:
         _check_target(run)
     return run
 
 
-def _with_schemes(settings: Settings, linears: Sequence[LinearInfo]) -> Settings:
-    """With what to choose from: as asked for, or measured, or as the target holds it."""
+def _with_schemes(settings: Settings, linears: Sequence[LinearInfo]) -> tuple[Settings, str | None]:
+    """With what to choose from, and why where that was not asked for."""
     if settings.schemes is not None:
-        return settings
+        return settings, None
     if settings.scores is not None:
-        return replace(settings, schemes=tuple(Scores.read(settings.scores).schemes))
-    target = TARGETS[settings.target] if settings.target else None
-    return replace(settings, schemes=tuple(default_schemes(target, linears)))
+        names, why = tuple(Scores.read(settings.scores).schemes), "what was measured"
+    elif settings.target:
+        names = default_schemes(TARGETS[settings.target], linears)
+        why = f"what {settings.target} holds"
+    else:
+        menu, reason = settings.default_menu
+        names, why = MENUS[menu], f"the menu {menu}: {reason}"
+    return replace(settings, schemes=names), None if settings.plan else why
 
 
 def _take_part(settings: Settings, found: Survey) -> tuple[list[LinearInfo], Coverage]:

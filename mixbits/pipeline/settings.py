@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from ..errors import UsageError
-from ..export.targets import DEFAULT_SCHEMES, TARGETS
-from ..formats.menus import MENUS
+from ..export.targets import TARGETS
+from ..formats.menus import MENUS, default_menu
 from ..formats.schemes import SCALE_MODES, ScaleMode, Scheme, parse_scheme
 from ..planning.allocate import STRATEGIES
 from ..rounding.methods import CORRECTION
@@ -99,8 +99,8 @@ class BudgetSettings:
     schemes: tuple[str, ...] | None = _option(
         None,
         f"what to choose from: schemes, or a menu of them ({', '.join(MENUS)}: see mixbits.info "
-        f"--schemes) (default: {','.join(DEFAULT_SCHEMES)}; with --target, what it holds; "
-        "with --scores, what was measured)",
+        "--schemes) (default: the menu cpu, or portable for a GPU, slabs and --tune; with "
+        "--target, what it holds; with --scores, what was measured)",
         kind=scheme_names,
     )
     ignore_scale_bits: bool = _option(
@@ -329,6 +329,11 @@ class Settings(
     def computes_on(self) -> str:
         """The device, as torch names it."""
         return self.device or "cpu"
+
+    @property
+    def default_menu(self) -> tuple[str, str]:
+        """The menu for when no schemes are asked for, and why."""
+        return default_menu(self.computes_on == "cpu", self.slabs or self.tune is not None)
 
     @property
     def folder(self) -> Path:

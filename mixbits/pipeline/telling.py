@@ -33,6 +33,9 @@ from .texts import Text
 
 def source(run: Run) -> None:
     """What else than plain linears in 16 bits the source holds, and schemes without kernels."""
+    if run.menu:
+        names = ", ".join(scheme.name for scheme in run.schemes)
+        say(f"  to choose from: {names} ({run.menu}); --schemes asks for others")
     for line in source_lines(run):
         say(f"  {line}")
     if slow := without_kernels(run.all_schemes, str(run.settings.device)):

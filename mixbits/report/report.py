@@ -108,6 +108,7 @@ class Rounding(Text):
     iterations: int | None = None  # of signround
     distilled: int | None = None  # steps
     correction: Figure = None
+    lost_groups: int | None = None  # of NVFP4, too small beside the largest weight
     notes: list[str] = []
 
 
@@ -254,6 +255,7 @@ class Report(Part):
     source: Source | None = None
     calibration: Text | None = None
     budget: dict[str, Any] | None = None
+    menu: str | None = None  # why these schemes, where none were asked for
     reached: Reached = Reached()
     left_alone: list[LeftAlone] | None = None
     carried: int | None = None  # tensors that the model's class does not take

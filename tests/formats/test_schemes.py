@@ -168,3 +168,14 @@ def test_unknown_schemes_list_the_known(name):
     with pytest.raises(UsageError) as error:
         parse_scheme(name)
     assert SCHEME_NAMES in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [("W7A16", "W8A16, W6A16, W5A16"), ("nvfp4asym", "NVFP4, NVFP4A16, NVFP4xMXFP8")],
+)
+def test_unknown_schemes_name_the_nearest(name: str, nearest: str) -> None:
+    with pytest.raises(UsageError, match=rf"BF16 \(nearest: {nearest}\)$"):
+        parse_scheme(name)
+    for known in nearest.split(", "):
+        assert parse_scheme(known).name == known

@@ -17,8 +17,10 @@ from tiny import KINDS, SMALL, add_tokenizer, entries, make_model, read
 from transformers import AutoModelForCausalLM
 
 import mixbits
+from mixbits import quantize
 from mixbits.checkpoint import folder as checkpoint
 from mixbits.files.manifest import foreign
+from mixbits.formats.menus import MENUS
 from mixbits.formats.recipes import parse_recipe
 from mixbits.model.layout import LinearInfo, find_linears
 from mixbits.model.units import make_units
@@ -437,3 +439,33 @@ def test_every_rounding_is_recorded_and_compensation_pays(
         assert config["rounding"] == report["rounding"]
         kl[rounding] = report["evaluation"]["held_out"]["kl"]
     assert kl["gptq"] < min(kl["search"], kl["rtn"])
+
+
+def test_groups_that_scales_cannot_hold_are_counted(
+    run: Callable[..., int], tmp_path: Path
+) -> None:
+    """NVFP4: scales of a tensor lie within 2^18 of each other."""
+    model = make_model(tmp_path / "model")
+    weights = load_file(model / "model.safetensors")
+    weights["model.layers.0.mlp.up_proj.weight"][3, 16:48] *= 2.0**-24
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    how = ("--schemes", "NVFP4A16,MXFP8A16", "--keep", "*=NVFP4A16", "--rounding", "search")
+    assert run("--avg-bits", 4.5078, "--gate", 0, *how, model=model) == 0
+    assert read(tmp_path / "out" / "report.json")["rounding"]["lost_groups"] == 2
+
+
+def test_the_menu_is_told(shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    quick = [*SMALL[: SMALL.index("--schemes")], "--rounding", "rtn", "--solve-only"]
+    quick += ["--dataset", str(shared / "ids.npy"), "--device", "cpu"]
+
+    def menu(*options: str) -> object:
+        words = [str(shared / "llama"), "--out", str(tmp_path / "out"), "--overwrite"]
+        assert quantize.main([*words, *quick, *options]) == 0
+        return read(tmp_path / "out" / "report.json")["menu"]
+
+    why = menu()
+    assert str(why).startswith("the menu cpu: ")
+    assert f"to choose from: {', '.join(MENUS['cpu'])} ({why})" in capsys.readouterr().out
+    assert str(menu("--granularity", "slab")).startswith("the menu portable: ")
+    assert menu("--target", "gguf", "--ignore", "*.down_proj") == "what gguf holds"
+    assert menu("--schemes", "w4a4", "--avg-bits", "5") is None
