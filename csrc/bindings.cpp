@@ -36,10 +36,10 @@ void fake_quantize(uintptr_t x, uintptr_t out, int64_t rows, int64_t columns, in
 }
 
 void quantize_pack(uintptr_t weight, uintptr_t codes, uintptr_t scales, uintptr_t zero_points,
-                   int64_t rows, int64_t columns, int dtype, int format) {
-  check_memory(
-      kernels().quantize_pack({pointer(weight), pointer<uint8_t>(codes), pointer<uint8_t>(scales),
-                               pointer<uint8_t>(zero_points), rows, columns, dtype, format}));
+                   uintptr_t divisor, int64_t rows, int64_t columns, int dtype, int format) {
+  check_memory(kernels().quantize_pack({pointer(weight), pointer<uint8_t>(codes),
+                                        pointer<uint8_t>(scales), pointer<uint8_t>(zero_points),
+                                        rows, columns, dtype, format, pointer<float>(divisor)}));
 }
 
 void dequantize(uintptr_t codes, uintptr_t scales, uintptr_t zero_points, uintptr_t divisor,
@@ -74,11 +74,13 @@ void square_sums(uintptr_t x, uintptr_t out, int64_t rows, int64_t columns, int 
 
 void compensate_group(uintptr_t group, uintptr_t factor, uintptr_t importance, uintptr_t codes,
                       uintptr_t scales, uintptr_t zero_points, uintptr_t errors, int64_t rows,
-                      int64_t stride, int64_t factor_stride, int columns, int format) {
-  check_memory(kernels().compensate_group(
-      {pointer<float>(group), pointer<float>(factor), pointer<float>(importance),
-       pointer<uint8_t>(codes), pointer<uint8_t>(scales), pointer<uint8_t>(zero_points),
-       pointer<float>(errors), rows, stride, factor_stride, columns, format}));
+                      int64_t stride, int64_t factor_stride, int columns, int format, float divisor,
+                      uintptr_t known) {
+  check_memory(kernels().compensate_group({pointer<float>(group), pointer<float>(factor),
+                                           pointer<float>(importance), pointer<uint8_t>(codes),
+                                           pointer<uint8_t>(scales), pointer<uint8_t>(zero_points),
+                                           pointer<float>(errors), rows, stride, factor_stride,
+                                           columns, format, divisor, pointer<float>(known)}));
 }
 
 template <class Index>
@@ -237,10 +239,11 @@ PYBIND11_MODULE(_cpu, m) {
   m.doc() = "Native CPU operations of mixbits on raw pointers; use mixbits.ops instead.";
   m.attr("MAX_SEGMENTS") = kMaxSegments;
   m.attr("SHARES") = std::vector<float>(std::begin(kShares), std::end(kShares));
+  m.attr("NV_SHARES") = std::vector<float>(std::begin(kNVShares), std::end(kNVShares));
   using release = py::call_guard<py::gil_scoped_release>;
   m.def("fake_quantize", &fake_quantize, release(), "x [rows, columns] -> out, same dtype");
   m.def("quantize_pack", &quantize_pack, release(),
-        "weight [rows, columns] -> codes, scales, zero_points (0 where there are none)");
+        "weight [rows, columns] -> codes, scales, zero_points, divisor (0 where there are none)");
   m.def("dequantize", &dequantize, release(),
         "codes, scales, zero_points, divisor (0 where there are none) -> out [rows, columns] of "
         "dtype");
@@ -251,8 +254,9 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("square_sums", &square_sums, release(),
         "x [rows, columns] -> out float64 [1 + formats, columns]");
   m.def("compensate_group", &compensate_group, release(),
-        "group [rows, columns] of some stride, factor, importance -> codes, scales, zero_points (0 "
-        "where there are none), errors");
+        "group [rows, columns] of some stride, factor, importance, divisor, known scales of rows "
+        "or 0 -> codes, scales (0 where they are known), zero_points (0 where there are none), "
+        "errors");
   m.def("packed_matmul", &packed_matmul, release(),
         "x [tokens, columns], targets (out [tokens, rows]; order or 0, bytes of its entries, "
         "rotated, "

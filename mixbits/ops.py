@@ -128,6 +128,8 @@ def quantize_pack(weight: Tensor, fmt: Format, backend: str | None = None) -> Pa
     """
     check_values("weight", weight, 2)
     check_format("format", fmt)
+    if fmt.tensor_scale == "row":
+        raise UsageError(f"a weight has one scale of the whole tensor: got {fmt}")
     module = backend_for(weight, backend, (fmt,))
     if weight.numel() == 0:
         return empty_packed(fmt, weight.shape[0], weight.shape[1], weight.device)
@@ -327,10 +329,10 @@ def compensate_group(
             raise TypeError(f"{name} must be float32: got {x.dtype}")
     module = backend_for(group, None, (fmt,))
     native = getattr(module, "compensate_group", None)
-    if native is None or group.numel() == 0 or divisor is not None or known is not None:
+    if native is None or group.numel() == 0:
         return compensate.compensate_group(group, factor, importance, fmt, divisor, known)
     rest = (_ready(name, named[name], module) for name in ("factor", "importance"))
-    found: Group = native(rows_in_memory("group", group), *rest, fmt)
+    found: Group = native(rows_in_memory("group", group), *rest, fmt, divisor, known)
     return found
 
 

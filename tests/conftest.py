@@ -43,6 +43,8 @@ MORE_FORMATS = [
     if (fmt := Format(element, size, symmetric, mode, kind, per)) not in FORMATS
 ]
 CPU_FORMATS = FORMATS + [fmt for fmt in MORE_FORMATS if cpu.holds(fmt)]
+# Of these, what weights are packed in: they share no scale of a row.
+CPU_PACKED = [fmt for fmt in CPU_FORMATS if fmt.tensor_scale != "row"]
 ISAS = ["avx512bf16", "avx512vnni", "avx2", "scalar"]
 
 
@@ -56,6 +58,7 @@ def format_id(fmt: Format) -> str:
 
 by_format = pytest.mark.parametrize("fmt", FORMATS, ids=format_id)
 by_cpu_format = pytest.mark.parametrize("fmt", CPU_FORMATS, ids=format_id)
+by_cpu_packed = pytest.mark.parametrize("fmt", CPU_PACKED, ids=format_id)
 by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 # The instruction sets take turns on each input, so that a cache of one input's results serves all.
 by_isa = pytest.mark.parametrize("isa", ISAS, indirect=True)

@@ -4,6 +4,7 @@ instruction set that this CPU has."""
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from functools import lru_cache
 
 import pytest
@@ -14,6 +15,7 @@ from conftest import (
     FORMATS,
     assert_same_bits,
     by_cpu_format,
+    by_cpu_packed,
     by_dtype,
     by_isa,
     format_id,
@@ -32,6 +34,8 @@ MXFP4 = Format("e2m1", 32)
 MXFP8 = Format("e4m3", 32)
 INT4 = Format("int4", 128)
 NVFP4 = Format("e2m1", 16, scale="e4m3")
+FP8 = Format("e4m3", 0, scale="float32")
+INT8_ROWS = Format("int8", 0, scale="float32")
 
 
 def misaligned(x):
@@ -55,7 +59,7 @@ def test_fake_quantize(isa, fmt, dtype):
 
 
 @by_dtype
-@by_cpu_format
+@by_cpu_packed
 def test_quantize_pack_and_dequantize(isa, fmt, dtype):
     for columns in COLUMNS:
         weight = hard_rows(columns, dtype, seed=columns)
@@ -119,15 +123,39 @@ def test_dequantize_every_code_with_every_float16_scale(isa, fmt):
 
 @by_dtype
 def test_dequantize_nvfp4(isa, dtype):
-    """Which the library reads, and does not make: hard rows, then every code with every scale."""
+    """Every code with every scale."""
     scale = torch.arange(256, dtype=torch.int32).to(torch.uint8)[:, None]
     codes = torch.arange(16, dtype=torch.uint8).repeat(256, 1)
-    divisor = torch.tensor([1234.5])
-    every = reference.Quantized(codes, scale, tensor_scale=divisor)
-    rows = [reference.quantize(hard_rows(columns, dtype), NVFP4) for columns in COLUMNS]
-    for q in (*rows, every):
-        got = ops.dequantize(pack(q, NVFP4), NVFP4, q.codes.shape[1], dtype, "cpu")
-        assert_same_bits(got, reference.dequantize(q, NVFP4, dtype))
+    q = reference.Quantized(codes, scale, tensor_scale=torch.tensor([1234.5]))
+    got = ops.dequantize(pack(q, NVFP4), NVFP4, 16, dtype, "cpu")
+    assert_same_bits(got, reference.dequantize(q, NVFP4, dtype))
+
+
+@pytest.mark.parametrize("fmt", [FP8, INT8_ROWS], ids=format_id)
+@by_dtype
+def test_dequantize_every_code_with_scales_of_rows(isa, fmt, dtype):
+    scale = torch.tensor([0.0, 1e-42, 2.0**-100, 0.3, -1.7, 3e38, torch.inf, torch.nan])[:, None]
+    q = reference.Quantized(torch.arange(256).to(torch.uint8).repeat(8, 1), scale)
+    got = ops.dequantize(pack(q, fmt), fmt, 256, dtype, "cpu")
+    assert_same_bits(got, reference.dequantize(q, fmt, dtype))
+
+
+@pytest.mark.parametrize("fmt", [NVFP4, replace(NVFP4, tensor_scale="row"), FP8], ids=format_id)
+@by_dtype
+def test_the_maximum_of_a_row_may_be_anywhere(isa, fmt, dtype):
+    """In a vector, in what is left of the row, in a thread's other rows."""
+    x = torch.rand(130, 77).to(dtype)
+    x[torch.arange(130), torch.arange(130) % 77] = -9.0
+    x[101, 50] = 30.0
+    assert_same_bits(ops.fake_quantize(x, fmt, "cpu"), reference.fake_quantize(x, fmt))
+
+
+def test_weights_have_no_scale_of_a_row_and_activations_none_of_a_tensor():
+    with pytest.raises(UsageError, match="a weight has one scale of the whole tensor: got Format"):
+        ops.quantize_pack(torch.ones(2, 16), replace(NVFP4, tensor_scale="row"))
+    packed = ops.quantize_pack(torch.ones(2, 16), NVFP4)
+    with pytest.raises(ValueError, match="rows of x share no scale of the tensor: got Format"):
+        ops.packed_matmul(torch.ones(2, 16), packed, NVFP4, NVFP4)
 
 
 def test_non_contiguous_input(isa):
@@ -167,7 +195,9 @@ def test_square_sums(isa, dtype):
     for some in (formats, []):
         expected = reference.square_sums(x, some)
         assert expected.shape == (1 + len(some), 172)
-        assert torch.equal(ops.square_sums(x[:, None].transpose(0, 1)[0], some, "cpu"), expected)
+        got = ops.square_sums(x[:, None].transpose(0, 1)[0], some, "cpu")
+        # Of the same numbers, in another order.
+        torch.testing.assert_close(got, expected, rtol=1e-14, atol=0)
         assert torch.equal(ops.square_sums(x, some, "reference"), expected)
     wide = x.double()
     torch.testing.assert_close(expected[0], (wide**2).sum(0), rtol=1e-6, atol=0)

@@ -23,6 +23,7 @@ struct PackArgs {
   uint8_t* zero_points;  // null for formats without
   int64_t rows, columns;
   int dtype, format;
+  float* divisor;  // of scales in e4m3; null for formats without
 };
 
 struct DequantizeArgs {
@@ -58,6 +59,9 @@ struct SquareSumsArgs {
 // Shares of an integer group's range whose scales compensate_group tries, in this order:
 // mixbits.formats.compensate._SHARES.
 constexpr float kShares[] = {1.0f, 0.95f, 0.9f, 0.85f, 0.8f, 0.75f, 0.7f};
+// The same of the maximum of an NVFP4 block: mixbits.formats.compensate._NV_SHARES.
+constexpr float kNVShares[] = {1.0f,  1.5f, 0.8f,  0.85f, 0.9f,  0.95f, 1.0f,
+                               1.05f, 1.1f, 1.15f, 1.2f,  1.25f, 1.3f,  1.35f};
 
 // One group of columns of a weight, whose rows are `stride` numbers apart. Row j of the factor,
 // `factor_stride` numbers from the next, says from number j on how later columns make up for j.
@@ -66,11 +70,13 @@ struct CompensateArgs {
   const float* factor;
   const float* importance;  // [columns]
   uint8_t* codes;           // [rows, columns], a byte each
-  uint8_t* scales;          // [rows], as they are stored
+  uint8_t* scales;          // [rows], as they are stored; null where they are known
   uint8_t* zero_points;     // [rows], a byte each; null for formats without
   float* errors;            // [rows, columns]
   int64_t rows, stride, factor_stride;
   int columns, format;  // columns up to the format's group size
+  float divisor;        // of scales in e4m3
+  const float* known;   // [rows]: float32 scales, which are of whole rows; null for other formats
 };
 
 // A packed weight [rows, columns] over consecutive ones of a linear's columns, in their order.

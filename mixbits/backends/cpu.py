@@ -17,17 +17,21 @@ import torch
 from torch import Tensor
 
 from ..errors import UsageError
+from ..formats import compensate
 from ..formats.compensate import Group
 from ..formats.pack import SCALE_DTYPES, Operand, Packed, empty_packed
-from ..formats.schemes import FIRST_FORMATS, MX_GROUP, Format
+from ..formats.reference import Scales
+from ..formats.schemes import FIRST_FORMATS, MX_GROUP, ROW, Format
 
 DTYPE_NUMBERS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # csrc/formats.h, Dtype
 
+MAX_COLUMNS = 128  # of one call of compensate_group: csrc/cpu/ops/compensate.cpp
 # Elements with scales: csrc/cpu/codes/group.h.
 HELD = (
     FIRST_FORMATS
     | {(e, "e8m0") for e in ("e2m3", "int8")}
     | {(e, "float16") for e in ("int3", "int5", "int6")}
+    | {("e2m1", "e4m3"), ("e4m3", "float32"), ("int8", "float32")}
 )
 
 _native: Any = None
@@ -55,11 +59,6 @@ def supports(device: torch.device) -> bool:
 def holds(fmt: Format) -> bool:
     """Whether operations have code for `fmt`."""
     return (fmt.element, fmt.scale) in HELD
-
-
-def decodes(fmt: Format) -> bool:
-    """Whether packed weights in `fmt` can be dequantized and multiplied: NVFP4's, too."""
-    return holds(fmt) or (fmt.scale == "e4m3" and fmt.tensor_scale == "tensor")
 
 
 def isa() -> str:
@@ -122,7 +121,8 @@ def quantize_pack(weight: Tensor, fmt: Format) -> Packed:
     rows, columns = weight.shape
     packed = empty_packed(fmt, rows, columns)
     dtype = DTYPE_NUMBERS[weight.dtype]
-    _native.quantize_pack(weight.data_ptr(), *_pointers(packed), rows, columns, dtype, fmt.code)
+    pointers = (weight.data_ptr(), *_pointers(packed), _divisor(packed))
+    _native.quantize_pack(*pointers, rows, columns, dtype, fmt.code)
     return packed
 
 
@@ -170,18 +170,36 @@ def square_sums(x: Tensor, formats: Sequence[Format]) -> Tensor:
     return out
 
 
-def compensate_group(group: Tensor, factor: Tensor, importance: Tensor, fmt: Format) -> Group:
+def compensate_group(
+    group: Tensor,
+    factor: Tensor,
+    importance: Tensor,
+    fmt: Format,
+    divisor: Tensor | None = None,
+    known: Scales | None = None,
+) -> Group:
     """As `mixbits.formats.compensate.compensate_group`, to the bit."""
-    group, factor, importance = map(_aligned, (group, factor, importance))
     rows, columns = group.shape
+    if known is None and fmt.group_size == ROW:
+        known = compensate.search_scales(group, fmt, importance)
+    unusual = fmt.tensor_scale == "row" or (known is not None and fmt.group_size != ROW)
+    if columns > MAX_COLUMNS or unusual:
+        return compensate.compensate_group(group, factor, importance, fmt, divisor, known)
+    if divisor is None:
+        divisor = compensate.search_tensor_scale(group, fmt)
+    group, factor, importance = map(_aligned, (group, factor, importance))
     codes = torch.empty((rows, columns), dtype=torch.uint8)
-    scale = torch.empty((rows, 1), dtype=SCALE_DTYPES[fmt.scale])
+    given = None if known is None else known.scale.contiguous()
+    scale = torch.empty((rows, 1), dtype=SCALE_DTYPES[fmt.scale]) if given is None else given
     zero_point = None if fmt.symmetric else torch.empty((rows, 1), dtype=torch.uint8)
     errors = torch.empty((rows, columns), dtype=torch.float32)
     inputs = (group.data_ptr(), factor.data_ptr(), importance.data_ptr())
     outputs = (*_pointers(Packed(codes, scale, zero_point)), errors.data_ptr())
     sizes = (rows, group.stride(0), factor.stride(0), columns, fmt.code)
-    _native.compensate_group(*inputs, *outputs, *sizes)
+    by = 1.0 if divisor is None else divisor.item()
+    _native.compensate_group(
+        *inputs, *outputs, *sizes, by, 0 if given is None else given.data_ptr()
+    )
     return Group(codes, scale, zero_point, errors)
 
 

@@ -189,6 +189,8 @@ def _checked_part(part: Any, columns: int, device: torch.device) -> Part:
     check_packed(part.packed, part.format, columns, device)
     if part.activation is not None:
         check_format("activation", part.activation)
+        if part.activation.tensor_scale == "tensor":
+            raise ValueError(f"rows of x share no scale of the tensor: got {part.activation}")
     if torch.compiler.is_compiling():  # then operators of torch.library look at the tensors
         return part
     return part._replace(packed=packed_in_memory(part.packed))

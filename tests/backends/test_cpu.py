@@ -18,3 +18,4 @@ def test_a_linear_has_as_many_segments_at_most():
 
 def test_the_same_shares_of_a_range_are_tried():
     assert torch.tensor(cpu._native.SHARES).equal(torch.tensor(compensate._SHARES))
+    assert torch.tensor(cpu._native.NV_SHARES).equal(torch.tensor(compensate._NV_SHARES))

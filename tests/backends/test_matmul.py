@@ -6,13 +6,13 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from conftest import CPU_FORMATS, DTYPES, FORMATS, MX_FORMATS, by_dtype, by_isa, format_id
+from conftest import CPU_PACKED, DTYPES, FORMATS, MX_FORMATS, by_dtype, by_isa, format_id
 from mixes import meets_integers
 
 from mixbits import ops
 from mixbits.formats import reference
 from mixbits.formats.pack import Operand, Packed
-from mixbits.formats.schemes import SCALE_MODES, Format, parse_scheme
+from mixbits.formats.schemes import SCALE_MODES, Format, parse_scheme, per_row
 
 MXFP4 = Format("e2m1", 32)
 MXFP8 = Format("e4m3", 32)
@@ -81,8 +81,7 @@ def check_matmul(case, backend):
 
 
 # Those of which there is one way to multiply take few shapes.
-MORE = [fmt for fmt in CPU_FORMATS if fmt not in FORMATS and fmt.group_size != 64]
-MORE.append(Format("e2m1", 16, scale="e4m3"))
+MORE = [fmt for fmt in CPU_PACKED if fmt not in FORMATS and fmt.group_size != 64]
 
 
 @by_isa
@@ -92,7 +91,7 @@ def test_matmul(isa, fmt, tokens):
     for number, columns in enumerate([1, 31, 32, 96, 172, 192]):
         for rows in (1, 17) if fmt in MORE else (1, 15, 16, 17, 100):
             dtype = DTYPES[(number + rows) % 3]
-            activation = fmt if fmt.scale == "e8m0" and rows % 2 else None
+            activation = per_row(fmt) if fmt.scale != "float16" and rows % 2 else None
             check_matmul(random_product(tokens, rows, columns, dtype, fmt, activation), "cpu")
 
 
@@ -101,7 +100,7 @@ def test_matmul(isa, fmt, tokens):
     "scheme",
     [
         *("MXFP4", "MXFP4A16", "MXFP8", "MXFP8A16", "W4A16", "W8A16", "W2A16G32ASYM", "MXFP6"),
-        "NVFP4A16",
+        *("NVFP4A16", "NVFP4", "FP8", "W4xFP8", "W4xINT8", "MXFP4xFP8", "NVFP4xMXFP8"),
         *("MXFP4xMXINT8", "W4xMXINT8", "W2G32ASYMxMXINT8", "W8G32xMXINT8"),
     ],
 )

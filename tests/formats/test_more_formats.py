@@ -3,6 +3,7 @@
 compressed-tensors dequantizes and packs NVFP4, MXFP6, FP8 and integers; torch has float8.
 """
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from transformers import AutoModelForCausalLM
 
 import mixbits
 from mixbits import ops
-from mixbits.backends import cpu
+from mixbits.backends import choice, cpu
 from mixbits.errors import UsageError
 from mixbits.formats import compensate, reference, schemes
 from mixbits.formats.pack import Packed, pack, packed_spec, unpack
@@ -256,7 +257,7 @@ def calls(fmt: Format, backend: str | None) -> dict[str, object]:
         "gradient_statistics": lambda: ops.gradient_statistics(x, x, [fmt, usual], backend),
         "square_sums": lambda: ops.square_sums(x, [usual, fmt, usual], backend),
         "activation": lambda: ops.packed_matmul(
-            x, pack(reference.quantize(x, usual), usual), usual, fmt, backend
+            x, pack(reference.quantize(x, usual), usual), usual, schemes.per_row(fmt), backend
         ),
     }
     if fmt.tensor_scale != "row":
@@ -268,21 +269,38 @@ def calls(fmt: Format, backend: str | None) -> dict[str, object]:
     return found
 
 
-@pytest.mark.parametrize("fmt", MORE_FORMATS, ids=format_id)
-def test_a_backend_without_a_format_refuses_it_and_another_takes_over(fmt: Format) -> None:
-    """No operation gives a number by a path that does not know the format."""
+@pytest.fixture
+def first_formats_only(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As if the native library knew no others."""
+    monkeypatch.setattr(cpu, "HELD", schemes.FIRST_FORMATS)
+    choice._holder.cache_clear()
+    yield
+    choice._holder.cache_clear()
+
+
+def assert_as_the_reference(fmt: Format) -> None:
     expected = {name: call() for name, call in calls(fmt, "reference").items()}
     for name, call in calls(fmt, None).items():
-        got = call()
-        for a, b in zip(as_list(got), as_list(expected[name]), strict=True):
+        for a, b in zip(as_list(call()), as_list(expected[name]), strict=True):
             # Products and statistics differ by the order of float32 sums; all else is equal.
             assert torch.allclose(a.double(), b.double(), rtol=1e-5, atol=1e-5 * top(b)), name
-    if not cpu.holds(fmt):
-        for name, call in calls(fmt, "cpu").items():
-            if name in ("dequantize", "packed_matmul") and cpu.decodes(fmt):
-                continue
-            with pytest.raises(UsageError, match="backend 'cpu' cannot take Format"):
-                call()
+
+
+@pytest.mark.parametrize("fmt", MORE_FORMATS, ids=format_id)
+def test_every_operation_holds_every_format(fmt: Format) -> None:
+    assert cpu.holds(fmt)
+    assert_as_the_reference(fmt)
+
+
+@pytest.mark.parametrize("fmt", [NVFP4, FP8, MXFP6, Format("int5", 32)], ids=format_id)
+def test_a_backend_without_a_format_refuses_it_and_another_takes_over(
+    fmt: Format, first_formats_only: None
+) -> None:
+    """No operation gives a number by a path that does not know the format."""
+    assert_as_the_reference(fmt)
+    for call in calls(fmt, "cpu").values():
+        with pytest.raises(UsageError, match="backend 'cpu' cannot take Format"):
+            call()
 
 
 ACTIVATIONS = [
@@ -327,6 +345,34 @@ def test_error_compensation_holds_every_format(fmt: Format) -> None:
         (x @ (reference.dequantize(q, fmt) - weight).T).square().sum() for q in (found, nearest)
     ]
     assert lost[0] < 0.6 * lost[1]
+
+
+SPANS = [fmt for fmt in MORE_FORMATS if fmt.scale in ("e4m3", "float32")]
+
+
+@pytest.mark.parametrize("fmt", SPANS, ids=format_id)
+@pytest.mark.parametrize("columns", [1, 7, 16, 128, 200])
+def test_native_compensation_with_scales_of_a_whole_equals_the_slow_one(
+    fmt: Format, columns: int
+) -> None:
+    """Scales searched for, under a given scale of the tensor, and given of rows."""
+    if columns > (fmt.group_size or columns):
+        pytest.skip(f"a group has {fmt.group_size} columns")
+    group = weights(21, columns)
+    group[3, columns // 2], group[4], group[5] = torch.nan, 0.0, 2.0**-120
+    factor = torch.eye(columns) + 0.1 * torch.randn(columns, columns).triu(1)
+    importance = torch.rand(columns)
+    whole = torch.cat([2 * group, group], 1)
+    more = [
+        {},
+        {"divisor": compensate.search_tensor_scale(whole, fmt)},
+        {"known": compensate.search_scales(whole, fmt)} if fmt.group_size == 0 else {},
+    ]
+    for given in more:
+        found = ops.compensate_group(group, factor, importance, fmt, **given)
+        slow = compensate.compensate_group(group, factor, importance, fmt, **given)
+        for a, b in zip(found, slow, strict=True):
+            assert a is b is None or assert_same_bits(a, b) is None
 
 
 # --- docs/add-a-format.md, followed --------------------------------------------------------------

@@ -43,15 +43,20 @@ MB_INLINE void with_element(int element, F&& f) {
       return f(Tag<kInt6>());
     case kMXInt8:
       return f(Tag<kMXInt8>());
+    case kNVE2M1:
+      return f(Tag<kNVE2M1>());
+    case kRowE4M3:
+      return f(Tag<kRowE4M3>());
+    case kRowInt8:
+      return f(Tag<kRowInt8>());
     default:
       return f(Tag<kInt8>());
   }
 }
 
-// The same for elements of packed weights: of kNVE2M1 only decoding is known.
+// The same for elements of packed weights.
 template <class F>
 MB_INLINE void with_packed_element(int element, F&& f) {
-  if (element == kNVE2M1) return f(Tag<kNVE2M1>());
   with_element(element, f);
 }
 
@@ -86,12 +91,14 @@ struct Words {
   typedef int16_t vector __attribute__((vector_size(kLanes * 4)));
   static constexpr int lanes = 2 * kLanes;
   static constexpr int16_t sign = -0x8000, magnitude = 0x7fff;
+  static constexpr int16_t infinity = DTYPE == kFloat16 ? 0x7c00 : 0x7f80;
 };
 template <>
 struct Words<kFloat32> {
   typedef vi vector;
   static constexpr int lanes = kLanes;
   static constexpr int32_t sign = int32_t(0x80000000), magnitude = 0x7fffffff;
+  static constexpr int32_t infinity = 0x7f800000;
 };
 
 template <class V>
@@ -244,7 +251,7 @@ MB_INLINE void scales_of_bounds(Bounds& bounds, int groups, const Format format,
 // The columns of a group: a constant where the element has one group size.
 template <int ELEMENT>
 MB_INLINE int columns_of_group(const Format format) {
-  return is_mx(ELEMENT) ? 32 : format.group_size;
+  return is_mx(ELEMENT) ? 32 : ELEMENT == kNVE2M1 ? 16 : format.group_size;
 }
 
 template <int ELEMENT, int DTYPE>
@@ -331,14 +338,6 @@ static void fake_groups(const char* x, char* q, int groups, const Format format)
   }
 }
 
-// Round trip of a run: x and q of `padded` columns, a multiple of the format's group size.
-MB_INLINE void fake_run(const float* x, float* q, int padded, const Format format) {
-  with_element(format.element, [&](auto tag) {
-    fake_groups<decltype(tag)::value, kFloat32, false>((const char*)x, (char*)q,
-                                                       padded / format.group_size, format);
-  });
-}
-
 // --- values -> codes ----------------------------------------------------------------------------
 
 // `groups` (at most kBatch) groups of DTYPE -> their packed codes and scales.
@@ -386,7 +385,7 @@ struct PackedWeight {
       : codes(c), scales(s), zero_points(z), divisor(1), columns(k), format(f) {
     if (d) memcpy(&divisor, d, sizeof(divisor));
     const int bits = element_bits(f.element);
-    groups = f.group_size ? group_count(k, f.group_size) : 0;
+    groups = f.group_size ? scale_count(k, f) : 0;
     code_bytes = packed_bytes(k, bits);
     scale_row_bytes = groups * scale_bytes(f.element);
     zero_point_bytes = packed_bytes(groups, bits);
@@ -416,6 +415,11 @@ MB_INLINE GroupValue group_value(const PackedRow& row, int64_t g) {
     return {scale / row.divisor, 0.0f};
   }
   if (is_mx(ELEMENT)) return {e8m0_to_float(row.scales[g]) * unit_of(ELEMENT), 128.0f};
+  if (has_row_scale(ELEMENT)) {
+    float scale;
+    memcpy(&scale, row.scales, sizeof(scale));
+    return {scale, 128.0f};
+  }
   constexpr int bits = element_bits(ELEMENT);
   uint16_t half;
   memcpy(&half, row.scales + 2 * g, 2);

@@ -6,6 +6,7 @@
 //
 // Vector lanes run along k in both, so packed rows are read as they are stored, and a sum has
 // kLanes partial sums that are added at the end.
+#include "cpu/codes/span.h"
 #include "matmul.h"
 
 namespace mixbits {
@@ -16,12 +17,15 @@ void float_token(const SegmentWeight& segment, const Tokens& tokens, int64_t m, 
   const int64_t padded = round_up(tokens.columns, kRun);
   memset(out + tokens.columns, 0, (padded - tokens.columns) * sizeof(float));
   if (!segment.activation_code) return;
+  float span = 0;
+  if (has_span(segment.activation.element))
+    find_spans(out, 1, tokens.columns, kFloat32, &segment.activation_code, 1, &span);
   for (int64_t first = 0; first < tokens.columns; first += kRun) {
     const int count = int(min64(tokens.columns - first, kRun));
     alignas(64) float q[kRun];
     alignas(64) char rounded[kRun * sizeof(float)];
     fake_run(out + first, q, int(round_up(count, segment.activation.group_size)),
-             segment.activation);
+             segment.activation, span);
     store_row(q, count, tokens.dtype, rounded);
     load_row(rounded, count, tokens.dtype, out + first);
   }

@@ -6,7 +6,7 @@
 // operation by operation, so that results are equal to the bit.
 #include <omp.h>
 
-#include "cpu/codes/group.h"
+#include "cpu/codes/span.h"
 #include "cpu/kernels.h"
 #include "cpu/ops.h"
 
@@ -22,27 +22,8 @@ template <int ELEMENT>
 struct LaneScales {
   Scales of;  // of the first kLanes groups
 
-  vf scale() const { return load(of.scale); }
-  // What x is as a number of steps, or of the element's units.
-  vf quotient(vf x) const {
-    if (!is_mx(ELEMENT)) return x / scale();
-    return x * load(of.reciprocal) / unit_of(ELEMENT);  // a power of two
-  }
-  // Integers: the code as a float.
-  vf clamped(vf x) const {
-    const vf rounded = ((quotient(x) + kRoundMagic) - kRoundMagic) + load(of.offset);
-    const vf zero = {}, top = splat(float((1 << element_bits(ELEMENT)) - 1));
-    const vf floored = rounded > zero ? rounded : zero;
-    return floored < top ? floored : top;
-  }
-  vf value(vf x) const {
-    if (!is_float(ELEMENT)) return (clamped(x) - load(of.offset)) * (scale() * unit_of(ELEMENT));
-    return minifloat_round<vf, vi>(quotient(x), minifloat(ELEMENT)) * scale();
-  }
-  vi code(vf x) const {
-    if (!is_float(ELEMENT)) return small_to_int<vf, vi>(clamped(x));
-    const vf s = scale();
-    return minifloat_encode<vf, vi>(quotient(x), minifloat(ELEMENT)) & (s == s);
+  LaneRounding<ELEMENT> rounding() const {
+    return {load(of.scale), load(of.reciprocal), load(of.offset)};
   }
   // Takes the other's scales in some lanes.
   void replace(vi which, const LaneScales& other) {
@@ -62,6 +43,10 @@ struct Tile {
   int columns;
 };
 
+// Whether scales follow from magnitudes alone.
+template <int ELEMENT>
+constexpr bool kOfMagnitudes = is_mx(ELEMENT) || has_span(ELEMENT);
+
 // Of every row; as find_bounds has them.
 template <int ELEMENT>
 Bounds bounds_of(const Tile& tile) {
@@ -69,7 +54,7 @@ Bounds bounds_of(const Tile& tile) {
   const int32_t sign = int32_t(0x80000000);
   for (int j = 0; j < tile.columns; ++j) {
     const vi bits = bit_cast<vi>(tile.x[j]);
-    high = max_of<vi>(high, is_mx(ELEMENT) ? vi(bits & 0x7fffffff) : bits);
+    high = max_of<vi>(high, kOfMagnitudes<ELEMENT> ? vi(bits & 0x7fffffff) : bits);
     low = max_of<vi>(low, bits ^ sign);
   }
   Bounds bounds;
@@ -80,13 +65,30 @@ Bounds bounds_of(const Tile& tile) {
 
 template <int ELEMENT>
 constexpr int candidates() {
-  return is_mx(ELEMENT) ? 2 : int(sizeof(kShares) / sizeof(kShares[0]));
+  return is_mx(ELEMENT)       ? 2
+         : ELEMENT == kNVE2M1 ? int(sizeof(kNVShares) / sizeof(kNVShares[0]))
+                              : int(sizeof(kShares) / sizeof(kShares[0]));
 }
 
-// Candidate number c of the search: MX, c powers of two above the smallest scale; integers, a share
+// Scales that are found elsewhere, beside codes that are counted from 128, or floats.
+template <int ELEMENT>
+void set_scales(vf scale, vi stored, LaneScales<ELEMENT>* out) {
+  store(out->of.scale, scale);
+  store(out->of.reciprocal, vf{});  // of powers of two only
+  store(out->of.offset, splat(128.0f));
+  for (int l = 0; l < kLanes; ++l) out->of.stored[l] = uint16_t(stored[l]);
+}
+
+// Candidate number c of the search: MX, c powers of two above the smallest scale; others, a share
 // of the range.
 template <int ELEMENT>
-void candidate(const Bounds& bounds, int c, const Format format, LaneScales<ELEMENT>* out) {
+void candidate(const Bounds& bounds, int c, const Format format, float divisor,
+               LaneScales<ELEMENT>* out) {
+  if (ELEMENT == kNVE2M1) {
+    vi stored;
+    const vf scale = nv_scales(load(bounds.high) * kNVShares[c], splat(divisor), &stored);
+    return set_scales(scale, stored, out);
+  }
   if (is_mx(ELEMENT)) {
     mx_scales<ELEMENT>(bounds, kLanes, kFloor, &out->of);
     for (int l = 0; l < kLanes; ++l) {
@@ -108,12 +110,13 @@ template <int ELEMENT>
 vf squares(const Tile& tile, const LaneScales<ELEMENT>& scales, const float* importance,
            int group_size) {
   vf sums[kMaxColumns];
+  const LaneRounding<ELEMENT> rounding = scales.rounding();
   for (int j = 0; j < group_size; ++j) {
     if (j >= tile.columns) {
       sums[j] = vf{};
       continue;
     }
-    const vf error = scales.value(tile.x[j]) - tile.x[j];
+    const vf error = rounding.value(tile.x[j]) - tile.x[j];
     sums[j] = error * error * importance[j];
   }
   for (int half = group_size / 2; half > 0; half /= 2) {
@@ -124,13 +127,18 @@ vf squares(const Tile& tile, const LaneScales<ELEMENT>& scales, const float* imp
 
 // The scales of least error. Where no error is a number, those of the format's own rule.
 template <int ELEMENT>
-LaneScales<ELEMENT> search(const Tile& tile, const float* importance, const Format format) {
+LaneScales<ELEMENT> search(const Tile& tile, const float* importance, const Format format,
+                           float divisor) {
   Bounds bounds = bounds_of<ELEMENT>(tile);
   LaneScales<ELEMENT> best, other;
-  scales_of_bounds<ELEMENT>(bounds, kLanes, format, &best.of);
+  if constexpr (has_span(ELEMENT)) {
+    candidate<ELEMENT>(bounds, 0, format, divisor, &best);
+  } else {
+    scales_of_bounds<ELEMENT>(bounds, kLanes, format, &best.of);
+  }
   vf least = splat(__builtin_inff());
   for (int c = 0; c < candidates<ELEMENT>(); ++c) {
-    candidate<ELEMENT>(bounds, c, format, &other);
+    candidate<ELEMENT>(bounds, c, format, divisor, &other);
     const vf error = squares(tile, other, importance, columns_of_group<ELEMENT>(format));
     const vi better = error < least;
     least = better ? error : least;
@@ -139,21 +147,35 @@ LaneScales<ELEMENT> search(const Tile& tile, const float* importance, const Form
   return best;
 }
 
+// Those that are given of rows, or of least error.
+template <int ELEMENT>
+LaneScales<ELEMENT> choose_scales(const CompensateArgs& a, const Tile& tile, const float* known) {
+  if constexpr (has_row_scale(ELEMENT)) {
+    LaneScales<ELEMENT> given;
+    set_scales(load(known), vi{}, &given);
+    return given;
+  } else {
+    return search<ELEMENT>(tile, a.importance, decode_format(a.format), a.divisor);
+  }
+}
+
 template <int ELEMENT>
 void compensate_rows(const CompensateArgs& a, int64_t first) {
-  const Format format = decode_format(a.format);
   const int count = int(min64(a.rows - first, kLanes));
   Tile tile;
   tile.columns = a.columns;
+  float known[kLanes] = {};
+  if (a.known) memcpy(known, a.known + first, count * sizeof(float));
   for (int j = 0; j < a.columns; ++j) {
     for (int r = 0; r < kLanes; ++r)  // a row that is not there is the last
       tile.x[j][r] = a.group[(first + (r < count ? r : count - 1)) * a.stride + j];
   }
-  const LaneScales<ELEMENT> scales = search<ELEMENT>(tile, a.importance, format);
+  const LaneScales<ELEMENT> scales = choose_scales<ELEMENT>(a, tile, known);
+  const LaneRounding<ELEMENT> rounding = scales.rounding();
   for (int j = 0; j < a.columns; ++j) {
     const float* row = a.factor + j * a.factor_stride;
-    const vf x = tile.x[j], error = (x - scales.value(x)) / row[j];
-    const vi codes = scales.code(x);
+    const vf x = tile.x[j], error = (x - rounding.value(x)) / row[j];
+    const vi codes = rounding.code(x);
     for (int i = j + 1; i < a.columns; ++i) tile.x[i] -= error * row[i];
     for (int r = 0; r < count; ++r) {
       a.codes[(first + r) * a.columns + j] = uint8_t(codes[r]);
@@ -161,8 +183,9 @@ void compensate_rows(const CompensateArgs& a, int64_t first) {
     }
   }
   for (int r = 0; r < count; ++r) {
-    memcpy(a.scales + (first + r) * scale_bytes(ELEMENT), scales.of.stored + r,
-           scale_bytes(ELEMENT));
+    if (!a.known)
+      memcpy(a.scales + (first + r) * scale_bytes(ELEMENT), scales.of.stored + r,
+             scale_bytes(ELEMENT));
     if (a.zero_points) a.zero_points[first + r] = uint8_t(scales.of.offset[r]);
   }
 }

@@ -1,7 +1,7 @@
 // quantize_pack and dequantize: between float rows and the stored layout (layout.h).
 #include <omp.h>
 
-#include "cpu/codes/group.h"
+#include "cpu/codes/span.h"
 #include "cpu/kernels.h"
 #include "cpu/ops.h"
 
@@ -80,9 +80,54 @@ static void pack_row(const char* x, int64_t columns, const Format format, const 
   }
 }
 
+// Of an element that has_span: NVFP4's stored scales are a byte for a group, others four for a row.
+template <int ELEMENT>
+static void put_run_scales(const RunScales& from, int64_t first, int count, uint8_t* out) {
+  if (has_row_scale(ELEMENT)) {
+    memcpy(out, from.stored, 4);
+    return;
+  }
+  for (int g = 0; g < group_count(count, 16); ++g) out[first / 16 + g] = uint8_t(from.stored[g]);
+}
+
+template <int ELEMENT>
+static void pack_span_row(const PackArgs& a, int64_t row, float span) {
+  constexpr int bits = element_bits(ELEMENT);
+  const int64_t scales = scale_count(a.columns, decode_format(a.format)) * scale_bytes(ELEMENT);
+  const char* x = static_cast<const char*>(a.weight) + row * a.columns * dtype_bytes(a.dtype);
+  uint8_t* const codes = a.codes + row * packed_bytes(a.columns, bits);
+  for (int64_t first = 0; first < a.columns; first += kRun) {
+    alignas(64) float values[kRun];
+    alignas(64) uint8_t plane[kRun];
+    const int count = int(min64(a.columns - first, kRun));
+    RunScales found;
+    load_run(x, first, a.columns, a.dtype, values);
+    pack_span_run<ELEMENT>(values, span, plane, &found);
+    copy_plane(plane, count, bits, codes + first * bits / 8);
+    put_run_scales<ELEMENT>(found, first, count, a.scales + row * scales);
+  }
+}
+
+static bool pack_spans(const PackArgs& a, int element) {
+  const Scratch spans(a.rows * sizeof(float));
+  if (!spans.data) return false;
+  find_spans(a.weight, a.rows, a.columns, a.dtype, &a.format, 1, spans.floats());
+  if (a.divisor) memcpy(a.divisor, spans.data, sizeof(float));
+  const bool serial = a.rows * group_count(a.columns, kRun) <= kSerialRuns;
+#pragma omp parallel for schedule(static) if (!serial)
+  for (int64_t row = 0; row < a.rows; ++row) {
+    with_element(element, [&](auto tag) {
+      constexpr int e = decltype(tag)::value;
+      if constexpr (has_span(e)) pack_span_row<e>(a, row, spans.floats()[row]);
+    });
+  }
+  return true;
+}
+
 bool quantize_pack(const PackArgs& a) {
   const Format format = decode_format(a.format);
   const int bits = element_bits(format.element);
+  if (has_span(format.element)) return pack_spans(a, format.element);
   const int64_t groups = group_count(a.columns, format.group_size), stride = round_up(groups, 64);
   Scratch buffers(a.zero_points ? stride * omp_get_max_threads() : 0);
   if (!buffers.data) return false;
@@ -97,7 +142,8 @@ bool quantize_pack(const PackArgs& a) {
     const char* x = static_cast<const char*>(a.weight) + row * a.columns * dtype_bytes(a.dtype);
     with_element(format.element, [&](auto element) {
       with_dtype(a.dtype, [&](auto dtype) {
-        pack_row<decltype(element)::value, decltype(dtype)::value>(x, a.columns, format, out);
+        constexpr int e = decltype(element)::value, d = decltype(dtype)::value;
+        if constexpr (!has_span(e)) pack_row<e, d>(x, a.columns, format, out);
       });
     });
     if (!points) continue;

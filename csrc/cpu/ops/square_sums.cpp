@@ -5,7 +5,7 @@
 // is the same for any number of threads. It takes as many as its sums stay in L1 for.
 #include <omp.h>
 
-#include "cpu/codes/group.h"
+#include "cpu/codes/span.h"
 #include "cpu/kernels.h"
 #include "cpu/ops.h"
 
@@ -48,8 +48,9 @@ MB_INLINE void add_errors(const float* __restrict x, const float* __restrict rou
   }
 }
 
+// `spans` is [formats, rows], or null where no format needs any.
 template <int DTYPE>
-static void sum_columns(const SquareSumsArgs& a, int64_t first, int64_t count) {
+static void sum_columns(const SquareSumsArgs& a, const float* spans, int64_t first, int64_t count) {
   constexpr int size = dtype_bytes(DTYPE);
   alignas(64) float wide[kMostColumns] = {}, rounded[kMostColumns];
   const int padded = int(round_up(count, kRun));
@@ -62,7 +63,8 @@ static void sum_columns(const SquareSumsArgs& a, int64_t first, int64_t count) {
     widen<DTYPE>(x, count, wide);
     add_squares(wide, count, sums);
     for (int f = 0; f < a.format_count; ++f) {
-      fake_run(wide, rounded, padded, decode_format(a.formats[f]));
+      const float span = spans ? spans[f * a.rows + row] : 0;
+      fake_run(wide, rounded, padded, decode_format(a.formats[f]), span);
       add_errors(wide, rounded, count, sums + (1 + f) * a.columns);
     }
   }
@@ -74,10 +76,17 @@ bool square_sums(const SquareSumsArgs& a) {
   const int64_t shares = threads * group_count(a.columns, threads * kMostColumns);
   const int64_t share = round_up(group_count(a.columns, shares), kRun);
   const int64_t items = group_count(a.columns, share);
+  const bool spanned = need_spans(a.formats, a.format_count);
+  const Scratch memory(spanned ? a.format_count * a.rows * sizeof(float) : 0);
+  if (!memory.data) return false;
+  const float* const spans = spanned ? memory.floats() : nullptr;
+  if (spanned)
+    find_spans(a.x, a.rows, a.columns, a.dtype, a.formats, a.format_count, memory.floats());
 #pragma omp parallel for schedule(static) if (!serial)
   for (int64_t item = 0; item < items; ++item) {
     const int64_t first = item * share, count = min64(a.columns - first, share);
-    with_dtype(a.dtype, [&](auto tag) { sum_columns<decltype(tag)::value>(a, first, count); });
+    with_dtype(a.dtype,
+               [&](auto tag) { sum_columns<decltype(tag)::value>(a, spans, first, count); });
   }
   return true;
 }

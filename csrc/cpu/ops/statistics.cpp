@@ -19,7 +19,7 @@
 // computed from fake_quantize's result but with fewer instructions.
 #include <omp.h>
 
-#include "cpu/codes/group.h"
+#include "cpu/codes/span.h"
 #include "cpu/kernels.h"
 #include "cpu/ops.h"
 
@@ -33,20 +33,26 @@ constexpr int kRunSlabs = kRun / kSlab;
 constexpr int kChunkRuns = 16;  // runs of one item of work: the next run is fetched ahead
 static_assert(kTileRows * kRunSlabs == kBatch, "a tile's slabs are one batch of groups");
 
-// Slabs are numbered row by row; within a slab, columns are in the order of load_pair.
+// Slabs are numbered row by row; within a slab, columns are in the order of load_pair. `upper` says
+// which of them are in a slab's second group of 16.
 struct Tile {
   alignas(64) float x[kTileRows * kRun];
   alignas(64) float gradient[kTileRows * kRun];  // magnitudes
   alignas(64) float row_weight[kTileRows];       // over the largest of the tile, which is:
   double row_factor;
   Bounds bounds;
+  vi upper[kSlab / kLanes];
   int rows;
 };
 
 // What one format makes of a tile. An error is scaled by `weight` of its group before it is
 // squared with itself or multiplied with the gradient; MX errors are in units of their scale.
+// Formats that have spans have these scales instead: one of a row, or two of a slab; errors are
+// multiplied by `unit`.
 struct TileFormat {
   Scales scales;
+  alignas(64) float span_scales[2 * kBatch];
+  float unit;
   alignas(64) float weight[kBatch];
   alignas(64) float lowest[kBatch];   // integers: rounded numbers are clamped to these, as sums
   alignas(64) float highest[kBatch];  // with round_magic
@@ -121,17 +127,24 @@ static void load_gradient(const StatisticsArgs& a, int64_t row, int64_t first, T
   });
 }
 
+// The column that a lane of a slab's vector number `i` is.
+MB_INLINE int column_of(int i, int lane, bool even_odd) {
+  return even_odd ? i / 2 * kPair + 2 * lane + i % 2 : i * kLanes + lane;
+}
+
+static void mark_upper_groups(int dtype, Tile* tile) {
+  for (int i = 0; i < kSlab / kLanes; ++i) {
+    for (int lane = 0; lane < kLanes; ++lane)
+      tile->upper[i][lane] = column_of(i, lane, dtype == kBFloat16) >= 16 ? -1 : 0;
+  }
+}
+
 // Of one item's columns in the order of load_pair, zeros beyond the last.
 static void load_column_weights(const StatisticsArgs& a, int64_t first, double* out) {
-  const bool even_odd = a.dtype == kBFloat16;
-  const int step = even_odd ? 2 : 1, second = even_odd ? 1 : kLanes;
-  for (int k = 0; k < kChunkRuns * kRun; k += kPair) {
-    for (int half = 0; half < 2; ++half) {
-      int64_t column = first + k + half * second;
-      for (int lane = 0; lane < kLanes; ++lane, column += step, ++out) {
-        *out = column >= a.columns ? 0.0 : a.column_weight ? a.column_weight[column] : 1.0;
-      }
-    }
+  for (int k = 0; k < kChunkRuns * kRun; ++k) {
+    const int place = column_of(k % kSlab / kLanes, k % kLanes, a.dtype == kBFloat16);
+    const int64_t column = first + k / kSlab * kSlab + place;
+    out[k] = column >= a.columns ? 0.0 : a.column_weight ? a.column_weight[column] : 1.0;
   }
 }
 
@@ -165,20 +178,60 @@ MB_INLINE void merge_bounds(const Bounds& in, int groups, int slabs, Bounds* out
   }
 }
 
-// Among those of an MX format, which are powers of two or NaN.
-MB_INLINE float largest_scale(const Scales& scales, int groups) {
+// Among scales that are positive or NaN.
+MB_INLINE float largest_scale(const float* scales, int count) {
   int32_t largest = 0;
-  for (int g = 0; g < groups; ++g) {
-    const int32_t bits = bit_cast<int32_t>(scales.scale[g]);
+  for (int g = 0; g < count; ++g) {
+    const int32_t bits = bit_cast<int32_t>(scales[g]);
     const int32_t number = bits < 0x7f800000 ? bits : 0;
     largest = number > largest ? number : largest;
   }
   return largest > 0 ? bit_cast<float>(largest) : 1.0f;
 }
 
+// Of a format that has spans, these of the tile's rows; weights belong to rows, or to slabs.
+template <int ELEMENT>
+static void prepare_span_format(const Tile& tile, const float* spans, bool squares,
+                                TileFormat* out) {
+  const bool per_row = has_row_scale(ELEMENT);
+  const int row_groups = per_row ? 1 : kRunSlabs, scales = per_row ? 1 : 2;
+  const int groups = tile.rows * row_groups;
+  for (int g = 0; g < groups; ++g) {
+    if (per_row) {
+      out->span_scales[g] = spans[g];
+      continue;
+    }
+    vi lower = {}, upper = {};
+    for (int i = 0; i < kSlab / kLanes; ++i) {
+      const vi bits = bit_cast<vi>(load(tile.x + g * kSlab + i * kLanes)) & 0x7fffffff;
+      lower = max_of<vi>(lower, bits & ~tile.upper[i]);
+      upper = max_of<vi>(upper, bits & tile.upper[i]);
+    }
+    vi maxima = {};
+    maxima[0] = max_lane(lower);
+    maxima[1] = max_lane(upper);
+    const vf found = nv_scales(bit_cast<vf>(maxima), splat(spans[g / kRunSlabs]), &maxima);
+    out->span_scales[2 * g] = found[0];
+    out->span_scales[2 * g + 1] = found[1];
+  }
+  // Squares of errors could be beyond float32: the errors are taken over a power of two.
+  const int32_t largest = bit_cast<int32_t>(largest_scale(out->span_scales, groups * scales));
+  const float unit = squares ? bit_cast<float>(largest & 0x7f800000) : 1.0f;
+  out->unit = 1.0f / unit;
+  for (int g = 0; g < groups; ++g)
+    out->weight[g] = squares ? tile.row_weight[g / row_groups] : 1.0f;
+  out->factor = squares ? tile.row_factor * unit * unit : 1.0;
+}
+
+// Slabs that share a weight.
+template <int ELEMENT>
+MB_INLINE int slabs_of_group(const Format format) {
+  return ELEMENT == kNVE2M1 ? 1 : columns_of_group<ELEMENT>(format) / kSlab;
+}
+
 template <int ELEMENT>
 static void prepare_format(const Tile& tile, const Format format, bool squares, TileFormat* out) {
-  const int group_slabs = columns_of_group<ELEMENT>(format) / kSlab;
+  const int group_slabs = slabs_of_group<ELEMENT>(format);
   const int groups = tile.rows * kRunSlabs / group_slabs, row_groups = kRunSlabs / group_slabs;
   Bounds bounds;
   merge_bounds<is_mx(ELEMENT)>(tile.bounds, groups, group_slabs, &bounds);
@@ -191,7 +244,7 @@ static void prepare_format(const Tile& tile, const Format format, bool squares, 
     }
   }
   // Squares of scales could be beyond float32: they are taken over the largest.
-  const float unit = is_mx(ELEMENT) && squares ? largest_scale(out->scales, groups) : 1.0f;
+  const float unit = is_mx(ELEMENT) && squares ? largest_scale(out->scales.scale, groups) : 1.0f;
   for (int r = 0, g = 0; r < tile.rows; ++r) {
     for (int end = g + row_groups; g < end; ++g) {
       const float scale = is_mx(ELEMENT) ? out->scales.scale[g] / unit : 1.0f;
@@ -225,6 +278,18 @@ MB_INLINE vf round_magnitude(vi bits) {
   return bit_cast<vf>(vi(rounded < top ? rounded : top));
 }
 
+// x - Q(x), for vector number i of a slab in group number g.
+template <int ELEMENT>
+MB_INLINE vf span_error(vf x, const Tile& tile, const TileFormat& f, int g, int i) {
+  vf scale = splat(f.span_scales[g]);
+  if (!has_row_scale(ELEMENT)) {
+    const vf lower = splat(f.span_scales[2 * g]), upper = splat(f.span_scales[2 * g + 1]);
+    scale = tile.upper[i] ? upper : lower;
+  }
+  const LaneRounding<ELEMENT> rounding = {scale, vf{}, splat(128.0f)};
+  return (x - rounding.value(x)) * f.unit;
+}
+
 // x - Q(x), of an MX element over the scale, of either sign.
 template <int ELEMENT>
 MB_INLINE vf rounding_error(vf x, const TileFormat& f, int g) {
@@ -254,7 +319,9 @@ static void add_errors(const Tile& tile, const double* column_weight, int group_
     for (int r = 0; r < tile.rows; ++r, g += row_groups) {
       for (int i = 0; i < vectors; ++i) {
         const int at = r * kRun + s * kSlab + i * kLanes;
-        const vf error = rounding_error<ELEMENT>(load(tile.x + at), f, g);
+        const vf x = load(tile.x + at);
+        const vf error = has_span(ELEMENT) ? span_error<ELEMENT>(x, tile, f, g, i)
+                                           : rounding_error<ELEMENT>(x, f, g);
         const vf weighed = error * f.weight[g];
         if (SQUARES) {
           sums[i] = fma(weighed, error, sums[i]);
@@ -275,8 +342,9 @@ static void add_errors(const Tile& tile, const double* column_weight, int group_
   }
 }
 
-// One tile, whose row weights are loaded; `partial` is [formats, kRunSlabs].
-static void tile_statistics(const StatisticsArgs& a, int64_t row, int64_t first,
+// One tile, whose row weights are loaded; `partial` is [formats, kRunSlabs], `spans` [formats,
+// rows], or null where no format needs any.
+static void tile_statistics(const StatisticsArgs& a, const float* spans, int64_t row, int64_t first,
                             const double* column_weight, Tile* tile, double* partial) {
   load_weight(a, row, first, tile);
   if (a.gradient) load_gradient(a, row, first, tile);
@@ -284,9 +352,13 @@ static void tile_statistics(const StatisticsArgs& a, int64_t row, int64_t first,
     const Format format = decode_format(a.formats[f]);
     with_element(format.element, [&](auto tag) {
       constexpr int element = decltype(tag)::value;
-      const int group_slabs = columns_of_group<element>(format) / kSlab;
+      const int group_slabs = slabs_of_group<element>(format);
       TileFormat own;
-      prepare_format<element>(*tile, format, !a.gradient, &own);
+      if constexpr (has_span(element)) {
+        prepare_span_format<element>(*tile, spans + f * a.rows + row, !a.gradient, &own);
+      } else {
+        prepare_format<element>(*tile, format, !a.gradient, &own);
+      }
       double* sums = partial + f * kRunSlabs;
       a.gradient ? add_errors<element, false>(*tile, column_weight, group_slabs, own, sums)
                  : add_errors<element, true>(*tile, column_weight, group_slabs, own, sums);
@@ -295,10 +367,11 @@ static void tile_statistics(const StatisticsArgs& a, int64_t row, int64_t first,
 }
 
 // The runs [begin, end) of the rows from `first_row`; `partial` is [runs, formats, kRunSlabs].
-static void block_statistics(const StatisticsArgs& a, int64_t first_row, int64_t begin, int64_t end,
-                             double* partial) {
+static void block_statistics(const StatisticsArgs& a, const float* spans, int64_t first_row,
+                             int64_t begin, int64_t end, double* partial) {
   const int per_run = a.format_count * kRunSlabs;
   Tile tile;
+  mark_upper_groups(a.dtype, &tile);
   alignas(64) double column_weight[kChunkRuns * kRun];
   load_column_weights(a, begin * kRun, column_weight);
   memset(partial, 0, sizeof(double) * (end - begin) * per_run);
@@ -307,7 +380,7 @@ static void block_statistics(const StatisticsArgs& a, int64_t first_row, int64_t
     tile.rows = int(min64(last_row - row, kTileRows));
     load_row_weights(a, row, &tile);
     for (int64_t run = begin; run < end; ++run) {
-      tile_statistics(a, row, run * kRun, column_weight + (run - begin) * kRun, &tile,
+      tile_statistics(a, spans, row, run * kRun, column_weight + (run - begin) * kRun, &tile,
                       partial + (run - begin) * per_run);
     }
   }
@@ -318,12 +391,16 @@ bool statistics(const StatisticsArgs& a) {
   const int64_t slabs = group_count(a.columns, kSlab), per_run = a.format_count * kRunSlabs;
   const int64_t chunks = group_count(runs, kChunkRuns);
   Scratch partial(blocks * runs * per_run * sizeof(double));
-  if (!partial.data) return false;
+  const bool spanned = need_spans(a.formats, a.format_count);
+  const Scratch spans(spanned ? a.format_count * a.rows * sizeof(float) : 0);
+  if (!partial.data || !spans.data) return false;
+  if (spanned)
+    find_spans(a.weight, a.rows, a.columns, a.dtype, a.formats, a.format_count, spans.floats());
   double* partials = partial.doubles();
 #pragma omp parallel for schedule(dynamic) if (blocks * runs > 1)
   for (int64_t item = 0; item < blocks * chunks; ++item) {
     const int64_t block = item / chunks, begin = item % chunks * kChunkRuns;
-    block_statistics(a, block * kBlockRows, begin, min64(begin + kChunkRuns, runs),
+    block_statistics(a, spans.floats(), block * kBlockRows, begin, min64(begin + kChunkRuns, runs),
                      partials + (block * runs + begin) * per_run);
   }
   for (int f = 0; f < a.format_count; ++f) {
