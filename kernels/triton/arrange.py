@@ -2,7 +2,8 @@
 
 What `mixbits.formats.arrange` and fake quantization do one after the other, to the bit. One
 program owns a tile of rows by 128 columns of one segment. Segments begin at multiples of 32
-columns, so that groups and rotated blocks lie within one tile.
+columns, so that groups and rotated blocks lie within one tile. Scales of whole rows do not: such
+segments are rounded in a pass of their own.
 """
 
 import torch
@@ -13,6 +14,7 @@ from mixbits.formats.pack import Operand
 from mixbits.formats.schemes import MX_GROUP
 
 from . import numerics
+from .fake_quant import fake_quantize
 from .launch import TILE_ROWS, device_of
 
 
@@ -61,9 +63,11 @@ def _arrange_tile(
         whole = column // WIDTH * WIDTH + WIDTH <= columns
         x = tl.where(whole[None, :], hadamard(x, ROWS, COLUMNS, WIDTH), x)
     if CODE != 0:
-        size: tl.constexpr = numerics.group_size(CODE)
+        tl.static_assert(not numerics.has_base(CODE))
+        size: tl.constexpr = numerics.group_columns(CODE, COLUMNS)
         grouped = tl.reshape(x, (ROWS, COLUMNS // size, size))
-        x = tl.reshape(numerics.fake_quantize(grouped, CODE), (ROWS, COLUMNS))
+        none = tl.zeros((ROWS, 1), tl.float32)
+        x = tl.reshape(numerics.fake_quantize(grouped, none, CODE), (ROWS, COLUMNS))
     out = numerics.from_float32(x, out_ptr.dtype.element_ty)
     tl.store(out_ptr + start + column[None, :], out, mask=inside)
 
@@ -111,7 +115,10 @@ def arrange(x: torch.Tensor, operand: Operand, dtype: torch.dtype) -> torch.Tens
     """x [M, K] as `operand` multiplies it, in `dtype`; x itself where that is how it comes."""
     if operand.takes_input_as_is:
         return x
-    codes = tuple(0 if (fmt := one.activation) is None else fmt.code for one in operand.parts)
+    formats = [one.activation for one in operand.parts]
+    if any(fmt is not None and fmt.scale in ("e4m3", "float32") for fmt in formats):
+        return _arrange_then_round(x, operand, dtype)
+    codes = tuple(0 if fmt is None else fmt.code for fmt in formats)
     rows, columns = x.shape
     out = x.new_empty((rows, columns), dtype=dtype)
     if out.numel() == 0:
@@ -134,3 +141,13 @@ def arrange(x: torch.Tensor, operand: Operand, dtype: torch.dtype) -> torch.Tens
             enable_fp_fusion=False,
         )
     return out
+
+
+def _arrange_then_round(x: torch.Tensor, operand: Operand, dtype: torch.dtype) -> torch.Tensor:
+    bare = operand._replace(parts=tuple(one._replace(activation=None) for one in operand.parts))
+    pieces = arrange(x, bare, bare.input_dtype(x.dtype)).split(operand.columns, 1)
+    rounded = [
+        piece if one.activation is None else fake_quantize(piece.contiguous(), one.activation)
+        for piece, one in zip(pieces, operand.parts, strict=True)
+    ]
+    return torch.cat(rounded, 1).to(dtype)

@@ -9,26 +9,16 @@ from mixbits.formats.schemes import Format
 
 from . import numerics
 from .launch import TILE_ROWS, device_of
+from .packed import load_codes, load_scale, load_zero_point, tile_groups
 from .tiles import program_rows, program_span
-
-
-@triton.jit
-def load_zero_point(zero_ptr, row, group, zero_bytes, inside, CODE: tl.constexpr):
-    """int32 zero points of [row, group] (int64 [R, 1] and int32 [1, G]); 0 where there are none."""
-    bits: tl.constexpr = numerics.code_bits(CODE)
-    if numerics.is_symmetric(CODE):
-        zero_point = tl.zeros(inside.shape, tl.int32)
-    else:
-        byte = tl.load(zero_ptr + row * zero_bytes + group * bits // 8, mask=inside, other=0)
-        zero_point = (byte.to(tl.int32) >> (group * bits % 8)) & ((1 << bits) - 1)
-    return zero_point
 
 
 @triton.jit
 def dequantize_kernel(
     packed_ptr,  # uint8 [rows, packed_bytes]
-    scale_ptr,  # uint8 or float16 [rows, groups]
+    scale_ptr,  # uint8, float16 or float32 [rows, groups]
     zero_ptr,  # uint8 [rows, zero_bytes]; not read for symmetric formats
+    divisor_ptr,  # float32 [1]; read beside scales in e4m3
     out_ptr,  # [rows, columns], rows `stride` values apart
     rows,
     columns,
@@ -40,20 +30,19 @@ def dequantize_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    size: tl.constexpr = numerics.group_size(CODE)
-    bits: tl.constexpr = numerics.code_bits(CODE)
-    tile_groups: tl.constexpr = COLUMNS // size
-    tile_bytes: tl.constexpr = COLUMNS * bits // 8
+    size: tl.constexpr = numerics.group_columns(CODE, COLUMNS)
+    tile = tl.program_id(1)
     row, row_inside = program_rows(rows, ROWS)
-    byte, byte_inside = program_span(packed_bytes, row_inside, tile_bytes)
-    packed = tl.load(packed_ptr + row * packed_bytes + byte, mask=byte_inside, other=0)
-    group, group_inside = program_span(groups, row_inside, tile_groups)
-    scale = tl.load(scale_ptr + row * groups + group, mask=group_inside, other=0)
-    zero_point = load_zero_point(zero_ptr, row, group, zero_bytes, group_inside, CODE)
+    codes = load_codes(packed_ptr, row, columns, packed_bytes, tile, row_inside, CODE, COLUMNS)
+    group, group_inside = tile_groups(groups, tile, row_inside, CODE, COLUMNS)
+    factor = load_scale(scale_ptr, row, group, groups, group_inside, CODE)
+    if numerics.scale_kind(CODE) == "e4m3":
+        factor, divisor = tl.broadcast(factor, tl.load(divisor_ptr))
+        factor = tl.div_rn(factor, divisor)
+    zero_point = load_zero_point(zero_ptr, row, group, groups, zero_bytes, group_inside, CODE)
 
-    codes = tl.reshape(numerics.unpack_bits(packed, bits), (ROWS, tile_groups, size))
-    values = numerics.decode(codes, zero_point[:, :, None], CODE)
-    values = values * numerics.scale_value(scale, CODE)[:, :, None]
+    codes = tl.reshape(codes, (ROWS, COLUMNS // size, size))
+    values = numerics.decode(codes, zero_point[:, :, None], CODE) * factor[:, :, None]
     column, inside = program_span(columns, row_inside, COLUMNS)
     out = numerics.from_float32(tl.reshape(values, (ROWS, COLUMNS)), out_ptr.dtype.element_ty)
     tl.store(out_ptr + row * stride + column, out, mask=inside)
@@ -72,13 +61,14 @@ def dequantize_into(out: torch.Tensor, packed: Packed, fmt: Format) -> None:
     rows, columns = out.shape
     if out.numel() == 0:
         return
-    codes, zero_point = packed.weight_packed, packed.weight_zero_point
+    codes, scale, zero_point, divisor = packed
     grid = (triton.cdiv(rows, TILE_ROWS), triton.cdiv(columns, numerics.TILE_COLUMNS))
     with device_of(codes):
         dequantize_kernel[grid](
             codes,
-            packed.weight_scale,
+            scale,
             codes if zero_point is None else zero_point,
+            scale if divisor is None else divisor,
             out,
             rows,
             columns,

@@ -7,6 +7,9 @@ Tensor cores multiply in the dtype of x, so the question is where the scale goes
 
     MX weights, x bfloat16 or float32   value * 2^e is exact in x's dtype (but for bfloat16's own
                                         subnormals, below 2^-126): scale first, then multiply
+    NVFP4                               value * scale has 6 digits, and is exact too: the tensor's
+                                        scale divides the sum
+    scales of whole rows                values are exact: the row's scale multiplies the sum
     everything else                     codes (or codes minus offset) are exact in float16 and
                                         bfloat16, scaled weights are not: multiply one group of
                                         columns, then scale its float32 sum per output column
@@ -31,8 +34,8 @@ from mixbits.formats.pack import Packed
 from mixbits.formats.schemes import Format
 
 from . import INTERPRETED, numerics, tune
-from .dequantize import load_zero_point
 from .launch import device_of
+from .packed import load_codes, load_scale, load_zero_point, tile_groups
 
 TARGET_PROGRAMS = 256  # about two per multiprocessor of a large GPU
 MAX_SPLIT = 8
@@ -45,9 +48,10 @@ def add_segment(
     token_inside,  # [BLOCK_M]
     row,  # int64 [BLOCK_N, 1]
     row_inside,  # [BLOCK_N, 1]
-    packed_ptr,  # this and the next six as in packed_matmul_kernel, of one segment
+    packed_ptr,  # this and the next seven as in packed_matmul_kernel, of one segment
     scale_ptr,
     zero_ptr,
+    divisor_ptr,
     columns,
     packed_bytes,
     groups,
@@ -60,43 +64,43 @@ def add_segment(
     dot_dtype: tl.constexpr,
 ):
     """`sums` with the products of every split_k-th tile of columns, from number first_step on."""
-    size: tl.constexpr = numerics.group_size(CODE)
-    bits: tl.constexpr = numerics.code_bits(CODE)
-    tile_groups: tl.constexpr = BLOCK_K // size
-    tile_bytes: tl.constexpr = BLOCK_K * bits // 8
+    size: tl.constexpr = numerics.group_columns(CODE, BLOCK_K)
+    own = tl.zeros_like(sums) if numerics.has_base(CODE) else sums
     for step in range(first_step, tl.cdiv(columns, BLOCK_K), split_k):
         column = step * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
         x = tl.load(x_base + column, mask=token_inside[:, None] & (column < columns), other=0.0)
         if dot_dtype == tl.float32:
             x = numerics.to_float32(x)
-        byte = step * tile_bytes + tl.arange(0, tile_bytes)[None, :]
-        byte_inside = row_inside & (byte < packed_bytes)
-        packed = tl.load(packed_ptr + row * packed_bytes + byte, mask=byte_inside, other=0)
-        group = step * tile_groups + tl.arange(0, tile_groups)[None, :]
-        group_inside = row_inside & (group < groups)
-        scale = tl.load(scale_ptr + row * groups + group, mask=group_inside, other=0)
-        scale = numerics.scale_value(scale, CODE)
-        zero_point = load_zero_point(zero_ptr, row, group, zero_bytes, group_inside, CODE)
-
-        codes = tl.reshape(numerics.unpack_bits(packed, bits), (row.shape[0], tile_groups, size))
+        codes = load_codes(packed_ptr, row, columns, packed_bytes, step, row_inside, CODE, BLOCK_K)
+        group, group_inside = tile_groups(groups, step, row_inside, CODE, BLOCK_K)
+        zero_point = load_zero_point(zero_ptr, row, group, groups, zero_bytes, group_inside, CODE)
+        codes = tl.reshape(codes, (row.shape[0], BLOCK_K // size, size))
         values = numerics.decode(codes, zero_point[:, :, None], CODE)
-        if SCALE_FIRST:
-            values = values * scale[:, :, None]
+        if numerics.scale_kind(CODE) != "float32":
+            scale = load_scale(scale_ptr, row, group, groups, group_inside, CODE)
+            if SCALE_FIRST:
+                values = values * scale[:, :, None]
         w = tl.reshape(values, (row.shape[0], BLOCK_K)).to(dot_dtype)
         if SCALE_FIRST:
-            sums = tl.dot(w, tl.trans(x), sums, input_precision="ieee")
+            own = tl.dot(w, tl.trans(x), own, input_precision="ieee")
         else:
             part = tl.dot(w, tl.trans(x), input_precision="ieee")
-            sums += part * tl.reshape(scale, (row.shape[0], 1))
-    return sums
+            own += part * tl.reshape(scale, (row.shape[0], 1))
+    if numerics.scale_kind(CODE) == "float32":
+        own = sums + own * tl.load(scale_ptr + row, mask=row_inside, other=0.0)
+    elif numerics.scale_kind(CODE) == "e4m3":
+        own, divisor = tl.broadcast(own, tl.load(divisor_ptr))
+        own = sums + tl.div_rn(own, divisor)
+    return own
 
 
 @triton.jit(do_not_specialize=["m", "split_k"])  # else compiled anew for every M
 def packed_matmul_kernel(
     x_ptr,  # [m, k], contiguous
     packed_ptrs,  # of each segment, uint8 [n, packed_bytes]
-    scale_ptrs,  # uint8 or float16 [n, groups]
+    scale_ptrs,  # uint8, float16 or float32 [n, groups]
     zero_ptrs,  # uint8 [n, zero_bytes]; not read for symmetric formats
+    divisor_ptrs,  # float32 [1]; read beside scales in e4m3
     out_ptr,  # [m, n], contiguous; float32 [split_k, m, n] where split_k > 1
     m,
     n,
@@ -131,6 +135,7 @@ def packed_matmul_kernel(
             packed_ptrs[s],
             scale_ptrs[s],
             zero_ptrs[s],
+            divisor_ptrs[s],
             columns[s],
             packed_bytes[s],
             groups[s],
@@ -192,6 +197,11 @@ def shared_bytes(device: torch.device) -> int:
 Segments = tuple[tuple[Format, int], ...]  # formats and columns, side by side
 
 
+def _scale_first(fmt: Format, dtype: torch.dtype) -> bool:
+    """Whether values times their group's scale, if it is not the row's, are exact in `dtype`."""
+    return fmt.scale in ("e4m3", "float32") or (fmt.scale == "e8m0" and dtype != torch.float16)
+
+
 def _config(
     m: int,
     n: int,
@@ -201,7 +211,7 @@ def _config(
     tile: tuple[int, int, int],
 ) -> Config:
     block_n, mx_block_k, stages = tile
-    scale_first = tuple(fmt.is_float and dtype != torch.float16 for fmt, _ in segments)
+    scale_first = tuple(_scale_first(fmt, dtype) for fmt, _ in segments)
     block_k = tuple(
         mx_block_k if first else fmt.group_size
         for first, (fmt, _) in zip(scale_first, segments, strict=True)
@@ -281,6 +291,7 @@ def _launch(
         tuple(w.weight_packed for w in weights),
         tuple(w.weight_scale for w in weights),
         tuple(w.weight_packed if (z := w.weight_zero_point) is None else z for w in weights),
+        tuple(w.weight_scale if (d := w.weight_global_scale) is None else d for w in weights),
         target,
         m,
         n,

@@ -11,7 +11,11 @@ the low bits of the sum is the mantissa's integer. Nothing takes a logarithm; ex
 from the bits. Scaling by 2^(127 - byte) is exact, or rounds a number so small that it becomes
 zero in any case, so that it equals the reference's division.
 
-Integers need a true IEEE division: multiplying by a reciprocal moves ties.
+Integers, and scales that are no powers of two, need a true IEEE division: multiplying by a
+reciprocal moves ties.
+
+Scales in e4m3 and in float32 follow from a number of the whole row or tensor, its `base` (`bases`),
+which is found before; other formats have none, and read none.
 
 bfloat16 is converted by hand on its bits, in both directions. It is the same result as the
 hardware's conversion, and it is also right in the interpreter, whose own conversion truncates
@@ -20,10 +24,19 @@ and breaks subnormals. Everything else is float32.
 
 import triton
 import triton.language as tl
-from mixbits.formats.reference import MIN_INT_SCALE
-from mixbits.formats.schemes import ELEMENTS, INTEGERS, MINIFLOATS, SCALE_MODES, Format
+from mixbits.formats.reference import INT8_UNIT, MIN_INT_SCALE
+from mixbits.formats.schemes import (
+    ELEMENTS,
+    INTEGERS,
+    MINIFLOATS,
+    PLANES,
+    SCALE_MODES,
+    SCALES,
+    Format,
+)
 
 TILE_COLUMNS = 128  # a multiple of every group size, and of a slab
+E4M3 = tl.constexpr(ELEMENTS.index("e4m3"))  # its numerics, as those of a format
 
 
 # --- what a format's number says; evaluated while compiling ----------------------------------
@@ -45,14 +58,45 @@ def is_symmetric(code):
 
 
 @triton.constexpr_function
-def group_size(code):
-    return code >> 16
+def scale_kind(code):
+    return list(SCALES)[(code >> 13) & 3]
+
+
+@triton.constexpr_function
+def has_base(code):
+    """Whether the scales follow from a number of the whole row or tensor."""
+    return scale_kind(code) in ("e4m3", "float32")
+
+
+@triton.constexpr_function
+def is_tensor_wide(code):
+    """Whether that number is one for all rows."""
+    return scale_kind(code) == "e4m3" and not (code >> 15) & 1
+
+
+@triton.constexpr_function
+def group_columns(code, columns):
+    """How many of a tile's columns share a scale: all of them, if it is that of the row."""
+    return code >> 16 or columns
 
 
 @triton.constexpr_function
 def code_bits(code):
     name = ELEMENTS[code & 0xFF]
     return MINIFLOATS[name].bits if name in MINIFLOATS else INTEGERS[name]
+
+
+@triton.constexpr_function
+def lower_bits(code):
+    """Bits of a code in the first plane of a packed row; the others, if any, are in the second."""
+    bits = code_bits(code)
+    return PLANES[bits][0] if bits in PLANES else bits
+
+
+@triton.constexpr_function
+def unit(code):
+    """What the codes count, in scales."""
+    return INT8_UNIT if scale_kind(code) == "e8m0" and not is_float(code) else 1.0
 
 
 @triton.constexpr_function
@@ -66,15 +110,27 @@ def min_exponent(code):
 
 
 @triton.constexpr_function
+def largest(code):
+    """The largest value under a scale of 1."""
+    return max_value(code) if is_float(code) else 127 * INT8_UNIT
+
+
+@triton.constexpr_function
 def max_exponent(code):
-    return MINIFLOATS[ELEMENTS[code & 0xFF]].max_exponent
+    name = ELEMENTS[code & 0xFF]
+    return MINIFLOATS[name].max_exponent if name in MINIFLOATS else 0  # 127 / 64 is in [1, 2)
 
 
 @triton.constexpr_function
 def max_mantissa(code):
     """The largest value's fraction as the 23 mantissa bits of a float32."""
-    element = MINIFLOATS[ELEMENTS[code & 0xFF]]
-    return int((element.max_value / 2.0**element.max_exponent - 1.0) * 2**23)
+    return int((largest(code) / 2.0 ** max_exponent(code) - 1.0) * 2**23)
+
+
+@triton.constexpr_function
+def even_mantissa(code):
+    """From which mantissa on the rule `even` takes the next power of two."""
+    return 0x600000 if is_float(code) else 0x7F0000
 
 
 @triton.constexpr_function
@@ -110,8 +166,9 @@ def min_int_scale():
 
 
 def tile_columns(fmt: Format) -> int:
-    """Columns of one tile: whole groups, and whole bytes of packed zero points."""
-    return max(TILE_COLUMNS, fmt.group_size * (8 // fmt.bits))
+    """Columns of one tile: whole groups, and whole bytes of each plane of packed zero points."""
+    groups = 1 if fmt.symmetric else 8 // min(fmt.planes)
+    return max(TILE_COLUMNS, fmt.group_size * groups)
 
 
 # --- float conversions -----------------------------------------------------------------------
@@ -167,45 +224,88 @@ def _mx_scale(block_max_bits, CODE: tl.constexpr):
     if scale_mode(CODE) == "rceil":
         byte += (mantissa > max_mantissa(CODE)).to(tl.int32)
     if scale_mode(CODE) == "even":
-        byte += (mantissa >= 0x600000).to(tl.int32)
+        byte += (mantissa >= even_mantissa(CODE)).to(tl.int32)
     return tl.where(exponent == 255, 255, tl.maximum(byte, 0))
 
 
 @triton.jit
-def _round_mx(x, CODE: tl.constexpr):
-    """x float32 [R, G, S] -> e8m0 bytes int32 [R, G]; of |x| scaled down, [R, G, S]: the exponent
-    that its rounding goes by, the power of two that is added for it, and the sum.
-    """
-    magnitude_bits = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-    byte = _mx_scale(tl.max(magnitude_bits, axis=2), CODE)
-    # A finite block has a byte of at most 253, so that the inverse scale is a normal number.
-    inverse = ((254 - tl.minimum(byte, 253)) << 23).to(tl.float32, bitcast=True)
-    y = magnitude_bits.to(tl.float32, bitcast=True) * inverse[:, :, None]
-    exponent = tl.maximum(y.to(tl.int32, bitcast=True) >> 23, 127 + min_exponent(CODE))
-    push = ((exponent + (23 - mantissa_bits(CODE))) << 23).to(tl.float32, bitcast=True)
-    return byte, exponent, push, y + push
+def _divide(x, factor):
+    """x float32 [R, G, S] by factor [R, G], rounded as IEEE has it."""
+    divisor, x = tl.broadcast(factor[:, :, None], x)
+    return tl.div_rn(x, divisor)
 
 
 @triton.jit
-def _quantize_mx(x, CODE: tl.constexpr):
-    """x float32 [R, G, S] -> codes int32 [R, G, S], e8m0 bytes int32 [R, G]."""
-    byte, exponent, push, pushed = _round_mx(x, CODE)
+def _push(y, CODE: tl.constexpr):
+    """Of |y|: the exponent that its rounding goes by, the power of two added for it, the sum."""
+    magnitude_bits = y.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    exponent = tl.maximum(magnitude_bits >> 23, 127 + min_exponent(CODE))
+    push = ((exponent + (23 - mantissa_bits(CODE))) << 23).to(tl.float32, bitcast=True)
+    return exponent, push, magnitude_bits.to(tl.float32, bitcast=True) + push
+
+
+@triton.jit
+def _encode_minifloat(y, CODE: tl.constexpr):
+    """y float32 -> codes int32; those of NaN mean nothing."""
+    exponent, push, pushed = _push(y, CODE)
     # The mantissa with its leading one carries into the exponent field, as in the reference.
     mantissa = pushed.to(tl.int32, bitcast=True) - push.to(tl.int32, bitcast=True)
     field = exponent - (127 + min_exponent(CODE))
     magnitude = tl.minimum((field << mantissa_bits(CODE)) + mantissa, max_code(CODE))
-    sign = (x.to(tl.int32, bitcast=True) >> 31) & 1
-    codes = magnitude | (sign << (code_bits(CODE) - 1))
-    return tl.where((byte == 255)[:, :, None], 0, codes), byte
+    sign = (y.to(tl.int32, bitcast=True) >> 31) & 1
+    return magnitude | (sign << (code_bits(CODE) - 1))
 
 
 @triton.jit
-def _fake_quantize_mx(x, CODE: tl.constexpr):
-    """What decoding the codes would give, without making them: float32 [R, G, S]."""
-    byte, _, push, pushed = _round_mx(x, CODE)
-    values = tl.minimum(pushed - push, max_value(CODE)) * e8m0_to_float(byte)[:, :, None]
-    sign = x.to(tl.int32, bitcast=True) & -0x80000000
+def _round_minifloat(y, factor, CODE: tl.constexpr):
+    """What decoding the codes of y would give, times factor, without making them."""
+    _, push, pushed = _push(y, CODE)
+    values = tl.minimum(pushed - push, max_value(CODE)) * factor
+    sign = y.to(tl.int32, bitcast=True) & -0x80000000
     return (values.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _nv_scale(block_max_bits, divisor, CODE: tl.constexpr):
+    """The e4m3 byte (int32) of blocks of these largest magnitudes, for a tensor's scale."""
+    block_max = block_max_bits.to(tl.float32, bitcast=True)
+    wanted = tl.div_rn(block_max, tl.full(block_max.shape, max_value(CODE), tl.float32)) * divisor
+    byte = tl.maximum(_encode_minifloat(wanted, E4M3), 1)
+    return tl.where(block_max_bits >= 0x7F800000, 0x7F, byte)
+
+
+@triton.jit
+def _scaled(x, base, CODE: tl.constexpr):
+    """x float32 [R, G, S], base float32 [R, 1] -> the stored scale and what it stands for [R, G],
+    and x divided by that. Of scales that follow from magnitudes; a NaN scale makes NaN.
+    """
+    block_max_bits = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=2)
+    if scale_kind(CODE) == "e8m0":
+        scale = _mx_scale(block_max_bits, CODE)
+        factor = scale_value(scale, CODE)
+        # Exact, or of a number that becomes zero; a NaN scale is seen to where codes are made.
+        inverse_bits = tl.maximum((254 - tl.minimum(scale, 254)) << 23, 0x00400000)
+        y = x * inverse_bits.to(tl.float32, bitcast=True)[:, :, None]
+        if unit(CODE) != 1.0:
+            y *= 1.0 / unit(CODE)
+    elif scale_kind(CODE) == "e4m3":
+        scale = _nv_scale(block_max_bits, base, CODE)
+        value, divisor = tl.broadcast(scale_value(scale, CODE), base)
+        factor = tl.div_rn(value, divisor)
+        y = _divide(x, factor)
+    else:
+        scale, _ = tl.broadcast(base, block_max_bits)
+        factor = scale
+        y = _divide(x, factor)
+    return scale, factor, y
+
+
+@triton.jit
+def _round_signed(y, CODE: tl.constexpr):
+    """y float32 -> codes as float32 of integers counted from their middle; of NaN, they are 0."""
+    top: tl.constexpr = (1 << code_bits(CODE)) - 1
+    codes = round_to_even(y) + (1 << (code_bits(CODE) - 1))
+    return tl.where(y == y, tl.minimum(tl.maximum(codes, 0.0), top), 0.0)
 
 
 @triton.jit
@@ -232,8 +332,7 @@ def _round_int(x, CODE: tl.constexpr):
         scale = tl.maximum(scale.to(tl.float16).to(tl.float32), smallest)
         offset = tl.minimum(round_to_even(tl.div_rn(-low, scale)), top)
     finite = finite & ((scale.to(tl.int32, bitcast=True) & 0x7FFFFFFF) < 0x7F800000)
-    divisor, x = tl.broadcast(scale[:, :, None], x)
-    codes = round_to_even(tl.div_rn(x, divisor)) + offset[:, :, None]
+    codes = round_to_even(_divide(x, scale)) + offset[:, :, None]
     codes = tl.minimum(tl.maximum(codes, 0.0), top)
     return codes, tl.where(finite, scale, float("nan")), offset, finite
 
@@ -247,18 +346,24 @@ def _quantize_int(x, CODE: tl.constexpr):
 
 
 @triton.jit
-def quantize(x, CODE: tl.constexpr):
-    """x float32 [R, G, S] -> codes int32 [R, G, S], stored scale and zero point [R, G].
+def quantize(x, base, CODE: tl.constexpr):
+    """x float32 [R, G, S], base float32 [R, 1] -> codes int32 [R, G, S], stored scale and zero
+    point [R, G].
 
-    The stored scale is the e8m0 byte as int32, or a float32 that float16 holds exactly. The
+    The stored scale is a byte as int32, a float32 that float16 holds exactly, or a float32. The
     zero point is int32; formats without one get the offset that belongs to symmetric integers,
     or zeros.
     """
-    if is_float(CODE):
-        codes, scale = _quantize_mx(x, CODE)
-        zero_point = tl.zeros_like(scale)
-    else:
+    if scale_kind(CODE) == "float16":
         codes, scale, zero_point = _quantize_int(x, CODE)
+    else:
+        scale, factor, y = _scaled(x, base, CODE)
+        if is_float(CODE):
+            codes = _encode_minifloat(y, CODE)
+        else:
+            codes = _round_signed(y, CODE).to(tl.int32)
+        codes = tl.where((factor == factor)[:, :, None], codes, 0)
+        zero_point = tl.zeros(scale.shape, tl.int32)
     return codes, scale, zero_point
 
 
@@ -267,8 +372,29 @@ def quantize(x, CODE: tl.constexpr):
 
 @triton.jit
 def scale_value(scale, CODE: tl.constexpr):
-    """The stored scale (e8m0 byte of any integer type, or a float) as float32."""
-    return e8m0_to_float(scale.to(tl.int32)) if is_float(CODE) else scale.to(tl.float32)
+    """The stored scale (a byte of any integer type, or a float) as float32."""
+    if scale_kind(CODE) == "e8m0":
+        value = e8m0_to_float(scale.to(tl.int32))
+        if unit(CODE) != 1.0:
+            value *= unit(CODE)
+    elif scale_kind(CODE) == "e4m3":
+        value = decode_minifloat(scale.to(tl.int32), E4M3)
+    else:
+        value = scale.to(tl.float32)
+    return value
+
+
+@triton.jit
+def decode_minifloat(codes, CODE: tl.constexpr):
+    """codes int32 -> values, float32."""
+    magnitude = codes & ((1 << (code_bits(CODE) - 1)) - 1)
+    sign = (codes >> (code_bits(CODE) - 1)) << 31
+    bits = (magnitude << (23 - mantissa_bits(CODE))) | sign
+    # Subnormal elements become subnormal floats, and the factor makes both kinds right.
+    value = bits.to(tl.float32, bitcast=True) * decode_factor(CODE)
+    if has_nan(CODE):
+        value = tl.where(magnitude > max_code(CODE), float("nan"), value)
+    return value
 
 
 @triton.jit
@@ -278,13 +404,7 @@ def decode(codes, zero_point, CODE: tl.constexpr):
     The zero point is read by asymmetric formats only.
     """
     if is_float(CODE):
-        magnitude = codes & ((1 << (code_bits(CODE) - 1)) - 1)
-        sign = (codes >> (code_bits(CODE) - 1)) << 31
-        bits = (magnitude << (23 - mantissa_bits(CODE))) | sign
-        # Subnormal elements become subnormal floats, and the factor makes both kinds right.
-        value = bits.to(tl.float32, bitcast=True) * decode_factor(CODE)
-        if has_nan(CODE):
-            value = tl.where(magnitude > max_code(CODE), float("nan"), value)
+        value = decode_minifloat(codes, CODE)
     elif is_symmetric(CODE):
         value = (codes - (1 << (code_bits(CODE) - 1))).to(tl.float32)
     else:
@@ -293,13 +413,20 @@ def decode(codes, zero_point, CODE: tl.constexpr):
 
 
 @triton.jit
-def fake_quantize(x, CODE: tl.constexpr):
-    """x float32 [R, G, S] -> its round trip through codes, float32; no code is made."""
-    if is_float(CODE):
-        values = _fake_quantize_mx(x, CODE)
-    else:
+def fake_quantize(x, base, CODE: tl.constexpr):
+    """x float32 [R, G, S], base float32 [R, 1] -> its round trip through codes, float32; of floats
+    no code is made.
+    """
+    if scale_kind(CODE) == "float16":
         codes, scale, offset, _ = _round_int(x, CODE)
         values = (codes - offset[:, :, None]) * scale[:, :, None]
+    else:
+        _, factor, y = _scaled(x, base, CODE)
+        if is_float(CODE):
+            values = _round_minifloat(y, factor[:, :, None], CODE)
+        else:
+            offset: tl.constexpr = 1 << (code_bits(CODE) - 1)
+            values = (_round_signed(y, CODE) - offset) * factor[:, :, None]
     return values
 
 

@@ -12,15 +12,18 @@ from mixbits.formats.pack import Packed, empty_packed
 from mixbits.formats.schemes import Format
 
 from . import numerics
+from .bases import base_of, load_base
 from .launch import TILE_ROWS, device_of
+from .packed import store_codes
 from .tiles import program_rows, program_span
 
 
 @triton.jit
 def quantize_pack_kernel(
     weight_ptr,  # [rows, columns], contiguous
+    base_ptr,  # float32 [1] or [rows]; not read by formats without
     packed_ptr,  # uint8 [rows, packed_bytes]
-    scale_ptr,  # uint8 or float16 [rows, groups]
+    scale_ptr,  # uint8, float16 or float32 [rows, groups]
     zero_ptr,  # uint8 [rows, zero_bytes]; not written for symmetric formats
     rows,
     columns,
@@ -31,21 +34,19 @@ def quantize_pack_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    size: tl.constexpr = numerics.group_size(CODE)
-    bits: tl.constexpr = numerics.code_bits(CODE)
+    size: tl.constexpr = numerics.group_columns(CODE, COLUMNS)
     tile_groups: tl.constexpr = COLUMNS // size
-    tile_bytes: tl.constexpr = COLUMNS * bits // 8
+    tile = tl.program_id(1)
     row, row_inside = program_rows(rows, ROWS)
     column, inside = program_span(columns, row_inside, COLUMNS)
     w = tl.load(weight_ptr + row * columns + column, mask=inside, other=0.0)
     grouped = tl.reshape(numerics.to_float32(w), (ROWS, tile_groups, size))
-    codes, scale, zero_point = numerics.quantize(grouped, CODE)
+    base = load_base(base_ptr, row, row_inside, CODE)
+    codes, scale, zero_point = numerics.quantize(grouped, base, CODE)
 
     # Columns beyond the row fill the last byte with zeros.
     codes = tl.where(inside, tl.reshape(codes, (ROWS, COLUMNS)), 0)
-    byte, byte_inside = program_span(packed_bytes, row_inside, tile_bytes)
-    packed = numerics.pack_bits(codes, bits)
-    tl.store(packed_ptr + row * packed_bytes + byte, packed, mask=byte_inside)
+    store_codes(packed_ptr, codes, row, columns, packed_bytes, tile, row_inside, CODE)
 
     group, group_inside = program_span(groups, row_inside, tile_groups)
     scale = scale.to(scale_ptr.dtype.element_ty)
@@ -53,10 +54,7 @@ def quantize_pack_kernel(
 
     if not numerics.is_symmetric(CODE):
         zero_point = tl.where(group_inside, zero_point, 0)
-        tile_zero_bytes: tl.constexpr = tile_groups * bits // 8
-        byte, byte_inside = program_span(zero_bytes, row_inside, tile_zero_bytes)
-        packed = numerics.pack_bits(zero_point, bits)
-        tl.store(zero_ptr + row * zero_bytes + byte, packed, mask=byte_inside)
+        store_codes(zero_ptr, zero_point, row, groups, zero_bytes, tile, row_inside, CODE)
 
 
 def quantize_pack(weight: torch.Tensor, fmt: Format) -> Packed:
@@ -68,9 +66,11 @@ def quantize_pack(weight: torch.Tensor, fmt: Format) -> Packed:
     tile = numerics.tile_columns(fmt)
     tile_rows = TILE_ROWS * numerics.TILE_COLUMNS // tile
     zero_point = packed.weight_zero_point
+    base = base_of(weight, fmt)
     with device_of(weight):
         quantize_pack_kernel[(triton.cdiv(rows, tile_rows), triton.cdiv(columns, tile))](
             weight,
+            weight if base is None else base,
             packed.weight_packed,
             packed.weight_scale,
             packed.weight_packed if zero_point is None else zero_point,
@@ -84,4 +84,4 @@ def quantize_pack(weight: torch.Tensor, fmt: Format) -> Packed:
             COLUMNS=tile,
             enable_fp_fusion=False,
         )
-    return packed
+    return packed if fmt.scale != "e4m3" else packed._replace(weight_global_scale=base)

@@ -21,6 +21,7 @@ import triton.language as tl
 from mixbits.formats.schemes import MX_GROUP, Format
 
 from . import numerics
+from .bases import base_of, load_base
 from .launch import device_of
 
 MAX_FORMATS = 4  # of one pass: their sums, 16 registers per thread and format, must all fit
@@ -30,11 +31,14 @@ MAX_ROW_PROGRAMS = 64  # bounds the workspace; each has its own set of row tiles
 
 
 @triton.jit
-def quantization_error(w, CODE: tl.constexpr):
-    """w float32 [R, C] -> w - Q(w) float32 [R, C]; C is a multiple of the group size."""
-    size: tl.constexpr = numerics.group_size(CODE)
+def quantization_error(w, base_ptr, row, row_inside, CODE: tl.constexpr):
+    """w float32 [R, C] of the rows [R, 1] -> w - Q(w) float32 [R, C]; C is a multiple of the group
+    size.
+    """
+    size: tl.constexpr = numerics.group_columns(CODE, w.shape[1])
     grouped = tl.reshape(w, (w.shape[0], w.shape[1] // size, size))
-    return w - tl.reshape(numerics.fake_quantize(grouped, CODE), w.shape)
+    base = load_base(base_ptr, row, row_inside, CODE)
+    return w - tl.reshape(numerics.fake_quantize(grouped, base, CODE), w.shape)
 
 
 @triton.jit
@@ -43,22 +47,24 @@ def load_tile(base_ptr, offset, inside):
 
 
 @triton.jit
-def add_errors(sums, w, factor, CODES: tl.constexpr, GRADIENT: tl.constexpr):
+def add_errors(
+    sums, w, factor, base_ptrs, row, row_inside, CODES: tl.constexpr, GRADIENT: tl.constexpr
+):
     """A float64 [R, C] tile of terms, added to the sums of each format."""
     added = ()
     for i in tl.static_range(len(CODES)):
-        error = quantization_error(w, CODES[i]).to(tl.float64)
+        error = quantization_error(w, base_ptrs[i], row, row_inside, CODES[i]).to(tl.float64)
         term = tl.abs(factor * error) if GRADIENT else error * error * factor
         added = added + (sums[i] + term,)  # noqa: RUF005
     return added
 
 
 @triton.jit
-def add_squares(sums, x, CODES: tl.constexpr):
+def add_squares(sums, x, base_ptrs, row, row_inside, CODES: tl.constexpr):
     """Squares in float32 of x [R, C] and of each format's error, added to float64 sums."""
     added = (sums[0] + (x * x).to(tl.float64),)
     for i in tl.static_range(len(CODES)):
-        error = quantization_error(x, CODES[i])
+        error = quantization_error(x, base_ptrs[i], row, row_inside, CODES[i])
         added = added + (sums[i + 1] + (error * error).to(tl.float64),)  # noqa: RUF005
     return added
 
@@ -78,6 +84,7 @@ def statistics_kernel(
     gradient_ptr,  # [rows, columns]; read if GRADIENT
     row_weight_ptr,  # float64 [rows]; read if not GRADIENT
     column_weight_ptr,  # float64 [columns]; read if not GRADIENT
+    base_ptrs,  # of each format, float32 [1] or [rows]; not read by formats without
     partial_ptr,  # float64 [row programs, formats, slabs]
     rows,
     columns,
@@ -103,7 +110,7 @@ def statistics_kernel(
             factor = load_tile(gradient_ptr, offset, inside).to(tl.float64)
         else:
             factor = tl.load(row_weight_ptr + row, mask=row < rows, other=0.0)
-        sums = add_errors(sums, w, factor, CODES, GRADIENT)
+        sums = add_errors(sums, w, factor, base_ptrs, row, row < rows, CODES, GRADIENT)
     slab = tl.program_id(0) * tile_slabs + tl.arange(0, tile_slabs)
     for i in tl.static_range(len(CODES)):
         by_column = tl.sum(sums[i], axis=0)
@@ -117,6 +124,7 @@ def statistics_kernel(
 @triton.jit
 def square_sums_kernel(
     x_ptr,  # [rows, columns], contiguous
+    base_ptrs,  # of each format, float32 [1] or [rows]; not read by formats without
     partial_ptr,  # float64 [row programs, 1 + formats, columns]
     rows,
     columns,
@@ -133,7 +141,8 @@ def square_sums_kernel(
         row = start + tl.arange(0, ROWS)[:, None]
         inside = (row < rows) & column_inside[None, :]
         offset = row.to(tl.int64) * columns + column[None, :]
-        sums = add_squares(sums, load_tile(x_ptr, offset, inside), CODES)
+        x = load_tile(x_ptr, offset, inside)
+        sums = add_squares(sums, x, base_ptrs, row, row < rows, CODES)
     for i in tl.static_range(1 + len(CODES)):
         place = (tl.program_id(1) * (1 + len(CODES)) + i).to(tl.int64) * columns + column
         tl.store(partial_ptr + place, tl.sum(sums[i], axis=0), mask=column_inside)
@@ -162,6 +171,12 @@ def _sum_partials(partial: torch.Tensor, out: torch.Tensor) -> None:
     sum_partials_kernel[grid](partial, out, len(partial), out.numel(), BLOCK=block)
 
 
+def _bases(x: torch.Tensor, formats: Sequence[Format]) -> tuple[torch.Tensor, ...]:
+    """Of each format what its scales follow from; anything, where that is nothing."""
+    found = (base_of(x, fmt) for fmt in formats)
+    return tuple(x if base is None else base for base in found)
+
+
 def _row_programs(rows: int) -> int:
     return min(triton.cdiv(rows, STATISTICS_ROWS), MAX_ROW_PROGRAMS)
 
@@ -188,6 +203,7 @@ def _statistics(
                 weight if gradient is None else gradient,
                 row_weight,
                 column_weight,
+                _bases(weight, part),
                 partial,
                 rows,
                 columns,
@@ -234,6 +250,7 @@ def square_sums(x: torch.Tensor, formats: Sequence[Format]) -> torch.Tensor:
             partial = out.new_empty((grid[1], 1 + len(part), columns))
             square_sums_kernel[grid](
                 x,
+                _bases(x, part),
                 partial,
                 rows,
                 columns,

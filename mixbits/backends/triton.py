@@ -23,6 +23,13 @@ from .scratch import matmul_through_scratch
 TAKES_PARTS = True  # `packed_matmul`, of regular operands
 # Beyond, every tile of tokens would decode the weight once more; decoding it once is cheaper.
 MAX_FUSED_TOKENS = 256
+# Elements with scales: kernels/triton/numerics.py.
+HELD = (
+    FIRST_FORMATS
+    | {("e2m3", "e8m0"), ("int8", "e8m0"), ("e2m1", "e4m3")}
+    | {(e, "float16") for e in ("int3", "int5", "int6")}
+    | {(e, "float32") for e in ("e4m3", "int8")}
+)
 
 
 @functools.cache
@@ -58,7 +65,7 @@ def supports(device: torch.device) -> bool:
 
 def holds(fmt: Format) -> bool:
     """Whether operations have code for `fmt`."""
-    return (fmt.element, fmt.scale) in FIRST_FORMATS
+    return (fmt.element, fmt.scale) in HELD
 
 
 def fake_quantize(x: Tensor, fmt: Format) -> Tensor:

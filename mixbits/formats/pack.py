@@ -128,10 +128,10 @@ class Operand(NamedTuple):
     def input_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """What holds an arranged and rounded x of `dtype` without rounding it once more.
 
-        That is `dtype`, unless x is rotated: rotated sums are float32. Rounded ones have at most 4
-        digits, and a range that bfloat16 has and float16 has not.
+        That is `dtype`, unless x is rotated: rotated sums are float32. Rounded ones with powers of
+        two for scales have at most 8 digits, and a range that bfloat16 has and float16 has not.
         """
-        rounded = all(one.activation is not None for one in self.parts)
+        rounded = all(one.activation and one.activation.scale == "e8m0" for one in self.parts)
         if not self.rotated or (rounded and dtype == torch.bfloat16):
             return dtype
         return torch.float32

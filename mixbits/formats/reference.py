@@ -163,6 +163,12 @@ def _maxima(grouped: Tensor) -> Tensor:
     return torch.where(finite.all(-1), largest, torch.nan)
 
 
+def divisor_of(maximum: Tensor, fmt: Format, largest_scale: float = 448.0) -> Tensor:
+    """What scales are divided by, of values whose largest finite magnitude is `maximum`."""
+    top = torch.full_like(maximum, largest_scale * MINIFLOATS[fmt.element].max_value)
+    return top / maximum.clamp_min(MIN_MAXIMUM)
+
+
 def tensor_scale(x: Tensor, fmt: Format, largest_scale: float = 448.0) -> Tensor:
     """G, float32 [1] or [..., 1], of x [..., K]: scales times G are at most `largest_scale`."""
     maximum = torch.where(torch.isfinite(x), x, 0.0).float().abs()
@@ -170,8 +176,7 @@ def tensor_scale(x: Tensor, fmt: Format, largest_scale: float = 448.0) -> Tensor
         maximum = maximum.amax(-1, keepdim=True)
     else:
         maximum = maximum.amax().reshape(1)
-    top = torch.full_like(maximum, largest_scale * MINIFLOATS[fmt.element].max_value)
-    return top / maximum.clamp_min(MIN_MAXIMUM)
+    return divisor_of(maximum, fmt, largest_scale)
 
 
 def nv_scale(block_max: Tensor, divisor: Tensor, fmt: Format) -> Tensor:
@@ -183,9 +188,8 @@ def nv_scale(block_max: Tensor, divisor: Tensor, fmt: Format) -> Tensor:
     return torch.where(torch.isnan(wanted), torch.full_like(byte, 0x7F), byte)
 
 
-def _row_scale(grouped: Tensor, fmt: Format) -> Tensor:
-    """float32 [..., groups]: the maximum becomes the largest code; compressed-tensors' rule."""
-    maximum = _maxima(grouped)
+def row_scale(maximum: Tensor, fmt: Format) -> Tensor:
+    """float32: the maximum becomes the largest code; compressed-tensors' rule."""
     top = MINIFLOATS[fmt.element].max_value if fmt.is_float else (2**fmt.bits - 1) / 2
     # By a tensor: by a number torch would divide as it likes.
     return maximum.clamp_min(MIN_MAXIMUM) / torch.full_like(maximum, top)
@@ -226,7 +230,7 @@ def scales(x: Tensor, fmt: Format, divisor: Tensor | None = None) -> Scales:
     if fmt.scale == "float16":
         return Scales(*_int_scales(grouped, fmt))
     if fmt.scale == "float32":
-        return Scales(_row_scale(grouped, fmt))
+        return Scales(row_scale(_maxima(grouped), fmt))
     divisor = tensor_scale(x, fmt) if divisor is None else divisor
     return Scales(nv_scale(_maxima(grouped), divisor, fmt), None, divisor)
 

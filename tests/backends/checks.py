@@ -9,6 +9,7 @@ import torch
 from conftest import (
     DTYPES,
     FORMATS,
+    MORE_FORMATS,
     assert_same_bits,
     format_id,
     hard_rows,
@@ -20,6 +21,13 @@ from mixbits.formats.arrange import Arrangement
 from mixbits.formats.schemes import MINIFLOATS, MX_GROUP, Format
 
 each_format = pytest.mark.parametrize("fmt", FORMATS, ids=format_id)
+# One format of each element and scale, with zero points and without, which weights may have.
+KINDS = [
+    fmt
+    for fmt in FORMATS + MORE_FORMATS
+    if fmt.group_size <= 32 and fmt.scale_mode == "floor" and fmt.tensor_scale != "row"
+]
+each_kind = pytest.mark.parametrize("fmt", KINDS, ids=format_id)
 
 
 def every_scale_and_code(fmt: Format) -> tuple[reference.Quantized, torch.Tensor]:
@@ -46,6 +54,8 @@ def check_round_trip(backend: ModuleType, device: torch.device, fmt: Format, col
         w = hard_rows(columns, dtype)
         got = backend.fake_quantize(w.to(device), fmt)
         assert_same_bits(got.cpu(), reference.fake_quantize(w, fmt))
+        if fmt.tensor_scale == "row":
+            continue  # no weight has it
         q = reference.quantize(w, fmt)
         expected = pack.pack(q, fmt)
         got = backend.quantize_pack(w.to(device), fmt)
@@ -57,14 +67,31 @@ def check_round_trip(backend: ModuleType, device: torch.device, fmt: Format, col
         assert_same_bits(values.cpu(), reference.dequantize(q, fmt, dtype))
 
 
-def check_all_codes_and_scales(backend: ModuleType, device: torch.device, element: str) -> None:
-    fmt = Format(element, MX_GROUP)
-    codes = torch.arange(1 << fmt.bits, dtype=torch.uint8).repeat(256, 2)
-    scale = torch.arange(256, dtype=torch.uint8)[:, None].repeat(1, codes.shape[1] // MX_GROUP)
-    q = reference.Quantized(codes, scale)
-    packed = pack.Packed(*(t if t is None else t.to(device) for t in pack.pack(q, fmt)))
+def all_codes_and_scales(fmt: Format) -> reference.Quantized:
+    """256 rows of all codes, at least 64: scales are all bytes, or floats of all kinds.
+
+    Zero points are all that there are.
+    """
+    codes = torch.arange(max(64, 1 << fmt.bits)) % (1 << fmt.bits)
+    codes = codes.to(torch.uint8).repeat(256, 1)
+    shape = (256, fmt.groups(codes.shape[1]))
+    number = torch.arange(256, dtype=torch.int32)[:, None].expand(shape)
+    if fmt.scale == "float16":
+        scale = (number * 257).to(torch.uint16).view(torch.float16)
+    elif fmt.scale == "float32":
+        scale = (number * 0x01010101).view(torch.float32)
+    else:
+        scale = number.to(torch.uint8)
+    zero_point = None if fmt.symmetric else (number % (1 << fmt.bits)).to(torch.uint8)
+    divisor = torch.tensor([3.7]) if fmt.tensor_scale else None
+    return reference.Quantized(codes, scale.contiguous(), zero_point, divisor)
+
+
+def check_all_codes_and_scales(backend: ModuleType, device: torch.device, fmt: Format) -> None:
+    q = all_codes_and_scales(fmt)
+    packed = pack.pack(q, fmt).to(device)
     for dtype in DTYPES:
-        got = backend.dequantize(packed, fmt, codes.shape[1], dtype)
+        got = backend.dequantize(packed, fmt, q.codes.shape[1], dtype)
         assert_same_bits(got.cpu(), reference.dequantize(q, fmt, dtype))
 
 

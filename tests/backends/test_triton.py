@@ -24,12 +24,13 @@ from checks import (
     check_square_sums,
     check_statistics,
     each_format,
+    each_kind,
 )
 from conftest import (
     DTYPES,
-    FLOATS,
     FORMATS,
     INT_FORMATS,
+    MORE_FORMATS,
     MX_FORMATS,
     assert_same_bits,
     format_id,
@@ -53,6 +54,16 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 needs_compiler = pytest.mark.skipif(INTERPRETED, reason="Triton is interpreting")
 
 SOME_FORMATS = FORMATS[::4]
+# Of those that follow from others: one group size, one rule for the power of two.
+MORE_KINDS = [
+    fmt
+    for fmt in MORE_FORMATS
+    if fmt.scale_mode == "floor" and (fmt.scale != "float16" or fmt.group_size == 32)
+]
+MORE_WEIGHTS = [fmt for fmt in MORE_KINDS if fmt.tensor_scale != "row"]
+MORE_ACTIVATIONS = [
+    fmt for fmt in MORE_KINDS if fmt.scale != "float16" and fmt.tensor_scale != "tensor"
+]
 
 
 # --- the operations, interpreted or on a GPU -------------------------------------------------
@@ -75,9 +86,18 @@ def test_round_trip(backend, fmt, columns):
 
 
 @needs_device
-@pytest.mark.parametrize("element", FLOATS)
-def test_all_codes_and_scales(backend, element):
-    check_all_codes_and_scales(backend, DEVICE, element)
+@pytest.mark.parametrize("fmt", MORE_FORMATS, ids=format_id)
+def test_round_trip_of_more_formats(backend, fmt):
+    """Columns that end within a byte of a plane, a group, a tile; and the first tile of several."""
+    assert backend.holds(fmt)
+    for columns in (1, 31, 33, 172, 320) if fmt in MORE_KINDS else (31,):
+        check_round_trip(backend, DEVICE, fmt, columns)
+
+
+@needs_device
+@each_kind
+def test_all_codes_and_scales(backend, fmt):
+    check_all_codes_and_scales(backend, DEVICE, fmt)
 
 
 @needs_device
@@ -92,6 +112,16 @@ def test_leading_dimensions(backend):
 @pytest.mark.parametrize("columns", [31, 172])
 def test_statistics(backend, columns):
     check_statistics(backend, DEVICE, columns, FORMATS if columns > 32 else SOME_FORMATS)
+
+
+@needs_device
+def test_statistics_of_more_formats(backend):
+    """Beside others; a scale of the whole tensor is not that of a program's tile."""
+    formats = [fmt for fmt in MORE_KINDS if fmt.element not in ("int3", "int6", "e2m3")]
+    check_statistics(backend, DEVICE, 172, [*formats, MX_FORMATS[0]])
+    x = torch.randn(41, 172)
+    got = backend.square_sums(x.to(DEVICE), formats)
+    torch.testing.assert_close(got.cpu(), reference.square_sums(x, formats), rtol=1e-12, atol=0)
 
 
 @needs_device
@@ -117,6 +147,20 @@ def test_square_sums(backend, columns):
 @each_format
 def test_matmul(backend, fmt):
     check_matmul(backend, DEVICE, fmt, (17, 66, 172))
+
+
+@needs_device
+@pytest.mark.parametrize("fmt", MORE_WEIGHTS, ids=format_id)
+def test_matmul_of_more_formats(backend, fmt):
+    check_matmul(backend, DEVICE, fmt, (17, 66, 172))
+    check_matmul(backend, DEVICE, fmt, (1, 5, 33))
+
+
+@needs_device
+@pytest.mark.parametrize("fmt", MORE_ACTIVATIONS, ids=format_id)
+def test_matmul_with_more_activations(backend, fmt):
+    for weight in (MX_FORMATS[0], MORE_WEIGHTS[-1], INT_FORMATS[-1]):
+        check_matmul(backend, DEVICE, weight, (3, 20, 172), activation=fmt)
 
 
 @needs_device
@@ -232,7 +276,7 @@ def places_of(argument: int, kind: str | tuple[str, ...]) -> list[tuple[int, ...
 
 
 def packed_signature(fmt: Format) -> dict[str, str]:
-    scale = "*u8" if fmt.is_float else "*fp16"
+    scale = {"float16": "*fp16", "float32": "*fp32"}.get(fmt.scale, "*u8")
     return {"packed_ptr": "*u8", "scale_ptr": scale, "zero_ptr": "*u8", **PACKED_SIZES}
 
 
@@ -242,29 +286,61 @@ def assert_exact_arithmetic(ptx: str) -> None:
         assert forbidden not in ptx, forbidden
 
 
-@pytest.mark.slow
-@needs_compiler
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_elementwise_kernels_compile(compile_ptx, architecture):
+def check_elementwise(compile_ptx, fmt: Format, architecture: int) -> None:
+    """Exact arithmetic, and 16 bytes at a time, in each kernel that a format's number makes."""
     from mixbits.kernels import dequantize, fake_quant, launch, numerics
     from mixbits.kernels import pack as pack_kernels
 
     size = {"rows": "i32", "columns": "i32"}
+    tile = {"CODE": fmt.code, "ROWS": launch.TILE_ROWS, "COLUMNS": numerics.TILE_COLUMNS}
+    signature = {"x_ptr": "*bf16", "base_ptr": "*fp32", "out_ptr": "*bf16", **size}
+    ptx = compile_ptx(fake_quant.fake_quantize_kernel, signature, tile, {}, architecture)
+    assert_exact_arithmetic(ptx)
+    assert "ld.global.v4.b32" in ptx and "st.global.v4.b32" in ptx
+    signature = {**packed_signature(fmt), "out_ptr": "*bf16", "stride": "i32", **size}
+    signature["divisor_ptr"] = "*fp32"
+    ptx = compile_ptx(dequantize.dequantize_kernel, signature, tile, {}, architecture)
+    assert_exact_arithmetic(ptx)
+    assert "st.global.v4.b32" in ptx
+    signature = {"weight_ptr": "*bf16", "base_ptr": "*fp32", **packed_signature(fmt), **size}
+    tile["COLUMNS"] = numerics.tile_columns(fmt)
+    ptx = compile_ptx(pack_kernels.quantize_pack_kernel, signature, tile, {}, architecture)
+    assert_exact_arithmetic(ptx)
+    assert "ld.global.v4.b32" in ptx
+
+
+@pytest.mark.slow
+@needs_compiler
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_elementwise_kernels_compile(compile_ptx, architecture):
     for fmt in COMPILED_FORMATS:
-        tile = {"CODE": fmt.code, "ROWS": launch.TILE_ROWS, "COLUMNS": numerics.TILE_COLUMNS}
-        signature = {"x_ptr": "*bf16", "out_ptr": "*bf16", **size}
-        ptx = compile_ptx(fake_quant.fake_quantize_kernel, signature, tile, {}, architecture)
-        assert_exact_arithmetic(ptx)
-        assert "ld.global.v4.b32" in ptx and "st.global.v4.b32" in ptx
-        signature = {**packed_signature(fmt), "out_ptr": "*bf16", "stride": "i32", **size}
-        ptx = compile_ptx(dequantize.dequantize_kernel, signature, tile, {}, architecture)
-        assert_exact_arithmetic(ptx)
-        assert "st.global.v4.b32" in ptx
-        signature = {"weight_ptr": "*bf16", **packed_signature(fmt), **size}
-        tile["COLUMNS"] = numerics.tile_columns(fmt)
-        ptx = compile_ptx(pack_kernels.quantize_pack_kernel, signature, tile, {}, architecture)
-        assert_exact_arithmetic(ptx)
-        assert "ld.global.v4.b32" in ptx
+        check_elementwise(compile_ptx, fmt, architecture)
+
+
+# Two planes with zero points, scales of a tensor, scales of rows.
+MORE_COMPILED = [
+    Format("int5", 32, symmetric=False),
+    Format("e2m1", 16, scale="e4m3"),
+    Format("e4m3", 0, scale="float32"),
+]
+
+
+@pytest.mark.slow
+@needs_compiler
+@pytest.mark.parametrize("fmt", MORE_COMPILED, ids=format_id)
+def test_kernels_of_more_formats_compile(compile_ptx, fmt):
+    from mixbits.kernels import bases, gemm, launch, numerics
+
+    check_elementwise(compile_ptx, fmt, 90)
+    signature = {"x_ptr": "*bf16", "out_ptr": "*fp32", "rows": "i32", "columns": "i32"}
+    constants = {"FINITE": fmt.scale == "e4m3", "ROWS": launch.TILE_ROWS}
+    constants["COLUMNS"] = numerics.TILE_COLUMNS
+    ptx = compile_ptx(bases.row_maxima_kernel, signature, constants, {}, 90)
+    assert "ld.global.v4.b32" in ptx
+    shared = gemm.shared_bytes(torch.device("cpu"))
+    config = gemm.candidates(1, 4096, ((fmt, 4096),), torch.bfloat16, shared)[0]
+    ptx = compile_ptx(*gemm_case(gemm, [fmt], torch.bfloat16, config), 90, odd=("m", "split_k"))
+    assert ".ftz" not in ptx and ARCHITECTURES[90] in ptx
 
 
 @pytest.mark.slow
@@ -276,7 +352,8 @@ def test_statistics_kernels_compile(compile_ptx, architecture):
     pointers = dict.fromkeys(("weight_ptr", "gradient_ptr"), "*bf16")
     doubles = ("row_weight_ptr", "column_weight_ptr", "partial_ptr")
     pointers |= dict.fromkeys(doubles, "*fp64")
-    signature = {**pointers, "rows": "i32", "columns": "i32", "slabs": "i32"}
+    bases = {"base_ptrs": ("*fp32",) * len(COMPILED_FORMATS)}
+    signature = {**pointers, **bases, "rows": "i32", "columns": "i32", "slabs": "i32"}
     for gradient in (False, True):
         constants = {
             "CODES": tuple(fmt.code for fmt in COMPILED_FORMATS),
@@ -289,7 +366,7 @@ def test_statistics_kernels_compile(compile_ptx, architecture):
         assert_exact_arithmetic(ptx)
         assert "cp.async.cg.shared.global" in ptx  # tiles ahead, 16 bytes per thread
     constants = {k: v for k, v in constants.items() if k not in ("GRADIENT", "SLAB")}
-    signature = {"x_ptr": "*fp32", "partial_ptr": "*fp64", "rows": "i32", "columns": "i32"}
+    signature = {"x_ptr": "*fp32", "partial_ptr": "*fp64", "rows": "i32", "columns": "i32"} | bases
     ptx = compile_ptx(statistics.square_sums_kernel, signature, constants, {}, architecture)
     assert_exact_arithmetic(ptx)
     assert "cp.async.cg.shared.global" in ptx
@@ -337,7 +414,7 @@ def gemm_case(gemm, formats, dtype, config):
     constants.pop("SPLIT_K")
     out = "*fp32" if config.split_k > 1 else f"*{name}"
     signature = {"x_ptr": f"*{name}", "out_ptr": out, "columns": ("i32",) * len(formats)}
-    each = [packed_signature(fmt) for fmt in formats]
+    each = [{**packed_signature(fmt), "divisor_ptr": "*fp32"} for fmt in formats]
     for one in each[0]:
         plural = f"{one}s" if one.endswith("ptr") else one
         signature[plural] = tuple(types[one] for types in each)
