@@ -175,10 +175,41 @@ MB_INLINE vf last_scales(const uint8_t* bytes, int count) {
 #endif
 }
 
+// kLanes scales in e4m3, as they are stored, over the tensor's divisor.
+MB_INLINE vf e4m3_vector(vb bytes, float divisor) {
+#if defined(__AVX2__)
+  // No NaN, no sign, and quotients that need no care: as float16, whose exponent is biased by 8
+  // more, they are 2^8 times as small.
+  uint64_t special = 0;
+  for (int i = 0; i < kLanes / 8; ++i) {
+    const uint64_t word = load_raw<uint64_t>((const char*)&bytes + 8 * i);
+    special |= (word | (word + 0x0101010101010101u)) & 0x8080808080808080u;
+  }
+  if (special == 0 && divisor > 0x1p-60f && divisor < 0x1p60f) {
+    const vf scale = to_float(widen_to_halves(bytes) << 7, kFloat16);
+    return divide(scale, divisor * 0x1p-8f, 0x1p8f / divisor);
+  }
+#endif
+  return minifloat_decode<vf, vi>(widen_bytes(bytes), minifloat(kE4M3)) / divisor;
+}
+
+static inline void decode_e4m3_scales(const PackedRow& row, int64_t count, float* out) {
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes)
+    store(out + i, e4m3_vector(load_raw<vb>(row.scales + i), row.divisor));
+  if (i == count) return;
+  vb rest = {};
+  memcpy(&rest, row.scales + i, count - i);
+  store(out + i, e4m3_vector(rest, row.divisor));
+  memset(out + count, 0, (round_up(count, kLanes) - count) * sizeof(float));
+}
+
 // A row's scales as floats, with zeros up to a multiple of kLanes.
 template <int ELEMENT>
-static void decode_scales(const uint8_t* bytes, int64_t count, float* out) {
+static void decode_scales(const PackedRow& row, int64_t count, float* out) {
+  if constexpr (ELEMENT == kNVE2M1) return decode_e4m3_scales(row, count, out);
   constexpr int size = scale_bytes(ELEMENT);
+  const uint8_t* const bytes = row.scales;
   int64_t i = 0;
   for (; i + kLanes <= count; i += kLanes) store(out + i, scale_vector<ELEMENT>(bytes + i * size));
   if (i < count) store(out + i, last_scales<ELEMENT>(bytes + i * size, int(count - i)));
@@ -187,7 +218,7 @@ static void decode_scales(const uint8_t* bytes, int64_t count, float* out) {
 // What codes are counted from, per group: zero points, or half the range.
 static inline void decode_offsets(const PackedRow& row, int64_t groups, int bits, int32_t* out) {
   for (int64_t g = 0; g < groups; ++g) {
-    out[g] = row.zero_points ? unpack_code(row.zero_points, g, bits) : 1 << (bits - 1);
+    out[g] = row.zero_points ? unpack_code(row.zero_points, g, bits, groups) : 1 << (bits - 1);
   }
 }
 
