@@ -113,12 +113,13 @@ template <int BITS>
 MB_INLINE void join_planes(vi bytes, const uint8_t* upper, vi* out) {
   static_assert(BITS == 3 || BITS == 5 || BITS == 6, "codes in two planes");
   if constexpr (BITS == 3) {
-    // Codes 0 and 2 of a byte, then 1 and 3, get their upper bits while they are still side by side.
-    const __m128i table = _mm_setr_epi8(0x00, 0x04, 0x08, 0x0c, 0x40, 0x44, 0x48, 0x4c,  //
-                                        -0x80, -0x7c, -0x78, -0x74, -0x40, -0x3c, -0x38, -0x34);
-    const vi above = look_up(spread_nibbles(upper) & 0x0f0f0f0f, table);
-    const vi even = (bytes & 0x33333333) | (above & 0x44444444);
-    const vi odd = (bytes >> 2 & 0x33333333) | (above >> 1 & 0x44444444);
+    // Codes 0 and 2 of a byte, then 1 and 3, get their upper bits while they are still side by side:
+    // of a nibble, bits 0 and 2, or 1 and 3, go to bits 2 and 6.
+    const __m128i evens = _mm_setr_epi32(0x04000400, 0x44404440, 0x04000400, 0x44404440);
+    const __m128i odds = _mm_setr_epi32(0x04040000, 0x04040000, 0x44444040, 0x44444040);
+    const vi nibbles = spread_nibbles(upper) & 0x0f0f0f0f;
+    const vi even = (bytes & 0x33333333) | look_up(nibbles, evens);
+    const vi odd = (bytes >> 2 & 0x33333333) | look_up(nibbles, odds);
     out[0] = even & 0x0f0f0f0f;
     out[1] = odd & 0x0f0f0f0f;
     out[2] = even >> 4 & 0x0f0f0f0f;

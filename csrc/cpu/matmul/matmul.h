@@ -175,32 +175,31 @@ MB_INLINE vf last_scales(const uint8_t* bytes, int count) {
 #endif
 }
 
-// kLanes scales in e4m3, as they are stored, over the tensor's divisor.
-MB_INLINE vf e4m3_vector(vb bytes, float divisor) {
-#if defined(__AVX2__)
-  // No NaN, no sign, and quotients that need no care: as float16, whose exponent is biased by 8
-  // more, they are 2^8 times as small.
-  uint64_t special = 0;
-  for (int i = 0; i < kLanes / 8; ++i) {
-    const uint64_t word = load_raw<uint64_t>((const char*)&bytes + 8 * i);
-    special |= (word | (word + 0x0101010101010101u)) & 0x8080808080808080u;
-  }
-  if (special == 0 && divisor > 0x1p-60f && divisor < 0x1p60f) {
-    const vf scale = to_float(widen_to_halves(bytes) << 7, kFloat16);
-    return divide(scale, divisor * 0x1p-8f, 0x1p8f / divisor);
-  }
-#endif
-  return minifloat_decode<vf, vi>(widen_bytes(bytes), minifloat(kE4M3)) / divisor;
-}
-
+// A row's scales in e4m3 over the tensor's divisor, with zeros up to a multiple of kLanes.
 static inline void decode_e4m3_scales(const PackedRow& row, int64_t count, float* out) {
   int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes)
-    store(out + i, e4m3_vector(load_raw<vb>(row.scales + i), row.divisor));
-  if (i == count) return;
-  vb rest = {};
-  memcpy(&rest, row.scales + i, count - i);
-  store(out + i, e4m3_vector(rest, row.divisor));
+#if defined(__AVX2__)
+  // As a float16, whose exponent is biased by 8 more, a byte without sign that is no NaN is 2^8
+  // times as small.
+  const float divisor = row.divisor * 0x1p-8f, reciprocal = 1.0f / divisor;
+  const bool usual = row.divisor > 0x1p-60f && row.divisor < 0x1p60f;
+  for (; usual && i + kLanes <= count; i += kLanes) {
+    uint64_t special = 0;
+    for (int j = 0; j < kLanes; j += 8) {
+      const uint64_t word = load_raw<uint64_t>(row.scales + i + j);
+      special |= (word | (word + 0x0101010101010101u)) & 0x8080808080808080u;
+    }
+    if (special) break;
+    const vh halves = widen_to_halves(load_raw<vb>(row.scales + i)) << 7;
+    store(out + i, divide(to_float(halves, kFloat16), divisor, reciprocal));
+  }
+#endif
+  for (; i < count; i += kLanes) {
+    vb bytes = {};
+    memcpy(&bytes, row.scales + i, min64(kLanes, count - i));
+    const vf scale = minifloat_decode<vf, vi>(widen_bytes(bytes), minifloat(kE4M3));
+    store(out + i, scale / row.divisor);
+  }
   memset(out + count, 0, (round_up(count, kLanes) - count) * sizeof(float));
 }
 
