@@ -76,5 +76,62 @@ MB_INLINE vi unpack(const uint8_t* lower, const uint8_t* upper, int64_t k) {
   return codes;
 }
 
+#if defined(__AVX2__)
+// As many bytes as a vector has lower halves of bytes, or words.
+typedef uint8_t v_bytes __attribute__((vector_size(kLanes * 4)));
+typedef uint16_t v_words __attribute__((vector_size(kLanes * 4)));
+
+// The halves of kLanes * 2 bytes, lower one first, in the lower halves of a vector's bytes; the
+// upper ones hold anything.
+MB_INLINE vi spread_nibbles(const uint8_t* p) {
+#if defined(__AVX512F__)
+  const vi words = (vi)_mm512_cvtepu8_epi16(load_raw<__m256i>(p));
+#else
+  const vi words = (vi)_mm256_cvtepu8_epi16(load_raw<__m128i>(p));
+#endif
+  return words | words << 4;
+}
+
+// Pairs of bits of kLanes bytes, the lowest first, in bits 4 and 5 of a vector's bytes; the others
+// hold anything.
+MB_INLINE vi spread_pairs(const uint8_t* p) {
+  v_bytes source;
+  v_words mask, factor;
+  for (int i = 0; i < kLanes * 4; ++i) source[i] = i % 2 ? 0x80 : uint8_t(i / 4);  // 0x80: zero
+  for (int i = 0; i < kLanes * 2; ++i) {
+    mask[i] = i % 2 ? 0xf0 : 0x0f;  // a word takes four bits, of which a byte takes two
+    factor[i] = i % 2 ? 1 | 1 << 6 : 1 << 4 | 1 << 10;
+  }
+  __m128i bytes = _mm_setzero_si128();
+  memcpy(&bytes, p, kLanes);
+  return (vi)(((v_words)look_up((vi)source, bytes) & mask) * factor);
+}
+
+// A vector of bytes of the first plane, with what belongs to it in the second, as bytes that have
+// one code each: out[i] is number i of every byte of the first plane.
+template <int BITS>
+MB_INLINE void join_planes(vi bytes, const uint8_t* upper, vi* out) {
+  static_assert(BITS == 3 || BITS == 5 || BITS == 6, "codes in two planes");
+  if constexpr (BITS == 3) {
+    // Codes 0 and 2 of a byte, then 1 and 3, get their upper bits while they are still side by side:
+    // of a nibble, bits 0 and 2, or 1 and 3, go to bits 2 and 6.
+    const __m128i evens = _mm_setr_epi32(0x04000400, 0x44404440, 0x04000400, 0x44404440);
+    const __m128i odds = _mm_setr_epi32(0x04040000, 0x04040000, 0x44444040, 0x44444040);
+    const vi nibbles = spread_nibbles(upper) & 0x0f0f0f0f;
+    const vi even = (bytes & 0x33333333) | look_up(nibbles, evens);
+    const vi odd = (bytes >> 2 & 0x33333333) | look_up(nibbles, odds);
+    out[0] = even & 0x0f0f0f0f;
+    out[1] = odd & 0x0f0f0f0f;
+    out[2] = even >> 4 & 0x0f0f0f0f;
+    out[3] = odd >> 4 & 0x0f0f0f0f;
+  } else {
+    const vi above = BITS == 5 ? spread_pairs(upper) : vi(spread_nibbles(upper) << 4);
+    constexpr int mask = BITS == 5 ? 0x10101010 : 0x30303030;
+    out[0] = (bytes & 0x0f0f0f0f) | (above & mask);
+    out[1] = (bytes >> 4 & 0x0f0f0f0f) | (above >> (BITS - 4) & mask);
+  }
+}
+#endif
+
 }  // namespace MB_ISA
 }  // namespace mixbits

@@ -46,9 +46,20 @@ static inline Integers integers_for(const SegmentWeight& segment, int dtype,
   return dtype == kFloat32 ? kInt24Values : kInt16Values;
 }
 
-// Whether a weight's codes are small integers (twice the values of e2m1), in one plane.
+// Whether scales are float16, as those of integers that may have zero points.
+constexpr bool has_float16_scales(int element) {
+  return !is_float(element) && !is_mx(element);
+}
+
+// Whether a weight's codes are small integers: those, or twice the values of e2m1, or 8 times those
+// of e2m3.
 constexpr bool has_integer_codes(int element) {
-  return element == kE2M1 || element == kInt2 || element == kInt4 || element == kInt8;
+  return element == kE2M1 || element == kNVE2M1 || element == kE2M3 || has_float16_scales(element);
+}
+
+// What such integers count.
+constexpr float integer_unit(int element) {
+  return element == kE2M3 ? 0.125f : is_float(element) ? 0.5f : 1.0f;
 }
 
 // Whether activations are left alone, or are codes that are small integers.
@@ -58,8 +69,13 @@ static inline bool has_integer_activations(const SegmentWeight& segment) {
 }
 
 // What weights, as unsigned bytes, are above their values; zero points are another matter.
-static inline int code_offset(int element) {
-  return element == kE2M1 ? 12 : 1 << (element_bits(element) - 1);
+constexpr int code_offset(int element) {
+  return element == kE2M3 ? 60 : is_float(element) ? 12 : 1 << (element_bits(element) - 1);
+}
+
+// The largest of these bytes.
+constexpr int largest_integer(int element) {
+  return is_float(element) ? 2 * code_offset(element) : (1 << element_bits(element)) - 1;
 }
 
 // Whether the values of an MX block with this scale are finite in the dtype of x, and in

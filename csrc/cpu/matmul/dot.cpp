@@ -11,10 +11,12 @@
 // A plane of unsigned weights meets the same columns of an activation's signed bytes in one
 // vpdpbusd (AVX2: vpmaddubsw, vpmaddwd), which adds without rounding; only a lane's sum over a
 // step becomes a float and meets the scales. With 8 / bits planes the same holds for 2 and 8
-// bits: a lane has 32 / bits columns, and a block `bits` lanes.
+// bits: a lane has 32 / bits columns, and a block `bits` lanes. Codes of 3, 5 and 6 bits go by
+// their lower 2 or 4: the upper ones, which lie behind them in the row, join them in registers.
 //
-// Weights are unsigned: e2m1 as 2w + 12, integers as their codes. The sum therefore begins with
-// -offset times the sum of the activations that a lane meets, prepared once per token.
+// Weights are unsigned: e2m1 as 2w + 12, e2m3 as 8w + 60, integers as their codes. The sum
+// therefore begins with -offset times the sum of the activations that a lane meets, prepared once
+// per token.
 #include "activations.h"
 
 namespace mixbits {
@@ -29,6 +31,12 @@ const Path* integer_dot_path(const SegmentWeight&, const Tokens&, bool) { return
 namespace {
 
 constexpr int kVector = kLanes * 4;  // bytes
+
+// Bits of a code in the bytes of a step, by which BITS is meant below.
+template <int ELEMENT>
+constexpr int step_bits() {
+  return lower_bits(element_bits(ELEMENT));
+}
 
 template <int BITS, int PIECES>
 struct Step {
@@ -62,7 +70,7 @@ static Fit prepare_step(float* x, int blocks, Integers kind, const SegmentWeight
                         int dtype, Step<BITS, PIECES>* out) {
   constexpr int planes = 8 / BITS, columns = step_columns<BITS>();
   alignas(64) int8_t natural[PIECES][columns] = {};
-  const float weight_scale = segment.element() == kE2M1 ? 0.5f : 1.0f;
+  const float weight_scale = integer_unit(segment.element());
   memset(out->scale, 0, sizeof(out->scale));
   Fit fits[columns / kBlock], fit = kEnough;
   for (int b = 0; b < blocks; ++b) {
@@ -151,24 +159,67 @@ MB_INLINE vi look_up_e2m1(vi codes) {
 #endif
 }
 
-// Packed bytes -> unsigned weights, one vector per plane.
+// The lower four bits of e2m3 codes -> 8w + 60, given the fifth and the sign in the top bits of
+// bytes: without the fifth, they are 8w.
+MB_INLINE vi look_up_e2m3(vi lower, vi fifth, vi sign) {
+  const __m128i table =
+      _mm_setr_epi8(16, 18, 20, 22, 24, 26, 28, 30, 32, 36, 40, 44, 48, 52, 56, 60);
+  const v_bytes magnitude = (v_bytes)select_bytes(fifth, look_up(lower, table), lower);
+  return select_bytes(sign, (vi)(60 - magnitude), (vi)(60 + magnitude));
+}
+
+// Packed bytes, and where those of the second plane are -> unsigned weights, one vector per plane.
 template <int ELEMENT>
-MB_INLINE void split_planes(vi bytes, vi* plane) {
+MB_INLINE void split_planes(vi bytes, const uint8_t* upper, vi* plane) {
   constexpr int bits = element_bits(ELEMENT);
   constexpr int32_t mask = int32_t(0x01010101u * ((1u << bits) - 1));
-  for (int p = 0; p < 8 / bits; ++p) {
-    const vi shifted = p == 0 ? bytes : vi(bytes >> (bits * p));
-    plane[p] = ELEMENT == kE2M1 ? look_up_e2m1(shifted) : bits == 8 ? bytes : vi(shifted & mask);
+  if constexpr (ELEMENT == kE2M3) {
+    const vi above = spread_nibbles(upper) << 4;  // fifths in bits 4 and 6 of a byte, then signs
+    plane[0] = look_up_e2m3(bytes & 0x0f0f0f0f, above << 3, above << 2);
+    plane[1] = look_up_e2m3(bytes >> 4 & 0x0f0f0f0f, above << 1, above);
+  } else if constexpr (bits != step_bits<ELEMENT>()) {
+    join_planes<bits>(bytes, upper, plane);
+  } else {
+    for (int p = 0; p < 8 / bits; ++p) {
+      const vi shifted = p == 0 ? bytes : vi(bytes >> (bits * p));
+      plane[p] = is_float(ELEMENT) ? look_up_e2m1(shifted) : bits == 8 ? bytes : vi(shifted & mask);
+    }
   }
 }
 
+// Bytes of a step in the second plane of a row, where there is one.
+template <int ELEMENT>
+constexpr int upper_bytes() {
+  return kVector * (element_bits(ELEMENT) - step_bits<ELEMENT>()) / step_bits<ELEMENT>();
+}
+
+// The last step of some rows, if it is not whole, filled up with zeros.
+template <int R>
+struct Tail {
+  alignas(64) uint8_t codes[R][kVector] = {};
+  uint8_t upper[R][kVector / 2] = {};
+};
+
 // Some rows side by side: where a step of the first row is, and how far the next row is from it.
 struct Rows {
-  const uint8_t* codes;
-  int64_t code_stride;
+  const uint8_t *codes, *upper;  // in the first plane and in the second
+  int64_t code_stride, upper_stride;
   const float* scales;     // per group, readable to a whole vector beyond the last
   const int32_t* offsets;  // likewise
   int64_t group_stride;
+
+  // The same rows `steps` later.
+  template <int ELEMENT>
+  MB_METHOD Rows after(int64_t steps) const {
+    Rows later = *this;
+    later.codes += steps * kVector;
+    later.upper += steps * upper_bytes<ELEMENT>();
+    return later;
+  }
+  template <int R>
+  MB_METHOD Rows at(const Tail<R>& tail) const {
+    return {tail.codes[0], tail.upper[0], kVector, kVector / 2, scales, offsets, group_stride};
+  }
 };
 
 // Where the groups of a step's lanes are: at `first(step)` plus the lane's entry of `spread`.
@@ -185,34 +236,39 @@ struct Groups {
   int64_t first(int64_t step) const { return step * step_columns<BITS>() >> log2_size; }
 };
 
-// sum + the products of all planes of weights with one piece of a token.
-template <int PLANES>
+// sum + the products of all planes of weights, at most TOP, with one piece of a token.
+template <int PLANES, int TOP>
 MB_INLINE vi dot_planes(vi sum, const vi* w, const int8_t (*x)[kVector]) {
 #if defined(__AVX512VNNI__)
   for (int p = 0; p < PLANES; ++p) sum = dot_bytes(sum, w[p], load_raw<vi>(x[p]));
   return sum;
 #else
-  // Planes are added in 16 bits: four products of at most 24 * 128, or eight of 3 * 128, fit.
-  __m256i pairs = _mm256_setzero_si256();
-  for (int p = 0; p < PLANES; ++p) {
-    pairs = _mm256_add_epi16(pairs, _mm256_maddubs_epi16((__m256i)w[p], load_raw<__m256i>(x[p])));
+  // Planes are added in 16 bits, if their products fit: two for each plane.
+  if constexpr (2 * PLANES * TOP * 128 > INT16_MAX) {
+    for (int p = 0; p < PLANES; ++p) sum = dot_bytes(sum, w[p], load_raw<vi>(x[p]));
+    return sum;
+  } else {
+    __m256i pairs = _mm256_setzero_si256();
+    for (int p = 0; p < PLANES; ++p) {
+      pairs = _mm256_add_epi16(pairs, _mm256_maddubs_epi16((__m256i)w[p], load_raw<__m256i>(x[p])));
+    }
+    return sum + (vi)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
   }
-  return sum + (vi)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
 #endif
 }
 
-template <int PIECES, int PLANES, class S>
+template <int PIECES, int PLANES, int TOP, class S>
 MB_INLINE vf step_dot(const vi* w, const S& x, const vi* zero_point) {
   constexpr int second = PIECES > 1 ? 1 : 0, third = PIECES == 3 ? 1 : 0;
   vi start = load_raw<vi>(x.start[0]);
   if (zero_point) start *= *zero_point;
-  if (PIECES == 1) return int_to_float(dot_planes<PLANES>(start, w, x.plane[0]));
-  const vi high = dot_planes<PLANES>(vi{}, w, x.plane[0]);
-  const vi sum = dot_planes<PLANES>(vi((high << 8) + start), w, x.plane[second]);
+  if (PIECES == 1) return int_to_float(dot_planes<PLANES, TOP>(start, w, x.plane[0]));
+  const vi high = dot_planes<PLANES, TOP>(vi{}, w, x.plane[0]);
+  const vi sum = dot_planes<PLANES, TOP>(vi((high << 8) + start), w, x.plane[second]);
   if (PIECES == 2) return int_to_float(sum);
   start = load_raw<vi>(x.start[third]);
   if (zero_point) start *= *zero_point;
-  const vi low = dot_planes<PLANES>(start, w, x.plane[PIECES - 1]);
+  const vi low = dot_planes<PLANES, TOP>(start, w, x.plane[PIECES - 1]);
   return fma(int_to_float(sum), splat(256.0f), int_to_float(low));
 }
 
@@ -220,25 +276,26 @@ MB_INLINE vf step_dot(const vi* w, const S& x, const vi* zero_point) {
 template <int ELEMENT, int PIECES, int M, int R, bool ZERO_POINTS, bool ONE_GROUP, class S>
 MB_INLINE void add_step(const Rows& rows, int64_t group, vi spread, const S* const* x, int64_t step,
                         vf (*total)[R]) {
-  constexpr int planes = 8 / element_bits(ELEMENT);
+  constexpr int planes = 8 / step_bits<ELEMENT>(), top = largest_integer(ELEMENT);
   for (int r = 0; r < R; ++r) {
     const int64_t at = r * rows.group_stride + group;
     vi w[planes], zero_point = {};
-    split_planes<ELEMENT>(in_register(load_raw<vi>(rows.codes + r * rows.code_stride)), w);
+    split_planes<ELEMENT>(in_register(load_raw<vi>(rows.codes + r * rows.code_stride)),
+                          rows.upper + r * rows.upper_stride, w);
     const vf scale = ONE_GROUP ? splat(rows.scales[at]) : permute(load(rows.scales + at), spread);
     if (ZERO_POINTS) zero_point = bit_cast<vi>(permute(load_raw<vf>(rows.offsets + at), spread));
     for (int m = 0; m < M; ++m) {
       const S& s = x[m][step];
-      const vf dot = step_dot<PIECES, planes>(w, s, ZERO_POINTS ? &zero_point : nullptr);
+      const vf dot = step_dot<PIECES, planes, top>(w, s, ZERO_POINTS ? &zero_point : nullptr);
       total[m][r] = fma(dot, scale * load(s.scale), total[m][r]);
     }
   }
 }
 
-// R rows times M tokens, all of k. `sums` is [M][R]; `tail` is the last step, if it is not whole.
+// R rows times M tokens, all of k. `sums` is [M][R].
 template <int ELEMENT, int PIECES, int M, int R, bool ZERO_POINTS, bool ONE_GROUP>
-static void multiply_rows(const Work& work, Rows rows, const uint8_t* tail, float (*sums)[R]) {
-  constexpr int bits = element_bits(ELEMENT);
+static void multiply_rows(const Work& work, Rows rows, const Tail<R>& tail, float (*sums)[R]) {
+  constexpr int bits = step_bits<ELEMENT>(), bytes = R * (kVector + upper_bytes<ELEMENT>());
   using S = Step<bits, PIECES>;
   const Groups<bits> groups(work.segment.weight.format.group_size);
   const int64_t whole = work.tokens.columns / S::kColumns;
@@ -249,18 +306,16 @@ static void multiply_rows(const Work& work, Rows rows, const uint8_t* tail, floa
   }
   vf total[M][R] = {};
   const uint8_t* ahead = rows.codes + kAhead;
-  for (int64_t step = 0; step < whole; ++step, rows.codes += kVector) {
+  for (int64_t step = 0; step < whole; ++step, rows = rows.template after<ELEMENT>(1)) {
     // The hardware follows one stream well, and not R that begin anew every few lines.
-    for (int at = 0; at < R * kVector; at += 64) __builtin_prefetch(ahead + at, 0, 2);
-    ahead += R * kVector;
+    for (int at = 0; at < bytes; at += 64) __builtin_prefetch(ahead + at, 0, 2);
+    ahead += bytes;
     add_step<ELEMENT, PIECES, M, R, ZERO_POINTS, ONE_GROUP>(rows, groups.first(step), groups.spread,
                                                             x, step, total);
   }
   if (whole * S::kColumns < work.tokens.columns) {
-    rows.codes = tail;
-    rows.code_stride = kVector;
-    add_step<ELEMENT, PIECES, M, R, ZERO_POINTS, ONE_GROUP>(rows, groups.first(whole),
-                                                            groups.spread, x, whole, total);
+    add_step<ELEMENT, PIECES, M, R, ZERO_POINTS, ONE_GROUP>(
+        rows.at(tail), groups.first(whole), groups.spread, x, whole, total);
   }
   for (int m = 0; m < M; ++m) {
     for (int r = 0; r < R; ++r) sums[m][r] = sum_lanes(total[m][r]);
@@ -271,60 +326,68 @@ static void multiply_rows(const Work& work, Rows rows, const uint8_t* tail, floa
 // above needs all registers.
 template <int ELEMENT, int PIECES, int R, bool ZERO_POINTS>
 static __attribute__((noinline)) void add_terms(const Work& work, const Rows& rows,
-                                                const uint8_t* tail, int64_t m, float* sums) {
-  constexpr int bits = element_bits(ELEMENT);
+                                                const Tail<R>& tail, int64_t m, float* sums) {
+  constexpr int bits = step_bits<ELEMENT>();
   const Groups<bits> groups(work.segment.weight.format.group_size);
   const Token<bits, PIECES> token(work.prepared + m * work.stride, work.tokens.columns);
   const auto* const terms = token.terms;
   vf total[1][R] = {};
   for (int32_t i = 0; i < *token.term_count; ++i) {
     const int64_t step = token.step_of[i];
-    Rows at = rows;
-    at.codes += step * kVector;
-    if (step == work.tokens.columns / step_columns<bits>()) {
-      at.codes = tail;
-      at.code_stride = kVector;
-    }
-    add_step<ELEMENT, PIECES, 1, R, ZERO_POINTS, false>(at, groups.first(step), groups.spread,
-                                                        &terms, i, total);
+    const bool whole = step < work.tokens.columns / step_columns<bits>();
+    add_step<ELEMENT, PIECES, 1, R, ZERO_POINTS, false>(
+        whole ? rows.template after<ELEMENT>(step) : rows.at(tail), groups.first(step),
+        groups.spread, &terms, i, total);
   }
   for (int r = 0; r < R; ++r) sums[r] += sum_lanes(total[0][r]);
+}
+
+// What is left of a row beyond its whole steps.
+template <int ELEMENT>
+MB_INLINE void copy_tail(const PackedRow& row, int64_t columns, uint8_t* codes, uint8_t* upper) {
+  constexpr int bits = step_bits<ELEMENT>(), rest = element_bits(ELEMENT) - bits;
+  const int64_t whole = columns / step_columns<bits>(), left = columns % step_columns<bits>();
+  if (left == 0) return;
+  memcpy(codes, row.codes + whole * kVector, plane_bytes(left, bits));
+  memcpy(upper, row.upper + whole * upper_bytes<ELEMENT>(), plane_bytes(left, rest));
 }
 
 // out += R rows from row n on, times the tokens.
 template <int ELEMENT, int PIECES, int M, int R>
 static void multiply_some(const Work& work, int64_t n, Sums out, char* scratch) {
-  constexpr int bits = element_bits(ELEMENT);
+  constexpr int bits = step_bits<ELEMENT>();
   const SegmentWeight& segment = work.segment;
   const int64_t width = padded_groups(segment), columns = segment.weight.columns;
   const int64_t groups = segment.weight.groups, bytes = segment.weight.code_bytes;
-  const int64_t whole = columns / step_columns<bits>() * kVector;
   float* scales = reinterpret_cast<float*>(scratch);
   int32_t* offsets = reinterpret_cast<int32_t*>(scales + R * width);
-  alignas(64) uint8_t tail[R][kVector] = {};
+  Tail<R> tail;
   prefetch_scales<R>(segment.weight, n);
   for (int r = 0; r < R; ++r) {
     const PackedRow row = segment.weight.row(n + r);
-    decode_scales<ELEMENT>(row.scales, groups, scales + r * width);
-    if (row.zero_points) decode_offsets(row, groups, bits, offsets + r * width);
-    if (whole < bytes) memcpy(tail[r], row.codes + whole, bytes - whole);
+    decode_scales<ELEMENT>(row, groups, scales + r * width);
+    if (row.zero_points)
+      decode_offsets(row, groups, element_bits(ELEMENT), offsets + r * width);
+    copy_tail<ELEMENT>(row, columns, tail.codes[r], tail.upper[r]);
   }
-  const Rows rows = {segment.weight.row(n).codes, bytes, scales, offsets, width};
+  const PackedRow first = segment.weight.row(n);
+  const Rows rows = {first.codes, first.upper, bytes, bytes, scales, offsets, width};
   float sums[M][R];
   const bool one_group = segment.weight.format.group_size >= step_columns<bits>();
-  if (segment.weight.zero_points) {
-    multiply_rows<ELEMENT, PIECES, M, R, true, false>(work, rows, tail[0], sums);
-  } else if (one_group) {
-    multiply_rows<ELEMENT, PIECES, M, R, false, true>(work, rows, tail[0], sums);
+  if (has_float16_scales(ELEMENT) && segment.weight.zero_points) {
+    multiply_rows<ELEMENT, PIECES, M, R, has_float16_scales(ELEMENT), false>(work, rows, tail, sums);
+  } else if (has_float16_scales(ELEMENT) && one_group) {
+    multiply_rows<ELEMENT, PIECES, M, R, false, has_float16_scales(ELEMENT)>(work, rows, tail, sums);
   } else {
-    multiply_rows<ELEMENT, PIECES, M, R, false, false>(work, rows, tail[0], sums);
+    multiply_rows<ELEMENT, PIECES, M, R, false, false>(work, rows, tail, sums);
   }
   for (int m = 0; m < M && m < work.tokens.count; ++m) {
     const char* const x = work.prepared + m * work.stride;
     if (*Token<bits, PIECES>(x, columns).term_count != 0) {
-      const auto add = segment.weight.zero_points ? add_terms<ELEMENT, PIECES, R, true>
-                                                  : add_terms<ELEMENT, PIECES, R, false>;
-      add(work, rows, tail[0], m, sums[m]);
+      const auto add = segment.weight.zero_points
+                           ? add_terms<ELEMENT, PIECES, R, has_float16_scales(ELEMENT)>
+                           : add_terms<ELEMENT, PIECES, R, false>;
+      add(work, rows, tail, m, sums[m]);
     }
     for (int r = 0; r < R; ++r) out.data[m * out.stride + r] += sums[m][r];
   }
@@ -363,8 +426,8 @@ int64_t scratch_bytes(const SegmentWeight& segment, const Tokens&) {
 
 template <int ELEMENT, int KIND>
 constexpr Path kPath = {
-    token_bytes<element_bits(ELEMENT), pieces_of(Integers(KIND))>,
-    prepare<element_bits(ELEMENT), pieces_of(Integers(KIND)), KIND>,
+    token_bytes<step_bits<ELEMENT>(), pieces_of(Integers(KIND))>,
+    prepare<step_bits<ELEMENT>(), pieces_of(Integers(KIND)), KIND>,
     scratch_bytes,
     dot_item_rows,
     multiply<ELEMENT, pieces_of(Integers(KIND))>,
@@ -390,19 +453,16 @@ const Path* path_of(Integers kind) {
 
 const Path* integer_dot_path(const SegmentWeight& segment, const Tokens& tokens,
                              bool int8_activations) {
-  if (!has_integer_codes(segment.element()) || !has_integer_activations(segment)) return nullptr;
+  if (!has_integer_activations(segment)) return nullptr;
   const Integers kind = integers_for(segment, tokens.dtype, int8_activations);
-  switch (segment.element()) {
-    case kE2M1:
-      return path_of<kE2M1>(kind);
-    case kInt2:
-      return path_of<kInt2>(kind);
-    case kInt4:
-      return path_of<kInt4>(kind);
-    default:
-      // Products of 8-bit codes overflow the 16-bit sums of AVX2.
-      return kLanes == 16 ? path_of<kInt8>(kind) : nullptr;
-  }
+  const Path* path = nullptr;
+  with_packed_element(segment.element(), [&](auto tag) {
+    constexpr int element = decltype(tag)::value;
+    // Products of 8-bit codes overflow the 16-bit sums of AVX2.
+    constexpr bool fits = kLanes == 16 || 2 * largest_integer(element) * 128 <= INT16_MAX;
+    if constexpr (has_integer_codes(element) && fits) path = path_of<element>(kind);
+  });
+  return path;
 }
 
 #endif

@@ -74,7 +74,7 @@ void multiply_some(const Work& work, const ByteTables& tables, int64_t n, Sums o
   prefetch_scales<R>(segment.weight, n);
   for (int r = 0; r < R; ++r) {
     const PackedRow row = segment.weight.row(n + r);
-    decode_scales<ELEMENT>(row.scales, segment.weight.groups, scales + r * width);
+    decode_scales<ELEMENT>(row, segment.weight.groups, scales + r * width);
     if (whole * kStep < columns)
       memcpy(tail[r], row.codes + whole * kStep, columns - whole * kStep);
   }

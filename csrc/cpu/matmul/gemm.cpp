@@ -113,7 +113,7 @@ bool prepare_integers(const SegmentWeight& segment, const Tokens& tokens, int64_
   const int64_t blocks = group_count(tokens.columns, kBlock);
   memset(floats + tokens.columns, 0, (blocks * kBlock - tokens.columns) * sizeof(float));
   const Token<A> token(out, blocks);
-  const float weight_scale = segment.element() == kE2M1 ? 0.5f : 1.0f;
+  const float weight_scale = integer_unit(segment.element());
   const int32_t offset = -code_offset(segment.element());
   int32_t terms = 0;
   for (int64_t b = 0; b < blocks; ++b) {
@@ -188,7 +188,7 @@ MB_INLINE void transpose_scales(const float* rows, int64_t stride, int64_t block
 template <int ELEMENT>
 MB_INLINE void decode_block_scales(const PackedRow& row, int64_t blocks, int group_size,
                                    float* out) {
-  decode_scales<ELEMENT>(row.scales, group_count(blocks * kBlock, group_size), out);
+  decode_scales<ELEMENT>(row, group_count(blocks * kBlock, group_size), out);
   const int shift = log2_of(group_size / kBlock);
   if (shift == 0) return;
   for (int64_t b = blocks - 1; b > 0; --b) out[b] = out[b >> shift];
@@ -451,9 +451,15 @@ bool can_be_bfloat16(const SegmentWeight& segment, int dtype) {
 #endif
 }
 
+// Whether codes of a packed dword become a panel's integers, and groups are whole blocks.
+constexpr bool has_integer_panel(int element) {
+  return has_integer_codes(element) && element != kNVE2M1 &&
+         lower_bits(element_bits(element)) == element_bits(element);
+}
+
 template <int ELEMENT>
 const Path* path_of(const SegmentWeight& segment, const Tokens& tokens, bool int8_activations) {
-  if constexpr (has_integer_codes(ELEMENT)) {
+  if constexpr (has_integer_panel(ELEMENT)) {
     if (has_integer_activations(segment)) {
       const Integers kind = integers_for(segment, tokens.dtype, int8_activations);
       // Unsigned bytes cannot be counted from a zero point.
@@ -467,7 +473,7 @@ const Path* path_of(const SegmentWeight& segment, const Tokens& tokens, bool int
         return &kIntegers<Int16, ELEMENT, kInt16Values>;
     }
   }
-  if constexpr (has_integer_codes(ELEMENT) || ELEMENT == kE4M3 || ELEMENT == kE5M2) {
+  if constexpr (has_integer_panel(ELEMENT) || ELEMENT == kE4M3 || ELEMENT == kE5M2) {
     if (can_be_bfloat16(segment, tokens.dtype)) return bfloat16_path<ELEMENT>();
   }
   return nullptr;

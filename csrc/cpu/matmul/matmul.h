@@ -175,10 +175,40 @@ MB_INLINE vf last_scales(const uint8_t* bytes, int count) {
 #endif
 }
 
+// A row's scales in e4m3 over the tensor's divisor, with zeros up to a multiple of kLanes.
+static inline void decode_e4m3_scales(const PackedRow& row, int64_t count, float* out) {
+  int64_t i = 0;
+#if defined(__AVX2__)
+  // As a float16, whose exponent is biased by 8 more, a byte without sign that is no NaN is 2^8
+  // times as small.
+  const float divisor = row.divisor * 0x1p-8f, reciprocal = 1.0f / divisor;
+  const bool usual = row.divisor > 0x1p-60f && row.divisor < 0x1p60f;
+  for (; usual && i + kLanes <= count; i += kLanes) {
+    uint64_t special = 0;
+    for (int j = 0; j < kLanes; j += 8) {
+      const uint64_t word = load_raw<uint64_t>(row.scales + i + j);
+      special |= (word | (word + 0x0101010101010101u)) & 0x8080808080808080u;
+    }
+    if (special) break;
+    const vh halves = widen_to_halves(load_raw<vb>(row.scales + i)) << 7;
+    store(out + i, divide(to_float(halves, kFloat16), divisor, reciprocal));
+  }
+#endif
+  for (; i < count; i += kLanes) {
+    vb bytes = {};
+    memcpy(&bytes, row.scales + i, min64(kLanes, count - i));
+    const vf scale = minifloat_decode<vf, vi>(widen_bytes(bytes), minifloat(kE4M3));
+    store(out + i, scale / row.divisor);
+  }
+  memset(out + count, 0, (round_up(count, kLanes) - count) * sizeof(float));
+}
+
 // A row's scales as floats, with zeros up to a multiple of kLanes.
 template <int ELEMENT>
-static void decode_scales(const uint8_t* bytes, int64_t count, float* out) {
+static void decode_scales(const PackedRow& row, int64_t count, float* out) {
+  if constexpr (ELEMENT == kNVE2M1) return decode_e4m3_scales(row, count, out);
   constexpr int size = scale_bytes(ELEMENT);
+  const uint8_t* const bytes = row.scales;
   int64_t i = 0;
   for (; i + kLanes <= count; i += kLanes) store(out + i, scale_vector<ELEMENT>(bytes + i * size));
   if (i < count) store(out + i, last_scales<ELEMENT>(bytes + i * size, int(count - i)));
@@ -187,7 +217,7 @@ static void decode_scales(const uint8_t* bytes, int64_t count, float* out) {
 // What codes are counted from, per group: zero points, or half the range.
 static inline void decode_offsets(const PackedRow& row, int64_t groups, int bits, int32_t* out) {
   for (int64_t g = 0; g < groups; ++g) {
-    out[g] = row.zero_points ? unpack_code(row.zero_points, g, bits) : 1 << (bits - 1);
+    out[g] = row.zero_points ? unpack_code(row.zero_points, g, bits, groups) : 1 << (bits - 1);
   }
 }
 

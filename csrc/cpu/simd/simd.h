@@ -123,6 +123,14 @@ MB_INLINE vb narrow_to_bytes(vi v) {
 }
 
 #if defined(__AVX2__)
+MB_INLINE vh widen_to_halves(vb v) {
+#if defined(__AVX512F__)
+  return (vh)_mm256_cvtepu8_epi16((__m128i)v);
+#else
+  return (vh)_mm_cvtepu8_epi16(_mm_loadl_epi64((const __m128i*)&v));
+#endif
+}
+
 // To the nearest integer, ties to even; values beyond int32 are undefined.
 MB_INLINE vi round_to_int(vf v) {
 #if defined(__AVX512F__)
@@ -155,6 +163,15 @@ MB_INLINE vi look_up(vi indices, __m128i table) {
   return (vi)_mm512_shuffle_epi8(_mm512_broadcast_i32x4(table), (__m512i)indices);
 #else
   return (vi)_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(table), (__m256i)indices);
+#endif
+}
+
+// Byte i of the result is that of `a` where the top bit of byte i of `where` is set, else of `b`.
+MB_INLINE vi select_bytes(vi where, vi a, vi b) {
+#if defined(__AVX512F__)
+  return (vi)_mm512_mask_blend_epi8(_mm512_movepi8_mask((__m512i)where), (__m512i)b, (__m512i)a);
+#else
+  return (vi)_mm256_blendv_epi8((__m256i)b, (__m256i)a, (__m256i)where);
 #endif
 }
 
