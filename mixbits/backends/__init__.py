@@ -14,7 +14,7 @@
     TAKES_PARTS                            optional: whether packed_matmul takes every regular
                                            `Operand`; else its parts are multiplied one by one
     square_sums(x, formats)                optional: else made of fake_quantize
-    compensate_group(group, factor, importance, fmt)
+    compensate_group(group, factor, importance, fmt, divisor, known)
                                            optional: else that of mixbits.formats.compensate
     explain_matmul(fmt, m, n, k, dtype)    optional: which way a product would take, in words
 

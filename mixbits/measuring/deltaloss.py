@@ -19,7 +19,13 @@ from .. import ops
 from ..formats.schemes import MX_GROUP, Scheme
 from ..model.probing import probed
 from .reached import fill_idle
-from .slabs import SlabScores, Task, rounded_linear, slab_sums
+from .slabs import SlabScores, Task, slab_sums
+
+
+def _rounded_linear(x: Tensor, weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
+    """Q(W) and Q(x) of a linear in `scheme`, in their own dtypes; x may stay as it is."""
+    rounded_x = x if scheme.activation is None else ops.fake_quantize(x, scheme.activation)
+    return ops.fake_quantize(weight, scheme.format), rounded_x
 
 
 class _DeltaLossLinear(torch.autograd.Function):
@@ -36,7 +42,7 @@ class _DeltaLossLinear(torch.autograd.Function):
         reach: Callable[[], None],
     ) -> Tensor:
         """x [..., K], weight [N, K] -> [..., N]; `reach` is called once a gradient comes back."""
-        rounded, rounded_x = rounded_linear(x, weight, scheme)
+        rounded, rounded_x = _rounded_linear(x, weight, scheme)
         ctx.save_for_backward(x, weight, rounded, rounded_x)
         ctx.scheme, ctx.record, ctx.reach = scheme, record, reach
         return torch.nn.functional.linear(rounded_x, rounded, bias)
@@ -85,7 +91,7 @@ def _deltaloss_pass(task: Task, scheme: Scheme, records: dict[str, Tensor]) -> N
         if name not in records:  # an expert that is left alone
             return torch.nn.functional.linear(x, weight, bias)
         if not torch.is_grad_enabled():
-            rounded, rounded_x = rounded_linear(x, weight, scheme)
+            rounded, rounded_x = _rounded_linear(x, weight, scheme)
             return torch.nn.functional.linear(rounded_x, rounded, bias)
         how = scheme, records[name], lambda: reached.add(name)
         out: Tensor = _DeltaLossLinear.apply(x, weight, bias, *how)

@@ -25,7 +25,8 @@ The same moments tell which columns suffer most: `sorted_columns`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,7 +40,7 @@ from ..model.layout import LinearInfo, weight_of
 from ..model.probing import probed
 from ..model.streaming import StreamedModel
 from .reached import fill_idle
-from .slabs import SlabScores, Task, progress_of, rounded_linear, slab_sums
+from .slabs import SlabScores, Task, progress_of, slab_sums
 
 # So many sequences err in their sampling as much as taking tokens for independent does: by half.
 PRIOR_SEQUENCES = 8
@@ -67,16 +68,23 @@ class _Moments:
         return isinstance(self.g, Tensor)
 
 
-def _effects(x: Tensor, weight: Tensor, grad: Tensor, grad_x: Tensor, scheme: Scheme) -> Tensor:
+def _effects(
+    x: Tensor, weight: Tensor, grad: Tensor, grad_x: Tensor, schemes: Sequence[Scheme]
+) -> Iterator[tuple[Scheme, Tensor]]:
     """float64 [sequences, slabs]: sum over tokens of g_t . (what rounding a slab adds to y_t).
 
     x, grad_x [sequences, T, K], weight [N, K] (all three arranged), grad [sequences, T, N].
+    Schemes that share a weight's format, or that of activations, share what follows from it.
     """
-    rounded, rounded_x = rounded_linear(x, weight, scheme)
-    effects = rounded_x * (grad @ (rounded - weight).to(grad.dtype))
-    if scheme.activation is not None:
-        effects += (rounded_x - x) * grad_x
-    return slab_sums(effects.sum(1, dtype=torch.float64))
+    rounded = functools.cache(lambda fmt: x if fmt is None else ops.fake_quantize(x, fmt))
+    for fmt in dict.fromkeys(scheme.format for scheme in schemes):
+        moved = grad @ (ops.fake_quantize(weight, fmt) - weight).to(grad.dtype)
+        for scheme in (s for s in schemes if s.format == fmt):
+            rounded_x = rounded(scheme.activation)
+            effects = rounded_x * moved
+            if scheme.activation is not None:
+                effects += (rounded_x - x) * grad_x
+            yield scheme, slab_sums(effects.sum(1, dtype=torch.float64))
 
 
 class _FisherLinear(torch.autograd.Function):
@@ -116,8 +124,8 @@ class _FisherLinear(torch.autograd.Function):
         if x is not None:
             moments.sequences += len(x)
             arranged_weight = ctx.arrangement.weight(weight)
-            for scheme in ctx.spread:
-                effects = _effects(x, arranged_weight, grads[0], arranged, scheme)
+            tensors = x, arranged_weight, grads[0], arranged
+            for scheme, effects in _effects(*tensors, ctx.spread):
                 moments.spread[scheme] = moments.spread.get(scheme, 0.0) + effects.square().sum(0)
         return gw, None, None, None, None, None, None
 

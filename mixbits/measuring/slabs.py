@@ -1,4 +1,4 @@
-"""What the methods of measuring share: scores per slab of 32 columns, and rounding a linear."""
+"""What the methods of measuring share: what is scored, and scores per slab of 32 columns."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from .. import ops
 from ..formats.arrange import Arrangement
 from ..formats.schemes import MX_GROUP, Scheme
 from ..model.layout import LinearInfo
@@ -42,12 +41,6 @@ def slab_sums(columns: Tensor) -> Tensor:
     pad = -columns.shape[-1] % MX_GROUP
     padded = torch.nn.functional.pad(columns, (0, pad))
     return padded.unflatten(-1, (-1, MX_GROUP)).sum(-1)
-
-
-def rounded_linear(x: Tensor, weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
-    """Q(W) and Q(x) of a linear in `scheme`, in their own dtypes; x may stay as it is."""
-    rounded_x = x if scheme.activation is None else ops.fake_quantize(x, scheme.activation)
-    return ops.fake_quantize(weight, scheme.format), rounded_x
 
 
 def progress_of(model: StreamedModel, sequences: int, calls: int) -> Progress:

@@ -89,7 +89,7 @@ void check_rounding(const Bytes& x, const Weight& packed, const Bytes& rounded, 
 void check_rounding_of_all_formats(Random& random) {
   const std::vector<int> widths = {1, 31, 32, 33, 64, 96, 127, 128, 129, 172, 192, 300};
   int number = 0;
-  for (const int format : all_formats()) {
+  for (const int format : formats_of_weights()) {
     for (int dtype = kBFloat16; dtype <= kFloat32; ++dtype, ++number) {
       // 70 rows are enough work for several threads.
       for (const int rows : {kKinds, 70}) {
@@ -112,7 +112,7 @@ void check_rounding_of_all_formats(Random& random) {
 
 // Any bytes are a packed weight: all codes, all scales.
 void check_dequantize_of_any_bytes(Random& random) {
-  for (const int format : all_formats()) {
+  for (const int format : formats_of_weights()) {
     const int columns = random.choice(std::vector<int>{1, 33, 127, 300}), rows = 64;
     const int dtype = random.below(3);
     const Weight w(format, rows, columns, 1);
@@ -211,7 +211,7 @@ Statistics random_statistics(Random& random, int64_t rows, int64_t columns) {
     s.row_weight.push_back(random.unit());
   }
   for (int64_t k = 0; k < columns; ++k) s.column_weight.push_back(random.unit());
-  const std::vector<int> formats = all_formats();
+  const std::vector<int> formats = formats_of_weights();
   for (int i = random.between(3, 6); i > 0; --i) s.formats.push_back(random.choice(formats));
   return s;
 }

@@ -121,14 +121,55 @@ inline SlowGroup slow_int_group(const float* x, int64_t count, const Format& for
   return group;
 }
 
-inline SlowGroup slow_group(const float* x, int64_t count, const Format& format) {
+// What is in formats.h, given the largest finite magnitude of the row or tensor.
+inline float slow_span(const float* x, int64_t count, int element) {
+  float largest = 0;
+  bool finite = true;
+  for (int64_t i = 0; i < count; ++i) {
+    if (isfinite(x[i])) largest = std::max(largest, fabsf(x[i]));
+    finite = finite && isfinite(x[i]);
+  }
+  return span_of(has_row_scale(element) && !finite ? NAN : largest, element);
+}
+
+// The float that codes of an element that has_span are multiplied by.
+inline float span_scale(int stored, int element, float divisor) {
+  if (has_row_scale(element)) return bit_cast<float>(stored);
+  return float(decode_minifloat(stored, kE4M3)) / divisor;
+}
+
+inline SlowGroup slow_span_group(const float* x, int64_t count, int element, float span) {
+  SlowGroup group;
+  float largest = 0;
+  for (int64_t i = 0; i < count; ++i)
+    largest = isfinite(x[i]) ? std::max(largest, fabsf(x[i])) : NAN;  // which is the larger then
+  group.stored_scale =
+      has_row_scale(element) ? bit_cast<int32_t>(span) : nv_scale<float, int32_t>(largest, span);
+  const float scale = span_scale(group.stored_scale, element, span);
+  for (int64_t i = 0; i < count; ++i) {
+    const float y = x[i] / scale;  // rounded, as the definition has it
+    const int code = isnan(scale) ? 0
+                     : !is_float(element)
+                         ? int(std::min(std::max(nearbyintf(y), -128.f), 127.f)) + 128
+                         : nearest_code(y, element & 0x3f);
+    group.codes.push_back(code);
+  }
+  return group;
+}
+
+inline SlowGroup slow_group(const float* x, int64_t count, const Format& format, float span) {
+  if (has_span(format.element)) return slow_span_group(x, count, format.element, span);
   return is_mx(format.element) ? slow_mx_group(x, count, format) : slow_int_group(x, count, format);
 }
 
 // --- packed weights -----------------------------------------------------------------------------
 
 // The value of a code; `scale` is as it is stored.
-inline double code_value(int code, int scale, int zero_point, int element) {
+inline double code_value(int code, int scale, int zero_point, int element, float divisor = 1) {
+  if (has_span(element)) {
+    const double value = is_float(element) ? decode_minifloat(code, element) : code - 128;
+    return value * double(span_scale(scale, element, divisor));
+  }
   if (is_float(element)) return decode_minifloat(code, element) * scale_value(scale);
   if (element == kMXInt8) return double(code - 128) / 64 * scale_value(scale);
   return double(code - zero_point) * double(half_to_float(uint16_t(scale)));
@@ -148,8 +189,8 @@ inline void put_code(uint8_t* row, int64_t columns, int64_t k, int bits, int cod
 inline double weight_value(const Weight& w, int64_t n, int64_t k) {
   const Format format = decode_format(w.format);
   const int bits = element_bits(format.element);
-  const int64_t g = k / format.group_size;
-  uint16_t scale = 0;
+  const int64_t g = k / w.group_columns();
+  int32_t scale = 0;
   memcpy(&scale, w.scale_at(n, g), scale_bytes(format.element));
   int zero_point = 1 << (bits - 1);
   if (has_zero_points(w.format)) {
@@ -157,7 +198,8 @@ inline double weight_value(const Weight& w, int64_t n, int64_t k) {
         unpack_code(w.zero_points.data() + n * packed_bytes(w.groups(), bits), g, bits, w.groups());
   }
   const uint8_t* row = w.codes.data() + n * packed_bytes(w.columns, bits);
-  return code_value(unpack_code(row, k, bits, w.columns), scale, zero_point, format.element);
+  const int code = unpack_code(row, k, bits, w.columns);
+  return code_value(code, scale, zero_point, format.element, w.divisor);
 }
 
 inline Weight slow_pack(const std::vector<float>& x, int64_t rows, int64_t columns, int code) {
@@ -166,12 +208,16 @@ inline Weight slow_pack(const std::vector<float>& x, int64_t rows, int64_t colum
   Weight w(code, rows, columns, 0);
   w.codes.fill(0);
   w.zero_points.fill(0);
+  if (format.element == kNVE2M1) w.divisor = slow_span(x.data(), rows * columns, kNVE2M1);
   for (int64_t n = 0; n < rows; ++n) {
+    const float* const row_of_x = x.data() + n * columns;
+    const bool by_row = has_row_scale(format.element);
+    const float span = by_row ? slow_span(row_of_x, columns, format.element) : w.divisor;
     for (int64_t g = 0; g < w.groups(); ++g) {
-      const int64_t first = g * format.group_size;
-      const int64_t count = std::min<int64_t>(format.group_size, columns - first);
-      const SlowGroup group = slow_group(x.data() + n * columns + first, count, format);
-      const uint16_t scale = uint16_t(group.stored_scale);
+      const int64_t first = g * w.group_columns();
+      const int64_t count = std::min<int64_t>(w.group_columns(), columns - first);
+      const SlowGroup group = slow_group(row_of_x + first, count, format, span);
+      const int32_t scale = group.stored_scale;
       memcpy(w.scale_at(n, g), &scale, scale_bytes(format.element));
       uint8_t* row = w.codes.data() + n * packed_bytes(columns, bits);
       for (int64_t i = 0; i < count; ++i) put_code(row, columns, first + i, bits, group.codes[i]);

@@ -124,15 +124,19 @@ inline int64_t first_difference(const Bytes& a, const Bytes& b, int dtype) {
 // --- formats ------------------------------------------------------------------------------------
 
 inline int format_code(int element, int group_size, bool symmetric, int scale_mode) {
-  const int scale = is_mx(element) ? 0 : 1;
-  if (element == kMXInt8) element = kInt8;
+  const int scale = is_mx(element) ? 0 : element == kNVE2M1 ? 2 : has_row_scale(element) ? 3 : 1;
+  element &= 0x3f;
   return element | scale_mode << 8 | int(symmetric) << 12 | scale << 13 | group_size << 16;
 }
 
 inline const char* element_name(int element) {
   static const char* const names[] = {"e2m1", "e4m3", "e5m2", "int2", "int4",
                                       "int8", "e2m3", "int3", "int5", "int6"};
-  return element == kMXInt8 ? "mxint8" : names[element];
+  return element == kMXInt8    ? "mxint8"
+         : element == kNVE2M1  ? "nvfp4"
+         : element == kRowE4M3 ? "fp8"
+         : element == kRowInt8 ? "int8 rows"
+                               : names[element];
 }
 
 inline std::vector<int> mx_formats() {
@@ -161,6 +165,18 @@ inline std::vector<int> all_formats() {
   return codes;
 }
 
+// Those whose scales follow from the largest magnitude of a whole row or tensor.
+inline std::vector<int> span_formats() {
+  return {format_code(kNVE2M1, 16, true, kFloor), format_code(kRowE4M3, 0, true, kFloor),
+          format_code(kRowInt8, 0, true, kFloor)};
+}
+
+inline std::vector<int> formats_of_weights() {
+  std::vector<int> codes = all_formats();
+  for (const int code : span_formats()) codes.push_back(code);
+  return codes;
+}
+
 inline bool has_zero_points(int format) {
   return !is_mx(decode_format(format).element) && !decode_format(format).symmetric;
 }
@@ -171,6 +187,7 @@ struct Weight {
   int format = 0;
   int64_t rows = 0, columns = 0;
   Bytes codes, scales, zero_points;
+  float divisor = 1;  // of NVFP4's scales
 
   Weight() = default;
   Weight(int code, int64_t n, int64_t k, int shift) : format(code), rows(n), columns(k) {
@@ -180,7 +197,11 @@ struct Weight {
     if (has_zero_points(code)) zero_points = Bytes(n * packed_bytes(groups(), bits), shift);
   }
 
-  int64_t groups() const { return group_count(columns, decode_format(format).group_size); }
+  int64_t groups() const { return scale_count(columns, decode_format(format)); }
+  int64_t group_columns() const {
+    const Format own = decode_format(format);
+    return has_row_scale(own.element) ? columns : own.group_size;
+  }
   uint8_t* zero_points_or_null() const {
     return has_zero_points(format) ? zero_points.data() : nullptr;
   }
@@ -190,7 +211,7 @@ struct Weight {
   }
   bool equals(const Weight& other) const {
     return codes.equals(other.codes) && scales.equals(other.scales) &&
-           zero_points.equals(other.zero_points);
+           zero_points.equals(other.zero_points) && divisor == other.divisor;
   }
 };
 
@@ -258,16 +279,17 @@ inline bool run_fake_quantize(const Bytes& x, const Bytes& out, int64_t rows, in
   return kernels().fake_quantize({x.data(), out.data(), rows, columns, dtype, format});
 }
 
-inline bool run_quantize_pack(const Bytes& x, const Weight& out, int dtype) {
+inline bool run_quantize_pack(const Bytes& x, Weight& out, int dtype) {
+  const bool divided = decode_format(out.format).element == kNVE2M1;
   return kernels().quantize_pack({x.data(), out.codes.data(), out.scales.data(),
                                   out.zero_points_or_null(), out.rows, out.columns, dtype,
-                                  out.format});
+                                  out.format, divided ? &out.divisor : nullptr});
 }
 
 inline bool run_dequantize(const Weight& weight, const Bytes& out, int dtype) {
   return kernels().dequantize({weight.codes.data(), weight.scales.data(),
                                weight.zero_points_or_null(), out.data(), weight.rows,
-                               weight.columns, dtype, weight.format});
+                               weight.columns, dtype, weight.format, &weight.divisor});
 }
 
 struct Matmul {
