@@ -8,6 +8,8 @@
 //   e4m3      sign, 4, 3 (largest 448, no infinity)     e8m0       likewise
 //   e5m2      sign, 5, 2 (largest 57344)                e8m0       likewise
 //   e2m1      the same                                  e4m3       decode(code) * (scale / divisor)
+//   e4m3      the same                                  float32    decode(code) * scale
+//   int8      symmetric, offset binary                  float32    (code - 128) * scale
 //   int8      symmetric, offset binary                  e8m0       (code - 128) / 64 * 2^(..)
 //   intB      symmetric, offset binary                  float16    (code - 2^(B-1)) * scale
 //   intB      asymmetric                                float16    (code - zero_point) * scale
@@ -47,35 +49,50 @@ enum Element : int {
   kInt5 = 8,
   kInt6 = 9,
   // With other scales they are other elements here: bits 13-14 of a format's code tell.
-  kMXInt8 = 0x40 | kInt8,  // e8m0
-  kNVE2M1 = 0x40 | kE2M1,  // e4m3, and one divisor for the whole tensor
+  kMXInt8 = 0x40 | kInt8,   // e8m0
+  kNVE2M1 = 0x40 | kE2M1,   // e4m3, and one divisor for the whole tensor, or for a row
+  kRowE4M3 = 0x40 | kE4M3,  // float32, one for a row
+  kRowInt8 = 0x80 | kInt8,  // likewise
 };
 enum ScaleMode : int { kFloor = 0, kRceil = 1, kEven = 2 };
 // The number under which Python passes a tensor's dtype.
 enum Dtype : int { kBFloat16 = 0, kFloat16 = 1, kFloat32 = 2 };
 
 // mixbits.formats.schemes.Format.code: bits 0-7 element, 8-11 scale mode, 12 symmetric, 13-14 scale
-// (0 e8m0, 1 float16, 2 e4m3; no other is known here), 15 a tensor's scale per row (likewise), 16..
-// group_size.
+// (0 e8m0, 1 float16, 2 e4m3, 3 float32), 15 a tensor's scale per row, 16.. group_size.
 struct Format {
   int element;
   int scale_mode;
   bool symmetric;
-  int group_size;
+  int group_size;  // where a row has one scale: how many of its columns are taken at a time
+  bool per_row;    // of kNVE2M1: whether a divisor is of a row, and not of the whole tensor
 };
 
+constexpr int kRowColumns = 128;
+MB_HD static inline constexpr bool has_row_scale(int element) {
+  return element == kRowE4M3 || element == kRowInt8;
+}
+MB_HD static inline constexpr int scaled_element(int element, int scale) {
+  return scale == 0 && element == kInt8 ? kMXInt8
+         : scale == 2                   ? kNVE2M1
+         : scale == 3                   ? (element == kInt8 ? kRowInt8 : kRowE4M3)
+                                        : element;
+}
 MB_HD static inline constexpr Format decode_format(int code) {
-  const int element = code & 0xff, scale = code >> 13 & 3;
-  const bool other = (element == kInt8 && scale == 0) || (element == kE2M1 && scale == 2);
-  return Format{other ? element | 0x40 : element, (code >> 8) & 0xf, ((code >> 12) & 1) != 0,
-                code >> 16};
+  const int element = scaled_element(code & 0xff, code >> 13 & 3);
+  return Format{element, (code >> 8) & 0xf, ((code >> 12) & 1) != 0,
+                has_row_scale(element) ? kRowColumns : code >> 16, ((code >> 15) & 1) != 0};
 }
 MB_HD static inline constexpr bool is_float(int element) {
-  return element <= kE5M2 || element == kE2M3 || element == kNVE2M1;
+  return element <= kE5M2 || element == kE2M3 || element == kNVE2M1 || element == kRowE4M3;
+}
+// Whether scales follow from the largest magnitude of a whole row or tensor.
+MB_HD static inline constexpr bool has_span(int element) {
+  return element == kNVE2M1 || has_row_scale(element);
 }
 // Whether scales are e8m0.
 MB_HD static inline constexpr bool is_mx(int element) {
-  return element == kMXInt8 || (is_float(element) && element != kNVE2M1);
+  return element == kMXInt8 || (is_float(element) && !has_span(element));
 }
 MB_HD static inline constexpr int element_bits(int element) {
   return element == kE2M1 || element == kNVE2M1 || element == kInt4 ? 4
@@ -98,9 +115,9 @@ constexpr float kMXInt8Unit = 1.0f / 64;  // what its codes count
 MB_HD static inline constexpr Minifloat minifloat(int element) {
   return element == kE2M1 || element == kNVE2M1 ? Minifloat{4, 1, 0, 2, 0x40c00000}  // 6
          : element == kE2M3                     ? Minifloat{6, 3, 0, 2, 0x40f00000}  // 7.5
-         : element == kMXInt8 ? Minifloat{8, 6, 0, 0, 0x3ffe0000}   // 127/64; for its scales only
-         : element == kE4M3   ? Minifloat{8, 3, -6, 8, 0x43e00000}  // 448
-                              : Minifloat{8, 2, -14, 15, 0x47600000};  // 57344
+         : element == kMXInt8 ? Minifloat{8, 6, 0, 0, 0x3ffe0000}  // 127/64; for its scales only
+         : element == kE4M3 || element == kRowE4M3 ? Minifloat{8, 3, -6, 8, 0x43e00000}     // 448
+                                                   : Minifloat{8, 2, -14, 15, 0x47600000};  // 57344
 }
 
 template <class To, class From>
@@ -238,6 +255,33 @@ MB_HD static inline F minifloat_decode(I code, const Minifloat f) {
     bits = bits > f.max_value ? nan : bits;
   }
   return bit_cast<F>(I(bits | ((code << (32 - f.bits)) & int32_t(0x80000000))));
+}
+
+// --- scales of a row or a tensor --------------------------------------------------------------
+
+constexpr float kLeastMaximum = 1.0f / (1ull << 50) / (1ull << 50);  // 2^-100
+constexpr float kLargestNVScale = 448.0f;  // of those that a divisor leaves
+
+// What a row, or a whole tensor, gives to its scales: where they are e4m3 their divisor, where they
+// are float32 the scale. `largest` is a NaN where the latter is to be one.
+MB_HD static inline float span_of(float largest, int element) {
+  const float maximum = largest < kLeastMaximum ? kLeastMaximum : largest;
+  return element == kNVE2M1    ? kLargestNVScale * 6.0f / maximum
+         : element == kRowE4M3 ? maximum / 448.0f
+                               : maximum / 127.5f;
+}
+
+constexpr int kNanNVScale = 0x7f;
+
+// The e4m3 bytes of NVFP4 blocks whose largest magnitudes are `largest`, NaN where an element is
+// not finite: the nearest, but not 0.
+template <class F, class I>
+MB_HD static inline I nv_scale(F largest, F divisor) {
+  const F wanted = largest / 6.0f * divisor;
+  const I byte = minifloat_encode<F, I>(wanted, minifloat(kE4M3));
+  const I nan = kNanNVScale - (byte & 0), least = 1 - (byte & 0);
+  const I floored = byte > least ? byte : least;
+  return wanted == wanted ? floored : nan;
 }
 
 // --- integer elements -----------------------------------------------------------------------

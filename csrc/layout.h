@@ -3,7 +3,7 @@
 //
 //   codes        uint8 [N, ceil(K * bits / 8)]        code k at bit k * bits of its row, so the
 //                                                     first column is in the lowest bits
-//   scales       uint8 (e8m0, e4m3) or float16 [N, groups]
+//   scales       uint8 (e8m0, e4m3), float16 or float32 [N, groups]
 //   zero points  uint8 [N, ceil(groups * bits / 8)]   asymmetric integers only, packed as codes
 //
 // Codes of 3, 5 and 6 bits lie in two planes, one behind the other in each row: the lower 2 or 4
@@ -35,7 +35,10 @@ MB_HD static inline constexpr int64_t group_count(int64_t columns, int group_siz
   return (columns + group_size - 1) / group_size;
 }
 MB_HD static inline constexpr int scale_bytes(int element) {
-  return is_mx(element) || is_float(element) ? 1 : 2;
+  return has_row_scale(element) ? 4 : is_mx(element) || is_float(element) ? 1 : 2;
+}
+MB_HD static inline constexpr int64_t scale_count(int64_t columns, const Format& format) {
+  return has_row_scale(format.element) ? 1 : group_count(columns, format.group_size);
 }
 
 // Code number k of a plane, which is a packed row of 1, 2, 4 or 8 bits.
