@@ -3,7 +3,6 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <array>
 #include <stdexcept>
 #include <vector>
 
@@ -23,21 +22,10 @@ void check(const char* error) {
   if (error != nullptr) throw std::runtime_error(std::string("CUDA: ") + error);
 }
 
-// [codes, scales, zero_points, columns, format, activation] of each segment
-using Segments = std::vector<std::array<int64_t, 6>>;
+using Segments = std::vector<cuda::SegmentArgs>;
 
-std::vector<cuda::SegmentArgs> segment_args(const Segments& segments) {
-  std::vector<cuda::SegmentArgs> args;
-  for (const auto& s : segments) {
-    args.push_back({pointer<uint8_t>(s[0]), pointer<void>(s[1]), pointer<uint8_t>(s[2]), s[3],
-                    int(s[4]), int(s[5])});
-  }
-  return args;
-}
-
-cuda::MatmulArgs matmul_args(uintptr_t x, const std::vector<cuda::SegmentArgs>& segments,
-                             uintptr_t out, int64_t tokens, int64_t rows, int64_t columns,
-                             int dtype) {
+cuda::MatmulArgs matmul_args(uintptr_t x, const Segments& segments, uintptr_t out, int64_t tokens,
+                             int64_t rows, int64_t columns, int dtype) {
   return {pointer<void>(x),
           segments.data(),
           int(segments.size()),
@@ -62,6 +50,18 @@ PYBIND11_MODULE(_cuda, m) {
 #else
   m.attr("HAS_WGMMA") = false;
 #endif
+
+  py::class_<cuda::SegmentArgs>(m, "Segment", "A packed weight: its tensors' addresses by name.")
+      .def(py::init([](uintptr_t weight_packed, uintptr_t weight_scale, uintptr_t weight_zero_point,
+                       uintptr_t weight_global_scale, int64_t columns, int format, int activation) {
+             const cuda::PackedArgs packed{
+                 pointer<uint8_t>(weight_packed), pointer<void>(weight_scale),
+                 pointer<uint8_t>(weight_zero_point), pointer<float>(weight_global_scale)};
+             return cuda::SegmentArgs{packed, columns, format, activation};
+           }),
+           py::kw_only(), py::arg("weight_packed"), py::arg("weight_scale"),
+           py::arg("weight_zero_point"), py::arg("weight_global_scale"), py::arg("columns"),
+           py::arg("format"), py::arg("activation") = 0);
 
   m.def(
       "why_unusable",
@@ -95,15 +95,14 @@ PYBIND11_MODULE(_cuda, m) {
 
   m.def(
       "dequantize",
-      [](uintptr_t codes, uintptr_t scales, uintptr_t zero_points, uintptr_t out, int64_t rows,
-         int64_t columns, int64_t stride, int dtype, int format, uintptr_t stream) {
-        check(cuda::dequantize(pointer<uint8_t>(codes), pointer<void>(scales),
-                               pointer<uint8_t>(zero_points), pointer<void>(out), rows, columns,
-                               stride, dtype, format, pointer<void>(stream)));
+      [](const cuda::SegmentArgs& weight, uintptr_t out, int64_t rows, int64_t stride, int dtype,
+         uintptr_t stream) {
+        check(cuda::dequantize(weight, pointer<void>(out), rows, stride, dtype,
+                               pointer<void>(stream)));
       },
-      py::arg("codes"), py::arg("scales"), py::arg("zero_points"), py::arg("out"), py::arg("rows"),
-      py::arg("columns"), py::arg("stride"), py::arg("dtype"), py::arg("format"), py::arg("stream"),
-      "out: [rows, columns] of dtype, rows `stride` values apart.");
+      py::arg("weight"), py::arg("out"), py::arg("rows"), py::arg("stride"), py::arg("dtype"),
+      py::arg("stream"),
+      "out: [rows, columns of the weight] of dtype, rows `stride` values apart.");
 
   m.def("statistics_row_blocks", &cuda::statistics_row_blocks, py::arg("rows"), py::arg("columns"),
         "First dimension of the workspace of `statistics`.");
@@ -137,22 +136,20 @@ PYBIND11_MODULE(_cuda, m) {
       "packed_matmul",
       [](uintptr_t x, const Segments& segments, uintptr_t out, int64_t tokens, int64_t rows,
          int64_t columns, int dtype, uintptr_t sums, uintptr_t stream) {
-        const auto weights = segment_args(segments);
-        const auto args = matmul_args(x, weights, out, tokens, rows, columns, dtype);
+        const auto args = matmul_args(x, segments, out, tokens, rows, columns, dtype);
         check(cuda::packed_matmul(args, pointer<float>(sums), pointer<void>(stream)));
       },
       py::arg("x"), py::arg("segments"), py::arg("out"), py::arg("tokens"), py::arg("rows"),
       py::arg("columns"), py::arg("dtype"), py::arg("sums"), py::arg("stream"),
-      "x [tokens, columns] -> out [tokens, rows]; at most MAX_TOKENS tokens. A segment is [codes, "
-      "scales, zero_points, columns, format, activation]. Of several, x is that of one after the "
-      "other, and sums is float32 [tokens, rows]; else 0.");
+      "x [tokens, columns] -> out [tokens, rows]; at most MAX_TOKENS tokens. Of several segments, "
+      "x "
+      "is that of one after the other, and sums is float32 [tokens, rows]; else 0.");
 
   m.def(
       "packed_matmul_mma",
       [](uintptr_t x, const Segments& segments, uintptr_t out, int64_t tokens, int64_t rows,
          int64_t columns, int dtype, int row_tiles, int token_tiles, int warps, uintptr_t stream) {
-        const auto weights = segment_args(segments);
-        const auto args = matmul_args(x, weights, out, tokens, rows, columns, dtype);
+        const auto args = matmul_args(x, segments, out, tokens, rows, columns, dtype);
         check(cuda::packed_matmul_mma(args, row_tiles, token_tiles, warps, pointer<void>(stream)));
       },
       py::arg("x"), py::arg("segments"), py::arg("out"), py::arg("tokens"), py::arg("rows"),
@@ -169,14 +166,13 @@ PYBIND11_MODULE(_cuda, m) {
       [](uintptr_t x, uintptr_t out, uintptr_t order, int order_bytes, bool rotated,
          const Segments& segments, int64_t tokens, int64_t columns, int dtype, int out_dtype,
          int block_tokens, uintptr_t stream) {
-        const auto parts = segment_args(segments);
         const cuda::PrepareArgs args{pointer<void>(x),
                                      pointer<void>(out),
                                      pointer<void>(order),
                                      order_bytes,
                                      rotated,
-                                     parts.data(),
-                                     int(parts.size()),
+                                     segments.data(),
+                                     int(segments.size()),
                                      tokens,
                                      columns,
                                      dtype,
@@ -195,8 +191,7 @@ PYBIND11_MODULE(_cuda, m) {
       [](uintptr_t prepared, const Segments& segments, uintptr_t out, int64_t tokens, int64_t rows,
          int64_t columns, int dtype, int block_tokens, int parts, uintptr_t stream) {
 #ifdef MB_WGMMA
-        const auto weights = segment_args(segments);
-        const auto args = matmul_args(prepared, weights, out, tokens, rows, columns, dtype);
+        const auto args = matmul_args(prepared, segments, out, tokens, rows, columns, dtype);
         check(cuda::packed_matmul_wgmma(args, block_tokens, parts, pointer<void>(stream)));
 #else
         check("built without sm_90a");
@@ -225,21 +220,19 @@ PYBIND11_MODULE(_cuda, m) {
 
   m.def(
       "packed_matmul_e4m3",
-      [](uintptr_t prepared, uintptr_t codes, uintptr_t scales, uintptr_t row_scales,
-         uintptr_t token_scales, uintptr_t out, int64_t tokens, int64_t rows, int64_t columns,
-         int dtype, int format, uintptr_t stream) {
+      [](uintptr_t prepared, const cuda::SegmentArgs& weight, uintptr_t row_scales,
+         uintptr_t token_scales, uintptr_t out, int64_t tokens, int64_t rows, int dtype,
+         uintptr_t stream) {
 #ifdef MB_WGMMA
-        const auto weights =
-            segment_args({{int64_t(codes), int64_t(scales), 0, columns, format, 0}});
-        const auto args = matmul_args(prepared, weights, out, tokens, rows, columns, dtype);
+        const Segments weights{weight};
+        const auto args = matmul_args(prepared, weights, out, tokens, rows, weight.columns, dtype);
         check(cuda::packed_matmul_e4m3(args, pointer<uint8_t>(row_scales),
                                        pointer<float>(token_scales), pointer<void>(stream)));
 #else
         check("built without sm_90a");
 #endif
       },
-      py::arg("prepared"), py::arg("codes"), py::arg("scales"), py::arg("row_scales"),
-      py::arg("token_scales"), py::arg("out"), py::arg("tokens"), py::arg("rows"),
-      py::arg("columns"), py::arg("dtype"), py::arg("format"), py::arg("stream"),
+      py::arg("prepared"), py::arg("weight"), py::arg("row_scales"), py::arg("token_scales"),
+      py::arg("out"), py::arg("tokens"), py::arg("rows"), py::arg("dtype"), py::arg("stream"),
       "As packed_matmul_wgmma, of e2m1 weights folded to e4m3, from prepare_e4m3.");
 }

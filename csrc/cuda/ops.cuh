@@ -19,14 +19,30 @@ const char* why_unusable();
 const char* fake_quantize(const void* x, void* out, int64_t rows, int64_t columns, int dtype,
                           int format, void* stream);
 
+// Those without code for a format say so: common.cuh has the lists.
+
+// The tensors of a packed weight, as mixbits/formats/pack.py names them.
+struct PackedArgs {
+  const uint8_t* codes;
+  const void* scales;
+  const uint8_t* zero_points;  // null for formats without, as is the next
+  const float* divisor;
+};
+
+// A packed weight [rows, columns] in one format, and what x is rounded to before it meets it.
+struct SegmentArgs {
+  PackedArgs packed;
+  int64_t columns;         // of several segments, a multiple of 32 in all but the last
+  int format, activation;  // 0 where activations are left alone
+};
+
 // weight: [rows, columns] of dtype; zero_points is null for formats without.
 const char* quantize_pack(const void* weight, uint8_t* codes, void* scales, uint8_t* zero_points,
                           int64_t rows, int64_t columns, int dtype, int format, void* stream);
 
-// out: [rows, columns] of dtype, rows `stride` values apart.
-const char* dequantize(const uint8_t* codes, const void* scales, const uint8_t* zero_points,
-                       void* out, int64_t rows, int64_t columns, int64_t stride, int dtype,
-                       int format, void* stream);
+// out: [rows, columns of the weight] of dtype, rows `stride` values apart.
+const char* dequantize(const SegmentArgs& weight, void* out, int64_t rows, int64_t stride,
+                       int dtype, void* stream);
 
 constexpr int kMaxFormats = 16;  // of one call to `statistics`
 
@@ -51,15 +67,6 @@ struct StatisticsArgs {
 const char* statistics(const StatisticsArgs& args, void* stream);
 
 constexpr int kMaxSegments = 8;  // mixbits.formats.schemes.MAX_SEGMENTS
-
-// A packed weight [rows, columns] in one format, and what x is rounded to before it meets it.
-struct SegmentArgs {
-  const uint8_t* codes;
-  const void* scales;
-  const uint8_t* zero_points;  // null for formats without
-  int64_t columns;             // a multiple of 32 in all but the last
-  int format, activation;      // 0 where activations are left alone
-};
 
 constexpr int kMaxTokens = 16;  // of one call to `packed_matmul`
 

@@ -35,6 +35,13 @@ from .cuda_choice import KERNELS, TILE, Device, Kernel, KernelChoice, Product, c
 from .scratch import matmul_through_scratch
 
 TAKES_PARTS = True  # `packed_matmul`, of regular operands
+# Elements with scales: `Decoded` in csrc/cuda/codes/common.cuh.
+DECODED = (
+    FIRST_FORMATS
+    | {("e2m3", "e8m0"), ("int8", "e8m0"), ("e2m1", "e4m3")}
+    | {(e, "float16") for e in ("int3", "int5", "int6")}
+    | {(e, "float32") for e in ("e4m3", "int8")}
+)
 DTYPE_NUMBERS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # csrc/formats.h, Dtype
 
 
@@ -70,6 +77,11 @@ def holds(fmt: Format) -> bool:
     return (fmt.element, fmt.scale) in FIRST_FORMATS
 
 
+def decodes(fmt: Format) -> bool:
+    """Whether packed weights in `fmt` can be dequantized, and so multiplied."""
+    return (fmt.element, fmt.scale) in DECODED
+
+
 def _stream(x: Tensor) -> int:
     return torch.cuda.current_stream(x.device).cuda_stream
 
@@ -78,10 +90,11 @@ def _pointer(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
 
 
-def _pointers(packed: Packed) -> tuple[int, int, int]:
-    named = packed.weight_packed, packed.weight_scale, packed.weight_zero_point
-    codes, scale, zero_point = map(_pointer, named)
-    return codes, scale, zero_point
+def segment(packed: Packed, fmt: Format, columns: int, activation: Format | None = None) -> Any:
+    """A packed weight [N, columns] as native code is given it: addresses by name."""
+    addresses = {name: _pointer(tensor) for name, tensor in packed._asdict().items()}
+    rounding = 0 if activation is None else activation.code
+    return _native().Segment(**addresses, columns=columns, format=fmt.code, activation=rounding)
 
 
 def fake_quantize(x: Tensor, fmt: Format) -> Tensor:
@@ -102,9 +115,10 @@ def quantize_pack(weight: Tensor, fmt: Format) -> Packed:
     packed = empty_packed(fmt, rows, columns, weight.device)
     if weight.numel() == 0:
         return packed
+    named = packed.weight_packed, packed.weight_scale, packed.weight_zero_point
     sizes = (rows, columns, DTYPE_NUMBERS[weight.dtype], fmt.code)
     with torch.cuda.device(weight.device):
-        _native().quantize_pack(weight.data_ptr(), *_pointers(packed), *sizes, _stream(weight))
+        _native().quantize_pack(weight.data_ptr(), *map(_pointer, named), *sizes, _stream(weight))
     return packed
 
 
@@ -112,9 +126,11 @@ def _dequantize_into(out: Tensor, packed: Packed, fmt: Format) -> None:
     """Packed [N, K] -> out [N, K], whose rows may be parts of longer ones."""
     if out.numel() == 0:
         return
-    sizes = (*out.shape, out.stride(0), DTYPE_NUMBERS[out.dtype], fmt.code)
+    rows, columns = out.shape
+    sizes = (rows, out.stride(0), DTYPE_NUMBERS[out.dtype])
     with torch.cuda.device(out.device):
-        _native().dequantize(*_pointers(packed), out.data_ptr(), *sizes, _stream(out))
+        weight = segment(packed, fmt, columns)
+        _native().dequantize(weight, out.data_ptr(), *sizes, _stream(out))
 
 
 def dequantize(packed: Packed, fmt: Format, in_features: int, dtype: torch.dtype) -> Tensor:
@@ -191,10 +207,9 @@ def explain_matmul(fmt: Format, m: int, n: int, k: int, dtype: torch.dtype) -> s
     return str(choose(_device(device), Product((fmt,), dtype, m, n, (k,)), _forced_kernel()))
 
 
-def _segments(operand: Operand) -> list[tuple[int, ...]]:
-    """An operand's parts as csrc/bindings_cuda.cpp reads them."""
+def _segments(operand: Operand) -> list[Any]:
     return [
-        (*_pointers(packed), columns, fmt.code, 0 if activation is None else activation.code)
+        segment(packed, fmt, columns, activation)
         for (packed, fmt, activation), columns in zip(operand.parts, operand.columns, strict=True)
     ]
 

@@ -9,7 +9,9 @@
     fp8         warpgroup mma, folded to e4m3             MXFP4 and many tokens on sm_90, where
                                                           activations may be rounded to e4m3
 
-The boundaries follow from bytes and instructions (comments below); none has been measured yet.
+Weights in NVFP4 have simple and, where they are the only segment, mma; those in other formats than
+the first have scratch. The boundaries follow from bytes and instructions (comments below); none has
+been measured yet.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from typing import Literal
 import torch
 
 from ..formats.fp8_weights import can_fold
-from ..formats.schemes import INTEGERS, Format
+from ..formats.schemes import FIRST_FORMATS, INTEGERS, Format
 
 Kernel = Literal["simple", "mma", "wgmma", "scratch", "fp8"]
 # Those that may be forced; fp8 rounds activations, and must be allowed instead.
@@ -153,14 +155,17 @@ def choose(device: Device, product: Product, forced: Kernel | None = None) -> Ke
     `forced` names a kernel; raises ValueError where that cannot run.
     """
     tokens, segments, columns = product.tokens, len(product.formats), sum(product.columns)
-    elements = {fmt.element for fmt in product.formats}
+    kinds = {(fmt.element, fmt.scale) for fmt in product.formats}
+    elements = {element for element, _ in kinds}
+    first = kinds <= FIRST_FORMATS
+    few_tokens = kinds <= FIRST_FORMATS | {("e2m1", "e4m3")}  # csrc/cuda/codes/common.cuh
     # What one kernel for several segments has code for, csrc/cuda/matmul/wgmma.cu.
     family = elements <= {"e2m1", "e4m3"} or elements <= set(INTEGERS)
     fits = product.fits_matrix_units
     possible: dict[Kernel, bool] = {
-        "simple": tokens <= SIMPLE_TOKENS,
-        "mma": fits and device.capability >= (8, 0),
-        "wgmma": fits and (family or segments == 1) and _has_wgmma(device),
+        "simple": few_tokens and tokens <= SIMPLE_TOKENS,
+        "mma": fits and (first or (few_tokens and segments == 1)) and device.capability >= (8, 0),
+        "wgmma": fits and first and (family or segments == 1) and _has_wgmma(device),
         "scratch": True,
     }
     # mma pays for the weight once per 16 tokens (8 for several segments), and dequantizes it as

@@ -45,11 +45,11 @@ def packed_matmul(x: Tensor, packed: Packed, fmt: Format, row_scale: Tensor) -> 
     rows = packed.weight_packed.shape[0]
     codes, scale = quantize_tokens(x)
     out = x.new_empty((tokens, rows))
-    pointers = [t.data_ptr() for t in (codes, packed.weight_packed, packed.weight_scale)]
-    pointers += [t.data_ptr() for t in (row_scale, scale, out)]
-    sizes = (tokens, rows, columns, cuda.DTYPE_NUMBERS[x.dtype], fmt.code)
+    weight = cuda.segment(packed, fmt, columns)
+    pointers = [t.data_ptr() for t in (row_scale, scale, out)]
+    sizes = (tokens, rows, cuda.DTYPE_NUMBERS[x.dtype])
     with torch.cuda.device(x.device):
-        native.packed_matmul_e4m3(*pointers, *sizes, cuda._stream(x))
+        native.packed_matmul_e4m3(codes.data_ptr(), weight, *pointers, *sizes, cuda._stream(x))
     return out
 
 

@@ -1,5 +1,6 @@
 """What is asked of products with activations in 8-bit floats."""
 
+import pytest
 import torch
 from conftest import MX_FORMATS, assert_same_bits, hard_rows
 from torch import Tensor
@@ -100,3 +101,13 @@ def check_fp8_bad_tokens(device: torch.device) -> None:
     x[1, 7], x[3, 90] = torch.nan, -torch.inf
     expected[[1, 3]] = torch.nan
     assert_same_bits(fp8_product(device, x, packed), expected)
+
+
+FP8_CHECKS = [check_fp8_weights, check_fp8_long_rows, check_fp8_bad_tokens]
+each_fp8_check = pytest.mark.parametrize("check", FP8_CHECKS, ids=lambda check: check.__name__)
+
+
+def use_fp8(monkeypatch: pytest.MonkeyPatch):
+    """The products of cuda_fp8, for any number of tokens."""
+    monkeypatch.setattr(cuda_fp8, "explain", lambda x, packed, fmt: FP8)
+    return cuda_fp8

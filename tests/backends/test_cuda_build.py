@@ -121,10 +121,10 @@ def test_mma_machine_code(builds, arch):
         parts = [k for k in kernels if re.search(f"kernelI{dtype}Li\\dE{shape}E", k.name)]
         assert len(parts) == 6
         check_mixed(kernel, parts, "HMMA.16816.F32")
-    assert len(kernels) == 2 * 6 * 3  # dtypes, elements, shapes
+    assert len(kernels) == 2 * 7 * 3  # dtypes, elements (NVFP4 among them), shapes
     for kernel in kernels:
         loop = kernel.inner_loop("HMMA")
-        element = int(re.search(r"Li(\d)ELi\dELi\dE", kernel.name)[1])
+        element = int(re.search(r"Li(\d+)ELi\dELi\dE", kernel.name)[1])
         assert any(op.startswith("HMMA.16816.F32") for op in loop), kernel.name
         assert loop.count(code_load(element)) == 4 * 2, kernel.name  # chunks, rows
         assert not kernel.count("LDL|STL"), kernel.name

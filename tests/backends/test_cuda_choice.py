@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from conftest import FORMATS, INT_FORMATS, MX_FORMATS, format_id
+from conftest import FORMATS, INT_FORMATS, MORE_FORMATS, MX_FORMATS, format_id
 
 from mixbits.backends import cuda
 from mixbits.backends.cuda_choice import KERNELS, Device, KernelChoice, Product, choose, choose_fp8
 from mixbits.errors import UsageError
+from mixbits.formats.schemes import Format
 
 AMPERE, HOPPER, BLACKWELL = (Device((major, 0)) for major in (8, 9, 10))
 TURING = Device((7, 5))
@@ -94,6 +95,23 @@ def test_segments_that_no_matrix_kernel_takes():
         assert choose(HOPPER, Product((other, MXFP4), BF16, 40, 64, (32, 64))).kernel == "scratch"
     with pytest.raises(ValueError, match=r"'wgmma' .* e4m3\+e2m1 weights \[64, 172\] on compute"):
         choose(HOPPER, Product(mx, BF16, 40, 64, (32, 140)), forced="wgmma")
+
+
+def test_kernels_have_no_more_formats_than_they_have_code_for():
+    nvfp4 = Format("e2m1", 16, scale="e4m3")
+    kernels = [choose(HOPPER, one(nvfp4, BF16, n, 64, 64)).kernel for n in (1, 64, 65)]
+    assert kernels == ["mma", "mma", "scratch"]
+    assert choose(TURING, one(nvfp4, BF16, 16, 64, 64)).kernel == "simple"
+    mixed = Product((nvfp4, MXFP4), BF16, 16, 64, (32, 32))
+    assert choose(HOPPER, mixed).kernel == "simple"
+    assert choose_fp8(HOPPER, one(nvfp4, BF16, 2048, 8192, 8192)).kernel == "scratch"
+    for fmt in MORE_FORMATS:
+        product = one(fmt, BF16, 1, 64, 64)
+        assert (choose(HOPPER, product).kernel == "scratch") == (fmt.scale != "e4m3")
+        with pytest.raises(ValueError, match="'wgmma' cannot take 1 tokens"):
+            choose(HOPPER, product, forced="wgmma")
+        beside = Product((fmt, MXFP4, MX_FORMATS[3]), BF16, 40, 64, (32, 32, 32))
+        assert choose(HOPPER, beside).kernel == "scratch"
 
 
 def test_every_segment_gets_a_warp():

@@ -1,8 +1,8 @@
-"""The CUDA kernels run: their own source as host code, on any machine, and on a GPU.
+"""The CUDA kernels run: their own source as host code, on any machine.
 
 tests/backends/emulation stands in for the CUDA headers and for csrc/cuda/ptx.cuh. What it shows is
 that indexing, fragment layouts, swizzles and the order of barriers are right; what only a GPU can
-show is that the instructions do what the stand-in takes them to do, and speed.
+show (test_cuda_gpu.py) is that the instructions do what the stand-in takes them to do, and speed.
 """
 
 import importlib.machinery
@@ -19,21 +19,21 @@ from conftest import (
     FORMATS,
     INT_FORMATS,
     INTS,
+    MORE_FORMATS,
     MX_FORMATS,
     assert_same_bits,
     format_id,
     hard_rows,
 )
+from cuda_checks import MIXED, MMA, MORE_WEIGHTS, NVFP4, WGMMA, check_dequantize, plain, use
 from emulator import build_emulation
 from fp8_checks import (
-    FP8,
     HALVES,
     MXFP4,
-    check_fp8_bad_tokens,
-    check_fp8_long_rows,
     check_fp8_matmul,
     check_fp8_tokens,
-    check_fp8_weights,
+    each_fp8_check,
+    use_fp8,
 )
 from mixes import ARRANGED, make_mix
 from torch import Tensor
@@ -46,10 +46,6 @@ from mixbits.formats import pack, reference
 from mixbits.formats.recipes import parse_recipe
 from mixbits.formats.schemes import MAX_SEGMENTS, MX_GROUP, Format
 from mixbits.runtime.linear import PackedLinear, allow_fp8_activations
-
-needs_gpu = pytest.mark.skipif(
-    cuda.why_unavailable() is not None, reason=f"cuda backend: {cuda.why_unavailable()}"
-)
 
 # --- emulate ---------------------------------------------------------------------------------
 
@@ -107,9 +103,70 @@ def test_emulated_matmul(emulated, element, shape, monkeypatch):
 
 
 @emulated_test
-@pytest.mark.parametrize("element", FLOATS)
-def test_emulated_codes_and_scales(emulated, element):
-    checks.check_all_codes_and_scales(emulated, CPU, element)
+@checks.each_kind
+def test_emulated_codes_and_scales(emulated, fmt):
+    assert emulated.decodes(fmt)
+    checks.check_all_codes_and_scales(emulated, CPU, fmt)
+
+
+@emulated_test
+@pytest.mark.parametrize("fmt", MORE_WEIGHTS, ids=format_id)
+def test_emulated_dequantize(emulated, fmt):
+    for columns in (1, 31, 33, 172, 320):
+        check_dequantize(emulated, CPU, fmt, columns)
+
+
+@emulated_test
+@pytest.mark.parametrize("shape", [(1, 5, 33), (3, 17, 172), (11, 18, 640), (17, 9, 65)], ids=str)
+def test_emulated_matmul_of_more_formats(emulated, shape):
+    for fmt in (NVFP4, *(fmt for fmt in checks.KINDS if fmt in MORE_FORMATS)):
+        checks.check_matmul(emulated, CPU, fmt, shape)
+
+
+@emulated_test
+def test_emulated_mixed_of_more_formats(emulated):
+    for segments in (
+        (("NVFP4A16", 64), ("MXFP4A16", 76)),
+        (("NVFP4A16", 64), ("MXFP4", 32), ("W5A16G32ASYM", 44)),
+    ):
+        for shape in ((3, 17), (17, 9)):
+            checks.check_mixed(emulated, CPU, segments, shape, "ordered")
+
+
+@emulated_test
+def test_emulated_kernels_without_code_for_a_format_say_so(emulated):
+    """Nothing is launched that would leave an output as it was."""
+    x = torch.ones(2, 64)
+    for fmt in MORE_FORMATS:
+        if fmt.group_size > 32 or fmt.scale_mode != "floor":
+            continue
+        refused = pytest.raises(RuntimeError, match="no code for this format")
+        assert not emulated.holds(fmt)
+        with refused:
+            emulated.fake_quantize(x, fmt)
+        with refused:
+            emulated.fisher_statistics(x, torch.ones(2), torch.ones(64), [MX_FORMATS[0], fmt])
+        if fmt.tensor_scale == "row":
+            continue
+        with refused:
+            emulated.quantize_pack(x, fmt)
+        packed = pack.pack(reference.quantize(x, fmt), fmt)
+        both = pack.Operand((pack.Part(packed, fmt), pack.Part(packed, fmt)), (64, 64))
+        choices = [MIXED[1], MIXED[2], KernelChoice("simple")]
+        for choice in choices[: 2 if fmt == NVFP4 else 3]:
+            dtype = torch.float32 if choice.kernel == "simple" else torch.bfloat16
+            with refused:
+                emulated.packed_matmul(torch.ones(2, 128, dtype=dtype), both, choice)
+            if choice.kernel == "wgmma" or fmt != NVFP4:
+                with refused:
+                    one = pack.Operand.plain(packed, fmt, 64)
+                    emulated.packed_matmul(x.to(dtype), one, choice)
+    mxfp4 = emulated.quantize_pack(x, MX_FORMATS[0])
+    ordered = pack.Operand(
+        (pack.Part(mxfp4, MX_FORMATS[0], Format("e2m3", 32)),), (64,), torch.arange(64).byte()
+    )
+    with pytest.raises(RuntimeError, match="no code for this format"):
+        emulated.packed_matmul(x, ordered)
 
 
 @emulated_test
@@ -132,26 +189,6 @@ def test_limits_are_those_that_python_knows(emulation):
 
 # --- the matrix units ------------------------------------------------------------------------
 
-MMA = [
-    KernelChoice("mma", row_tiles=r, token_tiles=t, warps=w) for r, t, w in ((1, 1, 5), (4, 1, 4))
-]
-MMA += [KernelChoice("mma", row_tiles=4, token_tiles=2, warps=8)]
-WGMMA = [
-    KernelChoice("wgmma", block_tokens=tokens, parts=parts)
-    for tokens, parts in ((64, 1), (64, 4), (128, 2), (256, 1))
-]
-
-
-def plain(packed: pack.Packed, fmt: Format, activation: Format | None = None) -> pack.Operand:
-    """An operand of whole groups' columns."""
-    columns = packed.weight_packed.shape[1] * 8 // fmt.bits
-    return pack.Operand.plain(packed, fmt, columns, activation)
-
-
-def use(monkeypatch, choice: KernelChoice) -> None:
-    monkeypatch.setattr(cuda, "explain", lambda x, operand: choice)
-    monkeypatch.setattr(checks, "DTYPES", HALVES)
-
 
 @emulated_test
 @pytest.mark.parametrize("choice", [*MMA, WGMMA[0], WGMMA[1]], ids=str)
@@ -164,14 +201,26 @@ def test_emulated_matrix_units(emulated, fmt, choice, monkeypatch):
 
 
 @emulated_test
+@pytest.mark.parametrize("choice", MMA, ids=str)
+def test_emulated_matrix_units_with_nvfp4(emulated, choice, monkeypatch):
+    """All scales times all codes are exact in 16 bits; NaN scales and those of both signs too."""
+    use(monkeypatch, choice)
+    checks.check_matmul(emulated, CPU, NVFP4, (19, 69, 672))
+    checks.check_matmul(emulated, CPU, NVFP4, (1, 3, 32))
+    q = checks.all_codes_and_scales(NVFP4)._replace(tensor_scale=torch.ones(1))
+    for dtype in HALVES:
+        w = reference.dequantize(q, NVFP4, dtype)
+        expected = torch.eye(64, dtype=torch.float64) @ w.double().T  # NaN * 0 is NaN
+        got = dequantized(emulated, pack.pack(q, NVFP4), NVFP4, 64, dtype)
+        torch.testing.assert_close(got.double(), expected, rtol=0, atol=0, equal_nan=True)
+
+
+@emulated_test
 @pytest.mark.parametrize("choice", WGMMA[2:], ids=str)
 @pytest.mark.parametrize("fmt", [MX_FORMATS[0], INT_FORMATS[-1]], ids=format_id)
 def test_emulated_wide_blocks(emulated, fmt, choice, monkeypatch):
     use(monkeypatch, choice)
     checks.check_matmul(emulated, CPU, fmt, (choice.block_tokens + 3, 130, 1056))
-
-
-MIXED = [*MMA[:2], *(KernelChoice("wgmma", block_tokens=128, parts=parts) for parts in (1, 2))]
 
 
 @emulated_test
@@ -305,9 +354,7 @@ def test_emulated_misaligned_codes(emulated):
 
 @pytest.fixture
 def fp8(monkeypatch):
-    """The products of cuda_fp8, for any number of tokens."""
-    monkeypatch.setattr(cuda_fp8, "explain", lambda x, packed, fmt: FP8)
-    return cuda_fp8
+    return use_fp8(monkeypatch)
 
 
 @emulated_test
@@ -320,10 +367,6 @@ def test_emulated_fp8_tokens(emulated, columns):
 @pytest.mark.parametrize("shape", [(1, 3, 32), (131, 69, 672), (19, 133, 1056)], ids=str)
 def test_emulated_fp8_matmul(emulated, fp8, shape):
     check_fp8_matmul(CPU, shape)
-
-
-FP8_CHECKS = [check_fp8_weights, check_fp8_long_rows, check_fp8_bad_tokens]
-each_fp8_check = pytest.mark.parametrize("check", FP8_CHECKS, ids=lambda check: check.__name__)
 
 
 @emulated_test
@@ -355,144 +398,3 @@ def test_emulated_fp8_linear(emulated, fp8, monkeypatch):
     ).view(2, 5, 6)
     torch.testing.assert_close(linear(x), expected + bias, rtol=2.0**-7, atol=2.0**-7)
     assert linear(x[:, :0]).shape == (2, 0, 6)
-
-
-# --- GPU -------------------------------------------------------------------------------------
-
-GPU = torch.device("cuda")
-
-
-@needs_gpu
-@pytest.mark.parametrize("columns", [1, 33, 172, 640])
-@checks.each_format
-def test_round_trip(fmt, columns):
-    checks.check_round_trip(cuda, GPU, fmt, columns)
-
-
-@needs_gpu
-@pytest.mark.parametrize("element", FLOATS)
-def test_codes_and_scales(element):
-    checks.check_all_codes_and_scales(cuda, GPU, element)
-
-
-@needs_gpu
-@pytest.mark.parametrize("columns", [31, 172, 4096])
-def test_statistics(columns):
-    checks.check_statistics(cuda, GPU, columns)
-
-
-@needs_gpu
-@pytest.mark.parametrize(
-    "shape", [(1, 5, 33), (3, 64, 256), (16, 70, 172), (118, 65, 640)], ids=str
-)
-@checks.each_format
-def test_matmul(fmt, shape):
-    checks.check_matmul(cuda, GPU, fmt, shape)
-
-
-def skip_unless_it_runs(choice: KernelChoice) -> None:
-    major, minor = cuda._device(GPU).capability
-    if (major, minor) < (8, 0) or (choice.kernel in ("wgmma", "fp8") and (major, minor) != (9, 0)):
-        pytest.skip(f"{choice} does not run on compute capability {major}.{minor}")
-
-
-@needs_gpu
-@pytest.mark.parametrize("choice", [*MMA, *WGMMA], ids=str)
-@checks.each_format
-def test_matrix_units(fmt, choice, monkeypatch):
-    skip_unless_it_runs(choice)
-    use(monkeypatch, choice)
-    for shape in ((19, 69, 672), (1, 3, 32), (300, 257, 4096)):
-        checks.check_matmul(cuda, GPU, fmt, shape)
-
-
-@needs_gpu
-@pytest.mark.parametrize("arranged", ARRANGED)
-@pytest.mark.parametrize("segments", checks.MIXES)
-def test_mixed_matmul(segments, arranged):
-    for shape in ((1, 15), (3, 257), (17, 100), (118, 17), (1100, 100)):
-        checks.check_mixed(cuda, GPU, segments, shape, arranged)
-
-
-@needs_gpu
-@pytest.mark.parametrize("segments", ["MX", "integers"])
-@pytest.mark.parametrize("choice", MIXED, ids=str)
-def test_mixed_kernels(segments, choice, monkeypatch):
-    skip_unless_it_runs(choice)
-    monkeypatch.setattr(cuda, "explain", lambda x, operand: choice)
-    checks.check_mixed(cuda, GPU, segments, (300, 257), "ordered", HALVES)
-
-
-@needs_gpu
-def test_arrange():
-    checks.check_arrange(cuda._prepare_activations, GPU)
-
-
-@needs_gpu
-@pytest.mark.parametrize("choice", [MMA[2], *WGMMA], ids=str)
-def test_same_bits_every_time(choice, monkeypatch):
-    """Many blocks, long rows: a race would move a bit now and then. fake_quantize may be fused."""
-    skip_unless_it_runs(choice)
-    use(monkeypatch, choice)
-    fmt = MX_FORMATS[0]
-    packed = cuda.quantize_pack(torch.randn(4096, 4096, device=GPU), fmt)
-    x = torch.randn(200, 4096, device=GPU, dtype=torch.bfloat16)
-    first = cuda.packed_matmul(x, plain(packed, fmt, fmt))
-    for _ in range(50):
-        assert torch.equal(first, cuda.packed_matmul(x, plain(packed, fmt, fmt)))
-    assert torch.equal(first, cuda.packed_matmul(cuda.fake_quantize(x, fmt), plain(packed, fmt)))
-
-
-@needs_gpu
-@pytest.mark.parametrize("columns", [33, 96, 640, 8200])
-def test_fp8_tokens(columns):
-    skip_unless_it_runs(FP8)
-    check_fp8_tokens(GPU, columns)
-
-
-@needs_gpu
-@pytest.mark.parametrize("shape", [(1, 3, 32), (131, 130, 672), (300, 257, 4096)], ids=str)
-def test_fp8_matmul(fp8, shape):
-    skip_unless_it_runs(FP8)
-    check_fp8_matmul(GPU, shape)
-
-
-@needs_gpu
-@each_fp8_check
-def test_fp8(fp8, check):
-    skip_unless_it_runs(FP8)
-    check(GPU)
-
-
-@needs_gpu
-def test_fp8_has_the_same_bits_every_time():
-    """Chosen by itself for many tokens, captured and eager."""
-    skip_unless_it_runs(FP8)
-    packed = cuda.quantize_pack(torch.randn(4096, 4096, device=GPU), MXFP4)
-    row_scale = folding.fold_rows(packed)
-    x = torch.randn(700, 4096, device=GPU, dtype=torch.bfloat16)
-    assert cuda_fp8.explain(x, packed, MXFP4) == FP8
-    first = cuda_fp8.packed_matmul(x, packed, MXFP4, row_scale)
-    for _ in range(50):
-        assert torch.equal(first, cuda_fp8.packed_matmul(x, packed, MXFP4, row_scale))
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = cuda_fp8.packed_matmul(x, packed, MXFP4, row_scale)
-    graph.replay()
-    assert torch.equal(first, out)
-
-
-@needs_gpu
-@pytest.mark.parametrize("tokens", [1, 3, 40, 200, 1100])
-def test_graph_replay(tokens):
-    """A captured product gives the bits of an eager one, on new input in the same place."""
-    fmt = MX_FORMATS[0]
-    packed = cuda.quantize_pack(torch.randn(256, 512, device=GPU), fmt)
-    x = torch.randn(tokens, 512, device=GPU, dtype=torch.bfloat16)
-    cuda.packed_matmul(x, plain(packed, fmt, fmt))  # cuBLAS sets itself up outside of the capture
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = cuda.packed_matmul(x, plain(packed, fmt, fmt))
-    x.copy_(torch.randn_like(x))
-    graph.replay()
-    assert torch.equal(out, cuda.packed_matmul(x, plain(packed, fmt, fmt)))

@@ -199,6 +199,15 @@ def test_mixed_matmul_of_long_rows(backend, monkeypatch):
 
 
 @needs_device
+def test_mixed_matmul_of_more_formats(backend):
+    """Among them activations whose rows have one scale, of a segment's columns."""
+    segments = (("NVFP4", 64), ("FP8", 96), ("W5A16G32ASYM", 32), ("MXFP6xMXINT8", 44))
+    shapes = ((3, 17), torch.float16), ((1, 15), torch.float32), ((17, 5), torch.bfloat16)
+    for (shape, dtype), arranged in zip(shapes, ARRANGED, strict=True):
+        check_mixed(backend, DEVICE, segments, shape, arranged, [dtype])
+
+
+@needs_device
 def test_arrange(backend):
     check_arrange(backend._kernels("arrange").arrange, DEVICE)
 

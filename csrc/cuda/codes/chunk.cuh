@@ -9,6 +9,9 @@
 // repairs them. An integer gets the offset of T's integers by an OR, from which offset and zero
 // point are subtracted exactly; for bfloat16 its scale is the sum of two (of 8 digits each, for
 // the 11 of a float16), so that a weight is rounded once, as in `dequantize`.
+//
+// NVFP4's block scales are numbers of T, and so are its products with them, which are not rounded;
+// the tensor's scale is left to the sums.
 #pragma once
 
 #include "common.cuh"
@@ -23,23 +26,29 @@ namespace cuda {
 struct PackedWeight {
   const uint8_t* codes;
   const void* scales;
-  const uint8_t* zero_points;  // null for formats without
+  const uint8_t* zero_points;  // null for formats without, as is the next
+  const float* divisor;
   int rows, columns;
   uint32_t row_bytes, groups, zero_bytes;  // of a row
   int group_shift;                         // log2 of the group size
 };
 
+inline int element_of(const SegmentArgs& a) { return decode_format(a.format).element; }
+
 // The weight [rows, columns] of a segment, or why its chunks cannot be loaded whole.
 inline const char* packed_weight(const SegmentArgs& a, int64_t rows, PackedWeight* weight) {
   const Format f = decode_format(a.format);
   if (a.columns % 32 != 0) return "columns must be a multiple of 32";
-  if (reinterpret_cast<uintptr_t>(a.codes) % 16 != 0) return "codes must be aligned to 16 bytes";
+  if (reinterpret_cast<uintptr_t>(a.packed.codes) % 16 != 0) {
+    return "codes must be aligned to 16 bytes";
+  }
   const int64_t row_bytes = packed_bytes(a.columns, element_bits(f.element));
   const int64_t groups = group_count(a.columns, f.group_size);
   if (rows * row_bytes > UINT32_MAX) return "codes must be less than 4 GB";
-  *weight = {a.codes,
-             a.scales,
-             a.zero_points,
+  *weight = {a.packed.codes,
+             a.packed.scales,
+             a.packed.zero_points,
+             a.packed.divisor,
              int(rows),
              int(a.columns),
              uint32_t(row_bytes),
@@ -47,7 +56,8 @@ inline const char* packed_weight(const SegmentArgs& a, int64_t rows, PackedWeigh
              uint32_t(packed_bytes(groups, element_bits(f.element))),
              f.group_size == 128  ? 7
              : f.group_size == 64 ? 6
-                                  : 5};
+             : f.group_size == 32 ? 5
+                                  : 4};
   return nullptr;
 }
 
@@ -74,8 +84,9 @@ inline const char* mixed_weight(const MatmulArgs& a, MixedWeight* mix) {
   for (int i = 0; i < a.segment_count; ++i) {
     const SegmentArgs& s = a.segments[i];
     Segment& segment = mix->segments[i];
+    segment.element = element_of(s);
+    if (!has(First(), segment.element)) return kNoCode;
     if (const char* error = packed_weight(s, a.rows, &segment.weight)) return error;
-    segment.element = decode_format(s.format).element;
     segment.first_column = int(first_column);
     first_column += s.columns;
   }
@@ -94,7 +105,7 @@ template <int kElement>
 struct Chunk {
   static constexpr int kBits = element_bits(kElement);
   uint32_t words[chunk_words(kBits)];
-  uint32_t scale;      // an e8m0 byte, or the bits of a float16
+  uint32_t scale;      // an e8m0 byte, the bits of a float16, or two e4m3 bytes
   uint32_t zero_byte;  // integers only: the byte that holds the zero point, at bit zero_shift()
 };
 
@@ -102,7 +113,7 @@ struct Chunk {
 template <int kElement>
 __device__ __forceinline__ int zero_shift(const PackedWeight& w, int column) {
   constexpr int kBits = element_bits(kElement);
-  if (is_mx(kElement) || kBits == 8 || w.zero_points == nullptr) return 0;
+  if (is_float(kElement) || kBits == 8 || w.zero_points == nullptr) return 0;
   return (column >> w.group_shift) % (8 / kBits) * kBits;
 }
 
@@ -118,6 +129,10 @@ __device__ __forceinline__ void load_chunk(const PackedWeight& w, uint32_t row, 
   const uint32_t group = from >> w.group_shift;
   if constexpr (is_mx(kElement)) {
     chunk.scale = static_cast<const uint8_t*>(w.scales)[row * w.groups + group];
+  } else if constexpr (kElement == kNVE2M1) {
+    // A row has an even number of blocks: whole chunks.
+    const auto* const scales = static_cast<const uint8_t*>(w.scales) + (row * w.groups + group);
+    chunk.scale = scales[0] | uint32_t(scales[1]) << 8;
   } else {
     chunk.scale = static_cast<const uint16_t*>(w.scales)[row * w.groups + group];
     chunk.zero_byte = 1 << (kBits - 1);
@@ -208,12 +223,15 @@ struct MinifloatPairs {
     return (found & 0x80808080u) != 0;
   }
 
+  // The codes moved to where T has its fields.
+  template <int kPlace>
+  __device__ static __forceinline__ uint32_t moved(uint32_t word) {
+    constexpr int kUp = 16 - kBits * (kPlace + 1);  // brings the code's sign to that of T
+    return (shift<kUp>(word) & 0x80008000u) | (shift<kUp - kDown>(word) & kMagnitude * 0x10001u);
+  }
   template <int kPlace>
   __device__ __forceinline__ uint32_t get(uint32_t word) const {
-    constexpr int kUp = 16 - kBits * (kPlace + 1);  // brings the code's sign to that of T
-    const uint32_t moved =
-        (shift<kUp>(word) & 0x80008000u) | (shift<kUp - kDown>(word) & kMagnitude * 0x10001u);
-    return multiply<T>(moved, factor);
+    return multiply<T>(moved<kPlace>(word), factor);
   }
 
   // 2^rest as two numbers of T, of which the first takes what it can.
@@ -237,6 +255,38 @@ struct MinifloatPairs {
     const uint32_t found = ((word & 0x7f7f7f7fu) + kNanGap) & 0x80808080u;
     const uint32_t signs = shift<16 - kBits*(kPlace + 1)>(found) & 0x80008000u;
     return pair | (signs >> 15) * 0x7fffu;
+  }
+};
+
+// --- NVFP4 ----------------------------------------------------------------------------------
+
+// Of half kHalf of a chunk, which is a block: its values times its scale, and less kLeft times,
+// because a factor of 2^kBias times the scale would be beyond T.
+template <class T, int kHalf>
+struct NVPairs {
+  using Codes = MinifloatPairs<T, kNVE2M1>;
+  static constexpr bool kIsHalf = std::is_same<T, __half>::value;
+  static constexpr float kLeft = kIsHalf ? 128.0f : 256.0f;
+  static_assert(Codes::kBias == (kIsHalf ? 7 + 7 : 118 + 8), "2^7 and 2^118 times the scale");
+  uint32_t factor;
+
+  __device__ __forceinline__ explicit NVPairs(const Chunk<kNVE2M1>& chunk, int) {
+    const uint32_t byte = chunk.scale >> (8 * kHalf) & 0xff;
+    // Moved to the fields of a float16, e4m3 is 2^-8 times what it was.
+    const uint16_t half = uint16_t((byte & 0x7f) << 7 | (byte & 0x80) << 8);
+    if constexpr (kIsHalf) {
+      factor = multiply<T>(both(half), 0x78007800u);  // 2^15
+    } else {
+      const float power = bit_cast<float>((127u + 126u) << 23);
+      factor =
+          bit_cast<uint32_t>(__float2bfloat162_rn(__half2float(bit_cast<__half>(half)) * power));
+    }
+    if ((byte & 0x7f) == uint32_t(kNanNVScale)) factor = 0x7fff7fffu;
+  }
+
+  template <int kPlace>
+  __device__ __forceinline__ uint32_t get(uint32_t word) const {
+    return multiply<T>(Codes::template moved<kPlace>(word), factor);
   }
 };
 
@@ -301,15 +351,23 @@ __device__ __forceinline__ void fill_pairs(const Chunk<kElement>& chunk, const P
   }
 }
 
-template <class T, int kElement>
-using PairDecoder =
-    std::conditional_t<is_mx(kElement), MinifloatPairs<T, kElement>, IntegerPairs<T, kElement>>;
+template <class T, int kElement, int kFirst>
+struct PairDecoder {
+  using type =
+      std::conditional_t<is_mx(kElement), MinifloatPairs<T, kElement>, IntegerPairs<T, kElement>>;
+};
+template <class T, int kFirst>
+struct PairDecoder<T, kNVE2M1, kFirst> {
+  static_assert(kFirst % 8 == 0, "8 pairs are a block");
+  using type = NVPairs<T, kFirst / 8>;
+};
 
 // Pairs kFirst to kFirst + kCount - 1 of a chunk, in T; `zero_at` is zero_shift() of its column.
 template <class T, int kElement, int kFirst, int kCount>
 __device__ __forceinline__ void decode_pairs(const Chunk<kElement>& chunk, int zero_at,
                                              uint32_t (&pairs)[kCount]) {
-  using Decoder = PairDecoder<T, kElement>;
+  using Decoder = typename PairDecoder<T, kElement, kFirst>::type;
+  static_assert(kElement != kNVE2M1 || kCount <= 8, "of one block");
   fill_pairs<T, kElement, kFirst>(chunk, Decoder(chunk, zero_at), pairs,
                                   std::make_integer_sequence<int, kCount>());
 }

@@ -126,16 +126,29 @@ void dispatch_half(int dtype, Function function) {
   if (dtype == kFloat16) function(TypeTag<__half>());
 }
 
-// Calls function(std::integral_constant<int, element>); in a kernel, as jumps to code for each.
+template <int... kElements>
+struct Elements {};
+// What every operation has code for; what the kernels for few tokens multiply when it is the only
+// segment; what is dequantized.
+using First = Elements<kE2M1, kE4M3, kE5M2, kInt2, kInt4, kInt8>;
+using Multiplied = Elements<kE2M1, kE4M3, kE5M2, kInt2, kInt4, kInt8, kNVE2M1>;
+using Decoded = Elements<kE2M1, kE4M3, kE5M2, kInt2, kInt4, kInt8, kNVE2M1, kE2M3, kMXInt8, kInt3,
+                         kInt5, kInt6, kRowE4M3, kRowInt8>;
+// What activations are rounded to on their way into a product.
+using Activations = Elements<kE2M1, kE4M3, kE5M2>;
+
+template <int... kElements>
+MB_HD constexpr bool has(Elements<kElements...>, int element) {
+  return ((element == kElements) || ...);
+}
+constexpr const char* kNoCode = "no code for this format";
+
+// Calls function(std::integral_constant<int, element>) for one of `elements`; in a kernel, as jumps
+// to code for each. Does nothing for others: who launches a kernel asks `has` before.
 #pragma nv_exec_check_disable
-template <class Function>
-MB_HD void dispatch_element(int element, Function function) {
-  if (element == kE2M1) function(std::integral_constant<int, kE2M1>());
-  if (element == kE4M3) function(std::integral_constant<int, kE4M3>());
-  if (element == kE5M2) function(std::integral_constant<int, kE5M2>());
-  if (element == kInt2) function(std::integral_constant<int, kInt2>());
-  if (element == kInt4) function(std::integral_constant<int, kInt4>());
-  if (element == kInt8) function(std::integral_constant<int, kInt8>());
+template <int... kElements, class Function>
+MB_HD void dispatch_element(Elements<kElements...>, int element, Function function) {
+  ((element == kElements ? function(std::integral_constant<int, kElements>()) : void()), ...);
 }
 
 // The result of the launch just made, for the functions of ops.cuh.

@@ -28,6 +28,7 @@ __device__ inline T combine_lanes(T value, int lanes, Combine combine) {
 
 template <int kElement>
 __device__ inline GroupScale group_scale(const float (&x)[kLaneColumns], const Format& format) {
+  static_assert(has(First(), kElement), "scales of others follow from something else");
   const int lanes = format.group_size / kLaneColumns;
   int32_t largest = 0;  // as bits, where NaN and infinity are above all numbers
 #pragma unroll
@@ -80,30 +81,39 @@ __device__ inline float round_trip(float x, const GroupScale& group) {
 // A code's value before scaling; `offset` is used by integers only.
 template <int kElement>
 __device__ inline float decode(int code, float offset) {
-  if constexpr (is_mx(kElement)) {
+  if constexpr (is_float(kElement)) {
     return minifloat_decode<float, int32_t>(code, minifloat(kElement));
   } else {
     return small_to_float<float, int32_t>(code) - offset;
   }
 }
 
+// What codes are multiplied by in group number `group` of a row that has `groups` scales.
 template <int kElement>
-__device__ inline float load_scale(const void* scales, int64_t index) {
-  if constexpr (is_mx(kElement)) {
-    return e8m0_to_float(static_cast<const uint8_t*>(scales)[index]);
+__device__ inline float load_scale(const PackedArgs& packed, int64_t row, int64_t group,
+                                   int64_t groups) {
+  if constexpr (has_row_scale(kElement)) {
+    return static_cast<const float*>(packed.scales)[row];
+  } else if constexpr (is_mx(kElement)) {
+    const int byte = static_cast<const uint8_t*>(packed.scales)[row * groups + group];
+    return e8m0_to_float(byte) * unit_of(kElement);
+  } else if constexpr (kElement == kNVE2M1) {
+    const int byte = static_cast<const uint8_t*>(packed.scales)[row * groups + group];
+    return minifloat_decode<float, int32_t>(byte, minifloat(kE4M3)) / *packed.divisor;
   } else {
-    return __half2float(static_cast<const __half*>(scales)[index]);
+    return __half2float(static_cast<const __half*>(packed.scales)[row * groups + group]);
   }
 }
 
-// The offset of group number `group` of a row; `zero_points` is null for formats without.
+// What integer codes are counted from.
 template <int kElement>
-__device__ inline float load_offset(const uint8_t* zero_points, int64_t row, int64_t group,
+__device__ inline float load_offset(const PackedArgs& packed, int64_t row, int64_t group,
                                     int64_t groups) {
   constexpr int kBits = element_bits(kElement);
-  if (is_mx(kElement)) return 0.0f;
-  if (zero_points == nullptr) return float(1 << (kBits - 1));
-  return float(unpack_code(zero_points + row * packed_bytes(groups, kBits), group, kBits));
+  if (is_float(kElement)) return 0.0f;
+  if (packed.zero_points == nullptr) return float(1 << (kBits - 1));
+  const uint8_t* const zero_points = packed.zero_points + row * packed_bytes(groups, kBits);
+  return float(unpack_code(zero_points, group, kBits, groups));
 }
 
 }  // namespace cuda

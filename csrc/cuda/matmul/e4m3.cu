@@ -243,7 +243,7 @@ const char* packed_matmul_e4m3(const MatmulArgs& a, const uint8_t* row_scales,
   if (a.tokens == 0 || a.rows == 0 || a.columns == 0) return nullptr;
   if (a.segment_count != 1) return "one segment";
   const SegmentArgs& segment = a.segments[0];
-  if (decode_format(segment.format).element != kE2M1) return "weights must be e2m1";
+  if (element_of(segment) != kE2M1) return "weights must be e2m1";
   PackedWeight weight{};
   if (const char* error = packed_weight(segment, a.rows, &weight)) return error;
   // Blocks that read the same rows of the weight run at the same time and share them in L2.

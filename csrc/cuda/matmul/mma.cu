@@ -146,6 +146,17 @@ __device__ __forceinline__ void add_tiles(const TokenRows<T>& tokens, const Pack
       }
     }
   }
+  if constexpr (kElement == kNVE2M1) {
+    const float factor = NVPairs<T, 0>::kLeft / *weight.divisor;
+#pragma unroll
+    for (auto& row_sums : c) {
+#pragma unroll
+      for (auto& fragment : row_sums) {
+#pragma unroll
+        for (float& sum : fragment) sum *= factor;
+      }
+    }
+  }
 }
 
 // Adds up the sums of the block's warps, in their order, and writes them.
@@ -200,7 +211,7 @@ __global__ void __launch_bounds__(32 * max_warps(kRowTiles, kTokenTiles))
   int s = 0;
   while (warp >= mix.segments[s].end) ++s;
   const Segment& segment = mix.segments[s];
-  dispatch_element(segment.element, [&](auto element) {
+  dispatch_element(First(), segment.element, [&](auto element) {
     add_tiles<T, element.value, kRowTiles, kTokenTiles>(
         {x + segment.first_column, tokens, mix.columns}, segment.weight, warp - segment.first,
         segment.end - segment.first, c);
@@ -245,11 +256,12 @@ void launch_mixed(const MatmulArgs& a, const MixedWeight& mix, int warps, cudaSt
 const char* multiply_one(const MatmulArgs& a, int row_tiles, int token_tiles, int warps,
                          cudaStream_t stream) {
   PackedWeight weight{};
+  if (!has(Multiplied(), element_of(a.segments[0]))) return kNoCode;
   if (const char* error = packed_weight(a.segments[0], a.rows, &weight)) return error;
   const char* error = "no kernel of these sizes";
   dispatch_half(a.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    dispatch_element(decode_format(a.segments[0].format).element, [&](auto element) {
+    dispatch_element(Multiplied(), element_of(a.segments[0]), [&](auto element) {
       constexpr int kElement = element.value;
       error = nullptr;
       if (row_tiles == 1 && token_tiles == 1) {

@@ -34,9 +34,7 @@ __device__ inline void fake_quantize_lane(float (&values)[kLaneColumns], const F
     // Rounded to T as fake_quantize rounds: a block's power of two may be too small for float16.
     for (float& v : values) v = to_float(from_float<T>(round_trip<element.value>(v, group)));
   };
-  if (format.element == kE2M1) round_all(std::integral_constant<int, kE2M1>());
-  if (format.element == kE4M3) round_all(std::integral_constant<int, kE4M3>());
-  if (format.element == kE5M2) round_all(std::integral_constant<int, kE5M2>());
+  dispatch_element(Activations(), format.element, round_all);
 }
 
 __device__ inline int ordered_column(const PrepareShape& shape, int column) {
@@ -147,7 +145,7 @@ const char* prepare_activations(const PrepareArgs& a, void* stream) {
   for (int i = 0; i < a.segment_count; ++i) {
     const SegmentArgs& s = a.segments[i];
     const Format activation = decode_format(s.activation);
-    if (s.activation != 0 && !is_mx(activation.element)) return "activations are MX or left alone";
+    if (s.activation != 0 && !has(Activations(), activation.element)) return kNoCode;
     if (column % kRotated != 0) return "segments must begin at multiples of 32 columns";
     shape.tiles += int(divide_up(s.columns, kRun));
     shape.runs[i] = {int(column),       int(column + s.columns),

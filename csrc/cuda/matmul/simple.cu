@@ -4,8 +4,9 @@
 // weight is then read twice, the second time mostly from the L2 cache). Its lanes walk along the
 // weight rows together, 16 bytes of codes per lane and row at a time (8 for int2), dequantize them
 // in registers, and add in fp32; a lane's columns lie in one group, so there is one scale per 16
-// bytes. A scaled value is exact in fp32 in every format (at most 8 bits times 11), so that the
-// only roundings are those of the sums. The lanes' sums are added by shuffles in a fixed order.
+// bytes (8 of NVFP4). A scaled value is exact in fp32 (at most 8 bits times 11; NVFP4's is rounded
+// once, as in `dequantize`), so that the only roundings are those of the sums. The lanes' sums are
+// added by shuffles in a fixed order.
 //
 // This is the version for few tokens, where reading the weight is the cost. More tokens are
 // multiplied by cuBLAS after `dequantize` (mixbits/backends/cuda.py).
@@ -36,6 +37,11 @@ __device__ inline void load_words(const uint8_t* row, int64_t first, int64_t row
   }
 }
 
+// Columns of a lane at a time, which lie in one group.
+MB_HD constexpr int lane_columns(int element) {
+  return element == kNVE2M1 || element_bits(element) == 8 ? 16 : 32;
+}
+
 // Drops the first 8 codes, so that the next 8 are in the lowest bits.
 template <int kBits, int kWords>
 __device__ inline void drop_codes(uint32_t (&words)[kWords]) {
@@ -60,10 +66,9 @@ struct MatmulShape {
 
 template <class T, int kElement, int kTokens, int kRows>
 __global__ void __launch_bounds__(kThreads, 2)  // 128 registers: fewer would spill
-    few_tokens_kernel(const T* x, const uint8_t* codes, const void* scales,
-                      const uint8_t* zero_points, T* out, MatmulShape shape) {
+    few_tokens_kernel(const T* x, const PackedArgs packed, T* out, MatmulShape shape) {
   constexpr int kBits = element_bits(kElement);
-  constexpr int kChunk = kBits == 8 ? 16 : 32;  // columns of a lane at a time
+  constexpr int kChunk = lane_columns(kElement);
   constexpr int kWords = kChunk * kBits / 32;
   constexpr int kPart = 8;  // columns dequantized at a time: a loop, which bounds the registers
   const int lane = threadIdx.x % 32;
@@ -81,10 +86,10 @@ __global__ void __launch_bounds__(kThreads, 2)  // 128 registers: fewer would sp
     for (int r = 0; r < kRows; ++r) {
       // A row too many is computed like the last one, and not stored.
       const int64_t row = min(first_row + r, shape.rows - 1), group = column / shape.group_size;
-      load_words(codes + row * row_bytes, column * kBits / 8, row_bytes, shape.codes_aligned,
+      load_words(packed.codes + row * row_bytes, column * kBits / 8, row_bytes, shape.codes_aligned,
                  words[r]);
-      scale[r] = load_scale<kElement>(scales, row * groups + group);
-      offset[r] = load_offset<kElement>(zero_points, row, group, groups);
+      scale[r] = load_scale<kElement>(packed, row, group, groups);
+      offset[r] = load_offset<kElement>(packed, row, group, groups);
     }
 #pragma unroll 1
     for (int part = 0; part < kChunk; part += kPart) {
@@ -136,8 +141,8 @@ void launch(const MatmulArgs& a, const SegmentArgs& s, const T* x, const MatmulS
             cudaStream_t stream) {
   const dim3 grid(unsigned(divide_up(a.rows, kWarps * kRows)),
                   unsigned(divide_up(a.tokens, kTokens)));
-  few_tokens_kernel<T, kElement, kTokens, kRows><<<grid, kThreads, 0, stream>>>(
-      x, s.codes, s.scales, s.zero_points, static_cast<T*>(a.out), shape);
+  few_tokens_kernel<T, kElement, kTokens, kRows>
+      <<<grid, kThreads, 0, stream>>>(x, s.packed, static_cast<T*>(a.out), shape);
 }
 
 // The product with a segment, whose x [tokens, columns] begins at `x`.
@@ -145,13 +150,15 @@ template <class T>
 const char* multiply(const MatmulArgs& a, const SegmentArgs& s, const T* x, MatmulShape shape,
                      cudaStream_t stream) {
   const Format f = decode_format(s.format);
+  if (!has(Multiplied(), f.element)) return kNoCode;
   shape.group_size = f.group_size;
   const int bits = element_bits(f.element);
-  // Whole 16-byte (int2: 8-byte) pieces: rows then also end at the end of one.
-  shape.codes_aligned = s.columns * bits % 8 == 0 &&
-                        rows_aligned(s.codes, packed_bytes(s.columns, bits), bits == 2 ? 8 : 16);
+  // A lane's whole pieces: rows then also end at the end of one.
+  shape.codes_aligned =
+      s.columns * bits % 8 == 0 && rows_aligned(s.packed.codes, packed_bytes(s.columns, bits),
+                                                lane_columns(f.element) * bits / 8);
   shape.x_aligned = s.columns % 8 == 0 && rows_aligned(x, s.columns * sizeof(T), 16);
-  dispatch_element(f.element, [&](auto element) {
+  dispatch_element(Multiplied(), f.element, [&](auto element) {
     constexpr int kElement = element.value;
     if (a.tokens == 1) {
       launch<T, kElement, 1, 2>(a, s, x, shape, stream);

@@ -217,22 +217,13 @@ __global__ void __launch_bounds__(kBlockThreads, 1)  // the 1 fixes the register
 // formats in one kernel ptxas makes functions of them, and no product of wgmma may be under way in
 // a call (C7510): the matrix unit would wait for every group. With e5m2 beside the other two it
 // spills.
-template <bool kMx, class Function>
-__device__ __forceinline__ void dispatch_family(int element, Function function) {
-  if constexpr (kMx) {
-    if (element == kE2M1) function(std::integral_constant<int, kE2M1>());
-    if (element == kE4M3) function(std::integral_constant<int, kE4M3>());
-  } else {
-    if (element == kInt2) function(std::integral_constant<int, kInt2>());
-    if (element == kInt4) function(std::integral_constant<int, kInt4>());
-    if (element == kInt8) function(std::integral_constant<int, kInt8>());
-  }
-}
+template <bool kMx>
+using Family = std::conditional_t<kMx, Elements<kE2M1, kE4M3>, Elements<kInt2, kInt4, kInt8>>;
 
-bool is_family(const MixedWeight& mix, bool mx) {
+template <bool kMx>
+bool is_family(const MixedWeight& mix) {
   for (int i = 0; i < mix.count; ++i) {
-    const int element = mix.segments[i].element;
-    if (is_mx(element) != mx || element == kE5M2) return false;
+    if (!has(Family<kMx>(), mix.segments[i].element)) return false;
   }
   return true;
 }
@@ -253,7 +244,7 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
           const int begin = max(first, segment.first) - segment.first;
           const int end = min(last, segment.end) - segment.first;
           if (begin >= end) continue;
-          dispatch_family<kMx>(segment.element, [&](auto element) {
+          dispatch_element(Family<kMx>(), segment.element, [&](auto element) {
             multiply_tiles<T, element.value, kMixedTokens>(segment.weight, ring, full, empty, begin,
                                                            end, place, sums);
           });
@@ -290,11 +281,12 @@ const char* refused(int64_t rows, int parts) {
 
 const char* multiply_one(const MatmulArgs& a, int block_tokens, int parts, void* stream) {
   PackedWeight weight{};
+  if (!has(First(), element_of(a.segments[0]))) return kNoCode;
   if (const char* error = packed_weight(a.segments[0], a.rows, &weight)) return error;
   const char* error = "no kernel of these sizes";
   dispatch_half(a.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    dispatch_element(decode_format(a.segments[0].format).element, [&](auto element) {
+    dispatch_element(First(), element_of(a.segments[0]), [&](auto element) {
       constexpr int kElement = element.value;
       if (block_tokens == 64) error = launch<T, kElement, 64>(a, weight, parts, stream);
       if (block_tokens == 128) error = launch<T, kElement, 128>(a, weight, parts, stream);
@@ -317,8 +309,8 @@ const char* multiply_several(const MatmulArgs& a, int block_tokens, int parts, v
   const char* error = "no kernel of these formats";
   dispatch_half(a.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    if (is_family(mix, true)) error = launch_mixed<T, true>(a, mix, parts, stream);
-    if (is_family(mix, false)) error = launch_mixed<T, false>(a, mix, parts, stream);
+    if (is_family<true>(mix)) error = launch_mixed<T, true>(a, mix, parts, stream);
+    if (is_family<false>(mix)) error = launch_mixed<T, false>(a, mix, parts, stream);
   });
   return error;
 }

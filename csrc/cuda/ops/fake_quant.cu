@@ -29,13 +29,14 @@ const char* fake_quantize(const void* x, void* out, int64_t rows, int64_t column
                           int format, void* stream) {
   if (rows == 0 || columns == 0) return nullptr;
   const Format f = decode_format(format);
+  if (!has(First(), f.element)) return kNoCode;
   const unsigned grid = grid_for(rows * divide_up(columns, kRun));
   dispatch_dtype(dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     constexpr int kBytes = kLaneColumns * sizeof(T);
     const bool aligned = rows_aligned(x, columns * sizeof(T), kBytes) &&
                          rows_aligned(out, columns * sizeof(T), kBytes);
-    dispatch_element(f.element, [&](auto element) {
+    dispatch_element(First(), f.element, [&](auto element) {
       fake_quantize_kernel<T, element.value><<<grid, kThreads, 0, cudaStream_t(stream)>>>(
           static_cast<const T*>(x), static_cast<T*>(out), rows, columns, f, aligned);
     });

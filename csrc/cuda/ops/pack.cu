@@ -92,6 +92,7 @@ const char* quantize_pack(const void* weight, uint8_t* codes, void* scales, uint
                           int64_t rows, int64_t columns, int dtype, int format, void* stream) {
   if (rows == 0 || columns == 0) return nullptr;
   const Format f = decode_format(format);
+  if (!has(First(), f.element)) return kNoCode;
   const int bits = element_bits(f.element);
   const int byte_columns = f.group_size * (8 / bits);  // of one byte of zero points
   const bool wide = zero_points != nullptr && byte_columns > kRun;
@@ -102,7 +103,7 @@ const char* quantize_pack(const void* weight, uint8_t* codes, void* scales, uint
   dispatch_dtype(dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     shape.weight_aligned = rows_aligned(weight, columns * sizeof(T), kLaneColumns * sizeof(T));
-    dispatch_element(f.element, [&](auto element) {
+    dispatch_element(First(), f.element, [&](auto element) {
       quantize_pack_kernel<T, element.value><<<grid, kThreads, 0, cudaStream_t(stream)>>>(
           static_cast<const T*>(weight), codes, scales, zero_points, shape, f);
     });

@@ -28,21 +28,10 @@ struct FormatList {
 
 __device__ inline void run_round_trip(const float (&x)[kLaneColumns], const Format& format,
                                       float (&q)[kLaneColumns]) {
-#define MB_CASE(kElement)                                                            \
-  case kElement: {                                                                   \
-    const GroupScale group = group_scale<kElement>(x, format);                       \
-    for (int i = 0; i < kLaneColumns; ++i) q[i] = round_trip<kElement>(x[i], group); \
-    break;                                                                           \
-  }
-  switch (format.element) {
-    MB_CASE(kE2M1)
-    MB_CASE(kE4M3)
-    MB_CASE(kE5M2)
-    MB_CASE(kInt2)
-    MB_CASE(kInt4)
-    MB_CASE(kInt8)
-  }
-#undef MB_CASE
+  dispatch_element(First(), format.element, [&](auto element) {
+    const GroupScale group = group_scale<element.value>(x, format);
+    for (int i = 0; i < kLaneColumns; ++i) q[i] = round_trip<element.value>(x[i], group);
+  });
 }
 
 // G is the gradient's type, or void for the Fisher form.
@@ -136,7 +125,10 @@ const char* statistics(const StatisticsArgs& a, void* stream) {
   if (a.format_count > kMaxFormats) return "at most 16 formats in one call";
   FormatList formats{};
   formats.count = a.format_count;
-  for (int f = 0; f < a.format_count; ++f) formats.codes[f] = a.formats[f];
+  for (int f = 0; f < a.format_count; ++f) {
+    if (!has(First(), decode_format(a.formats[f]).element)) return kNoCode;
+    formats.codes[f] = a.formats[f];
+  }
   const cudaStream_t s = cudaStream_t(stream);
   dispatch_dtype(a.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
