@@ -292,9 +292,9 @@ MB_INLINE void add_step(const Rows& rows, int64_t group, vi spread, const S* con
   }
 }
 
-// R rows times M tokens, all of k. `sums` is [M][R].
+// R rows times M tokens, all of k. `sums` is [M][R]. Not inline: elements may share it.
 template <int ELEMENT, int PIECES, int M, int R, bool ZERO_POINTS, bool ONE_GROUP>
-static void multiply_rows(const Work& work, Rows rows, const Tail<R>& tail, float (*sums)[R]) {
+static __attribute__((noinline)) void multiply_rows(const Work& work, Rows rows, const Tail<R>& tail, float (*sums)[R]) {
   constexpr int bits = step_bits<ELEMENT>(), bytes = R * (kVector + upper_bytes<ELEMENT>());
   using S = Step<bits, PIECES>;
   const Groups<bits> groups(work.segment.weight.format.group_size);
@@ -356,6 +356,9 @@ MB_INLINE void copy_tail(const PackedRow& row, int64_t columns, uint8_t* codes, 
 template <int ELEMENT, int PIECES, int M, int R>
 static void multiply_some(const Work& work, int64_t n, Sums out, char* scratch) {
   constexpr int bits = step_bits<ELEMENT>();
+  constexpr int code = ELEMENT == kNVE2M1 ? int(kE2M1) : ELEMENT;  // once scales are floats
+  // A variant of its own is compiled where it may occur and counts most.
+  constexpr bool integers = has_float16_scales(ELEMENT), one_plane = bits == element_bits(ELEMENT);
   const SegmentWeight& segment = work.segment;
   const int64_t width = padded_groups(segment), columns = segment.weight.columns;
   const int64_t groups = segment.weight.groups, bytes = segment.weight.code_bytes;
@@ -374,19 +377,18 @@ static void multiply_some(const Work& work, int64_t n, Sums out, char* scratch) 
   const Rows rows = {first.codes, first.upper, bytes, bytes, scales, offsets, width};
   float sums[M][R];
   const bool one_group = segment.weight.format.group_size >= step_columns<bits>();
-  if (has_float16_scales(ELEMENT) && segment.weight.zero_points) {
-    multiply_rows<ELEMENT, PIECES, M, R, has_float16_scales(ELEMENT), false>(work, rows, tail, sums);
-  } else if (has_float16_scales(ELEMENT) && one_group) {
-    multiply_rows<ELEMENT, PIECES, M, R, false, has_float16_scales(ELEMENT)>(work, rows, tail, sums);
+  if (integers && segment.weight.zero_points) {
+    multiply_rows<code, PIECES, M, R, integers, false>(work, rows, tail, sums);
+  } else if (integers && one_plane && one_group) {
+    multiply_rows<code, PIECES, M, R, false, integers && one_plane>(work, rows, tail, sums);
   } else {
-    multiply_rows<ELEMENT, PIECES, M, R, false, false>(work, rows, tail, sums);
+    multiply_rows<code, PIECES, M, R, false, false>(work, rows, tail, sums);
   }
   for (int m = 0; m < M && m < work.tokens.count; ++m) {
     const char* const x = work.prepared + m * work.stride;
     if (*Token<bits, PIECES>(x, columns).term_count != 0) {
-      const auto add = segment.weight.zero_points
-                           ? add_terms<ELEMENT, PIECES, R, has_float16_scales(ELEMENT)>
-                           : add_terms<ELEMENT, PIECES, R, false>;
+      const auto add = segment.weight.zero_points ? add_terms<code, PIECES, R, integers>
+                                                  : add_terms<code, PIECES, R, false>;
       add(work, rows, tail, m, sums[m]);
     }
     for (int r = 0; r < R; ++r) out.data[m * out.stride + r] += sums[m][r];
