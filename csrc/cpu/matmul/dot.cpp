@@ -294,7 +294,8 @@ MB_INLINE void add_step(const Rows& rows, int64_t group, vi spread, const S* con
 
 // R rows times M tokens, all of k. `sums` is [M][R]. Not inline: elements may share it.
 template <int ELEMENT, int PIECES, int M, int R, bool ZERO_POINTS, bool ONE_GROUP>
-static __attribute__((noinline)) void multiply_rows(const Work& work, Rows rows, const Tail<R>& tail, float (*sums)[R]) {
+static __attribute__((noinline)) void multiply_rows(const Work& work, Rows rows,
+                                                    const Tail<R>& tail, float (*sums)[R]) {
   constexpr int bits = step_bits<ELEMENT>(), bytes = R * (kVector + upper_bytes<ELEMENT>());
   using S = Step<bits, PIECES>;
   const Groups<bits> groups(work.segment.weight.format.group_size);
@@ -314,8 +315,8 @@ static __attribute__((noinline)) void multiply_rows(const Work& work, Rows rows,
                                                             x, step, total);
   }
   if (whole * S::kColumns < work.tokens.columns) {
-    add_step<ELEMENT, PIECES, M, R, ZERO_POINTS, ONE_GROUP>(
-        rows.at(tail), groups.first(whole), groups.spread, x, whole, total);
+    add_step<ELEMENT, PIECES, M, R, ZERO_POINTS, ONE_GROUP>(rows.at(tail), groups.first(whole),
+                                                            groups.spread, x, whole, total);
   }
   for (int m = 0; m < M; ++m) {
     for (int r = 0; r < R; ++r) sums[m][r] = sum_lanes(total[m][r]);
@@ -369,8 +370,7 @@ static void multiply_some(const Work& work, int64_t n, Sums out, char* scratch) 
   for (int r = 0; r < R; ++r) {
     const PackedRow row = segment.weight.row(n + r);
     decode_scales<ELEMENT>(row, groups, scales + r * width);
-    if (row.zero_points)
-      decode_offsets(row, groups, element_bits(ELEMENT), offsets + r * width);
+    if (row.zero_points) decode_offsets(row, groups, element_bits(ELEMENT), offsets + r * width);
     copy_tail<ELEMENT>(row, columns, tail.codes[r], tail.upper[r]);
   }
   const PackedRow first = segment.weight.row(n);
