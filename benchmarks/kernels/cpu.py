@@ -59,7 +59,7 @@ CACHE = 32 << 20  # bytes of last-level cache that four times of are rotated thr
 SWEEP = [1, 2, 3, 4, 5, 8, 12, 16, 24, 32, 64, 128, 256, 512]
 # Of the section `formats`, each beside the first.
 WIDTHS = ["MXFP4A16", "NVFP4A16", "W3A16G32", "W5A16G32", "W6A16G32", "MXFP6A16", "W8A16G32"]
-BOTH_SIDES = ["MXFP4", "MXFP4xMXINT8", "W4G32xMXINT8"]
+BOTH_SIDES = ["MXFP4", "MXFP4xMXINT8", "W4G32xMXINT8", "W6G32xMXINT8", "W8G32xMXINT8"]
 SCHEMES = "MXFP4,MXFP8,MXFP4A16,MXFP8A16,W4A16,W8A16,W2A16"
 Row = dict[str, Any]
 

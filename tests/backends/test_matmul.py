@@ -20,6 +20,7 @@ INT4 = Format("int4", 128)
 MXINT8 = Format("int8", 32, scale="e8m0")
 MXFP6, NVFP4 = Format("e2m3", 32), Format("e2m1", 16, scale="e4m3")
 INTEGERS = [Format(f"int{bits}", 32) for bits in (2, 3, 4, 5, 6, 8)]
+CODES = [MXFP4, MXFP6, NVFP4, MXINT8, *INTEGERS]  # one of each kind that is small integers
 
 
 def integer_bound(x, values):
@@ -120,7 +121,7 @@ def test_matmul_of_many_columns(isa, scheme, dtype):
     "scheme",
     [
         *("MXFP6A16", "W6A16G32", "W5A16ASYM", "W3A16G64", "NVFP4xMXINT8", "MXFP6xMXINT8"),
-        *("W6G32xMXINT8", "W5xMXFP4", "W3G32ASYMxMXINT8"),
+        *("W6G32xMXINT8", "W5xMXFP4", "W3G32ASYMxMXINT8", "MXINT8", "W8ASYMxMXINT8"),
     ],
 )
 def test_few_tokens_of_many_columns(isa, scheme):
@@ -188,7 +189,7 @@ def packed_codes(codes, fmt, zero_point=None):
     return pack(reference.Quantized(codes, scale, zero_point, divisor), fmt)
 
 
-@pytest.mark.parametrize("fmt", [MXFP4, MXFP6, NVFP4, *INTEGERS], ids=format_id)
+@pytest.mark.parametrize("fmt", CODES, ids=format_id)
 def test_every_code_in_every_place(isa, fmt):
     """Tokens that see one column each, by every number of tokens that a path takes at once."""
     rows, columns = 1 << fmt.bits, 300
@@ -206,7 +207,7 @@ def test_every_code_in_every_place(isa, fmt):
 ASYMMETRIC = [replace(fmt, symmetric=False) for fmt in INTEGERS]
 
 
-@pytest.mark.parametrize("fmt", [MXFP4, MXFP6, NVFP4, *INTEGERS, *ASYMMETRIC], ids=format_id)
+@pytest.mark.parametrize("fmt", [*CODES, *ASYMMETRIC], ids=format_id)
 @pytest.mark.parametrize("tokens", [1, 3, 7])
 def test_the_largest_sums_of_integers_fit(isa, fmt, tokens):
     """Only the largest and the smallest codes, and activations whose bytes are as large as any."""

@@ -244,7 +244,13 @@ MB_INLINE vi dot_planes(vi sum, const vi* w, const int8_t (*x)[kVector]) {
   return sum;
 #else
   // Planes are added in 16 bits, if their products fit: two for each plane.
-  if constexpr (2 * PLANES * TOP * 128 > INT16_MAX) {
+  if constexpr (2 * TOP * 128 > INT16_MAX) {
+    // Not even two of 8-bit codes do: their lowest bits go alone, and all others as one less.
+    const __m256i low = (__m256i)(w[0] & 0x01010101), high = (__m256i)(w[0] >> 1 & 0x7f7f7f7f);
+    const __m256i bytes = load_raw<__m256i>(x[0]);
+    sum += (vi)_mm256_madd_epi16(_mm256_maddubs_epi16(low, bytes), _mm256_set1_epi16(1));
+    return sum + (vi)_mm256_madd_epi16(_mm256_maddubs_epi16(high, bytes), _mm256_set1_epi16(2));
+  } else if constexpr (2 * PLANES * TOP * 128 > INT16_MAX) {
     for (int p = 0; p < PLANES; ++p) sum = dot_bytes(sum, w[p], load_raw<vi>(x[p]));
     return sum;
   } else {
@@ -357,7 +363,7 @@ MB_INLINE void copy_tail(const PackedRow& row, int64_t columns, uint8_t* codes, 
 template <int ELEMENT, int PIECES, int M, int R>
 static void multiply_some(const Work& work, int64_t n, Sums out, char* scratch) {
   constexpr int bits = step_bits<ELEMENT>();
-  constexpr int code = ELEMENT == kNVE2M1 ? int(kE2M1) : ELEMENT;  // once scales are floats
+  constexpr int code = ELEMENT & ~0x40;  // scales of other kinds are floats by then
   // A variant of its own is compiled where it may occur and counts most.
   constexpr bool integers = has_float16_scales(ELEMENT), one_plane = bits == element_bits(ELEMENT);
   const SegmentWeight& segment = work.segment;
@@ -460,9 +466,14 @@ const Path* integer_dot_path(const SegmentWeight& segment, const Tokens& tokens,
   const Path* path = nullptr;
   with_packed_element(segment.element(), [&](auto tag) {
     constexpr int element = decltype(tag)::value;
-    // Products of 8-bit codes overflow the 16-bit sums of AVX2.
-    constexpr bool fits = kLanes == 16 || 2 * largest_integer(element) * 128 <= INT16_MAX;
-    if constexpr (has_integer_codes(element) && fits) path = path_of<element>(kind);
+    if constexpr (kLanes == 8 && element_bits(element) == 8) {
+      // Their products overflow the 16-bit sums of AVX2 and take twice as many instructions. Only
+      // activations that are bytes by their format go this way; all others keep the float path.
+      if constexpr (has_integer_codes(element))
+        path = kind == kMXInt8Codes ? &kPath<element, kMXInt8Codes> : nullptr;
+    } else if constexpr (has_integer_codes(element)) {
+      path = path_of<element>(kind);
+    }
   });
   return path;
 }
