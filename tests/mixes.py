@@ -7,7 +7,7 @@ import torch
 from mixbits import ops
 from mixbits.formats.arrange import Arrangement
 from mixbits.formats.pack import Operand, Part, order_dtype
-from mixbits.formats.schemes import FIRST_FORMATS, Recipe, parse_scheme
+from mixbits.formats.schemes import Recipe, parse_scheme
 from mixbits.runtime.linear import PackedLinear
 from mixbits.runtime.swap import swap_linears
 
@@ -29,7 +29,7 @@ ARRANGED = {"natural": (False, False), "ordered": (True, False), "rotated": (Tru
 
 def meets_integers(fmt):
     """Whether the CPU may take x that has no format for integers, beside weights in `fmt`."""
-    return (fmt.element, fmt.scale) in FIRST_FORMATS and fmt.element not in ("e4m3", "e5m2")
+    return fmt.element not in ("e4m3", "e5m2")
 
 
 def make_mix(segments, arranged, rows):

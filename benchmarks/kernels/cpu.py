@@ -4,6 +4,8 @@ Sections (--sections, all by default):
 
     decode    M = 1, all shapes, every peer: GB/s of packed weights, share of read bandwidth
     prefill   M = 128, one shape, every peer: GFLOP/s
+    formats   M = 1 and 256, one shape: weights of all widths beside MXFP4's, in bytes per second,
+              and 8-bit activations beside 4-bit ones
     sweep     M = 1 to 512, one shape, against decoding the weight and calling torch, in one dtype
     rounding  fake quantization, packing, dequantization and statistics, share of bandwidth
 
@@ -24,6 +26,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import argparse
 import gc
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -54,6 +57,9 @@ from mixbits.report.tables import table
 
 CACHE = 32 << 20  # bytes of last-level cache that four times of are rotated through
 SWEEP = [1, 2, 3, 4, 5, 8, 12, 16, 24, 32, 64, 128, 256, 512]
+# Of the section `formats`, each beside the first.
+WIDTHS = ["MXFP4A16", "NVFP4A16", "W3A16G32", "W5A16G32", "W6A16G32", "MXFP6A16", "W8A16G32"]
+BOTH_SIDES = ["MXFP4", "MXFP4xMXINT8", "W4G32xMXINT8", "W6G32xMXINT8", "W8G32xMXINT8"]
 SCHEMES = "MXFP4,MXFP8,MXFP4A16,MXFP8A16,W4A16,W8A16,W2A16"
 Row = dict[str, Any]
 
@@ -70,7 +76,12 @@ def own_peers(schemes: Sequence[str]) -> list[Peer]:
 
 
 def measure_matmul(
-    peers: Sequence[Peer], shape: tuple[int, int], tokens: int, threads: int, rounds: int
+    peers: Sequence[Peer],
+    shape: tuple[int, int],
+    tokens: int,
+    threads: int,
+    rounds: int,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> list[Row]:
     """One row per peer for x [tokens, K] times [N, K]."""
     rows, columns = shape
@@ -80,7 +91,7 @@ def measure_matmul(
     rotations = {peer.name: Rotation(peer, tile, rows, x, threads, 4 * CACHE) for peer in peers}
     read, copy = read_bandwidth(), copy_bandwidth()
     calls: dict[str, Callable[[int], object]] = {"read": read, "copy": copy}
-    seconds = interleave({**calls, **rotations}, rounds)
+    seconds = interleave({**calls, **rotations}, rounds, clock)
     bandwidth = read.bytes / percentile(seconds["read"], 50)
     result = []
     for name, rotation in rotations.items():
@@ -123,7 +134,8 @@ def print_matmul(rows: list[Row], compare: Sequence[str]) -> None:
         f"\nM={first['M']} N={first['N']} K={first['K']}, reading {first['read_gb_per_s']:.1f} GB/s"
     )
     head = ["contender", "ms", "p20-p80", "GB/s", "of read", "GFLOP/s", "error"]
-    cells = [[*head, *(f"x {name}" for name in names)]]
+    beside = [key for key in first if key.endswith(" of first")]
+    cells = [[*head, *beside, *(f"x {name}" for name in names)]]
     for row in rows:
         cells.append(
             [
@@ -134,6 +146,7 @@ def print_matmul(rows: list[Row], compare: Sequence[str]) -> None:
                 f"{row['share_of_read']:.0%}",
                 f"{row['gflop_per_s']:.0f}",
                 f"{row['relative_error']:.1e}",
+                *(f"{row[key]:.2f}" for key in beside),
                 *(f"{row[f'x {n}']:.2f}" if f"x {n}" in row else "" for n in names),
             ]
         )
@@ -152,6 +165,25 @@ def run_matmul(
 
 
 COMPARE = ["torch float32", "torch bfloat16", "ggml MXFP4", "ggml Q4_0", "ggml Q4_K", "ggml Q8_0"]
+
+
+def formats(args: argparse.Namespace) -> list[Row]:
+    """Weights of every width meet one token, those whose tokens are rounded many, too."""
+    shape, rows = parse_shapes(args.prefill_shape)[0], []
+    for schemes, tokens, figure in (
+        (WIDTHS, 1, "gb_per_s"),
+        (BOTH_SIDES, 1, "gb_per_s"),
+        (BOTH_SIDES, 256, "gflop_per_s"),
+    ):
+        peers = [mixbits_peer(scheme, torch.bfloat16) for scheme in schemes]
+        clock = time.process_time if args.cpu_time else time.perf_counter
+        found = measure_matmul(peers, shape, tokens, args.threads, args.rounds, clock)
+        for row in found:
+            row[f"{figure} of first"] = row[figure] / found[0][figure]
+        print_matmul(found, [])
+        rows += found
+        gc.collect()
+    return rows
 
 
 def sweep(args: argparse.Namespace) -> list[Row]:
@@ -320,6 +352,8 @@ def run(args: argparse.Namespace) -> list[Row]:
             rows += run_matmul([*own, *peers], shape, 1, args)
     if "prefill" in args.sections:
         rows += run_matmul([*own, *peers], parse_shapes(args.prefill_shape)[0], 128, args)
+    if "formats" in args.sections:
+        rows += formats(args)
     if "sweep" in args.sections:
         rows += sweep(args)
     if "rounding" in args.sections:
@@ -334,7 +368,7 @@ def parse_arguments() -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     words = lambda text: text.split(",")  # noqa: E731
-    sections = "decode,prefill,sweep,rounding"
+    sections = "decode,prefill,formats,sweep,rounding"
     parser.add_argument("--sections", type=words, default=words(sections), help=sections)
     parser.add_argument("--shapes", default="llama-3.1-8b,qwen3-8b,ideal", help="names, or NxK")
     parser.add_argument("--prefill-shape", default="4096x4096", help="of prefill and sweep")
@@ -344,6 +378,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--elements", type=int, default=1 << 26, help="of the rounding section")
     parser.add_argument("--isa", choices=cpu.available_isas(), help="instruction set to force")
     parser.add_argument("--no-peers", action="store_true", help="compare with torch only")
+    parser.add_argument(
+        "--cpu-time",
+        action="store_true",
+        help="section formats, with --threads 1: seconds of the CPU, for machines that others use",
+    )
     parser.add_argument("--csv", type=Path)
     parser.add_argument("--png", type=Path, help="roofline plot (needs matplotlib)")
     return parser.parse_args()

@@ -82,26 +82,28 @@ _ENOUGH = 3.0  # seconds, after which a slow contender sits the rest out
 
 
 def interleave(
-    contenders: Mapping[str, Callable[[int], object]], rounds: int
+    contenders: Mapping[str, Callable[[int], object]],
+    rounds: int,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Seconds of every counted call; `rounds` of them at most for each contender.
 
     Contenders take turns, so that what disturbs one disturbs all. A turn is a burst of calls, as
     in real use, whose beginning is not counted: threads that wake up share a core until the
     scheduler has spread them, and a core that slept does not reach memory at full speed at once.
-    Each call gets its own number.
+    Each call gets its own number. `clock` gives seconds.
     """
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     numbers = dict.fromkeys(contenders, 0)
     for _ in range(-(-rounds // _BURST)):
         for name, run in contenders.items():
-            warm, counted = time.perf_counter() + _WARM, 0
+            warm, counted = clock() + _WARM, 0
             while counted < _BURST and sum(seconds[name]) < _ENOUGH:
-                start = time.perf_counter()
+                start = clock()
                 run(numbers[name])
                 numbers[name] += 1
                 if start >= warm:
-                    seconds[name].append(time.perf_counter() - start)
+                    seconds[name].append(clock() - start)
                     counted += 1
     return seconds
 

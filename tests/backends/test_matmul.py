@@ -11,13 +11,16 @@ from mixes import meets_integers
 
 from mixbits import ops
 from mixbits.formats import reference
-from mixbits.formats.pack import Operand, Packed
+from mixbits.formats.pack import SCALE_DTYPES, Operand, Packed, pack, unpack
 from mixbits.formats.schemes import SCALE_MODES, Format, parse_scheme, per_row
 
 MXFP4 = Format("e2m1", 32)
 MXFP8 = Format("e4m3", 32)
 INT4 = Format("int4", 128)
 MXINT8 = Format("int8", 32, scale="e8m0")
+MXFP6, NVFP4 = Format("e2m3", 32), Format("e2m1", 16, scale="e4m3")
+INTEGERS = [Format(f"int{bits}", 32) for bits in (2, 3, 4, 5, 6, 8)]
+CODES = [MXFP4, MXFP6, NVFP4, MXINT8, *INTEGERS]  # one of each kind that is small integers
 
 
 def integer_bound(x, values):
@@ -112,6 +115,21 @@ def test_matmul_of_many_columns(isa, scheme, dtype):
         check_matmul(random_product(tokens, 100, 4096, dtype, *formats), "cpu")
 
 
+@by_isa
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        *("MXFP6A16", "W6A16G32", "W5A16ASYM", "W3A16G64", "NVFP4xMXINT8", "MXFP6xMXINT8"),
+        *("W6G32xMXINT8", "W5xMXFP4", "W3G32ASYMxMXINT8", "MXINT8", "W8ASYMxMXINT8"),
+    ],
+)
+def test_few_tokens_of_many_columns(isa, scheme):
+    scheme = parse_scheme(scheme)
+    for tokens, dtype in zip((1, 2, 4), DTYPES, strict=True):
+        formats = scheme.weight, scheme.activation
+        check_matmul(random_product(tokens, 40, 4096 + 45, dtype, *formats), "cpu")
+
+
 MIXED = [
     *("MXFP4", "MXFP4xMXINT8", "W4xMXINT8", "MXINT8", "MXFP8", "W4A16", "MXFP4A16"),
     *("W8A16G32ASYM", "W2A16", "MXFP8E5M2", "W4A16G32"),
@@ -138,7 +156,13 @@ def test_several_weights_in_one_call(isa, tokens, dtype):
         torch.testing.assert_close(got, want[:3], rtol=0.02, atol=0.02)
 
 
-@pytest.mark.parametrize("scheme", ["MXFP4A16", "W4A16", "W8A16", "W4A16ASYM"])
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        *("MXFP4A16", "W4A16", "W8A16", "W4A16ASYM", "NVFP4A16", "MXFP6A16", "W6A16G32"),
+        *("W5A16", "W3A16G32ASYM"),
+    ],
+)
 @pytest.mark.parametrize("tokens", [1, 3, 40])
 def test_int8_activations_err_by_their_rounding(isa, scheme, tokens):
     fmt, columns = parse_scheme(scheme).weight, 512
@@ -154,6 +178,90 @@ def test_int8_activations_err_by_their_rounding(isa, scheme, tokens):
     steps = blocks.abs().amax(-1, keepdim=True) / 127
     bound = (0.505 * steps.expand_as(blocks).flatten(1)).double() @ values.double().abs().T
     assert ((got - exact).abs() <= bound).all()
+
+
+def packed_codes(codes, fmt, zero_point=None):
+    """A weight of these codes [N, K], all of whose scales are 1."""
+    one = {"float16": 1.0, "e8m0": 127, "e4m3": 0x38}[fmt.scale]
+    scale = torch.full((len(codes), fmt.groups(codes.shape[1])), one).to(SCALE_DTYPES[fmt.scale])
+    divisor = torch.ones(1) if fmt.tensor_scale else None
+    return pack(reference.Quantized(codes, scale, zero_point, divisor), fmt)
+
+
+@pytest.mark.parametrize("fmt", CODES, ids=format_id)
+def test_every_code_in_every_place(isa, fmt):
+    """Tokens that see one column each, by every number of tokens that a path takes at once."""
+    rows, columns = 1 << fmt.bits, 300
+    codes = (torch.arange(rows)[:, None] + 7 * torch.arange(columns)) % rows
+    packed = packed_codes(codes.to(torch.uint8), fmt)
+    values = reference.dequantize(unpack(packed, fmt, columns), fmt)
+    for dtype, first in ((torch.float32, 0), (torch.bfloat16, 1)):
+        x, tokens = torch.eye(columns).to(dtype), 1 + first
+        while first < columns:
+            got = ops.packed_matmul(x[first : first + tokens].clone(), packed, fmt, None, "cpu")
+            assert torch.equal(got.float(), values.T[first : first + tokens]), (first, tokens)
+            first, tokens = first + tokens, tokens % 5 + 1
+
+
+ASYMMETRIC = [replace(fmt, symmetric=False) for fmt in INTEGERS]
+
+
+@pytest.mark.parametrize("fmt", [*CODES, *ASYMMETRIC], ids=format_id)
+@pytest.mark.parametrize("tokens", [1, 3, 7])
+def test_the_largest_sums_of_integers_fit(isa, fmt, tokens):
+    """Only the largest and the smallest codes, and activations whose bytes are as large as any."""
+    columns = 416
+    top = torch.tensor([(1 << fmt.bits) - 1, 0])  # of integers; of floats the largest, and 0
+    if fmt.is_float:
+        top = torch.tensor([(1 << (fmt.bits - 1)) - 1, (1 << fmt.bits) - 1])
+    codes = top[torch.tensor([0, 0, 0, 1, 1, 1])][:, None].repeat(1, columns)
+    codes[2::3] = top[torch.randint(2, (2, columns))]
+    codes = codes.to(torch.uint8)
+    zero = None if fmt.symmetric else codes[:, ::32].flip(0).contiguous()
+    packed = packed_codes(codes, fmt, zero)
+    values = reference.dequantize(unpack(packed, fmt, columns), fmt).double()
+    # 24 bits: bytes of 127 or -128 only. 16 bits, and 8: likewise, and the ends of MXINT8's range.
+    bytes3 = torch.randint(2, (tokens, columns, 3)) * -255 + 127
+    wide = (bytes3 * torch.tensor([1 << 16, 1 << 8, 1])).sum(-1).clamp(-8355711, 8355711)
+    bytes2 = (bytes3[..., :2] * torch.tensor([1 << 8, 1])).sum(-1).clamp(-32639, 32639)
+    mxint8 = torch.where(bytes3[..., 0] > 0, 1.984375, -1.9999)
+    for x, activation in (
+        (wide.float(), None),
+        (bytes2.half() / 65536, None),
+        (bytes2.bfloat16(), None),
+        (-bytes2.abs().float(), None),
+        (mxint8, MXINT8),
+        (-mxint8.abs(), MXINT8),
+        (bytes3[..., 0].sign().float() * 6, MXFP4),
+    ):
+        rounded = x if activation is None else reference.fake_quantize(x, activation)
+        exact = rounded.double() @ values.T
+        got = ops.packed_matmul(x, packed, fmt, activation, "cpu")
+        # Of integers nothing is lost but by sums of their products in float32: up to 104 of these,
+        # each rounded by 2^-24 of what is there already. A sum that did not fit would lose half.
+        allowed = 2.0**-17 * (rounded.double().abs() @ values.abs().T)
+        allowed += torch.finfo(x.dtype).eps * exact.abs()
+        assert ((got.double() - exact).abs() <= allowed).all(), (x.dtype, activation)
+
+
+@pytest.mark.parametrize("divisor", [1.0, 2688 / 3.0, 1e-25, 1e25, 2.0**-70, 3.0e-39])
+@pytest.mark.parametrize("columns", [16, 172, 1040])
+def test_every_scale_of_nvfp4(isa, divisor, columns):
+    """Bytes with a sign, and that of NaN, which no rounding makes, as the reference reads them."""
+    rows, groups = 256, NVFP4.groups(columns)
+    codes = torch.randint(1, 16, (rows, columns)).to(torch.uint8)
+    scale = (torch.arange(rows)[:, None] + torch.arange(groups) // 8 * 37) % 256
+    rest = torch.randint(0, 127, (rows, groups))  # whole vectors of ordinary bytes, too
+    scale = torch.where(torch.arange(groups) % 8 == 3, scale, rest).to(torch.uint8)
+    q = reference.Quantized(codes, scale, None, torch.tensor([divisor]))
+    packed, values = pack(q, NVFP4), reference.dequantize(q, NVFP4).double()
+    for tokens in (1, 4, 6):
+        x = torch.randn(tokens, columns) * (2.0**-64 if divisor < 1e-20 else 1)
+        exact, magnitudes = x.double() @ values.T, x.double().abs() @ values.abs().T
+        got = ops.packed_matmul(x, packed, NVFP4, None, "cpu").double()
+        assert torch.equal(got.isnan(), exact.isnan())
+        error = (got - exact).abs().nan_to_num()
+        assert (error <= 1e-6 * magnitudes.nan_to_num()).all()
 
 
 @pytest.mark.parametrize("fmt", [MXFP4, MXFP8, INT4], ids=format_id)

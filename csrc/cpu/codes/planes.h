@@ -113,8 +113,8 @@ template <int BITS>
 MB_INLINE void join_planes(vi bytes, const uint8_t* upper, vi* out) {
   static_assert(BITS == 3 || BITS == 5 || BITS == 6, "codes in two planes");
   if constexpr (BITS == 3) {
-    // Codes 0 and 2 of a byte, then 1 and 3, get their upper bits while they are still side by side:
-    // of a nibble, bits 0 and 2, or 1 and 3, go to bits 2 and 6.
+    // Codes 0 and 2 of a byte, then 1 and 3, get their upper bits while they are still side by
+    // side: of a nibble, bits 0 and 2, or 1 and 3, go to bits 2 and 6.
     const __m128i evens = _mm_setr_epi32(0x04000400, 0x44404440, 0x04000400, 0x44404440);
     const __m128i odds = _mm_setr_epi32(0x04040000, 0x04040000, 0x44444040, 0x44444040);
     const vi nibbles = spread_nibbles(upper) & 0x0f0f0f0f;

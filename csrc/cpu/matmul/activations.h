@@ -47,19 +47,15 @@ static inline Integers integers_for(const SegmentWeight& segment, int dtype,
 }
 
 // Whether scales are float16, as those of integers that may have zero points.
-constexpr bool has_float16_scales(int element) {
-  return !is_float(element) && !is_mx(element);
-}
+constexpr bool has_float16_scales(int element) { return !is_float(element) && !is_mx(element); }
 
 // Whether a weight's codes are small integers: those, or twice the values of e2m1, or 8 times those
 // of e2m3.
-constexpr bool has_integer_codes(int element) {
-  return element == kE2M1 || element == kNVE2M1 || element == kE2M3 || has_float16_scales(element);
-}
+constexpr bool has_integer_codes(int element) { return element != kE4M3 && element != kE5M2; }
 
 // What such integers count.
 constexpr float integer_unit(int element) {
-  return element == kE2M3 ? 0.125f : is_float(element) ? 0.5f : 1.0f;
+  return element == kE2M3 ? 0.125f : is_float(element) ? 0.5f : unit_of(element);
 }
 
 // Whether activations are left alone, or are codes that are small integers.

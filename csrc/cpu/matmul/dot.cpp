@@ -244,7 +244,13 @@ MB_INLINE vi dot_planes(vi sum, const vi* w, const int8_t (*x)[kVector]) {
   return sum;
 #else
   // Planes are added in 16 bits, if their products fit: two for each plane.
-  if constexpr (2 * PLANES * TOP * 128 > INT16_MAX) {
+  if constexpr (2 * TOP * 128 > INT16_MAX) {
+    // Not even two of 8-bit codes do: their lowest bits go alone, and all others as one less.
+    const __m256i low = (__m256i)(w[0] & 0x01010101), high = (__m256i)(w[0] >> 1 & 0x7f7f7f7f);
+    const __m256i bytes = load_raw<__m256i>(x[0]);
+    sum += (vi)_mm256_madd_epi16(_mm256_maddubs_epi16(low, bytes), _mm256_set1_epi16(1));
+    return sum + (vi)_mm256_madd_epi16(_mm256_maddubs_epi16(high, bytes), _mm256_set1_epi16(2));
+  } else if constexpr (2 * PLANES * TOP * 128 > INT16_MAX) {
     for (int p = 0; p < PLANES; ++p) sum = dot_bytes(sum, w[p], load_raw<vi>(x[p]));
     return sum;
   } else {
@@ -292,9 +298,10 @@ MB_INLINE void add_step(const Rows& rows, int64_t group, vi spread, const S* con
   }
 }
 
-// R rows times M tokens, all of k. `sums` is [M][R].
+// R rows times M tokens, all of k. `sums` is [M][R]. Not inline: elements may share it.
 template <int ELEMENT, int PIECES, int M, int R, bool ZERO_POINTS, bool ONE_GROUP>
-static void multiply_rows(const Work& work, Rows rows, const Tail<R>& tail, float (*sums)[R]) {
+static __attribute__((noinline)) void multiply_rows(const Work& work, Rows rows,
+                                                    const Tail<R>& tail, float (*sums)[R]) {
   constexpr int bits = step_bits<ELEMENT>(), bytes = R * (kVector + upper_bytes<ELEMENT>());
   using S = Step<bits, PIECES>;
   const Groups<bits> groups(work.segment.weight.format.group_size);
@@ -314,8 +321,8 @@ static void multiply_rows(const Work& work, Rows rows, const Tail<R>& tail, floa
                                                             x, step, total);
   }
   if (whole * S::kColumns < work.tokens.columns) {
-    add_step<ELEMENT, PIECES, M, R, ZERO_POINTS, ONE_GROUP>(
-        rows.at(tail), groups.first(whole), groups.spread, x, whole, total);
+    add_step<ELEMENT, PIECES, M, R, ZERO_POINTS, ONE_GROUP>(rows.at(tail), groups.first(whole),
+                                                            groups.spread, x, whole, total);
   }
   for (int m = 0; m < M; ++m) {
     for (int r = 0; r < R; ++r) sums[m][r] = sum_lanes(total[m][r]);
@@ -356,6 +363,9 @@ MB_INLINE void copy_tail(const PackedRow& row, int64_t columns, uint8_t* codes, 
 template <int ELEMENT, int PIECES, int M, int R>
 static void multiply_some(const Work& work, int64_t n, Sums out, char* scratch) {
   constexpr int bits = step_bits<ELEMENT>();
+  constexpr int code = ELEMENT & ~0x40;  // scales of other kinds are floats by then
+  // A variant of its own is compiled where it may occur and counts most.
+  constexpr bool integers = has_float16_scales(ELEMENT), one_plane = bits == element_bits(ELEMENT);
   const SegmentWeight& segment = work.segment;
   const int64_t width = padded_groups(segment), columns = segment.weight.columns;
   const int64_t groups = segment.weight.groups, bytes = segment.weight.code_bytes;
@@ -366,27 +376,25 @@ static void multiply_some(const Work& work, int64_t n, Sums out, char* scratch) 
   for (int r = 0; r < R; ++r) {
     const PackedRow row = segment.weight.row(n + r);
     decode_scales<ELEMENT>(row, groups, scales + r * width);
-    if (row.zero_points)
-      decode_offsets(row, groups, element_bits(ELEMENT), offsets + r * width);
+    if (row.zero_points) decode_offsets(row, groups, element_bits(ELEMENT), offsets + r * width);
     copy_tail<ELEMENT>(row, columns, tail.codes[r], tail.upper[r]);
   }
   const PackedRow first = segment.weight.row(n);
   const Rows rows = {first.codes, first.upper, bytes, bytes, scales, offsets, width};
   float sums[M][R];
   const bool one_group = segment.weight.format.group_size >= step_columns<bits>();
-  if (has_float16_scales(ELEMENT) && segment.weight.zero_points) {
-    multiply_rows<ELEMENT, PIECES, M, R, has_float16_scales(ELEMENT), false>(work, rows, tail, sums);
-  } else if (has_float16_scales(ELEMENT) && one_group) {
-    multiply_rows<ELEMENT, PIECES, M, R, false, has_float16_scales(ELEMENT)>(work, rows, tail, sums);
+  if (integers && segment.weight.zero_points) {
+    multiply_rows<code, PIECES, M, R, integers, false>(work, rows, tail, sums);
+  } else if (integers && one_plane && one_group) {
+    multiply_rows<code, PIECES, M, R, false, integers && one_plane>(work, rows, tail, sums);
   } else {
-    multiply_rows<ELEMENT, PIECES, M, R, false, false>(work, rows, tail, sums);
+    multiply_rows<code, PIECES, M, R, false, false>(work, rows, tail, sums);
   }
   for (int m = 0; m < M && m < work.tokens.count; ++m) {
     const char* const x = work.prepared + m * work.stride;
     if (*Token<bits, PIECES>(x, columns).term_count != 0) {
-      const auto add = segment.weight.zero_points
-                           ? add_terms<ELEMENT, PIECES, R, has_float16_scales(ELEMENT)>
-                           : add_terms<ELEMENT, PIECES, R, false>;
+      const auto add = segment.weight.zero_points ? add_terms<code, PIECES, R, integers>
+                                                  : add_terms<code, PIECES, R, false>;
       add(work, rows, tail, m, sums[m]);
     }
     for (int r = 0; r < R; ++r) out.data[m * out.stride + r] += sums[m][r];
@@ -458,9 +466,14 @@ const Path* integer_dot_path(const SegmentWeight& segment, const Tokens& tokens,
   const Path* path = nullptr;
   with_packed_element(segment.element(), [&](auto tag) {
     constexpr int element = decltype(tag)::value;
-    // Products of 8-bit codes overflow the 16-bit sums of AVX2.
-    constexpr bool fits = kLanes == 16 || 2 * largest_integer(element) * 128 <= INT16_MAX;
-    if constexpr (has_integer_codes(element) && fits) path = path_of<element>(kind);
+    if constexpr (kLanes == 8 && element_bits(element) == 8) {
+      // Their products overflow the 16-bit sums of AVX2 and take twice as many instructions. Only
+      // activations that are bytes by their format go this way; all others keep the float path.
+      if constexpr (has_integer_codes(element))
+        path = kind == kMXInt8Codes ? &kPath<element, kMXInt8Codes> : nullptr;
+    } else if constexpr (has_integer_codes(element)) {
+      path = path_of<element>(kind);
+    }
   });
   return path;
 }

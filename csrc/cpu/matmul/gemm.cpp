@@ -453,7 +453,7 @@ bool can_be_bfloat16(const SegmentWeight& segment, int dtype) {
 
 // Whether codes of a packed dword become a panel's integers, and groups are whole blocks.
 constexpr bool has_integer_panel(int element) {
-  return has_integer_codes(element) && element != kNVE2M1 &&
+  return has_integer_codes(element) && element != kNVE2M1 && element != kMXInt8 &&
          lower_bits(element_bits(element)) == element_bits(element);
 }
 

@@ -90,7 +90,7 @@ struct Slow {
       for (size_t at = 0; at < x.size(); ++at) x[at] = double(get(rounded, m.dtype, int64_t(at)));
     }
     w = weight_values(weight);
-    integers = !m.activations[i] && (element == kE2M1 || !is_mx(element));
+    integers = !m.activations[i] && meets_integers(element);
     for (int64_t t = 0; t < m.tokens; ++t) {
       for (int64_t n = 0; n < weight.rows; ++n) outputs.push_back(output(t, n));
     }

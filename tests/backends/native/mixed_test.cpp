@@ -41,7 +41,7 @@ struct Slow {
       rounded = to_floats(slow_fake_quantize(x, m.tokens, columns, dtype, s.activations[i]), dtype);
     const std::vector<double> w = weight_values(weight);
     const int element = decode_format(weight.format).element;
-    const bool integers = !s.activations[i] && (element == kE2M1 || !is_mx(element));
+    const bool integers = !s.activations[i] && meets_integers(element);
     for (int64_t t = 0; t < m.tokens; ++t) {
       const std::vector<double> token(rounded.begin() + t * columns,
                                       rounded.begin() + (t + 1) * columns);

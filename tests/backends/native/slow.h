@@ -285,6 +285,9 @@ inline Bytes slow_fake_quantize(const std::vector<float>& x, int64_t rows, int64
 
 // --- activations that become integers -----------------------------------------------------------
 
+// Whether x that has no format may become integers beside weights of this element.
+inline bool meets_integers(int element) { return element != kE4M3 && element != kE5M2; }
+
 // By how much rounding may move each of a block's `count` values, as csrc/cpu/matmul/activations.h
 // says: by half a step, or, where at most half of the values are large, by half a step of what
 // rounding left, of which the largest is half a step itself.
