@@ -112,6 +112,11 @@ int any_format(Input& in) {
   return in.choice(formats);
 }
 
+int any_format_of_weights(Input& in) {
+  static const std::vector<int> formats = formats_of_weights();
+  return in.choice(formats);
+}
+
 void same_numbers(const Bytes& a, const Bytes& b, int dtype, const char* what) {
   REQUIRE(first_difference(a, b, dtype) < 0, what);
 }
@@ -129,7 +134,7 @@ void run_both(const char* isa, int threads, const F& run) {
 // fake_quantize and dequantize(quantize_pack) give the same, with every instruction set.
 void fuzz_rounding(Input& in, const char* isa, int threads) {
   const int64_t rows = any_rows(in), columns = any_columns(in);
-  const int dtype = in.below(3), format = any_format(in);
+  const int dtype = in.below(3), format = any_format_of_weights(in);
   const Bytes x(rows * columns * dtype_size(dtype), in.below(8));
   in.fill_tensor(x, dtype);
   Bytes outs[2], values[2];
@@ -152,7 +157,7 @@ void fuzz_rounding(Input& in, const char* isa, int threads) {
 
 void fuzz_dequantize(Input& in, const char* isa, int threads) {
   const int dtype = in.below(3);
-  const Weight w(any_format(in), any_rows(in), any_columns(in), in.below(8));
+  const Weight w(any_format_of_weights(in), any_rows(in), any_columns(in), in.below(8));
   in.fill_weight(w);
   Bytes outs[2];
   run_both(isa, threads, [&](int i) {
@@ -175,7 +180,7 @@ void fuzz_statistics(Input& in, const char* isa, int threads) {
   for (double& number : row_weight) number = in.byte();
   for (double& number : column_weight) number = in.byte();
   std::vector<int> formats(1 + in.below(4));
-  for (int& format : formats) format = any_format(in);
+  for (int& format : formats) format = any_format_of_weights(in);
   set_isa(isa);
   Bytes outs[2];
   for (int i = 0; i < 2; ++i) {
