@@ -54,12 +54,6 @@ MB_INLINE void with_element(int element, F&& f) {
   }
 }
 
-// The same for elements of packed weights.
-template <class F>
-MB_INLINE void with_packed_element(int element, F&& f) {
-  with_element(element, f);
-}
-
 // The same for a count of 1 to MOST; what is beyond counts as MOST.
 template <int MOST, class F>
 MB_INLINE void with_count(int64_t count, F&& f) {

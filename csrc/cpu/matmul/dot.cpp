@@ -464,7 +464,7 @@ const Path* integer_dot_path(const SegmentWeight& segment, const Tokens& tokens,
   if (!has_integer_activations(segment)) return nullptr;
   const Integers kind = integers_for(segment, tokens.dtype, int8_activations);
   const Path* path = nullptr;
-  with_packed_element(segment.element(), [&](auto tag) {
+  with_element(segment.element(), [&](auto tag) {
     constexpr int element = decltype(tag)::value;
     if constexpr (kLanes == 8 && element_bits(element) == 8) {
       // Their products overflow the 16-bit sums of AVX2 and take twice as many instructions. Only

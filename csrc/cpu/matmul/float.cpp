@@ -99,7 +99,7 @@ void dot_rows(const Work& work, int64_t first_row, int64_t last_row, Sums sums) 
 }
 
 void multiply_few(const Work& work, int64_t first_row, int64_t last_row, Sums sums, char*) {
-  with_packed_element(work.segment.element(), [&](auto tag) {
+  with_element(work.segment.element(), [&](auto tag) {
     dot_rows<decltype(tag)::value>(work, first_row, last_row, sums);
   });
 }
@@ -167,7 +167,7 @@ void multiply_many(const Work& work, int64_t first_row, int64_t last_row, Sums s
   // A tile beyond the last row reads what lies there, and its sums are dropped.
   const int64_t rows = last_row - first_row, tiled = round_up(rows, kTileN);
   memset(panel + rows * stride, 0, (tiled - rows) * work.stride);
-  with_packed_element(work.segment.element(), [&](auto tag) {
+  with_element(work.segment.element(), [&](auto tag) {
     decode_panel<decltype(tag)::value>(work.segment.weight, first_row, rows, stride, panel);
   });
   multiply_panel(work, panel, rows, sums);

@@ -483,7 +483,7 @@ const Path* path_of(const SegmentWeight& segment, const Tokens& tokens, bool int
 
 const Path* gemm_path(const SegmentWeight& segment, const Tokens& tokens, bool int8_activations) {
   const Path* path = nullptr;
-  with_packed_element(segment.element(), [&](auto tag) {
+  with_element(segment.element(), [&](auto tag) {
     path = path_of<decltype(tag)::value>(segment, tokens, int8_activations);
   });
   return path;

@@ -162,7 +162,7 @@ bool dequantize(const DequantizeArgs& a) {
   for (int64_t n = 0; n < a.rows; ++n) {
     const PackedRow row = weight.row(n);
     char* out = static_cast<char*>(a.out) + n * a.columns * size;
-    with_packed_element(format.element, [&](auto tag) {
+    with_element(format.element, [&](auto tag) {
       for (int64_t first = 0; first < a.columns; first += kRun) {
         const int count = int(min64(a.columns - first, kRun));
         alignas(64) float values[kRun];
