@@ -99,9 +99,8 @@ void dot_rows(const Work& work, int64_t first_row, int64_t last_row, Sums sums) 
 }
 
 void multiply_few(const Work& work, int64_t first_row, int64_t last_row, Sums sums, char*) {
-  with_element(work.segment.element(), [&](auto tag) {
-    dot_rows<decltype(tag)::value>(work, first_row, last_row, sums);
-  });
+  with_element(work.segment.element(),
+               [&](auto tag) { dot_rows<decltype(tag)::value>(work, first_row, last_row, sums); });
 }
 
 // --- many tokens ----------------------------------------------------------------------------
