@@ -82,6 +82,7 @@ def measure_matmul(
     threads: int,
     rounds: int,
     clock: Callable[[], float] = time.perf_counter,
+    enough: float = 3.0,
 ) -> list[Row]:
     """One row per peer for x [tokens, K] times [N, K]."""
     rows, columns = shape
@@ -91,7 +92,7 @@ def measure_matmul(
     rotations = {peer.name: Rotation(peer, tile, rows, x, threads, 4 * CACHE) for peer in peers}
     read, copy = read_bandwidth(), copy_bandwidth()
     calls: dict[str, Callable[[int], object]] = {"read": read, "copy": copy}
-    seconds = interleave({**calls, **rotations}, rounds, clock)
+    seconds = interleave({**calls, **rotations}, rounds, clock, enough)
     bandwidth = read.bytes / percentile(seconds["read"], 50)
     result = []
     for name, rotation in rotations.items():
@@ -177,7 +178,7 @@ def formats(args: argparse.Namespace) -> list[Row]:
     ):
         peers = [mixbits_peer(scheme, torch.bfloat16) for scheme in schemes]
         clock = time.process_time if args.cpu_time else time.perf_counter
-        found = measure_matmul(peers, shape, tokens, args.threads, args.rounds, clock)
+        found = measure_matmul(peers, shape, tokens, args.threads, args.rounds, clock, enough=10.0)
         for row in found:
             row[f"{figure} of first"] = row[figure] / found[0][figure]
         print_matmul(found, [])

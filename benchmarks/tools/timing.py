@@ -78,27 +78,29 @@ def copy_bandwidth() -> Yardstick:
 
 _BURST = 5  # counted calls of a turn
 _WARM = 0.05  # seconds of calls before them
-_ENOUGH = 3.0  # seconds, after which a slow contender sits the rest out
+_ENOUGH = 3.0  # seconds of a contender
 
 
 def interleave(
     contenders: Mapping[str, Callable[[int], object]],
     rounds: int,
     clock: Callable[[], float] = time.perf_counter,
+    enough: float = _ENOUGH,
 ) -> dict[str, list[float]]:
     """Seconds of every counted call; `rounds` of them at most for each contender.
 
     Contenders take turns, so that what disturbs one disturbs all. A turn is a burst of calls, as
     in real use, whose beginning is not counted: threads that wake up share a core until the
     scheduler has spread them, and a core that slept does not reach memory at full speed at once.
-    Each call gets its own number. `clock` gives seconds.
+    Each call gets its own number. `clock` gives seconds; a contender that has taken `enough` of
+    them sits the rest out.
     """
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     numbers = dict.fromkeys(contenders, 0)
     for _ in range(-(-rounds // _BURST)):
         for name, run in contenders.items():
             warm, counted = clock() + _WARM, 0
-            while counted < _BURST and sum(seconds[name]) < _ENOUGH:
+            while counted < _BURST and sum(seconds[name]) < enough:
                 start = clock()
                 run(numbers[name])
                 numbers[name] += 1
