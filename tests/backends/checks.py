@@ -49,8 +49,14 @@ def every_zero_point_and_code(fmt: Format) -> reference.Quantized:
     return reference.Quantized(codes, scale.view(levels, 2), zero_point)
 
 
-def check_round_trip(backend: ModuleType, device: torch.device, fmt: Format, columns: int) -> None:
-    for dtype in DTYPES:
+def check_round_trip(
+    backend: ModuleType,
+    device: torch.device,
+    fmt: Format,
+    columns: int,
+    dtypes: Sequence[torch.dtype] = DTYPES,
+) -> None:
+    for dtype in dtypes:
         w = hard_rows(columns, dtype)
         got = backend.fake_quantize(w.to(device), fmt)
         assert_same_bits(got.cpu(), reference.fake_quantize(w, fmt))
