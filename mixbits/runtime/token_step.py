@@ -231,9 +231,8 @@ class NativeModel:
                 tensor = part.get_buffer(name)
                 self.parameters.append(tensor)
                 self._buffer(tensor)
-        held = all(map(cpu.decodes, ops.weights_of([linear.operand])))
-        rounded = all(map(cpu.holds, ops.activations_of([linear.operand])))
-        _require(held and rounded, "a linear's format")
+        used = {*ops.weights_of([linear.operand]), *ops.activations_of([linear.operand])}
+        _require(all(map(cpu.holds, used)), "a linear's format")
         numbers = cpu.linear_numbers(linear.operand)
         return [bias, int(linear.int8_activations), *numbers]
 
