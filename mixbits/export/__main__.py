@@ -146,7 +146,11 @@ def _fits(args: argparse.Namespace, model: Any) -> dict[str, Any]:
     linears = list(model.linears.values())
     packed = [info for info in linears if info.name in model.recipes]
     check_layout(model.shapes, packed, args.format)
-    return fit(TARGETS[args.format], linears, model.recipes, args.lossy)
+    try:
+        return fit(TARGETS[args.format], linears, model.recipes, args.lossy)
+    except UsageError as error:
+        plan = f"; python -m mixbits.quantize --target {args.format} plans in what it holds"
+        raise UsageError(f"{error}{plan}") from error
 
 
 def export(args: argparse.Namespace) -> None:

@@ -253,8 +253,8 @@ class Carrier:
             columns = self.model.linears[name].in_features
             same = packed._replace(weight_scale=rounded.to(torch.float16))
             values = (packed_values([p], recipe, columns) for p in (packed, same))
-            before = self.losses[name] if self.fits[name].why else 0.0
-            self.losses[name] = before + relative_error(*values)
+            # What was rounded to another format has lost something before.
+            self.losses[name] = self.losses.get(name, 0.0) + relative_error(*values)
         return packed._replace(weight_scale=rounded)
 
     def plain(self, name: str, dtype: torch.dtype | None = None) -> Tensor:

@@ -179,3 +179,22 @@ def test_an_exported_folder_can_be_quantized_again(tmp_path: Path) -> None:
     for name, recipe in assignment.items():
         value = expected[f"{name}.weight_fake"].bfloat16()
         assert torch.equal(again.tensor(f"{name}.weight"), value), recipe.name
+
+
+def test_integers_lose_activations_and_digits_of_scales(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What the menu for a CPU plans: other loaders take its weights."""
+    _, _, folder = packed(tmp_path, "W3G32xMXINT8,W4G32xMXINT8,W5G32xMXINT8", head=False)
+    argv = [str(folder), "--format", "compressed-tensors", "--out", str(tmp_path / "out")]
+    assert main(argv) == 2
+    error = capsys.readouterr().err
+    assert error.endswith("--target compressed-tensors plans in what it holds\n")
+    assert main([*argv, "--lossy"]) == 0
+    assert "14 packed linears, 14 of them converted" in capsys.readouterr().out
+    report = read(tmp_path / "out" / "mixbits-export.json")
+    found = {one["scheme"] for one in report["linears"].values()}
+    assert found == {"W3A16G32", "W4A16G32", "W5A16G32"}
+    errors = [report["relative_errors"][name] for name in report["linears"]]
+    assert all(0 < error < 2.0**-8 for error in errors)  # of scales in bfloat16, which has 8 digits
+    logits(loaded(tmp_path / "out"))
