@@ -120,6 +120,7 @@ def _print_plain(model: Any, losses: dict[str, float], dtype: Any) -> None:
 
 def _tell_loaders(fits: Mapping[str, Any], rounds_experts: bool) -> None:
     """What becomes of a folder of compressed-tensors in its loaders."""
+    from .compressed_tensors import layout
     from .targets import TARGETS
 
     if rounds_experts:
@@ -129,6 +130,11 @@ def _tell_loaders(fits: Mapping[str, Any], rounds_experts: bool) -> None:
         say(
             "transformers takes the scales of rows and tokens in the model's dtype: load it with "
             "dtype=torch.float32 for the same numbers"
+        )
+    if any(not s.format.symmetric and layout(s) == "pack-quantized" for s in schemes.values()):
+        say(
+            "transformers takes packed zero points where all linears are of one scheme, with "
+            "quantization_config=CompressedTensorsConfig(dequantize=True), and fails without"
         )
     others = [name for name, scheme in schemes.items() if not TARGETS["vllm"].knows(scheme)]
     if others:
