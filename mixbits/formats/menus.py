@@ -3,7 +3,8 @@
 portable      integers of 4 and 8 bits, activations left in 16 bits: what every kernel here, every
               export, `--tune` and slabs can do
 cpu           integers of 3 to 8 bits and MXFP4, activations in 8-bit integers of 32 that share
-              a power of two: products are exact sums of integers
+              a power of two: products are exact sums of integers. The 8 bits are MXINT8, whose
+              scales reach where those in float16 end
 w4a4          floats with activations alike, as hardware with block scales multiplies them
 weights-only  integers of 3 to 8 bits, activations left in 16 bits
 """
@@ -20,7 +21,7 @@ MENUS = {
         "W4G32xMXINT8",
         "W5G32xMXINT8",
         "W6G32xMXINT8",
-        "W8G32xMXINT8",
+        "MXINT8",
     ),
     "w4a4": ("MXFP4", "NVFP4", "MXFP6", "MXFP8"),
     "weights-only": ("W3A16G32", "W4A16G32", "W5A16G32", "W6A16G32", "W8A16G32"),

@@ -49,9 +49,11 @@ static inline Integers integers_for(const SegmentWeight& segment, int dtype,
 // Whether scales are float16, as those of integers that may have zero points.
 constexpr bool has_float16_scales(int element) { return !is_float(element) && !is_mx(element); }
 
-// Whether a weight's codes are small integers: those, or twice the values of e2m1, or 8 times those
-// of e2m3.
-constexpr bool has_integer_codes(int element) { return element != kE4M3 && element != kE5M2; }
+// Whether a weight's codes are small integers, with scales of groups: those, or twice the values of
+// e2m1, or 8 times those of e2m3.
+constexpr bool has_integer_codes(int element) {
+  return element != kE4M3 && element != kE5M2 && !has_row_scale(element);
+}
 
 // What such integers count.
 constexpr float integer_unit(int element) {
