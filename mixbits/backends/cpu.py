@@ -21,18 +21,12 @@ from ..formats import compensate
 from ..formats.compensate import Group
 from ..formats.pack import SCALE_DTYPES, Operand, Packed, empty_packed
 from ..formats.reference import Scales
-from ..formats.schemes import FIRST_FORMATS, MX_GROUP, ROW, Format
+from ..formats.schemes import MX_GROUP, NATIVE_FORMATS, ROW, Format
 
 DTYPE_NUMBERS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # csrc/formats.h, Dtype
 
 MAX_COLUMNS = 128  # of one call of compensate_group: csrc/cpu/ops/compensate.cpp
-# Elements with scales: csrc/cpu/codes/group.h.
-HELD = (
-    FIRST_FORMATS
-    | {(e, "e8m0") for e in ("e2m3", "int8")}
-    | {(e, "float16") for e in ("int3", "int5", "int6")}
-    | {("e2m1", "e4m3"), ("e4m3", "float32"), ("int8", "float32")}
-)
+HELD = NATIVE_FORMATS  # csrc/cpu/codes/group.h
 
 _native: Any = None
 _why: str | None = None

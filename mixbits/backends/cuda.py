@@ -30,18 +30,12 @@ from torch import Tensor
 
 from ..errors import UsageError
 from ..formats.pack import Operand, Packed, empty_packed
-from ..formats.schemes import FIRST_FORMATS, MX_GROUP, Format
+from ..formats.schemes import FIRST_FORMATS, MX_GROUP, NATIVE_FORMATS, Format
 from .cuda_choice import KERNELS, TILE, Device, Kernel, KernelChoice, Product, choose
 from .scratch import matmul_through_scratch
 
 TAKES_PARTS = True  # `packed_matmul`, of regular operands
-# Elements with scales: `Decoded` in csrc/cuda/codes/common.cuh.
-DECODED = (
-    FIRST_FORMATS
-    | {("e2m3", "e8m0"), ("int8", "e8m0"), ("e2m1", "e4m3")}
-    | {(e, "float16") for e in ("int3", "int5", "int6")}
-    | {(e, "float32") for e in ("e4m3", "int8")}
-)
+DECODED = NATIVE_FORMATS  # `Decoded` in csrc/cuda/codes/common.cuh
 DTYPE_NUMBERS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # csrc/formats.h, Dtype
 
 

@@ -17,19 +17,13 @@ import torch
 from torch import Tensor
 
 from ..formats.pack import Operand, Packed, Piece
-from ..formats.schemes import FIRST_FORMATS, Format
+from ..formats.schemes import NATIVE_FORMATS, Format
 from .scratch import matmul_through_scratch
 
 TAKES_PARTS = True  # `packed_matmul`, of regular operands
 # Beyond, every tile of tokens would decode the weight once more; decoding it once is cheaper.
 MAX_FUSED_TOKENS = 256
-# Elements with scales: kernels/triton/numerics.py.
-HELD = (
-    FIRST_FORMATS
-    | {("e2m3", "e8m0"), ("int8", "e8m0"), ("e2m1", "e4m3")}
-    | {(e, "float16") for e in ("int3", "int5", "int6")}
-    | {(e, "float32") for e in ("e4m3", "int8")}
-)
+HELD = NATIVE_FORMATS  # kernels/triton/numerics.py
 
 
 @functools.cache

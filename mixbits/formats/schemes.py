@@ -98,6 +98,15 @@ FIRST_FORMATS = frozenset(
     | {(e, "float16") for e in ("int2", "int4", "int8")}
 )
 
+# What kernels have code for, elements with scales: a format that is added to `SCALES` is
+# not here before they have.
+NATIVE_FORMATS = (
+    FIRST_FORMATS
+    | {("e2m3", "e8m0"), ("int8", "e8m0"), ("e2m1", "e4m3")}
+    | {(e, "float16") for e in ("int3", "int5", "int6")}
+    | {(e, "float32") for e in ("e4m3", "int8")}
+)
+
 
 @dataclass(frozen=True)
 class Format:

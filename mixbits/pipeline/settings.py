@@ -333,7 +333,7 @@ class Settings(
     @property
     def default_menu(self) -> tuple[str, str]:
         """The menu for when no schemes are asked for, and why."""
-        return default_menu(self.computes_on == "cpu", self.slabs or self.tune is not None)
+        return default_menu(self.computes_on.startswith("cpu"), self.slabs or self.tune is not None)
 
     @property
     def folder(self) -> Path:
