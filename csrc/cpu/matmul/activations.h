@@ -47,7 +47,9 @@ static inline Integers integers_for(const SegmentWeight& segment, int dtype,
 }
 
 // Whether scales are float16, as those of integers that may have zero points.
-constexpr bool has_float16_scales(int element) { return !is_float(element) && !is_mx(element); }
+constexpr bool has_float16_scales(int element) {
+  return !is_float(element) && !is_mx(element) && !has_row_scale(element);
+}
 
 // Whether a weight's codes are small integers, with scales of groups: those, or twice the values of
 // e2m1, or 8 times those of e2m3.
