@@ -141,8 +141,8 @@ PYBIND11_MODULE(_cuda, m) {
       },
       py::arg("x"), py::arg("segments"), py::arg("out"), py::arg("tokens"), py::arg("rows"),
       py::arg("columns"), py::arg("dtype"), py::arg("sums"), py::arg("stream"),
-      "x [tokens, columns] -> out [tokens, rows]; at most MAX_TOKENS tokens. Of several segments, x "
-      "is that of one after the other, and sums is float32 [tokens, rows]; else 0.");
+      "x [tokens, columns] -> out [tokens, rows]; at most MAX_TOKENS tokens. Of several "
+      "segments, x is that of one after the other, and sums is float32 [tokens, rows]; else 0.");
 
   m.def(
       "packed_matmul_mma",
