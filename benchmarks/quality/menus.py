@@ -13,7 +13,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import mixbits
-from benchmarks.quality.uniform import FIGURES, Subject, make_parser
+from benchmarks.quality.uniform import FIGURES, Subject, key_of, make_parser
 from benchmarks.tools.records import Records
 from mixbits.command import quiet
 from mixbits.formats.menus import expanded
@@ -25,7 +25,8 @@ MENUS = (
     "W4+W8=W4A16G32,W8A16G32",
     "weights=weights-only",
 )
-KEY = ("model", "menu", "schemes", "avg_bits", "rounding", "calibration", "held_out")
+KEY = ("model", "menu", "schemes", "avg_bits", "rotate", "rounding", "calibration", "nsamples")
+KEY = (*KEY, "held_out")
 COLUMNS = (*KEY, "bits", *FIGURES)
 
 
@@ -45,15 +46,14 @@ def main() -> None:
     menus = args.menu or [_menu(text) for text in MENUS]
     subject, records = Subject(args), Records(args.csv, COLUMNS, KEY)
     every = tuple(dict.fromkeys(scheme for _, schemes in menus for scheme in schemes))
-    text = {"nsamples": args.nsamples, "seqlen": args.seqlen}
-    scores = mixbits.measure(args.model, args.dataset, schemes=every, **text)
+    how = {"nsamples": args.nsamples, "seqlen": args.seqlen, "rotate": args.rotate}
+    scores = mixbits.measure(args.model, args.dataset, schemes=every, **how)
     rows = [["stored bits", *(name for name, _ in menus)]]
     for bits in map(float, args.avg_bits.split(",")):
         found: list[float] = []
         for name, schemes in menus:
-            key = {"model": subject.name, "menu": name, "schemes": " ".join(schemes)}
+            key = {**key_of(args), "menu": name, "schemes": " ".join(schemes)}
             key |= {"avg_bits": f"{bits:g}", "rounding": args.rounding}
-            key |= {"calibration": Path(args.dataset).name, "held_out": Path(args.held_out).name}
             row = records.find(**key)
             if row is None:
                 plan = mixbits.allocate(scores, avg_bits=bits, schemes=schemes)

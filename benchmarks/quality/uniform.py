@@ -32,7 +32,7 @@ SCHEMES = (
     *("W4A16G32", "W5A16G32", "MXFP6", "MXFP6xMXFP8", "W6A16G32", "W6G32xMXINT8", "MXFP8"),
     "MXINT8",
 )
-KEY = ("model", "scheme", "rounding", "calibration", "held_out")
+KEY = ("model", "scheme", "rotate", "rounding", "calibration", "nsamples", "held_out")
 FIGURES = ("kl", "kl_stderr", "perplexity", "perplexity_reference")
 COLUMNS = (*KEY, "bits", *FIGURES)
 
@@ -41,22 +41,23 @@ class Subject:
     """One model, its linears and its text."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        self.name = Path(args.model).resolve().name
         source = open_source(args.model)
         self.model = StreamedModel(source.load())
         self.linears = find_linears(self.model.model)
         vocab, tokenizer = source.config.get_text_config().vocab_size, source.tokenizer()
-        length = args.seqlen
-        self.calibration, _ = load_sequences(
-            args.dataset, tokenizer, vocab, args.nsamples, 0, length
+        length, judged = args.seqlen, args.eval_nsamples
+        is_one = args.held_out == args.dataset  # then what judges comes behind
+        self.calibration, self.held_out = load_sequences(
+            args.dataset, tokenizer, vocab, args.nsamples, judged if is_one else 0, length
         )
-        _, self.held_out = load_sequences(
-            args.held_out, tokenizer, vocab, 0, args.eval_nsamples, length
-        )
+        if not is_one:
+            _, self.held_out = load_sequences(args.held_out, tokenizer, vocab, 0, judged, length)
 
-    def uniform(self, scheme_name: str) -> Assignment:
-        recipe = Recipe.plain(parse_scheme(scheme_name, act_scale_mode="even"))
-        return {info.name: recipe for info in self.linears}
+    def uniform(self, scheme_name: str, rotate: str) -> Assignment:
+        scheme = parse_scheme(scheme_name, act_scale_mode="even")
+        if rotate == "none":
+            return {info.name: Recipe.plain(scheme) for info in self.linears}
+        return {i.name: Recipe(((scheme, i.in_features),), None, True) for i in self.linears}
 
     def figures(self, recipes: Assignment, rounding: str) -> dict[str, Any]:
         """`bits` stored, and FIGURES of the linears so rounded."""
@@ -76,7 +77,15 @@ def make_parser(name: str) -> argparse.ArgumentParser:
     parser.add_argument("--nsamples", type=int, default=16)
     parser.add_argument("--eval-nsamples", type=int, default=24)
     parser.add_argument("--seqlen", type=int, default=256)
+    parser.add_argument("--rotate", default="none", choices=("none", "all"))
     return parser
+
+
+def key_of(args: argparse.Namespace) -> dict[str, str]:
+    """What names a row, beside what is quantized and how."""
+    found = {"model": Path(args.model).resolve().name, "rotate": args.rotate}
+    found |= {"calibration": Path(args.dataset).name, "nsamples": str(args.nsamples)}
+    return found | {"held_out": Path(args.held_out).name}
 
 
 def main() -> None:
@@ -92,10 +101,11 @@ def main() -> None:
     for name in args.schemes.split(","):
         cells: list[str] = []
         for rounding in roundings:
-            key = {"model": subject.name, "scheme": name, "rounding": rounding}
-            key |= {"calibration": Path(args.dataset).name, "held_out": Path(args.held_out).name}
+            key = {**key_of(args), "scheme": name, "rounding": rounding}
             row = records.find(**key)
-            row = row or records.append({**key, **subject.figures(subject.uniform(name), rounding)})
+            if row is None:
+                figures = subject.figures(subject.uniform(name, args.rotate), rounding)
+                row = records.append({**key, **figures})
             bits = f"{float(row['bits']):.3f}"
             cells += [f"{float(row['kl']) * 1e3:.1f}", f"{float(row['perplexity']):.1f}"]
         rows.append([name, bits, *cells])

@@ -93,7 +93,7 @@ def check(s: Settings) -> None:
 
 
 def _check_columns(s: Settings) -> None:
-    arranged = s.slabs or s.rotate != "none"
+    arranged = s.slabs or s.rotate not in (None, "none")
     if arranged and s.method != "fisher":
         raise UsageError(f"--granularity slab and --rotate need --method fisher: got {s.method}")
     if s.free_slabs and not s.slabs:
@@ -149,7 +149,7 @@ def _check_target(s: Settings) -> None:
     assert s.target is not None
     target = TARGETS[s.target]
     for name in ("granularity", "rotate"):
-        if getattr(s, name) not in ("layer", "none"):
+        if getattr(s, name) not in ("layer", "none", None):
             raise UsageError(f"--target {target.name} cannot go with --{name} {getattr(s, name)}")
     if s.per_expert and target.experts:
         raise UsageError(f"--target {target.name} cannot go with --per-expert: experts must agree")

@@ -11,7 +11,7 @@ from ..checkpoint.folder import predicted_bytes
 from ..errors import UsageError
 from ..export.targets import TARGETS, advice, check_fused, check_together, default_schemes, fit
 from ..formats.menus import MENUS
-from ..formats.schemes import Assignment, Recipe, Scheme, parse_scheme
+from ..formats.schemes import MX_GROUP, Assignment, Recipe, Scheme, parse_scheme
 from ..measuring.scores import Scores
 from ..model.layout import CausalLM, LinearInfo, Survey, check_layout, survey
 from ..model.units import Unit, ignore, make_units, match_units
@@ -60,6 +60,30 @@ class Run:
     @property
     def scale_modes(self) -> tuple[str, str]:
         return self.settings.scale_modes
+
+    @property
+    def rotation(self) -> str:
+        """What --rotate asks for, or what suits the schemes: none where nothing would gain.
+
+        Nor is that worth it where some activations are not rounded: a rotated input is float32.
+        """
+        settings = self.settings
+        if settings.rotate is not None:
+            return settings.rotate
+        if settings.target or settings.tune or settings.method != "fisher":
+            return "none"
+        used = {s.activation and s.activation.scale for s in self.all_schemes if s.packed}
+        return "none" if None in used or used <= {"e4m3"} else "all"
+
+    @property
+    def rotated(self) -> list[str]:
+        """Linears whose inputs are rotated; codes that the source has stay as they are."""
+        wanted = {
+            "none": lambda info: False,
+            "ffn": lambda info: info.ffn_output,
+            "all": lambda info: info.in_features >= MX_GROUP,
+        }[self.rotation]
+        return [i.name for i in self.linears if wanted(i) and i.name not in self.own.formats]
 
     def predicted_bytes(self, assignment: Assignment) -> int:
         """Exact size of the weight files; of 16-bit weights, where only config.json is here."""

@@ -35,8 +35,7 @@ def _new_arrangements(
             batch_size=settings.batch_size,
             seed=settings.seed,
         )
-    rotated = [i.name for i in run.linears if i.ffn_output] if settings.rotate == "ffn" else []
-    for name in rotated:
+    for name in run.rotated:
         order = arrangements[name].order if name in arrangements else None
         arrangements[name] = Arrangement(order, rotated=True)
     return arrangements
@@ -60,8 +59,9 @@ def check_known(
     `sha256` of the model, and `prefix` of sequences: None where these are known to be the same.
     """
     scores.check(where, run.linears, run.all_schemes, run.scale_modes, sha256, prefix)
-    if run.settings.rotate == "ffn" and not any(scores.rotated(i.name) for i in run.linears):
-        raise UsageError(f"{where} was measured without --rotate ffn: measure again")
+    asked = run.settings.rotate
+    if asked and [i.name for i in run.linears if scores.rotated(i.name)] != run.rotated:
+        raise UsageError(f"{where} was measured without --rotate {asked}: measure again")
     if not run.settings.slabs:
         return
     for unit in run.units:

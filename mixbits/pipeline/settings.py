@@ -156,10 +156,12 @@ class BudgetSettings:
         choices=("layer", "slab"),
     )
     free_slabs: bool = _option(False, "slabs of q, k, v, and of gate and up, need not agree")
-    rotate: str = _option(
-        "none",
-        "ffn: spread outliers of down_proj's input over 32 columns by a Hadamard matrix",
-        choices=("none", "ffn"),
+    rotate: str | None = _option(
+        None,
+        "spread outliers over 32 columns by a Hadamard matrix, in the inputs of all linears or "
+        "of the FFN's last (default: all, where every scheme rounds activations and not all to "
+        "NVFP4; none with --target, --tune, and methods but fisher)",
+        choices=("none", "ffn", "all"),
     )
 
     @property

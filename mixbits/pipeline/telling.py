@@ -36,6 +36,12 @@ def source(run: Run) -> None:
     if run.menu:
         names = ", ".join(scheme.name for scheme in run.schemes)
         say(f"  to choose from: {names} ({run.menu}); --schemes asks for others")
+    measures = not (run.settings.scores or run.settings.plan)
+    if measures and run.settings.rotate is None and run.rotated:
+        say(
+            "  inputs of linears are rotated, 32 columns at a time, which spreads outliers before "
+            "they are rounded; --rotate none leaves them"
+        )
     for line in source_lines(run):
         say(f"  {line}")
     if slow := without_kernels(run.all_schemes, str(run.settings.device)):
