@@ -29,7 +29,7 @@ from benchmarks.tools.records import Records
 from benchmarks.tools.text import DEMO, GATE, make_text
 from mixbits.command import quiet
 from mixbits.measuring.evaluate import sequence_kl
-from mixbits.pipeline.candidates import Candidate, candidates
+from mixbits.pipeline.candidates import Candidate, contest
 from mixbits.pipeline.gate import behind, choose, judge
 from mixbits.pipeline.roundings import plain
 from mixbits.planning.plan import average_bits
@@ -66,7 +66,7 @@ class Trial:
         """A row for every baseline."""
         run = self.subject.run(**VARIANTS[self.variant], avg_bits=self.bits)
         subject, text, planned = self.subject.planned(run)
-        found = candidates(run.settings, planned.plans, text.correction)
+        found = contest(run.settings, planned.plans, text.correction)
         decision = choose(subject, found, text.gate.ids)
         recipes, fresh = decision.winner.plan.assignment, self.subject.held_out
         winner = RoundedModel(subject.streamed, run.linears, recipes, decision.outcome.weights)

@@ -1,12 +1,12 @@
-"""Candidates: plans, each with a way to round it. `candidates` lists those of a run."""
+"""Candidates: plans, each with a way to round it. `contest` has those of a run."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from ..planning.plan import Plan
-from .roundings import Distill, Gptq, Outcome, Rounding, SignRound, Subject, plain
+from .roundings import Distill, Gptq, Outcome, Rounding, Search, SignRound, Subject, plain
 from .settings import Settings
 
 
@@ -29,10 +29,18 @@ class Candidate:
         return same and self.plan.assignment == other.plan.assignment
 
 
-def candidates(
+@dataclass(frozen=True)
+class Contest:
+    """What may ship. `first` are compared; then what `after` makes of the best of them, with it."""
+
+    first: list[Candidate]
+    after: Callable[[Candidate], list[Candidate]] = lambda best: []
+
+
+def contest(
     settings: Settings, plans: Mapping[str, Plan], correction: float, known: Candidate | None = None
-) -> list[Candidate]:
-    """What may ship, in the order that they are tried; one, where there is no gate.
+) -> Contest:
+    """What may ship, in the order that it is tried; one candidate, where there is no gate.
 
     The first of `plans` is the one that was asked for. What is `known` is not rounded again.
     """
@@ -44,20 +52,39 @@ def candidates(
     if settings.distill:
         learned.append(Candidate(f"{name}, distilled", plan, Distill(settings.distill, how)))
     if not settings.is_gated or len(plans) == 1:
-        return [learned[-1] if learned else Candidate(name, plan, how)]
-    found = learned + compared(plans, how)
-    if known is None:
-        return found
-    return [replace(c, outcome=known.outcome) if c.is_like(known) else c for c in found]
+        return Contest([learned[-1] if learned else Candidate(name, plan, how)])
+    found = compared(plans, how)
+
+    def after(best: Candidate) -> list[Candidate]:
+        return learned + [
+            replace(c, outcome=known.outcome) if known and c.is_like(known) else c
+            for c in found.after(best)
+        ]
+
+    return Contest(found.first, after)
 
 
-def compared(plans: Mapping[str, Plan], how: Rounding) -> list[Candidate]:
-    """The plans in their order, the first also without correction; equal plans once."""
-    found: list[Candidate] = []
+def compared(plans: Mapping[str, Plan], how: Rounding) -> Contest:
+    """The plans, equal ones once, by searched scales where compensation is asked for; the best is
+    compensated then, also without correction.
+
+    Plans differ by far more than their roundings do, and compensation takes far more time than a
+    search. Where there is little text, or text of another kind, it can do harm: what it is worth is
+    seen beside the search.
+    """
+    rounding, suffix = (Search(), ", search") if isinstance(how, Gptq) else (how, "")
+    first: list[Candidate] = []
     for name, plan in plans.items():
-        if all(plan.assignment != other.plan.assignment for other in found):
-            found.append(Candidate(name, plan, how))
-    if isinstance(how, Gptq) and how.correction:
-        first = found[0]
-        found.insert(1, replace(first, name=f"{first.name}, correction 0", rounding=Gptq(0.0)))
-    return found
+        if all(plan.assignment != other.plan.assignment for other in first):
+            first.append(Candidate(name + suffix, plan, rounding))
+
+    def after(best: Candidate) -> list[Candidate]:
+        if not isinstance(how, Gptq):
+            return []
+        name = best.name.removesuffix(suffix)
+        found = [Candidate(name, best.plan, how)]
+        if how.correction:
+            found.append(Candidate(f"{name}, correction 0", best.plan, Gptq(0.0)))
+        return found
+
+    return Contest(first, after)

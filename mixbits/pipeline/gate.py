@@ -2,17 +2,17 @@
 
 A plan that is optimal for its scores need not be best for the model. So the allocation's plan is
 compared, at the same size and with the same rounding, with the plans that anyone would try first
-(all units alike, the layers near the head or near the embedding in more bits) and with a weaker
-correction, on text that neither scores nor rounding have seen. What ships has the lowest mean
-KL divergence of these: it is never worse than they are there. Differences are paired, sequence by
-sequence, since some sequences are harder for every candidate.
+(all units alike, the layers near the head or near the embedding in more bits), and the best of them
+with other roundings of it, on text that neither scores nor rounding have seen. What ships has the
+lowest mean KL divergence of these: it is never worse than they are there. Differences are paired,
+sequence by sequence, since some sequences are harder for every candidate.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import NormalDist
 from typing import Any
 
@@ -22,7 +22,7 @@ from torch import Tensor
 from ..measuring.evaluate import sequence_kl
 from ..progress import numbered
 from ..rounding.whole_model import RoundedModel
-from .candidates import Candidate
+from .candidates import Candidate, Contest
 from .roundings import Outcome, Subject
 
 CONFIDENCE = 0.95
@@ -55,31 +55,35 @@ def judge(
     return outcome, kl
 
 
-def choose(
-    subject: Subject, candidates: Sequence[Candidate], ids: Tensor, first: int = 0
-) -> Decision:
-    """Round every candidate, and compare them on the gate's text; `ids`, `first` as of `judge`.
+def choose(subject: Subject, contest: Contest, ids: Tensor, first: int = 0) -> Decision:
+    """Round the candidates, and compare them on the gate's text; `ids`, `first` as of `judge`.
 
     One alone needs no comparison, and gets none.
     """
-    if len(candidates) == 1:
-        return Decision(candidates[0], candidates[0].rounded(subject), [])
-    divergences: list[Tensor] = []
-    best: tuple[float, int, Outcome] | None = None
-    for index, candidate in enumerate(numbered(candidates, "candidate")):
-        outcome, kl = judge(subject, candidate, ids, first)
-        divergences.append(kl)
-        mean = float(kl.mean())
-        if best is None or mean < best[0]:
-            best = mean, index, outcome
+    if len(contest.first) == 1 and not contest.after(contest.first[0]):
+        only = contest.first[0]
+        return Decision(only, only.rounded(subject), [])
+    judged: list[tuple[Candidate, Tensor]] = []
+    best: Decision | None = None
+    lowest = math.inf
+
+    def compare(candidates: Sequence[Candidate]) -> None:
+        nonlocal best, lowest
+        for candidate in numbered(candidates, "candidate"):
+            outcome, kl = judge(subject, candidate, ids, first)
+            judged.append((candidate, kl))
+            if best is None or float(kl.mean()) < lowest:
+                lowest, best = float(kl.mean()), Decision(candidate, outcome, [])
+
+    compare(contest.first)
     assert best is not None
+    compare(contest.after(best.winner))
+    least = next(kl for candidate, kl in judged if candidate is best.winner)
     rows: list[dict[str, Any]] = [
-        {"name": c.name, "kl": float(kl.mean())}
-        | ({} if index == best[1] else behind(kl - divergences[best[1]]))
-        for index, (c, kl) in enumerate(zip(candidates, divergences, strict=True))
+        {"name": c.name, "kl": float(kl.mean())} | ({} if c is best.winner else behind(kl - least))
+        for c, kl in judged
     ]
-    rows.sort(key=lambda row: row["kl"])
-    return Decision(candidates[best[1]], best[2], rows)
+    return replace(best, rows=sorted(rows, key=lambda row: row["kl"]))
 
 
 def behind(difference: Tensor) -> dict[str, float]:

@@ -26,7 +26,7 @@ from ..report.clock import Clock
 from ..report.report import Report
 from ..report.tables import diagnosis, refinement
 from . import early, feasibility, telling
-from .candidates import Candidate, candidates
+from .candidates import Candidate, contest
 from .diagnose import POINTS, circumstances, diagnose, frontier_rows, report
 from .evaluation import check_evaluation, evaluate
 from .gate import Decision, choose
@@ -205,7 +205,7 @@ def _rounded(run: Run, clock: Clock, subject: Subject, planned: Planned, text: T
     is_compared = settings.is_gated and len(plans) > 1
     listed = f"the best of {', '.join(plans)}" if is_compared else name
     with clock.run("round", f"{what}, {listed}"):
-        found = candidates(settings, plans, text.correction, planned.rounded)
+        found = contest(settings, plans, text.correction, planned.rounded)
         decision = choose(subject, found, text.gate.ids, text.gate.judged_from)
     weights = decision.outcome.weights
     if lost := lost_groups(subject, decision.winner.plan.assignment, weights):

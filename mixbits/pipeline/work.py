@@ -6,7 +6,7 @@ from ..progress import BACKWARD
 from .settings import Settings
 
 PROPOSALS = 5  # of --max-kl: half of the searches need no more
-CANDIDATES = 5  # of the gate: optimal with and without correction, uniform, head, tail
+PLANS = 4  # of the gate: optimal, uniform, head, tail; two more are compensated
 CHOICES, DOCUMENTS = 4, 1000  # of an lm-eval task, before it is known
 
 
@@ -18,6 +18,7 @@ def planned_work(settings: Settings, blocks: int, units: int = 0) -> dict[str, f
     """
     rounding = 2 * settings.nsamples if settings.rounding == "gptq" else 1
     judged = rounding + 2 * settings.gate
+    compared = PLANS * (1 + 2 * settings.gate) + (2 * judged if rounding > 1 else 0)
     measured = BACKWARD * settings.nsamples
     passes = len(settings.schemes or ()) if settings.method == "deltaloss" else 1
     gated = settings.gate and not settings.plan and settings.strategy == "optimal"
@@ -28,7 +29,7 @@ def planned_work(settings: Settings, blocks: int, units: int = 0) -> dict[str, f
         "measure": 0 if settings.scores or settings.plan else measured * passes,
         "allocate": PROPOSALS * judged if settings.max_kl else 0,
         "diagnose": (units * settings.gate + measured * passes) if settings.diagnose else 0,
-        "round": learned + (CANDIDATES * judged if gated else rounding),
+        "round": learned + (compared if gated else rounding),
         "evaluate": 2 * settings.eval_nsamples + requests,
     }
     if settings.granularity == "slab":
