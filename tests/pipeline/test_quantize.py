@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ from mixbits.formats.recipes import parse_recipe
 from mixbits.model.layout import LinearInfo, find_linears
 from mixbits.model.units import make_units
 from mixbits.pipeline import process
+from mixbits.pipeline.options import parse_arguments
+from mixbits.pipeline.run import prepare
 from mixbits.planning.plan import average_bits
 from mixbits.source.source import open_source
 
@@ -331,6 +334,7 @@ ARRANGED = {
     "slab": ["--granularity", "slab"],
     "free": ["--granularity", "slab", "--free-slabs"],
     "rotated": ["--rotate", "ffn"],
+    "all": [],  # by default, since the schemes round activations
     "both": ["--granularity", "slab", "--rotate", "ffn"],
     "integers": ["--granularity", "slab", "--schemes", "W2A16G32,W4A16G32,W8A16G32"],
 }
@@ -349,11 +353,13 @@ def test_arranged_columns(
     assert report["reached"]["predicted_bytes"] == report["bytes_after"] == weights
     stored = load_file(tmp_path / "out" / "model.safetensors")
     orders = [name for name in stored if name.endswith(".order")]
-    assert bool(orders) == (how != "rotated")
+    assert bool(orders) == ("slab" in ARRANGED[how])
     plan = read(tmp_path / "out" / "plan.json")
     rotated = {name for unit in plan["units"] for name in unit.get("rotated", [])}
-    downs = {n for u in plan["units"] for n in u["linears"] if n.endswith(".down_proj")}
-    assert rotated == (downs if "--rotate" in ARRANGED[how] else set())
+    names = {n for u in plan["units"] for n in u["linears"]}
+    downs = {name for name in names if name.endswith(".down_proj")}
+    by_default = set() if how == "integers" else names
+    assert rotated == (downs if "--rotate" in ARRANGED[how] else by_default)
     assert report["evaluation"]["held_out"]["kl"] < 1
     # The plan alone gives the same file.
     given = ["--plan", tmp_path / "out" / "plan.json"]
@@ -405,16 +411,47 @@ def test_fake_is_scored_as_the_packed_model_is(
     assert both[0] > 1.1 * both[1]  # rounded activations show
 
 
+DEFAULTS = {
+    "MXFP4,MXFP8": "all",
+    "NVFP4,MXFP8": "all",
+    "W4G32xMXINT8,FP8": "all",
+    "NVFP4": "none",  # gains nothing by it
+    "NVFP4,MXFP4A16": "none",  # slow with activations in 16 bits
+    "MXFP4,W8A16G64": "none",
+}
+
+
+@pytest.mark.parametrize("schemes", DEFAULTS)
+def test_what_is_rotated_by_default_follows_from_the_schemes(schemes: str, shared: Path) -> None:
+    words = [shared / "llama", "--schemes", schemes, "--avg-bits", 8, "--seqlen", 32]
+    run = prepare(parse_arguments([str(word) for word in words]))
+    expected = {run.settings: DEFAULTS[schemes], replace(run.settings, rotate="ffn"): "ffn"}
+    without = ({"target": "compressed-tensors"}, {"method": "weight"}, {"tune": 1})
+    expected |= {replace(run.settings, **change): "none" for change in without}
+    for settings, rotation in expected.items():
+        run.settings = settings
+        assert run.rotation == rotation
+        leaves = {name.rpartition(".")[2] for name in run.rotated}
+        assert len(leaves) == {"none": 0, "ffn": 1, "all": 7}[rotation]
+
+
 def test_scores_without_rotation_serve_no_rotated_plan(
     run: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run("--avg-bits", 6, "--solve-only") == 0
+    assert run("--avg-bits", 6, "--rotate", "none", "--solve-only") == 0
     scores = ["--scores", tmp_path / "out" / "scores.json"]
     assert run("--avg-bits", 5, *scores, "--rotate", "ffn", "--solve-only", out="again") == 2
     assert "was measured without --rotate ffn" in capsys.readouterr().err
     assert run("--avg-bits", 6, "--rotate", "ffn", "--solve-only", out="rotated") == 0
-    rotated = ["--scores", tmp_path / "rotated" / "scores.json", "--rotate", "ffn"]
-    assert run("--avg-bits", 5, *rotated, "--solve-only", out="again") == 0
+    rotated = ["--scores", tmp_path / "rotated" / "scores.json", "--solve-only", "--overwrite"]
+    assert run("--avg-bits", 5, *rotated, "--rotate", "ffn", out="again") == 0
+    assert run("--avg-bits", 5, *rotated, out="again") == 0  # as they were measured
+    units = read(tmp_path / "again" / "plan.json")["units"]
+    assert {name.rpartition(".")[2] for u in units for name in u.get("rotated", [])} == {
+        "down_proj"
+    }
+    assert run("--avg-bits", 5, *rotated, "--rotate", "all", out="again") == 2
+    assert "was measured without --rotate all" in capsys.readouterr().err
 
 
 def test_every_rounding_is_recorded_and_compensation_pays(
