@@ -72,7 +72,8 @@ class Run:
             return settings.rotate
         if settings.target or settings.tune or settings.method != "fisher":
             return "none"
-        used = {s.activation and s.activation.scale for s in self.all_schemes if s.packed}
+        chosen = [*self.schemes, *(scheme for _, scheme in self.keep)]
+        used = {s.activation and s.activation.scale for s in chosen if s.packed}
         return "none" if None in used or used <= {"e4m3"} else "all"
 
     @property
