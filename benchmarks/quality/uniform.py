@@ -55,9 +55,8 @@ class Subject:
 
     def uniform(self, scheme_name: str, rotate: str) -> Assignment:
         scheme = parse_scheme(scheme_name, act_scale_mode="even")
-        if rotate == "none":
-            return {info.name: Recipe.plain(scheme) for info in self.linears}
-        return {i.name: Recipe(((scheme, i.in_features),), None, True) for i in self.linears}
+        rotated = rotate == "all"
+        return {i.name: Recipe.whole(scheme, i.in_features, rotated) for i in self.linears}
 
     def figures(self, recipes: Assignment, rounding: str) -> dict[str, Any]:
         """`bits` stored, and FIGURES of the linears so rounded."""

@@ -337,6 +337,13 @@ class Recipe:
         """All columns in one scheme, as they come."""
         return cls(((scheme, None),))
 
+    @classmethod
+    def whole(cls, scheme: Scheme, in_features: int, rotated: bool) -> Recipe:
+        """All columns in one scheme, rotated or not; what is not packed never is."""
+        if rotated and scheme.packed:
+            return cls(((scheme, in_features),), None, True)
+        return cls.plain(scheme)
+
     @property
     def is_plain(self) -> bool:
         """Whether this is what `plain` makes; its tensors are stored without a segment's number."""

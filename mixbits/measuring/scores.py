@@ -18,7 +18,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -132,18 +132,21 @@ class Scores:
         schemes: Sequence[Scheme],
         scale_modes: tuple[str, str],
         ordered: bool,
+        rotated: Collection[str] = (),
     ) -> Scores:
         """Where nothing is measured, and no scheme costs any loss: for what a budget may be.
 
-        `ordered`: with some order of every linear's columns.
+        `ordered`: with some order of every linear's columns; `rotated` has linears that will be.
         """
         slabs = {
             i.name: {s.name: [0.0] * -(-i.in_features // MX_GROUP) for s in schemes}
             for i in linears
         }
         widths = {i.in_features for i in linears if ordered and i.in_features > 1}
-        orders = {width: Arrangement(torch.arange(width).flip(0)) for width in widths}
-        arranged = {i.name: orders[i.in_features] for i in linears if i.in_features in orders}
+        orders = {width: torch.arange(width).flip(0) for width in widths}
+        arranged = {
+            i.name: Arrangement(orders.get(i.in_features), i.name in rotated) for i in linears
+        }
         nothing = {"name": "", "sha256": ""}
         return cls.build(slabs, linears, "weight", scale_modes, nothing, {}, arranged)
 
@@ -239,4 +242,4 @@ class Scores:
         return found
 
     def rotated(self, linear: str) -> bool:
-        return bool(self.data["linears"][linear].get("rotated", False))
+        return bool(self.data["linears"].get(linear, {}).get("rotated", False))

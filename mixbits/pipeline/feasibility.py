@@ -44,9 +44,12 @@ def cheapest(run: Run) -> Assignment:
     if run.settings.plan is not None:
         return given_plan(run).assignment
     options = unit_options(run.units, run.schemes, run.keep)
+    rotated = set(run.rotated)
     return {
-        info.name: Recipe.plain(
-            min(of, key=lambda s: s.storage_bits(info.out_features, info.in_features))
+        info.name: Recipe.whole(
+            min(of, key=lambda s: s.storage_bits(info.out_features, info.in_features)),
+            info.in_features,
+            info.name in rotated,
         )
         for unit, of in zip(run.units, options, strict=True)
         for info in unit.linears
@@ -63,7 +66,7 @@ def check_budget(run: Run) -> int:
     if settings.plan is not None or settings.max_kl is not None or is_unasked:
         return run.predicted_bytes(cheapest(run))
     slabs = settings.slabs
-    scores = Scores.unknown(run.linears, run.all_schemes, run.scale_modes, slabs)
+    scores = Scores.unknown(run.linears, run.all_schemes, run.scale_modes, slabs, run.rotated)
     strategy = "uniform" if settings.strategy == "uniform" else "head"  # which spends all of it
     problem = make_problem(run, scores, slabs, settings.strategy)
     try:

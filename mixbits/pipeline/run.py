@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from ..checkpoint.folder import predicted_bytes
@@ -76,9 +77,16 @@ class Run:
         used = {s.activation and s.activation.scale for s in chosen if s.packed}
         return "none" if None in used or used <= {"e4m3"} else "all"
 
-    @property
+    @cached_property
     def rotated(self) -> list[str]:
-        """Linears whose inputs are rotated; codes that the source has stay as they are."""
+        """Linears whose inputs are rotated: those of --scores, where nothing else is asked for.
+
+        Codes that the source has stay as they are.
+        """
+        settings = self.settings
+        if settings.rotate is None and settings.scores is not None:
+            scores = Scores.read(settings.scores)
+            return [info.name for info in self.linears if scores.rotated(info.name)]
         wanted = {
             "none": lambda info: False,
             "ffn": lambda info: info.ffn_output,

@@ -214,9 +214,7 @@ class Plan:
                 )
             else:
                 scheme = parse_scheme(unit["scheme"], *modes)
-                rotates = rotated and scheme.packed
-                segments = ((scheme, columns),)
-                recipes[name] = Recipe(segments, None, True) if rotates else Recipe.plain(scheme)
+                recipes[name] = Recipe.whole(scheme, columns, rotated)
         return recipes
 
     @classmethod
