@@ -10,6 +10,7 @@ from conftest import (
     DTYPES,
     FORMATS,
     MORE_FORMATS,
+    all_codes_and_scales,
     assert_same_bits,
     format_id,
     hard_rows,
@@ -71,26 +72,6 @@ def check_round_trip(
                 assert_same_bits(ours.cpu(), theirs)
         values = backend.dequantize(got, fmt, columns, dtype)
         assert_same_bits(values.cpu(), reference.dequantize(q, fmt, dtype))
-
-
-def all_codes_and_scales(fmt: Format) -> reference.Quantized:
-    """256 rows of all codes, at least 64: scales are all bytes, or floats of all kinds.
-
-    Zero points are all that there are.
-    """
-    codes = torch.arange(max(64, 1 << fmt.bits)) % (1 << fmt.bits)
-    codes = codes.to(torch.uint8).repeat(256, 1)
-    shape = (256, fmt.groups(codes.shape[1]))
-    number = torch.arange(256, dtype=torch.int32)[:, None].expand(shape)
-    if fmt.scale == "float16":
-        scale = (number * 257).to(torch.uint16).view(torch.float16)
-    elif fmt.scale == "float32":
-        scale = (number * 0x01010101).view(torch.float32)
-    else:
-        scale = number.to(torch.uint8)
-    zero_point = None if fmt.symmetric else (number % (1 << fmt.bits)).to(torch.uint8)
-    divisor = torch.tensor([3.7]) if fmt.tensor_scale else None
-    return reference.Quantized(codes, scale.contiguous(), zero_point, divisor)
 
 
 def check_all_codes_and_scales(backend: ModuleType, device: torch.device, fmt: Format) -> None:
