@@ -18,7 +18,7 @@ from tiny import SMALL, add_tokenizer, make_model, write_ids
 from torch import Tensor
 
 from mixbits import progress, quantize
-from mixbits.backends import cpu
+from mixbits.backends import choice, cpu
 from mixbits.formats import reference
 from mixbits.formats.schemes import INT_GROUPS, SCALE_MODES, SCALES, Format
 
@@ -112,6 +112,17 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     cpu.set_isa(request.param)
     yield request.param
     cpu.set_isa(before)
+
+
+@pytest.fixture
+def chosen_anew() -> Iterator[None]:
+    """Backends are chosen as if for the first time, in a test and after it."""
+    caches = choice.choose_backend, choice._holder
+    for cache in caches:
+        cache.cache_clear()
+    yield
+    for cache in caches:
+        cache.cache_clear()
 
 
 def hard_rows(columns: int, dtype: torch.dtype, seed: int = 0) -> Tensor:

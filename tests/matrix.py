@@ -75,17 +75,23 @@ class Matrix:
 
     @contextmanager
     def cell(
-        self, backend: str, way: str, operation: str, fmt: Format, kind: str = "equal"
+        self,
+        backend: str,
+        way: str,
+        operations: str | Sequence[str],
+        fmt: Format,
+        kind: str = "equal",
     ) -> Iterator[None]:
-        """The block compares this cell with the twin, or sees it refused (`kind`)."""
+        """The block compares these cells with the twin, or sees them refused (`kind`)."""
         name = format_id(fmt)
-        assert operation in OPERATIONS and kind in KINDS
+        operations = [operations] if isinstance(operations, str) else list(operations)
+        assert operations and set(operations) <= set(OPERATIONS) and kind in KINDS
         try:
             yield
         except BaseException as error:
-            error.add_note(f"cell: {backend} {way} {operation} {name}")
+            error.add_note(f"cells: {backend} {way} {' '.join(operations)} {name}")
             raise
-        self._said.append((MARK, [backend, way, operation, name, kind]))
+        self._said += [(MARK, [backend, way, one, name, kind]) for one in operations]
 
     def take_over(self, path: Path) -> None:
         """What another run wrote."""
