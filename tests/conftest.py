@@ -52,8 +52,6 @@ ISAS = cpu.available_isas() or ["scalar"]
 
 
 by_format = pytest.mark.parametrize("fmt", FORMATS, ids=format_id)
-by_cpu_format = pytest.mark.parametrize("fmt", CPU_FORMATS, ids=format_id)
-by_cpu_packed = pytest.mark.parametrize("fmt", CPU_PACKED, ids=format_id)
 by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 # The instruction sets take turns on each input, so that a cache of one input's results serves all.
 by_isa = pytest.mark.parametrize("isa", ISAS, indirect=True)
