@@ -85,6 +85,22 @@ def cuda_objects() -> list[tuple[str, str, str]]:
     return objects
 
 
+def kept_pybind11(folder: Path) -> Path:
+    """A copy of pybind11's headers: pip has them in a new place for each build.
+
+    What names them would be compiled again each time.
+    """
+    import pybind11
+
+    kept = folder / f"pybind11-{pybind11.__version__}"
+    if not kept.exists():
+        part = kept.with_suffix(".part")
+        shutil.rmtree(part, ignore_errors=True)
+        shutil.copytree(pybind11.get_include(), part)
+        part.rename(kept)
+    return kept
+
+
 class NinjaBuild(build_ext):
     """Writes a build.ninja per library and runs it: parallel, and only what has changed."""
 
@@ -97,7 +113,7 @@ class NinjaBuild(build_ext):
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
         objects = cuda_objects() if is_cuda else cpu_objects()
-        (folder / "build.ninja").write_text(self.rules(is_cuda, objects, target))
+        (folder / "build.ninja").write_text(self.rules(is_cuda, objects, target, folder))
         jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
         try:
             subprocess.run([sys.executable, "-m", "ninja", "-C", str(folder), *jobs], check=True)
@@ -105,14 +121,13 @@ class NinjaBuild(build_ext):
             hint = "MIXBITS_CUDA=0" if is_cuda else "a C++17 compiler (CXX), or MIXBITS_CPU=0"
             raise SystemExit(f"building {ext.name} failed ({error}): try {hint}") from error
 
-    def rules(self, is_cuda: bool, objects: list[tuple[str, str, str]], target: Path) -> str:
-        import pybind11
-
+    def rules(
+        self, is_cuda: bool, objects: list[tuple[str, str, str]], target: Path, folder: Path
+    ) -> str:
         cxx = os.environ.get("CXX", "c++")
         common = f"-I{ROOT / 'csrc'}" + (" -DMB_X86" if IS_X86 else "")
-        # pip keeps pybind11 in a new place for each build: were it named for the kernels, too, all
-        # of them would be compiled again.
-        python = " ".join(f"-I{path}" for path in (*self.include_dirs, pybind11.get_include()))
+        # Not for the kernels, too: another Python, and all of them would be compiled again.
+        python = " ".join(f"-I{path}" for path in (*self.include_dirs, kept_pybind11(folder)))
         link = f"{find_nvcc()} -shared -cudart static" if is_cuda else f"{cxx} -shared -fopenmp -s"
         files = "-MMD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc"
         lines = [

@@ -13,11 +13,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from matrix import MARK, WRITE, Matrix, Summary, format_id
 from tiny import SMALL, add_tokenizer, make_model, write_ids
 from torch import Tensor
 
 from mixbits import progress, quantize
-from mixbits.backends import cpu
+from mixbits.backends import choice, cpu
+from mixbits.formats import reference
 from mixbits.formats.schemes import INT_GROUPS, SCALE_MODES, SCALES, Format
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -45,26 +47,27 @@ MORE_FORMATS = [
 CPU_FORMATS = FORMATS + [fmt for fmt in MORE_FORMATS if cpu.holds(fmt)]
 # Of these, what weights are packed in: they share no scale of a row.
 CPU_PACKED = [fmt for fmt in CPU_FORMATS if fmt.tensor_scale != "row"]
-ISAS = ["avx512bf16", "avx512vnni", "avx2", "scalar"]
-
-
-def format_id(fmt: Format) -> str:
-    if fmt.scale == "e8m0":
-        return f"{fmt.element}-{fmt.scale_mode}"
-    if fmt.scale != "float16":
-        return f"{fmt.element}-{fmt.scale}{fmt.tensor_scale}"
-    return f"{fmt.element}-g{fmt.group_size}-{'sym' if fmt.symmetric else 'asym'}"
+# The instruction sets of this CPU; without the native library one that skips.
+ISAS = cpu.available_isas() or ["scalar"]
 
 
 by_format = pytest.mark.parametrize("fmt", FORMATS, ids=format_id)
-by_cpu_format = pytest.mark.parametrize("fmt", CPU_FORMATS, ids=format_id)
-by_cpu_packed = pytest.mark.parametrize("fmt", CPU_PACKED, ids=format_id)
 by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 # The instruction sets take turns on each input, so that a cache of one input's results serves all.
 by_isa = pytest.mark.parametrize("isa", ISAS, indirect=True)
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):  # the reports of all workers come to their master
+        names = [format_id(fmt) for fmt in FORMATS + MORE_FORMATS]
+        config.pluginmanager.register(Summary(names, os.environ.get(WRITE)))
+
+
+@pytest.hookimpl(tryfirst=True)  # before items are chosen by their marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if MARK in getattr(item, "fixturenames", ()):
+            item.add_marker(MARK)
     # Workers take file after file: those that compile come first, or one core waits at the end.
     if "PYTEST_XDIST_WORKER" in os.environ:
         slow = {item.path for item in items if item.get_closest_marker("slow")}
@@ -92,15 +95,32 @@ def printed() -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def matrix(request: pytest.FixtureRequest) -> Matrix:
+    """Where a test says which cells it compares."""
+    return Matrix(request.node)
+
+
 @pytest.fixture(params=ISAS)
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Runs the test once with every instruction set that this CPU has."""
-    if request.param not in cpu.available_isas():
-        pytest.skip(cpu.why_unavailable() or f"this CPU has no {request.param}")
+    if why := cpu.why_unavailable():
+        pytest.skip(why)
     before = cpu.isa()
     cpu.set_isa(request.param)
     yield request.param
     cpu.set_isa(before)
+
+
+@pytest.fixture
+def chosen_anew() -> Iterator[None]:
+    """Backends are chosen as if for the first time, in a test and after it."""
+    caches = choice.choose_backend, choice._holder
+    for cache in caches:
+        cache.cache_clear()
+    yield
+    for cache in caches:
+        cache.cache_clear()
 
 
 def hard_rows(columns: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
@@ -123,6 +143,26 @@ def hard_rows(columns: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
     x[14, -1] = -torch.inf
     x[15] = torch.nextafter(torch.exp2(x[15].round()), torch.zeros(()))  # just below 2^k
     return x.to(dtype)
+
+
+def all_codes_and_scales(fmt: Format) -> reference.Quantized:
+    """256 rows of all codes, at least 64: scales are all bytes, or floats of all kinds.
+
+    Zero points are all that there are.
+    """
+    codes = torch.arange(max(64, 1 << fmt.bits)) % (1 << fmt.bits)
+    codes = codes.to(torch.uint8).repeat(256, 1)
+    shape = (256, fmt.groups(codes.shape[1]))
+    number = torch.arange(256, dtype=torch.int32)[:, None].expand(shape)
+    if fmt.scale == "float16":
+        scale = (number * 257).to(torch.uint16).view(torch.float16)
+    elif fmt.scale == "float32":
+        scale = (number * 0x01010101).view(torch.float32)
+    else:
+        scale = number.to(torch.uint8)
+    zero_point = None if fmt.symmetric else (number % (1 << fmt.bits)).to(torch.uint8)
+    divisor = torch.tensor([3.7]) if fmt.tensor_scale else None
+    return reference.Quantized(codes, scale.contiguous(), zero_point, divisor)
 
 
 def assert_same_bits(actual: Tensor, expected: Tensor) -> None:

@@ -6,16 +6,17 @@ import subprocess
 import sys
 from dataclasses import replace
 from functools import lru_cache
+from typing import NamedTuple
 
 import pytest
 import torch
 from conftest import (
     CPU_FORMATS,
+    CPU_PACKED,
     DTYPES,
     FORMATS,
+    all_codes_and_scales,
     assert_same_bits,
-    by_cpu_format,
-    by_cpu_packed,
     by_dtype,
     by_isa,
     format_id,
@@ -48,27 +49,45 @@ def misaligned(x):
 # --- rounding and packing: equal to the reference, bit for bit -----------------------------------
 
 
-@by_dtype
-@by_cpu_format
-def test_fake_quantize(isa, fmt, dtype):
-    for columns in COLUMNS:
-        x = hard_rows(columns, dtype)
-        expected = reference.fake_quantize(x, fmt)
-        assert_same_bits(ops.fake_quantize(x, fmt, "cpu"), expected)
-        assert_same_bits(ops.fake_quantize(misaligned(x), fmt, "cpu"), expected)
+@lru_cache(maxsize=len(CPU_FORMATS) * len(COLUMNS))  # for its turn with every instruction set
+def rounded(fmt, columns, dtype):
+    x = hard_rows(columns, dtype)
+    return x, misaligned(x), reference.fake_quantize(x, fmt)
 
 
+@by_isa
 @by_dtype
-@by_cpu_packed
-def test_quantize_pack_and_dequantize(isa, fmt, dtype):
-    for columns in COLUMNS:
-        weight = hard_rows(columns, dtype, seed=columns)
-        expected = pack(reference.quantize(weight, fmt), fmt)
-        packed = ops.quantize_pack(misaligned(weight), fmt, "cpu")
-        for got, want in zip(packed, expected, strict=True):
-            assert got is want is None or assert_same_bits(got, want) is None
-        values = ops.dequantize(packed, fmt, columns, dtype, "cpu")
-        assert_same_bits(values, ops.dequantize(packed, fmt, columns, dtype, "reference"))
+def test_fake_quantize(matrix, isa, dtype):
+    for fmt in CPU_FORMATS:
+        with matrix.cell("cpu", isa, "fake_quantize", fmt):
+            for columns in COLUMNS:
+                *inputs, expected = rounded(fmt, columns, dtype)
+                for x in inputs:
+                    assert_same_bits(ops.fake_quantize(x, fmt, "cpu"), expected)
+
+
+@lru_cache(maxsize=len(CPU_FORMATS) * len(COLUMNS))
+def packed_by_the_reference(fmt, columns, dtype):
+    """A weight, its packed tensors, and their values."""
+    weight = hard_rows(columns, dtype, seed=columns)
+    packed = pack(reference.quantize(weight, fmt), fmt)
+    return misaligned(weight), packed, ops.dequantize(packed, fmt, columns, dtype, "reference")
+
+
+@by_isa
+@by_dtype
+def test_quantize_pack_and_dequantize(matrix, isa, dtype):
+    for fmt in CPU_PACKED:
+        with matrix.cell("cpu", isa, "quantize_pack", fmt):
+            for columns in COLUMNS:
+                weight, expected, _ = packed_by_the_reference(fmt, columns, dtype)
+                packed = ops.quantize_pack(weight, fmt, "cpu")
+                for got, want in zip(packed, expected, strict=True):
+                    assert got is want is None or assert_same_bits(got, want) is None
+        with matrix.cell("cpu", isa, "dequantize", fmt):
+            for columns in COLUMNS:
+                _, packed, values = packed_by_the_reference(fmt, columns, dtype)
+                assert_same_bits(ops.dequantize(packed, fmt, columns, dtype, "cpu"), values)
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 33), (1, 1, 1, 64), (96,), (130, 1)])
@@ -82,23 +101,26 @@ def test_fake_quantize_across_threads(isa):
     assert_same_bits(ops.fake_quantize(x, INT4, "cpu"), reference.fake_quantize(x, INT4))
 
 
-@pytest.mark.parametrize("element", ["e2m1", "e2m3", "e4m3", "e5m2", "int8"])
+@lru_cache(maxsize=len(CPU_PACKED))
+def every_code_and_scale(fmt, dtype):
+    """Packed, and dequantized by the reference: e8m0 and e4m3 have 256 scales."""
+    q = all_codes_and_scales(fmt)
+    return pack(q, fmt), q.codes.shape[1], reference.dequantize(q, fmt, dtype)
+
+
+@by_isa
 @by_dtype
-def test_dequantize_every_code_with_every_scale(isa, element, dtype):
-    fmt = Format(element, 32, scale="e8m0")
-    columns = 256
-    codes = torch.arange(columns).remainder(1 << fmt.bits).to(torch.uint8)
-    scale = torch.arange(256, dtype=torch.int32).to(torch.uint8)[:, None]
-    codes = reference.pack_codes(codes.repeat(256, 1), fmt.bits)
-    packed = Packed(codes, scale.repeat(1, columns // 32))
-    got = ops.dequantize(packed, fmt, columns, dtype, "cpu")
-    assert_same_bits(got, ops.dequantize(packed, fmt, columns, dtype, "reference"))
+def test_dequantize_every_code_with_every_scale(matrix, isa, dtype):
+    for fmt in CPU_PACKED:
+        with matrix.cell("cpu", isa, "every code and scale", fmt):
+            packed, columns, expected = every_code_and_scale(fmt, dtype)
+            assert_same_bits(ops.dequantize(packed, fmt, columns, dtype, "cpu"), expected)
 
 
 @lru_cache(maxsize=1)
 def every_code_with_every_float16_scale(fmt):
-    """Packed, and dequantized by the reference."""
-    columns = fmt.group_size
+    """Packed, and dequantized by the reference: a group of as many columns as there are codes."""
+    columns = max(32, min(fmt.group_size, 1 << fmt.bits))
     half = torch.arange(65536)[:, None] % 2 * columns  # codes of 8 bits take two rows
     codes = (torch.arange(columns) + half).remainder(1 << fmt.bits).to(torch.uint8)
     codes = reference.pack_codes(codes, fmt.bits)
@@ -109,7 +131,7 @@ def every_code_with_every_float16_scale(fmt):
         zero_point = (torch.arange(65536) & top).to(torch.uint8)[:, None]
         zero_point = reference.pack_codes(zero_point, fmt.bits)
     packed = Packed(codes, scale, zero_point)
-    return packed, ops.dequantize(packed, fmt, columns, torch.float32, "reference")
+    return packed, columns, ops.dequantize(packed, fmt, columns, torch.float32, "reference")
 
 
 @by_isa
@@ -117,13 +139,13 @@ def every_code_with_every_float16_scale(fmt):
     "fmt", [f for f in CPU_FORMATS if f.scale == "float16" and f.group_size == 128], ids=format_id
 )
 def test_dequantize_every_code_with_every_float16_scale(isa, fmt):
-    packed, expected = every_code_with_every_float16_scale(fmt)
-    assert_same_bits(ops.dequantize(packed, fmt, fmt.group_size, torch.float32, "cpu"), expected)
+    packed, columns, expected = every_code_with_every_float16_scale(fmt)
+    assert_same_bits(ops.dequantize(packed, fmt, columns, torch.float32, "cpu"), expected)
 
 
 @by_dtype
 def test_dequantize_nvfp4(isa, dtype):
-    """Every code with every scale."""
+    """Every code with every scale, under another scale of the tensor."""
     scale = torch.arange(256, dtype=torch.int32).to(torch.uint8)[:, None]
     codes = torch.arange(16, dtype=torch.uint8).repeat(256, 1)
     q = reference.Quantized(codes, scale, tensor_scale=torch.tensor([1234.5]))
@@ -173,36 +195,64 @@ def test_non_contiguous_input(isa):
 # --- statistics ------------------------------------------------------------------------------
 
 
+class Statistics(NamedTuple):
+    """Of a weight [N, K], with its rows' and columns' importance; and one gradient per dtype."""
+
+    weight: torch.Tensor
+    importance: tuple[torch.Tensor, torch.Tensor]
+    fisher: torch.Tensor
+    gradients: list[torch.Tensor]
+    by_gradient: list[torch.Tensor]
+
+
+@lru_cache(maxsize=4)
+def expected_statistics(rows, columns, dtype):
+    """Of all formats, by the reference."""
+    weight = (torch.randn(rows, columns) * 2.0 ** torch.randint(-30, 3, (rows, 1))).to(dtype)
+    importance = torch.rand(rows), torch.rand(columns, dtype=torch.float64)
+    gradients = [torch.randn(rows, columns).to(dtype) for dtype in DTYPES]
+    fisher = reference.fisher_statistics(weight, *importance, CPU_FORMATS)
+    found = [reference.gradient_statistics(weight, one, CPU_FORMATS) for one in gradients]
+    return Statistics(weight, importance, fisher, gradients, found)
+
+
+@by_isa
 @by_dtype
-def test_statistics(isa, dtype):
-    for rows, columns in ((1, 1), (3, 33), (65, 172), (200, 320)):
-        weight = (torch.randn(rows, columns) * 2.0 ** torch.randint(-30, 3, (rows, 1))).to(dtype)
-        row, column = torch.rand(rows), torch.rand(columns, dtype=torch.float64)
-        got = ops.fisher_statistics(weight, row, column, CPU_FORMATS, "cpu")
-        expected = reference.fisher_statistics(weight, row, column, CPU_FORMATS)
-        torch.testing.assert_close(got, expected, rtol=1e-6, atol=0)
-        for gradient_dtype in DTYPES:
-            gradient = torch.randn(rows, columns).to(gradient_dtype)
-            got = ops.gradient_statistics(weight, gradient, CPU_FORMATS, "cpu")
-            expected = reference.gradient_statistics(weight, gradient, CPU_FORMATS)
-            torch.testing.assert_close(got, expected, rtol=1e-6, atol=0)
+def test_statistics(matrix, isa, dtype):
+    for shape in ((1, 1), (3, 33), (65, 172), (200, 320)):
+        case = expected_statistics(*shape, dtype)
+        fisher = ops.fisher_statistics(case.weight, *case.importance, CPU_FORMATS, "cpu")
+        found = [
+            ops.gradient_statistics(case.weight, one, CPU_FORMATS, "cpu") for one in case.gradients
+        ]
+        for place, fmt in enumerate(CPU_FORMATS):
+            with matrix.cell("cpu", isa, "fisher_statistics", fmt):
+                expected = case.fisher[place]
+                torch.testing.assert_close(fisher[place], expected, rtol=1e-6, atol=0)
+            with matrix.cell("cpu", isa, "gradient_statistics", fmt):
+                for got, want in zip(found, case.by_gradient, strict=True):
+                    torch.testing.assert_close(got[place], want[place], rtol=1e-6, atol=0)
 
 
 @by_dtype
-def test_square_sums(isa, dtype):
+def test_square_sums(matrix, isa, dtype):
     x = torch.randn(41, 172).to(dtype)
-    formats = [MXFP4, MXFP8, INT4, *CPU_FORMATS[len(FORMATS) :]]
-    for some in (formats, []):
-        expected = reference.square_sums(x, some)
-        assert expected.shape == (1 + len(some), 172)
-        got = ops.square_sums(x[:, None].transpose(0, 1)[0], some, "cpu")
-        # Of the same numbers, in another order.
-        torch.testing.assert_close(got, expected, rtol=1e-14, atol=0)
-        assert torch.equal(ops.square_sums(x, some, "reference"), expected)
+    formats = CPU_FORMATS
+    expected = reference.square_sums(x, formats)
+    assert expected.shape == (1 + len(formats), 172)
+    got = ops.square_sums(x[:, None].transpose(0, 1)[0], formats, "cpu")
+    assert torch.equal(ops.square_sums(x, formats, "reference"), expected)
+    for place, fmt in enumerate(formats, 1):
+        with matrix.cell("cpu", isa, "square_sums", fmt):
+            # Of the same numbers, in another order.
+            torch.testing.assert_close(got[place], expected[place], rtol=1e-14, atol=0)
+    for backend in ("cpu", "reference"):
+        alone = ops.square_sums(x, [], backend)
+        torch.testing.assert_close(alone, expected[:1], rtol=1e-14, atol=0)
     wide = x.double()
-    torch.testing.assert_close(expected[0], (wide**2).sum(0), rtol=1e-6, atol=0)
+    torch.testing.assert_close(got[0], (wide**2).sum(0), rtol=1e-6, atol=0)
     error = wide - reference.fake_quantize(x.float(), MXFP8).double()
-    got = ops.square_sums(x, formats, "cpu")[2]
+    got = ops.square_sums(x, [MXFP8], "cpu")[1]
     torch.testing.assert_close(got, (error**2).sum(0), rtol=1e-6, atol=0)
     assert torch.equal(
         ops.square_sums(x[:0], formats), torch.zeros(1 + len(formats), 172, dtype=torch.float64)
@@ -328,10 +378,16 @@ def run_python(code, **env):
 def test_isa_from_the_environment():
     if not cpu.available_isas():
         pytest.skip(str(cpu.why_unavailable()))
-    code = "from mixbits.backends import cpu; print(cpu.isa())"
-    assert run_python(code, MIXBITS_ISA="scalar").stdout.strip() == "scalar"
-    error = run_python(code, MIXBITS_ISA="neon").stderr
-    assert "instruction set must be one of" in error and "got neon" in error
+    code = (
+        "import importlib, os\n"
+        "from mixbits.backends import cpu\n"
+        "print(cpu.isa())\n"
+        "os.environ['MIXBITS_ISA'] = 'neon'\n"
+        "importlib.reload(cpu)"
+    )
+    done = run_python(code, MIXBITS_ISA="scalar")
+    assert done.stdout.strip() == "scalar"
+    assert "instruction set must be one of" in done.stderr and "got neon" in done.stderr
     with pytest.raises(UsageError, match=r"instruction set must be one of .*scalar: got mmx"):
         cpu.set_isa("mmx")
 

@@ -1,5 +1,6 @@
 """What is asked of a GPU's backend, whichever it is: its results are the reference's."""
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from types import ModuleType
@@ -10,24 +11,31 @@ from conftest import (
     DTYPES,
     FORMATS,
     MORE_FORMATS,
+    all_codes_and_scales,
     assert_same_bits,
     format_id,
     hard_rows,
 )
+from matrix import Matrix
 from mixes import ARRANGED, exact_product, make_mix
 
 from mixbits.formats import pack, reference
 from mixbits.formats.arrange import Arrangement
 from mixbits.formats.schemes import MINIFLOATS, MX_GROUP, Format
 
+ALL = FORMATS + MORE_FORMATS
+WEIGHTS = [fmt for fmt in ALL if fmt.tensor_scale != "row"]
+ROUND_TRIP = ("fake_quantize", "quantize_pack", "dequantize")
 each_format = pytest.mark.parametrize("fmt", FORMATS, ids=format_id)
 # One format of each element and scale, with zero points and without, which weights may have.
-KINDS = [
-    fmt
-    for fmt in FORMATS + MORE_FORMATS
-    if fmt.group_size <= 32 and fmt.scale_mode == "floor" and fmt.tensor_scale != "row"
-]
-each_kind = pytest.mark.parametrize("fmt", KINDS, ids=format_id)
+KINDS = [fmt for fmt in WEIGHTS if fmt.group_size <= 32 and fmt.scale_mode == "floor"]
+
+
+def cells(matrix: Matrix, backend: ModuleType, device: torch.device) -> Callable:
+    """`matrix.cell` of a backend: on a GPU, or on tensors of the CPU, which a stand-in takes."""
+    name = backend.__name__.rpartition(".")[2]
+    stand_in = {"cuda": "emulated", "triton": "interpreted"}[name]
+    return functools.partial(matrix.cell, name, "GPU" if device.type == "cuda" else stand_in)
 
 
 def every_scale_and_code(fmt: Format) -> tuple[reference.Quantized, torch.Tensor]:
@@ -73,30 +81,15 @@ def check_round_trip(
         assert_same_bits(values.cpu(), reference.dequantize(q, fmt, dtype))
 
 
-def all_codes_and_scales(fmt: Format) -> reference.Quantized:
-    """256 rows of all codes, at least 64: scales are all bytes, or floats of all kinds.
-
-    Zero points are all that there are.
-    """
-    codes = torch.arange(max(64, 1 << fmt.bits)) % (1 << fmt.bits)
-    codes = codes.to(torch.uint8).repeat(256, 1)
-    shape = (256, fmt.groups(codes.shape[1]))
-    number = torch.arange(256, dtype=torch.int32)[:, None].expand(shape)
-    if fmt.scale == "float16":
-        scale = (number * 257).to(torch.uint16).view(torch.float16)
-    elif fmt.scale == "float32":
-        scale = (number * 0x01010101).view(torch.float32)
-    else:
-        scale = number.to(torch.uint8)
-    zero_point = None if fmt.symmetric else (number % (1 << fmt.bits)).to(torch.uint8)
-    divisor = torch.tensor([3.7]) if fmt.tensor_scale else None
-    return reference.Quantized(codes, scale.contiguous(), zero_point, divisor)
-
-
-def check_all_codes_and_scales(backend: ModuleType, device: torch.device, fmt: Format) -> None:
+def check_all_codes_and_scales(
+    backend: ModuleType,
+    device: torch.device,
+    fmt: Format,
+    dtypes: Sequence[torch.dtype] = DTYPES,
+) -> None:
     q = all_codes_and_scales(fmt)
     packed = pack.pack(q, fmt).to(device)
-    for dtype in DTYPES:
+    for dtype in dtypes:
         got = backend.dequantize(packed, fmt, q.codes.shape[1], dtype)
         assert_same_bits(got.cpu(), reference.dequantize(q, fmt, dtype))
 
@@ -107,11 +100,14 @@ def repeats(device: torch.device) -> bool:
 
 
 def check_statistics(
-    backend: ModuleType, device: torch.device, columns: int, formats: list[Format] = FORMATS
+    backend: ModuleType,
+    device: torch.device,
+    columns: int,
+    formats: list[Format] = FORMATS,
+    rows: int = 41,
 ) -> None:
     """Equal but for the order of a few thousand float64 additions; the same bits every time."""
     generator = torch.Generator().manual_seed(columns)
-    rows = 41
     gradient = torch.randn(rows, columns, generator=generator)
     row_weight = torch.rand(rows, generator=generator)
     column_weight = torch.rand(columns, generator=generator)
@@ -129,20 +125,31 @@ def check_statistics(
         torch.testing.assert_close(got.cpu(), expected, rtol=1e-12, atol=0)
 
 
+def square_sums_of(backend: ModuleType) -> Callable:
+    """As `mixbits.ops` does: by the backend's own code, or by its fake_quantize."""
+    fused = getattr(backend, "square_sums", None)
+    return fused or (lambda x, some: reference.square_sums(x, some, backend.fake_quantize))
+
+
 def check_square_sums(
-    backend: ModuleType, device: torch.device, columns: int, formats: list[Format] = FORMATS
+    backend: ModuleType,
+    device: torch.device,
+    columns: int,
+    formats: list[Format] = FORMATS,
+    rows: int = 41,
 ) -> None:
     """Equal but for the order of float64 additions; the same bits every time."""
     generator = torch.Generator().manual_seed(columns)
+    call = square_sums_of(backend)
     for dtype in DTYPES:
-        x = torch.randn(41, columns, generator=generator).to(dtype)
+        x = torch.randn(rows, columns, generator=generator).to(dtype)
         for some in (formats, formats[:2], []) if dtype == torch.float32 else (formats,):
-            got = backend.square_sums(x.to(device), some)
+            got = call(x.to(device), some)
             torch.testing.assert_close(
                 got.cpu(), reference.square_sums(x, some), rtol=1e-12, atol=0
             )
             if repeats(device):
-                assert torch.equal(got, backend.square_sums(x.to(device), some))
+                assert torch.equal(got, call(x.to(device), some))
 
 
 def check_matmul(

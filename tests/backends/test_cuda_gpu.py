@@ -3,7 +3,7 @@
 import checks
 import pytest
 import torch
-from conftest import MX_FORMATS, format_id
+from conftest import FORMATS, INT_FORMATS, MX_FORMATS
 from cuda_checks import MIXED, MMA, MORE_WEIGHTS, NVFP4, WGMMA, check_dequantize, plain, use
 from fp8_checks import (
     FP8,
@@ -15,50 +15,70 @@ from fp8_checks import (
     use_fp8,
 )
 from mixes import ARRANGED
+from refusals import check_refusals, check_twins
 
 from mixbits.backends import cuda, cuda_fp8
 from mixbits.backends.cuda_choice import KernelChoice
 from mixbits.formats import fp8_weights as folding
 
-needs_gpu = pytest.mark.skipif(
-    cuda.why_unavailable() is not None, reason=f"cuda backend: {cuda.why_unavailable()}"
-)
+if why := cuda.why_unavailable():
+    pytest.skip(f"cuda backend: {why}", allow_module_level=True)
 GPU = torch.device("cuda")
 
 
-@needs_gpu
-@pytest.mark.parametrize("columns", [1, 33, 172, 640])
-@checks.each_format
-def test_round_trip(fmt, columns):
-    checks.check_round_trip(cuda, GPU, fmt, columns)
+@pytest.fixture
+def cell(matrix):
+    return checks.cells(matrix, cuda, GPU)
 
 
-@needs_gpu
-@checks.each_kind
-def test_codes_and_scales(fmt):
-    checks.check_all_codes_and_scales(cuda, GPU, fmt)
+def test_round_trip(cell):
+    for fmt in FORMATS:
+        with cell(checks.ROUND_TRIP, fmt):
+            for columns in (1, 33, 172, 640):
+                checks.check_round_trip(cuda, GPU, fmt, columns)
 
 
-@needs_gpu
-@pytest.mark.parametrize("fmt", MORE_WEIGHTS, ids=format_id)
-def test_dequantize(fmt):
-    for columns in (1, 31, 33, 172, 4096):
-        check_dequantize(cuda, GPU, fmt, columns)
+def test_codes_and_scales(cell):
+    for fmt in checks.WEIGHTS:
+        with cell("every code and scale", fmt):
+            checks.check_all_codes_and_scales(cuda, GPU, fmt)
 
 
-@needs_gpu
-@pytest.mark.parametrize("columns", [31, 172, 4096])
-def test_statistics(columns):
-    checks.check_statistics(cuda, GPU, columns)
+def test_dequantize(cell):
+    for fmt in MORE_WEIGHTS:
+        with cell("dequantize", fmt):
+            for columns in (1, 31, 33, 172, 4096):
+                check_dequantize(cuda, GPU, fmt, columns)
 
 
-@needs_gpu
+def test_statistics(cell):
+    for columns in (31, 172, 4096):
+        checks.check_statistics(cuda, GPU, columns)
+        checks.check_square_sums(cuda, GPU, columns)
+    for fmt in FORMATS:
+        with cell(("fisher_statistics", "gradient_statistics", "square_sums"), fmt):
+            pass
+
+
 @pytest.mark.parametrize(
     "shape", [(1, 5, 33), (3, 64, 256), (16, 70, 172), (118, 65, 640)], ids=str
 )
-@checks.each_format
-def test_matmul(fmt, shape):
-    checks.check_matmul(cuda, GPU, fmt, shape)
+def test_matmul(cell, shape):
+    for fmt in checks.WEIGHTS:
+        with cell("packed_matmul", fmt):
+            checks.check_matmul(cuda, GPU, fmt, shape)
+
+
+def test_matmul_of_rounded_tokens(cell):
+    for fmt in FORMATS:
+        with cell("activations", fmt):
+            for weight in (MX_FORMATS[0], INT_FORMATS[-1]):
+                checks.check_matmul(cuda, GPU, weight, (3, 5, 172), activation=fmt)
+
+
+def test_refusals(matrix):
+    check_refusals(matrix, "cuda", "GPU", "cuda")
+    check_twins(matrix, "cuda", "GPU")
 
 
 @pytest.fixture
@@ -72,7 +92,6 @@ def skip_unless_it_runs(choice: KernelChoice) -> None:
         pytest.skip(f"{choice} does not run on compute capability {major}.{minor}")
 
 
-@needs_gpu
 @pytest.mark.parametrize("choice", [*MMA, *WGMMA], ids=str)
 @checks.each_format
 def test_matrix_units(fmt, choice, monkeypatch):
@@ -82,7 +101,6 @@ def test_matrix_units(fmt, choice, monkeypatch):
         checks.check_matmul(cuda, GPU, fmt, shape)
 
 
-@needs_gpu
 @pytest.mark.parametrize("choice", [KernelChoice("simple"), *MMA], ids=str)
 def test_nvfp4_matmul(choice, monkeypatch):
     skip_unless_it_runs(choice)
@@ -91,7 +109,6 @@ def test_nvfp4_matmul(choice, monkeypatch):
         checks.check_matmul(cuda, GPU, NVFP4, shape)
 
 
-@needs_gpu
 @pytest.mark.parametrize("arranged", ARRANGED)
 @pytest.mark.parametrize("segments", checks.MIXES)
 def test_mixed_matmul(segments, arranged):
@@ -99,7 +116,6 @@ def test_mixed_matmul(segments, arranged):
         checks.check_mixed(cuda, GPU, segments, shape, arranged)
 
 
-@needs_gpu
 @pytest.mark.parametrize("segments", ["MX", "integers"])
 @pytest.mark.parametrize("choice", MIXED, ids=str)
 def test_mixed_kernels(segments, choice, monkeypatch):
@@ -108,12 +124,10 @@ def test_mixed_kernels(segments, choice, monkeypatch):
     checks.check_mixed(cuda, GPU, segments, (300, 257), "ordered", HALVES)
 
 
-@needs_gpu
 def test_arrange():
     checks.check_arrange(cuda._prepare_activations, GPU)
 
 
-@needs_gpu
 @pytest.mark.parametrize("choice", [MMA[2], *WGMMA], ids=str)
 def test_same_bits_every_time(choice, monkeypatch):
     """Many blocks, long rows: a race would move a bit now and then. fake_quantize may be fused."""
@@ -128,28 +142,24 @@ def test_same_bits_every_time(choice, monkeypatch):
     assert torch.equal(first, cuda.packed_matmul(cuda.fake_quantize(x, fmt), plain(packed, fmt)))
 
 
-@needs_gpu
 @pytest.mark.parametrize("columns", [33, 96, 640, 8200])
 def test_fp8_tokens(columns):
     skip_unless_it_runs(FP8)
     check_fp8_tokens(GPU, columns)
 
 
-@needs_gpu
 @pytest.mark.parametrize("shape", [(1, 3, 32), (131, 130, 672), (300, 257, 4096)], ids=str)
 def test_fp8_matmul(fp8, shape):
     skip_unless_it_runs(FP8)
     check_fp8_matmul(GPU, shape)
 
 
-@needs_gpu
 @each_fp8_check
 def test_fp8(fp8, check):
     skip_unless_it_runs(FP8)
     check(GPU)
 
 
-@needs_gpu
 def test_fp8_has_the_same_bits_every_time():
     """Chosen by itself for many tokens, captured and eager."""
     skip_unless_it_runs(FP8)
@@ -167,7 +177,6 @@ def test_fp8_has_the_same_bits_every_time():
     assert torch.equal(first, out)
 
 
-@needs_gpu
 @pytest.mark.parametrize("tokens", [1, 3, 40, 200, 1100])
 def test_graph_replay(tokens):
     """A captured product gives the bits of an eager one, on new input in the same place."""

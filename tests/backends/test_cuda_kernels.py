@@ -36,6 +36,7 @@ from fp8_checks import (
     use_fp8,
 )
 from mixes import ARRANGED, make_mix
+from refusals import check_refusals, check_twins
 from torch import Tensor
 
 from mixbits import ops
@@ -78,6 +79,7 @@ def emulated(emulation, monkeypatch):
 CPU = torch.device("cpu")
 EMULATED_FORMATS = [MX_FORMATS[0], MX_FORMATS[4], MX_FORMATS[8]]
 EMULATED_FORMATS += [f for f in INT_FORMATS if f.symmetric == (f.group_size == 64)]
+STATISTICS = ("fisher_statistics", "gradient_statistics", "square_sums")
 each_emulated_format = pytest.mark.parametrize("fmt", EMULATED_FORMATS, ids=format_id)
 
 
@@ -86,41 +88,53 @@ def emulated_test(test):
 
 
 @emulated_test
-@pytest.mark.parametrize("columns", [33, 640])
-@each_emulated_format
-def test_emulated_round_trip(emulated, fmt, columns):
-    checks.check_round_trip(emulated, CPU, fmt, columns)
+def test_emulated_round_trip(emulated, matrix):
+    cell = checks.cells(matrix, emulated, CPU)
+    for fmt in FORMATS:
+        with cell(checks.ROUND_TRIP, fmt):
+            for columns in (33, 640) if fmt in EMULATED_FORMATS else (33,):
+                checks.check_round_trip(emulated, CPU, fmt, columns)
+
+
+SHAPES = [(1, 5, 33), (3, 17, 172), (11, 18, 640), (17, 9, 65)]
 
 
 @emulated_test
-@pytest.mark.parametrize("shape", [(1, 5, 33), (3, 17, 172), (11, 18, 640), (17, 9, 65)], ids=str)
-@pytest.mark.parametrize("element", FLOATS + INTS)
-def test_emulated_matmul(emulated, element, shape, monkeypatch):
+def test_emulated_matmul(emulated, matrix, monkeypatch):
     """As the backend chooses: all ways but wgmma occur, and scratch in several blocks."""
     monkeypatch.setattr(scratch, "SCRATCH_BYTES", 4 * 64 * 4)  # four float32 rows
-    fmt = Format(element, 32, symmetric=element in FLOATS)
-    checks.check_matmul(emulated, CPU, fmt, shape)
+    cell = checks.cells(matrix, emulated, CPU)
+    for fmt in checks.WEIGHTS:
+        with cell("packed_matmul", fmt):
+            for shape in SHAPES if fmt in checks.KINDS else SHAPES[:2]:
+                checks.check_matmul(emulated, CPU, fmt, shape)
 
 
 @emulated_test
-@checks.each_kind
-def test_emulated_codes_and_scales(emulated, fmt):
-    assert emulated.decodes(fmt)
-    checks.check_all_codes_and_scales(emulated, CPU, fmt)
+def test_emulated_matmul_of_rounded_tokens(emulated, matrix):
+    cell = checks.cells(matrix, emulated, CPU)
+    for fmt in FORMATS:
+        with cell("activations", fmt):
+            for weight in (MX_FORMATS[0], INT_FORMATS[-1]):
+                checks.check_matmul(emulated, CPU, weight, (3, 5, 172), activation=fmt)
 
 
 @emulated_test
-@pytest.mark.parametrize("fmt", MORE_WEIGHTS, ids=format_id)
-def test_emulated_dequantize(emulated, fmt):
-    for columns in (1, 31, 33, 172, 320):
-        check_dequantize(emulated, CPU, fmt, columns)
+def test_emulated_codes_and_scales(emulated, matrix):
+    cell = checks.cells(matrix, emulated, CPU)
+    for fmt in checks.WEIGHTS:
+        assert emulated.decodes(fmt)
+        with cell("every code and scale", fmt):
+            checks.check_all_codes_and_scales(emulated, CPU, fmt)
 
 
 @emulated_test
-@pytest.mark.parametrize("shape", [(1, 5, 33), (3, 17, 172), (11, 18, 640), (17, 9, 65)], ids=str)
-def test_emulated_matmul_of_more_formats(emulated, shape):
-    for fmt in (NVFP4, *(fmt for fmt in checks.KINDS if fmt in MORE_FORMATS)):
-        checks.check_matmul(emulated, CPU, fmt, shape)
+def test_emulated_dequantize(emulated, matrix):
+    cell = checks.cells(matrix, emulated, CPU)
+    for fmt in MORE_WEIGHTS:
+        with cell("dequantize", fmt):
+            for columns in (1, 31, 33, 172, 320):
+                check_dequantize(emulated, CPU, fmt, columns)
 
 
 @emulated_test
@@ -170,8 +184,21 @@ def test_emulated_kernels_without_code_for_a_format_say_so(emulated):
 
 
 @emulated_test
-def test_emulated_statistics(emulated):
-    checks.check_statistics(emulated, CPU, 172, FORMATS[5:22])  # 17 formats: two passes
+def test_emulated_statistics(emulated, matrix):
+    checks.check_statistics(emulated, CPU, 172)  # of more formats than one pass takes
+    checks.check_square_sums(emulated, CPU, 172)
+    for fmt in FORMATS:
+        with checks.cells(matrix, emulated, CPU)(STATISTICS, fmt):
+            pass
+
+
+@emulated_test
+def test_emulated_refusals(emulated, matrix, chosen_anew, monkeypatch):
+    """What has no kernel is refused before any is called, and compensation has none."""
+    monkeypatch.setattr(cuda, "why_unavailable", lambda: None)
+    monkeypatch.setattr(cuda, "supports", lambda device: True)
+    check_refusals(matrix, "cuda", "emulated")
+    check_twins(matrix, "cuda", "emulated")
 
 
 @emulated_test

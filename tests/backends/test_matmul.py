@@ -1,5 +1,6 @@
 """Products with packed weights on CPU tensors, with every instruction set that this CPU has."""
 
+import itertools
 from dataclasses import replace
 from functools import lru_cache
 from typing import NamedTuple
@@ -48,10 +49,23 @@ class Product(NamedTuple):
     allowed: torch.Tensor
 
 
-def product(x, weight, fmt, activation):
-    """At most twice the error of torch's matmul in x's dtype is allowed."""
+def packed_and_values(weight, fmt):
     packed = ops.quantize_pack(weight, fmt, "reference")
-    values = ops.dequantize(packed, fmt, x.shape[1], torch.float32, "reference")
+    return packed, ops.dequantize(packed, fmt, weight.shape[1], torch.float32, "reference")
+
+
+@lru_cache(maxsize=64)  # for all numbers of tokens, dtypes, activations
+def random_weight(rows, columns, fmt):
+    generator = torch.Generator().manual_seed(rows + columns)
+    return packed_and_values(torch.randn(rows, columns, generator=generator), fmt)
+
+
+def product(x, weight, fmt, activation):
+    """At most twice the error of torch's matmul in x's dtype is allowed.
+
+    `weight` is packed, and its values.
+    """
+    packed, values = weight
     rounded = x if activation is None else reference.fake_quantize(x, activation)
     exact = rounded.double() @ values.double().T
     # Weights as torch would have them: where x's dtype cannot hold them, that rounding is torch's
@@ -67,11 +81,11 @@ def product(x, weight, fmt, activation):
     return Product(x, packed, fmt, activation, exact, torchs_error, 2 * torchs_error + floor)
 
 
-@lru_cache(maxsize=32)  # as many as one test has, for its turn with every instruction set
+@lru_cache(maxsize=256)  # as many as one test has, for its turn with every instruction set
 def random_product(tokens, rows, columns, dtype, fmt, activation):
     generator = torch.Generator().manual_seed(tokens + rows + columns)
     x = torch.randn(tokens, columns, generator=generator).to(dtype)
-    return product(x, torch.randn(rows, columns, generator=generator), fmt, activation)
+    return product(x, random_weight(rows, columns, fmt), fmt, activation)
 
 
 def check_matmul(case, backend):
@@ -84,18 +98,20 @@ def check_matmul(case, backend):
 
 
 # Those of which there is one way to multiply take few shapes.
-MORE = [fmt for fmt in CPU_PACKED if fmt not in FORMATS and fmt.group_size != 64]
+MORE = [fmt for fmt in CPU_PACKED if fmt not in FORMATS]
 
 
 @by_isa
-@pytest.mark.parametrize("fmt", FORMATS + MORE, ids=format_id)
-@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 17, 118])
-def test_matmul(isa, fmt, tokens):
-    for number, columns in enumerate([1, 31, 32, 96, 172, 192]):
-        for rows in (1, 17) if fmt in MORE else (1, 15, 16, 17, 100):
-            dtype = DTYPES[(number + rows) % 3]
-            activation = per_row(fmt) if fmt.scale != "float16" and rows % 2 else None
-            check_matmul(random_product(tokens, rows, columns, dtype, fmt, activation), "cpu")
+@pytest.mark.parametrize("fmt", CPU_PACKED, ids=format_id)
+def test_matmul(matrix, isa, fmt):
+    with matrix.cell("cpu", isa, "packed_matmul", fmt):
+        for tokens, (number, columns) in itertools.product(
+            (1, 2, 3, 4, 17, 118), enumerate([1, 31, 32, 96, 172, 192])
+        ):
+            for rows in (1, 17) if fmt in MORE else (1, 15, 16, 17, 100):
+                dtype = DTYPES[(number + rows) % 3]
+                activation = per_row(fmt) if fmt.scale != "float16" and rows % 2 else None
+                check_matmul(random_product(tokens, rows, columns, dtype, fmt, activation), "cpu")
 
 
 @by_isa
@@ -299,7 +315,7 @@ def test_matmul_of_extreme_scales(isa, activation, dtype, tokens):
             continue
         x = (torch.randn(tokens, columns) * 2.0**inverse).to(dtype)
         weight = torch.randn(33, columns) * 2.0**power
-        check_matmul(product(x, weight, MXFP4, activation), "cpu")
+        check_matmul(product(x, packed_and_values(weight, MXFP4), MXFP4, activation), "cpu")
 
 
 @pytest.mark.parametrize("tokens", [1, 7])
@@ -342,7 +358,8 @@ def test_many_tokens_meet_scales_of_all_sizes(isa, element, columns):
     for row, power, inside in ((5, 0, True), (17, -120, False), (33, 70, False)):
         powers[row] = power
         sizes = (2.0**powers).repeat_interleave(32, -1)[:, :columns]
-        case = product(x, (torch.randn(40, columns) * sizes).float(), fmt, None)
+        weight = packed_and_values((torch.randn(40, columns) * sizes).float(), fmt)
+        case = product(x, weight, fmt, None)
         scales = case.packed.weight_scale.int() - 127
         assert (scales.min() >= -27 and scales.max() <= 60) == inside
         check_matmul(case, "cpu")
