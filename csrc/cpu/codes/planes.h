@@ -85,7 +85,8 @@ typedef uint16_t v_words __attribute__((vector_size(kLanes * 4)));
 MB_INLINE vi spread_nibbles(const uint8_t* p) {
 #if defined(__AVX512F__)
   const vi words = (vi)_mm512_cvtepu8_epi16(load_raw<__m256i>(p));
-  return (words | words << 4) & 0x0f0f0f0f;
+  const __m512i masks = _mm512_set1_epi8(0x0f);  // (words | words << 4) & masks
+  return (vi)_mm512_ternarylogic_epi32((__m512i)words, (__m512i)(words << 4), masks, 0xa8);
 #else
   // Of a byte that is there twice, the first keeps its lower half and the second its upper one,
   // and the sum of the first and 16 times the second is a word.
