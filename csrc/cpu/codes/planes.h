@@ -81,15 +81,22 @@ MB_INLINE vi unpack(const uint8_t* lower, const uint8_t* upper, int64_t k) {
 typedef uint8_t v_bytes __attribute__((vector_size(kLanes * 4)));
 typedef uint16_t v_words __attribute__((vector_size(kLanes * 4)));
 
-// The halves of kLanes * 2 bytes, lower one first, in the lower halves of a vector's bytes; the
-// upper ones hold anything.
+// The halves of kLanes * 2 bytes, lower one first, as bytes.
 MB_INLINE vi spread_nibbles(const uint8_t* p) {
 #if defined(__AVX512F__)
   const vi words = (vi)_mm512_cvtepu8_epi16(load_raw<__m256i>(p));
+  const __m512i masks = _mm512_set1_epi8(0x0f);  // (words | words << 4) & masks
+  return (vi)_mm512_ternarylogic_epi32((__m512i)words, (__m512i)(words << 4), masks, 0xa8);
 #else
-  const vi words = (vi)_mm256_cvtepu8_epi16(load_raw<__m128i>(p));
+  // Of a byte that is there twice, the first keeps its lower half and the second its upper one,
+  // and the sum of the first and 16 times the second is a word.
+  v_bytes source;
+  for (int i = 0; i < kLanes * 4; ++i) source[i] = uint8_t(i / 2);
+  const __m256i twice =
+      _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(load_raw<__m128i>(p)), (__m256i)source);
+  const __m256i halves = twice & _mm256_set1_epi16(int16_t(0xf00f));
+  return (vi)_mm256_maddubs_epi16(halves, _mm256_set1_epi16(0x1001));
 #endif
-  return words | words << 4;
 }
 
 // Pairs of bits of kLanes bytes, the lowest first, in bits 4 and 5 of a vector's bytes; the others
@@ -102,8 +109,11 @@ MB_INLINE vi spread_pairs(const uint8_t* p) {
     mask[i] = i % 2 ? 0xf0 : 0x0f;  // a word takes four bits, of which a byte takes two
     factor[i] = i % 2 ? 1 | 1 << 6 : 1 << 4 | 1 << 10;
   }
-  __m128i bytes = _mm_setzero_si128();
-  memcpy(&bytes, p, kLanes);
+#if defined(__AVX512F__)
+  const __m128i bytes = load_raw<__m128i>(p);
+#else
+  const __m128i bytes = _mm_set1_epi64x(load_raw<int64_t>(p));
+#endif
   return (vi)(((v_words)look_up((vi)source, bytes) & mask) * factor);
 }
 
@@ -117,18 +127,23 @@ MB_INLINE void join_planes(vi bytes, const uint8_t* upper, vi* out) {
     // side: of a nibble, bits 0 and 2, or 1 and 3, go to bits 2 and 6.
     const __m128i evens = _mm_setr_epi32(0x04000400, 0x44404440, 0x04000400, 0x44404440);
     const __m128i odds = _mm_setr_epi32(0x04040000, 0x04040000, 0x44444040, 0x44444040);
-    const vi nibbles = spread_nibbles(upper) & 0x0f0f0f0f;
+    const vi nibbles = spread_nibbles(upper);
     const vi even = (bytes & 0x33333333) | look_up(nibbles, evens);
     const vi odd = (bytes >> 2 & 0x33333333) | look_up(nibbles, odds);
     out[0] = even & 0x0f0f0f0f;
     out[1] = odd & 0x0f0f0f0f;
     out[2] = even >> 4 & 0x0f0f0f0f;
     out[3] = odd >> 4 & 0x0f0f0f0f;
+  } else if constexpr (BITS == 5) {
+    const vi above = spread_pairs(upper);
+    out[0] = (bytes & 0x0f0f0f0f) | (above & 0x10101010);
+    out[1] = (bytes >> 4 & 0x0f0f0f0f) | (above >> 1 & 0x10101010);
   } else {
-    const vi above = BITS == 5 ? spread_pairs(upper) : vi(spread_nibbles(upper) << 4);
-    constexpr int mask = BITS == 5 ? 0x10101010 : 0x30303030;
-    out[0] = (bytes & 0x0f0f0f0f) | (above & mask);
-    out[1] = (bytes >> 4 & 0x0f0f0f0f) | (above >> (BITS - 4) & mask);
+    const vi nibbles = spread_nibbles(upper);
+    const __m128i evens = _mm_set1_epi32(0x30201000);
+    const __m128i odds = _mm_setr_epi32(0, 0x10101010, 0x20202020, 0x30303030);
+    out[0] = (bytes & 0x0f0f0f0f) | look_up(nibbles, evens);
+    out[1] = (bytes >> 4 & 0x0f0f0f0f) | look_up(nibbles, odds);
   }
 }
 #endif

@@ -236,29 +236,40 @@ struct Groups {
   int64_t first(int64_t step) const { return step * step_columns<BITS>() >> log2_size; }
 };
 
-// sum + the products of all planes of weights, at most TOP, with one piece of a token.
-template <int PLANES, int TOP>
+// The entries of a step's lanes, the first of its groups being at p.
+MB_INLINE vf load_groups(const float* p, vi spread) {
+#if defined(__AVX512F__)
+  return permute(load(p), spread);
+#else
+  // At most four groups: across the halves of a vector, it would take four times as long.
+  return (vf)_mm256_permutevar_ps(_mm256_broadcast_ps((const __m128*)p), (__m256i)spread);
+#endif
+}
+
+// sum + 2^SHIFT times the products of all planes of weights, at most TOP, with a piece of a token.
+template <int PLANES, int TOP, int SHIFT = 0>
 MB_INLINE vi dot_planes(vi sum, const vi* w, const int8_t (*x)[kVector]) {
 #if defined(__AVX512VNNI__)
-  for (int p = 0; p < PLANES; ++p) sum = dot_bytes(sum, w[p], load_raw<vi>(x[p]));
-  return sum;
+  vi own = SHIFT ? vi{} : sum;
+  for (int p = 0; p < PLANES; ++p) own = dot_bytes(own, w[p], load_raw<vi>(x[p]));
+  return SHIFT ? vi(own << SHIFT) + sum : own;
 #else
+  const __m256i one = _mm256_set1_epi16(1 << SHIFT), two = _mm256_set1_epi16(2 << SHIFT);
+  const auto products = [](vi u, const int8_t* s) {
+    return _mm256_maddubs_epi16((__m256i)u, load_raw<__m256i>(s));
+  };
   // Planes are added in 16 bits, if their products fit: two for each plane.
   if constexpr (2 * TOP * 128 > INT16_MAX) {
     // Not even two of 8-bit codes do: their lowest bits go alone, and all others as one less.
-    const __m256i low = (__m256i)(w[0] & 0x01010101), high = (__m256i)(w[0] >> 1 & 0x7f7f7f7f);
-    const __m256i bytes = load_raw<__m256i>(x[0]);
-    sum += (vi)_mm256_madd_epi16(_mm256_maddubs_epi16(low, bytes), _mm256_set1_epi16(1));
-    return sum + (vi)_mm256_madd_epi16(_mm256_maddubs_epi16(high, bytes), _mm256_set1_epi16(2));
+    sum += (vi)_mm256_madd_epi16(products(w[0] & 0x01010101, x[0]), one);
+    return sum + (vi)_mm256_madd_epi16(products(w[0] >> 1 & 0x7f7f7f7f, x[0]), two);
   } else if constexpr (2 * PLANES * TOP * 128 > INT16_MAX) {
-    for (int p = 0; p < PLANES; ++p) sum = dot_bytes(sum, w[p], load_raw<vi>(x[p]));
+    for (int p = 0; p < PLANES; ++p) sum += (vi)_mm256_madd_epi16(products(w[p], x[p]), one);
     return sum;
   } else {
     __m256i pairs = _mm256_setzero_si256();
-    for (int p = 0; p < PLANES; ++p) {
-      pairs = _mm256_add_epi16(pairs, _mm256_maddubs_epi16((__m256i)w[p], load_raw<__m256i>(x[p])));
-    }
-    return sum + (vi)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+    for (int p = 0; p < PLANES; ++p) pairs = _mm256_add_epi16(pairs, products(w[p], x[p]));
+    return sum + (vi)_mm256_madd_epi16(pairs, one);
   }
 #endif
 }
@@ -269,8 +280,8 @@ MB_INLINE vf step_dot(const vi* w, const S& x, const vi* zero_point) {
   vi start = load_raw<vi>(x.start[0]);
   if (zero_point) start *= *zero_point;
   if (PIECES == 1) return int_to_float(dot_planes<PLANES, TOP>(start, w, x.plane[0]));
-  const vi high = dot_planes<PLANES, TOP>(vi{}, w, x.plane[0]);
-  const vi sum = dot_planes<PLANES, TOP>(vi((high << 8) + start), w, x.plane[second]);
+  const vi high = dot_planes<PLANES, TOP, 8>(start, w, x.plane[0]);
+  const vi sum = dot_planes<PLANES, TOP>(high, w, x.plane[second]);
   if (PIECES == 2) return int_to_float(sum);
   start = load_raw<vi>(x.start[third]);
   if (zero_point) start *= *zero_point;
@@ -288,8 +299,11 @@ MB_INLINE void add_step(const Rows& rows, int64_t group, vi spread, const S* con
     vi w[planes], zero_point = {};
     split_planes<ELEMENT>(in_register(load_raw<vi>(rows.codes + r * rows.code_stride)),
                           rows.upper + r * rows.upper_stride, w);
-    const vf scale = ONE_GROUP ? splat(rows.scales[at]) : permute(load(rows.scales + at), spread);
-    if (ZERO_POINTS) zero_point = bit_cast<vi>(permute(load_raw<vf>(rows.offsets + at), spread));
+    const vf scale = ONE_GROUP ? splat(rows.scales[at]) : load_groups(rows.scales + at, spread);
+    if (ZERO_POINTS) {
+      const float* offsets = reinterpret_cast<const float*>(rows.offsets + at);
+      zero_point = bit_cast<vi>(load_groups(offsets, spread));
+    }
     for (int m = 0; m < M; ++m) {
       const S& s = x[m][step];
       const vf dot = step_dot<PIECES, planes, top>(w, s, ZERO_POINTS ? &zero_point : nullptr);

@@ -175,23 +175,30 @@ MB_INLINE vf last_scales(const uint8_t* bytes, int count) {
 #endif
 }
 
-// A row's scales in e4m3 over the tensor's divisor, with zeros up to a multiple of kLanes.
+// Whether one of the first `count` bytes, a multiple of 8, has a sign or is NaN in e4m3.
+MB_INLINE bool has_special_e4m3(const uint8_t* bytes, int64_t count) {
+  uint64_t special = 0;
+  for (int64_t i = 0; i < count; i += 8) {
+    const uint64_t word = load_raw<uint64_t>(bytes + i);
+    special |= word | (word + 0x0101010101010101u);
+  }
+  return special & 0x8080808080808080u;
+}
+
+// A row's scales in e4m3 over the tensor's divisor, with zeros up to a multiple of kLanes. Products
+// can do with multiplying by its reciprocal: that rounds once more, as sums do at every addition.
 static inline void decode_e4m3_scales(const PackedRow& row, int64_t count, float* out) {
   int64_t i = 0;
 #if defined(__AVX2__)
-  // As a float16, whose exponent is biased by 8 more, a byte without sign that is no NaN is 2^8
-  // times as small.
-  const float divisor = row.divisor * 0x1p-8f, reciprocal = 1.0f / divisor;
+  // As a float16, whose exponent is biased by 8 more, a byte is 2^8 times as small.
   const bool usual = row.divisor > 0x1p-60f && row.divisor < 0x1p60f;
-  for (; usual && i + kLanes <= count; i += kLanes) {
-    uint64_t special = 0;
-    for (int j = 0; j < kLanes; j += 8) {
-      const uint64_t word = load_raw<uint64_t>(row.scales + i + j);
-      special |= (word | (word + 0x0101010101010101u)) & 0x8080808080808080u;
+  const vf factor = splat(0x1p8f / row.divisor);
+  const int64_t whole = count / kLanes * kLanes;
+  if (usual && !has_special_e4m3(row.scales, whole)) {
+    for (; i < whole; i += kLanes) {
+      const vh halves = widen_to_halves(load_raw<vb>(row.scales + i)) << 7;
+      store(out + i, to_float(halves, kFloat16) * factor);
     }
-    if (special) break;
-    const vh halves = widen_to_halves(load_raw<vb>(row.scales + i)) << 7;
-    store(out + i, divide(to_float(halves, kFloat16), divisor, reciprocal));
   }
 #endif
   for (; i < count; i += kLanes) {
