@@ -55,13 +55,18 @@ def contest(
         return Contest([learned[-1] if learned else Candidate(name, plan, how)])
     found = compared(plans, how)
 
-    def after(best: Candidate) -> list[Candidate]:
-        return learned + [
-            replace(c, outcome=known.outcome) if known and c.is_like(known) else c
-            for c in found.after(best)
-        ]
+    def reused(ones: list[Candidate]) -> list[Candidate]:
+        if known is None:
+            return ones
+        return [replace(c, outcome=known.outcome) if c.is_like(known) else c for c in ones]
 
-    return Contest(found.first, after)
+    def after(best: Candidate) -> list[Candidate]:
+        ones = learned + reused(found.after(best))
+        if known is None or any(c.is_like(known) for c in found.first + ones):
+            return ones
+        return [*ones, known]  # which keeps what --max-kl asks for
+
+    return Contest(reused(found.first), after)
 
 
 def compared(plans: Mapping[str, Plan], how: Rounding) -> Contest:
