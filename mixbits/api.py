@@ -273,7 +273,8 @@ def allocate(
     with _watched(run, "allocate", progress if max_kl else False):
         if max_kl is not None:
             found = calibrate(run, run.source.tokenizer())
-            subject = make_subject(run, run.source.load(), found)
+            original = run.source.original.load() if run.is_folded else None
+            subject = make_subject(run, run.source.load(), found, original)
         planned = make_plans(run, scores.table, subject, found)
     return Plan(planned.first.plan, run, scores.holds)
 

@@ -32,8 +32,17 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UsageError, plain_errors
+from .experts import layout_of
 from .families import family_of
-from .layout import CausalLM, decoder_blocks, head_is_tied, output_head, shared_parameters
+from .layout import (
+    CausalLM,
+    LinearInfo,
+    decoder_blocks,
+    head_is_tied,
+    output_head,
+    split_expert_name,
+)
+from .recognise import shared_parameters
 from .shrink import small_model
 from .stream import Touch, logits_of, stream_of
 from .twin import plain_numbers, same
@@ -68,10 +77,14 @@ def rotate(x: Tensor, width: int, axis: int = -1) -> Tensor:
 
 @dataclass(frozen=True)
 class Turn:
-    """A parameter's `axis` is turned in blocks, after multiplication by a norm's weight, if any."""
+    """A parameter's `axis` is turned in blocks, after multiplication by a norm's weight, if any.
+
+    `reads`: it is the axis of what the parameter is multiplied with.
+    """
 
     axis: int
     width: int
+    reads: bool = False
     norm: str | None = None
 
 
@@ -87,6 +100,11 @@ class Folding:
     turns: Mapping[str, tuple[Turn, ...]]
     neutral: Mapping[str, float]
     values: bool
+
+    @property
+    def read(self) -> set[str]:
+        """Parameters that are multiplied with something that is turned."""
+        return {name for name, turns in self.turns.items() if any(turn.reads for turn in turns)}
 
     def changes(self, name: str) -> bool:
         return name in self.turns or name in self.neutral
@@ -122,6 +140,16 @@ def fold(model: CausalLM, folding: Folding) -> None:
         if folding.changes(name):
             new = folding.folded(name, old[name], old.__getitem__)
             parameter.data = new.to(parameter.dtype)
+
+
+def parameter_of(model: CausalLM, info: LinearInfo) -> str:
+    """The parameter that holds a linear's weight."""
+    if not info.is_expert:
+        return f"{info.name}.weight"
+    module, _, projection = split_expert_name(info.name)
+    layout = layout_of(model.get_submodule(module))
+    assert layout is not None
+    return f"{module}.{layout.stack(projection)}"
 
 
 def untie(config: Any) -> None:
@@ -260,7 +288,7 @@ def _folding(
     turns: dict[str, tuple[Turn, ...]] = {}
     for touch in touches:
         norm = None if touch.norm is None else f"{touch.norm}.weight"
-        turn = Turn(touch.axis, width, norm)
+        turn = Turn(touch.axis, width, touch.reads, norm)
         turns[touch.parameter] = (*turns.get(touch.parameter, ()), turn)
     of_values = dict(_turns_of_values(model)) if values else {}
     for parameter, turn in of_values.items():
@@ -280,7 +308,7 @@ def _turns_of_values(model: CausalLM) -> Iterator[tuple[str, Turn]]:
         width = block_width(heads, rows.out_features, columns.in_features)
         for own, _ in rows.named_parameters():
             yield f"{name}.{value}.{own}", Turn(0, width)
-        yield f"{name}.{reader}.weight", Turn(1, width)
+        yield f"{name}.{reader}.weight", Turn(1, width, True)
 
 
 def _unlike(model: CausalLM, folding: Folding) -> str | None:

@@ -8,8 +8,8 @@ The *stream* is the sum that goes from block to block. A module
              next norm reads
 
 A norm is one of the stream's where a row that is added to the embeddings, far larger than all
-else, is nearly all that it reads. Nothing is told by names. A module that does neither is the inside
-of a block, whatever its width.
+else, is nearly all that it reads. Nothing is told by names. A module that does neither is the
+inside of a block, whatever its width.
 """
 
 from __future__ import annotations
