@@ -301,7 +301,7 @@ def _turns_of_values(model: CausalLM) -> Iterator[tuple[str, Turn]]:
     """Those of values' rows and of their readers' columns, by the family's names."""
     *_, value, reader = family_of(model.config.get_text_config()).attention
     for name, module in model.named_modules():
-        rows, columns = getattr(module, value, None), getattr(module, reader, None)
+        rows, columns = module._modules.get(value), module._modules.get(reader)
         heads = getattr(module, "head_dim", None)
         if not (isinstance(rows, nn.Linear) and isinstance(columns, nn.Linear) and heads):
             continue

@@ -85,17 +85,17 @@ def stream_of(model: CausalLM) -> Stream:
         if c.name not in normed and (found := _source(c.given, normed, raw)) is not None
     }
     norms = [name for name in normed if name in sources.values()]
-    writers = [c.name for c in calls if c.made is not None and probe.writes(c.name, norms)]
+    writers = [c.name for c in calls if c.made is not None and probe.writes(c.name, norms, calls)]
     whys = [f"{name} takes no part where there is text alone" for name in probe.idle(calls)]
     whys += [f"{n} stands between a block and the stream" for n in writers if n in probe.norms]
     if not norms:
         whys.append("no norm with a weight reads what its blocks add up")
     touches: list[Touch] = []
     for name in dict.fromkeys([*sources, *writers]):
-        found = _touches(probe, name, sources.get(name), name in writers)
-        if found is None:
+        own = _touches(probe, name, sources.get(name), name in writers)
+        if own is None:
             whys.append(f"what {name} does with the stream is not known")
-        touches.extend(found or ())
+        touches.extend(own or ())
     return Stream(touches, norms, whys)
 
 
@@ -239,10 +239,13 @@ class _Probe:
             if same:
                 yield name
 
-    def writes(self, name: str, norms: list[str]) -> bool:
-        """Whether what is added to a module's output reaches the next norm as it is."""
+    def writes(self, name: str, norms: list[str], before: list[_Call]) -> bool:
+        """Whether what is added to a module's output reaches the next norm as it is.
+
+        `before` are the calls without that.
+        """
         added = _row(self.width)
-        before, after = self.run(), self.run(lambda n, y: y + added if n == name else y)
+        after = self.run(lambda n, y: y + added if n == name else y)
         seen = False
         for old, new in zip(before, after, strict=True):
             if seen and old.name in norms and old.given is not None and new.given is not None:

@@ -80,12 +80,12 @@ class Folded(Source):
         return self._meta_model()
 
     @property
-    def quantization(self) -> dict[str, Any] | None:  # type: ignore[override]
+    def quantization(self) -> dict[str, Any] | None:
         """Nothing is quantized any more."""
         return None
 
     @property
-    def weights(self) -> Weights:  # type: ignore[override]
+    def weights(self) -> Weights:
         """The scratch folder's; before it is made, names and shapes alone."""
         if self._plain is None:
             return self._expected
