@@ -10,6 +10,13 @@ reads it:
     what reads it after a norm of weight g        W diag(g) R, and g becomes ones
     the head                                      the same, apart from the embedding
 
+A norm's weight also damps what is an outlier to a few channels' readers; when it is folded, that
+channel's error is spread over its block undamped. So before they are turned the stream's columns
+are put in an order: those that their readers weigh alike lie together (`gathered`). In SmolLM2-135M
+the error of the outputs, weights and inputs in MXFP4, is 2.3 % of their power as they are, 1.8 %
+where inputs are rotated on line, 3.1 % folded without an order and 1.85 % with it (mean over the
+readers of 60 norms).
+
 Within a head, values are turned as well: rows of v_proj, columns of o_proj. Attention only adds
 values up, so that what it gives is turned too.
 
@@ -25,7 +32,7 @@ import copy
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -79,13 +86,15 @@ def rotate(x: Tensor, width: int, axis: int = -1) -> Tensor:
 class Turn:
     """A parameter's `axis` is turned in blocks, after multiplication by a norm's weight, if any.
 
-    `reads`: it is the axis of what the parameter is multiplied with.
+    `reads`: it is the axis of what the parameter is multiplied with. `of_stream`: it runs along
+    the stream, and not along a head's values.
     """
 
     axis: int
     width: int
     reads: bool = False
     norm: str | None = None
+    of_stream: bool = True
 
 
 @dataclass(frozen=True)
@@ -95,11 +104,13 @@ class Folding:
     turns     parameter -> its turns
     neutral   a norm's parameter -> what it becomes, all of it: 1, or 0 where 1 is added to it
     values    whether values within heads are turned
+    order     int64 [width] of the stream's columns, before they are turned; None: as they come
     """
 
     turns: Mapping[str, tuple[Turn, ...]]
     neutral: Mapping[str, float]
     values: bool
+    order: Tensor | None = field(default=None, compare=False)
 
     @property
     def read(self) -> set[str]:
@@ -125,8 +136,33 @@ class Folding:
             if turn.norm is not None:
                 weight = lookup(turn.norm).float() + (1 - self.neutral[turn.norm])
                 value = (value.movedim(turn.axis, -1) * weight).movedim(-1, turn.axis)
+            if turn.of_stream and self.order is not None:
+                value = value.index_select(turn.axis, self.order)
             value = rotate(value, turn.width, turn.axis)
         return value
+
+
+def gathered(folding: Folding, lookup: Lookup) -> Folding:
+    """With an order of the stream's columns by how much their readers weigh them, least first.
+
+    Noise of a block's inputs goes to all of its columns, and on by the squares of their weights: so
+    that large inputs of small weight do least harm to others where these are of small weight too.
+    It goes by the mean over the norms of the logarithm of squared weights. `lookup` gives all that
+    is turned.
+    """
+    powers: dict[str, Tensor] = {}
+    for name, turns in folding.turns.items():
+        for turn in turns:
+            if turn.norm is not None:
+                rows = lookup(name).movedim(turn.axis, -1).flatten(0, -2).split(_ROWS)
+                power = torch.stack([part.float().square().sum(0) for part in rows]).sum(0)
+                powers[turn.norm] = powers.get(turn.norm, 0) + power
+    logarithms = []
+    for norm, power in powers.items():
+        weight = lookup(norm).float() + (1 - folding.neutral[norm])
+        logarithms.append((weight.square() * power).clamp(min=1e-30).log())
+    order = torch.stack(logarithms).mean(0).argsort(stable=True)
+    return replace(folding, order=order)
 
 
 def fold(model: CausalLM, folding: Folding) -> None:
@@ -189,7 +225,8 @@ def folding_of(shapes: CausalLM, trust_remote_code: bool = False) -> Folding:
             raise UsageError(sentence(whys[0]))
         neutral = {name: _neutral(norm) for name, norm in norms.items()}
         for values in (True, False):
-            if holds(small, _folding(small, stream.touches, neutral, values)):
+            tried = _folding(small, stream.touches, neutral, values)
+            if holds(small, gathered(tried, _parameters(small).__getitem__)):
                 break
         else:
             raise UsageError(sentence("folded on trial, a small one gave other logits"))
@@ -200,6 +237,11 @@ def folding_of(shapes: CausalLM, trust_remote_code: bool = False) -> Folding:
     if why := _unlike(shapes, whole):
         raise UsageError(sentence(why))
     return whole
+
+
+def _parameters(model: CausalLM) -> dict[str, Tensor]:
+    """All by all of their names."""
+    return {n: p.detach() for n, p in model.named_parameters(remove_duplicate=False)}
 
 
 def holds(model: CausalLM, folding: Folding) -> bool:
@@ -307,8 +349,8 @@ def _turns_of_values(model: CausalLM) -> Iterator[tuple[str, Turn]]:
             continue
         width = block_width(heads, rows.out_features, columns.in_features)
         for own, _ in rows.named_parameters():
-            yield f"{name}.{value}.{own}", Turn(0, width)
-        yield f"{name}.{reader}.weight", Turn(1, width, True)
+            yield f"{name}.{value}.{own}", Turn(0, width, of_stream=False)
+        yield f"{name}.{reader}.weight", Turn(1, width, True, of_stream=False)
 
 
 def _unlike(model: CausalLM, folding: Folding) -> str | None:

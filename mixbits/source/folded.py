@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UsageError
-from ..model.folding import Folding, folding_of, untie
+from ..model.folding import Folding, folding_of, gathered, untie
 from ..model.layout import CausalLM, head_is_tied, output_head
 from .source import SCRATCH_SHARD, Source
 from .stored import Header
@@ -138,14 +138,16 @@ class Folded(Source):
         return self._load(self._plain_folder(), torch.float32)
 
     def _in_shards(self) -> Iterator[dict[str, Tensor]]:
+        weights = self.of.weights
+        folding = gathered(self.folding, lambda name: weights.tensor(self._origins[name]))
         waiting: dict[str, Tensor] = {}
         last: dict[str, Tensor] = {}  # made together with the one asked for last
         for name, origin in self._origins.items():
             if origin not in last:
-                last = self.of.weights.tensors(origin)
+                last = weights.tensors(origin)
             value = last[origin]
-            if self.folding.changes(name):
-                value = self.folding.folded(name, value, self.of.weights.tensor)
+            if folding.changes(name):
+                value = folding.folded(name, value, weights.tensor)
             waiting[name] = value.contiguous()
             if sum(t.nbytes for t in waiting.values()) >= SCRATCH_SHARD:
                 yield waiting

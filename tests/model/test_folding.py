@@ -21,6 +21,7 @@ from mixbits.model.folding import (
     block_width,
     fold,
     folding_of,
+    gathered,
     hadamard_matrix,
     holds,
     rotate,
@@ -77,11 +78,18 @@ def folded(model: Any, folding: Folding) -> Any:
     return twin
 
 
+def parameters(model: Any) -> dict[str, torch.Tensor]:
+    return dict(model.named_parameters(remove_duplicate=False))
+
+
 def check(model: Any) -> Folding:
     """Fold a model, and look at all that there is to see of it."""
     folding = folding_of(model)
     before, twin = logits(model), folded(model, folding)
     assert same(logits(twin), before, TOLERANCE)
+    ordered = gathered(folding, parameters(model).__getitem__)
+    assert ordered.order.tolist() != list(range(len(ordered.order)))
+    assert same(logits(folded(model, ordered)), before, TOLERANCE)
     assert not head_is_tied(twin) and not twin.config.tie_word_embeddings
     old, new = dict(model.named_parameters()), dict(twin.named_parameters())
     assert folding.neutral
@@ -164,6 +172,18 @@ def test_a_wrong_folding_fails_its_trial(name: str, change: Any) -> None:
     turns = change(right.turns[name])
     assert turns != right.turns[name]
     assert not holds(model, replace(right, turns={**right.turns, name: turns}))
+
+
+def test_outliers_that_are_damped_stay_among_their_like() -> None:
+    """Channels of large values and small norm's weights: folded, they would spoil their blocks."""
+    model = model_of("llama")
+    outliers = torch.arange(3, 64, 5)
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            parameter.data = torch.ones_like(parameter)
+            parameter.data[outliers] = 0.01
+    order = gathered(folding_of(model), parameters(model).__getitem__).order
+    assert set(order[: len(outliers)].tolist()) == set(outliers.tolist())
 
 
 def test_a_model_that_sees_is_refused() -> None:
