@@ -88,6 +88,7 @@ def check(model: Any) -> Folding:
     before, twin = logits(model), folded(model, folding)
     assert same(logits(twin), before, TOLERANCE)
     ordered = gathered(folding, parameters(model).__getitem__)
+    assert ordered.order is not None
     assert ordered.order.tolist() != list(range(len(ordered.order)))
     assert same(logits(folded(model, ordered)), before, TOLERANCE)
     assert not head_is_tied(twin) and not twin.config.tie_word_embeddings
@@ -183,6 +184,7 @@ def test_outliers_that_are_damped_stay_among_their_like() -> None:
             parameter.data = torch.ones_like(parameter)
             parameter.data[outliers] = 0.01
     order = gathered(folding_of(model), parameters(model).__getitem__).order
+    assert order is not None
     assert set(order[: len(outliers)].tolist()) == set(outliers.tolist())
 
 
