@@ -108,6 +108,8 @@ class Scores:
         made = {"schemes": table.schemes, "method": table.data["method"]}
         for name in ("weight_scale_mode", "act_scale_mode"):
             made[name] = table.data[name]
+        if table.is_folded:
+            made["rotate"] = "fold"
         for name in ("nsamples", "seqlen"):
             made[name] = table.data["calibration"].get(name)
         run, given, holds = _open(model, None, {**made, **settings})
@@ -273,7 +275,8 @@ def allocate(
     with _watched(run, "allocate", progress if max_kl else False):
         if max_kl is not None:
             found = calibrate(run, run.source.tokenizer())
-            subject = make_subject(run, run.source.load(), found)
+            original = run.source.original.load() if run.is_folded else None
+            subject = make_subject(run, run.source.load(), found, original)
         planned = make_plans(run, scores.table, subject, found)
     return Plan(planned.first.plan, run, scores.holds)
 
@@ -300,6 +303,8 @@ def apply(
     folder = Path(scratch.name)
     if isinstance(plan, Plan):
         plan.save(folder / "plan.json")
+        if plan.data.get("folded"):
+            settings = {"rotate": "fold", **settings}
         plan = folder / "plan.json"
     quiet = {"gate": 0, "eval_nsamples": 0, "plan": plan, "rounding": rounding}
     result = quantize_model(

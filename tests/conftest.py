@@ -7,6 +7,8 @@ if hasattr(signal, "SIGHUP"):  # nohup has it ignored, here and in what tests st
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 # Before torch is imported: waiting threads must not spin on cores that other work needs.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+if "PYTEST_XDIST_WORKER" in os.environ:  # a worker per core: their threads would only take turns
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from collections.abc import Callable, Iterator
 from pathlib import Path

@@ -264,3 +264,16 @@ def test_the_notebook_runs() -> None:
     assert len(maps) == 2  # the frontier, and where the bits go
     printed = "".join(o["text"] for o in shown if o.get("name") == "stdout")
     assert printed.count("reached") == 3 and "class Reader:" in printed
+
+
+def test_a_folded_model(folder: Path, ids: Path, tmp_path: Path) -> None:
+    """Scores and plans know of it, and so whatever is made of them."""
+    scores = mixbits.measure(folder, ids, schemes=SCHEMES, rotate="fold", **SIZES)
+    scores.save(tmp_path / "scores.json")
+    again = mixbits.Scores.load(tmp_path / "scores.json", folder)
+    plan = mixbits.allocate(again, avg_bits=5)
+    assert plan.data["folded"]
+    model = mixbits.apply(folder, plan, rounding="search", **SIZES)
+    assert (model.model.norm.weight == 1).all()
+    with pytest.raises(mixbits.UsageError, match="--rotate helps to make a plan"):
+        mixbits.apply(folder, plan, rounding="search", rotate="none", **SIZES)

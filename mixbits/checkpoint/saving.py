@@ -183,9 +183,12 @@ def save_fake(
     changed = {f"{i.name}.weight" for i in linears if is_packed(i.name, assignment)}
     changed |= {stack_of(model, i) for i in linears if i.is_expert and i.name in assignment}
     for name, value in state.items():
-        finer = name in weights.groups and weights.stored_dtype(name) != value.dtype
-        if finer and name not in changed:
-            state[name] = weights.tensor(name)
+        kind = weights.stored_dtype(name) if name in weights.groups else None
+        if kind not in (None, value.dtype):
+            plain = value if name in changed else weights.tensor(name)
+            # What the source folds lies in float32, and is written in its own type.
+            state[name] = plain.to(source.dtype if name in changed else kind)
+    model.config.dtype = source.dtype
     model.save_pretrained(folder, state_dict=state)
     if weights.carried:
         _add_shard(folder, {one.name: weights.plain(one).contiguous() for one in weights.carried})

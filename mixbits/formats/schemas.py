@@ -97,6 +97,7 @@ class PlanFile(_Modes):
 
     strategy: str = ""
     method: str = ""
+    folded: bool = False
     budget: dict[str, Any] = {}
     predicted_loss: Loss | None = None
     lower_bound: float | None = None
@@ -138,6 +139,7 @@ class ScoresRow(_Closed):
 class _Measured(_Strict):
     name: str
     sha256: Sha256
+    folded: bool = False
 
 
 class _Calibration(_Strict):

@@ -8,6 +8,7 @@
      "sha256": of all of the above}
 
 `order` and `rotated` are there where the columns were arranged; slabs are of arranged columns.
+`folded` beside the model's hash says that the model was measured in a rotated basis.
 It costs minutes to hours to make and milliseconds to use: every budget, strategy and grouping is
 allocated from the same file. Numbers carry nine digits; equal inputs give equal bytes.
 """
@@ -240,6 +241,11 @@ class Scores:
         """The order of the linear's columns; None: as they come."""
         found: list[int] | None = self.data["linears"][linear].get("order")
         return found
+
+    @property
+    def is_folded(self) -> bool:
+        """Whether they are of the model in a rotated basis."""
+        return bool(self.data["model"].get("folded", False))
 
     def rotated(self, linear: str) -> bool:
         return bool(self.data["linears"].get(linear, {}).get("rotated", False))

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..files.io import last_part, without_folders, write_text
+from ..files.io import without_folders, write_text
 from ..formats.arrange import Arrangement
 from ..formats.schemes import BF16, Assignment
 from ..measuring.evaluate import logits_kl
@@ -123,7 +123,7 @@ def report(run: Run, sha256: str, planned: Planned, decision: Decision, text: Te
         "mixbits_report": VERSION,
         "command": without_folders(run.settings.command),
         "environment": environment(),
-        "source": {"name": last_part(run.source.name), "sha256": sha256},
+        "source": run.describe_source(sha256),
         "calibration": None if scores is None else scores.data["calibration"],
         # An edited plan still says what it was once made for.
         "budget": None if scores is None else plan.data["budget"],

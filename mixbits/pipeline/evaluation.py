@@ -47,7 +47,7 @@ def evaluate(
     settings = run.settings
     result["verdict"] = verdict(None)
     if settings.fake:  # its weights were rounded in place
-        original = run.source.load()
+        original = run.source.original.load()
     place.check_in_place()
     quantized = _load_result(run, plan, result)
     place.check_in_place()  # and so is what was loaded by its name

@@ -102,7 +102,7 @@ def check_head(run: Run) -> list[str]:
 def room(run: Run, expected: int) -> int:
     """Bytes that the disk must have: the output's, and those of what is made plain before."""
     settings, source = run.settings, run.source
-    plain = 0 if source.weights.is_plain else source.plain_bytes()
+    plain = source.scratch_bytes()
     if settings.solve_only:
         return plain
     return plain + (run.predicted_bytes({}) if settings.fake else expected)

@@ -51,7 +51,7 @@ def judge(
     """
     outcome, recipes = candidate.rounded(subject), candidate.plan.assignment
     quantized = RoundedModel(subject.streamed, subject.linears, recipes, outcome.weights)
-    kl = sequence_kl(subject.streamed, quantized, ids, batch_size=subject.batch_size, first=first)
+    kl = sequence_kl(subject.reference, quantized, ids, batch_size=subject.batch_size, first=first)
     return outcome, kl
 
 

@@ -99,11 +99,12 @@ def _quantize(run: Run, place: Destination, watch: Watch | None) -> Report:
     clock = Clock(stage_names(settings), progress)
     with clock.run("open", source.name):
         model, sha256, tokenizer = source.load(), source.sha256(), source.tokenizer()
+        original = source.original.load() if run.is_folded else model
     telling.source(run)
     with clock.run("calibrate", text_read(settings)):
         text = calibrate(run, tokenizer)
         telling.text(text, tokenizer)
-    subject = make_subject(run, model, text)
+    subject = make_subject(run, model, text, original)
     planned = _planned(run, clock, place, subject, sha256, text)
     decision = _rounded(run, clock, subject, planned, text)
     told = report(run, sha256, planned, decision, text)
@@ -128,7 +129,7 @@ def _quantize(run: Run, place: Destination, watch: Watch | None) -> Report:
         with clock.run("evaluate", ", ".join(judges) or "nothing asked for"):
             about = circumstances(run, decision, told.rounding)
             plan = decision.winner.plan
-            evaluate(run, place, model, tokenizer, text.held_out, plan, about, evaluation)
+            evaluate(run, place, original, tokenizer, text.held_out, plan, about, evaluation)
     finally:  # a task that fails takes nothing else with it
         place.rewrite(reports.texts(evaluation, clock.rows))
     telling.results(told)
@@ -140,8 +141,8 @@ def _quantize(run: Run, place: Destination, watch: Watch | None) -> Report:
     return told
 
 
-def make_subject(run: Run, model: Any, text: Text) -> Subject:
-    """What the run rounds, and with what."""
+def make_subject(run: Run, model: Any, text: Text, original: Any = None) -> Subject:
+    """What the run rounds, and with what; `original` is what it is compared with, if not itself."""
     settings = run.settings
     return Subject(
         source=run.source,
@@ -152,6 +153,7 @@ def make_subject(run: Run, model: Any, text: Text) -> Subject:
         batch_size=settings.batch_size,
         seed=settings.seed,
         device=settings.computes_on,
+        original=original,
     )
 
 

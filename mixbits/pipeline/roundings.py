@@ -33,6 +33,7 @@ from .settings import BATCH_SIZE
 class Subject:
     """A model whose `linears` are rounded, with calibration `text`; it is not changed.
 
+    `original` is what results are compared with: where the model is folded, another one.
     `own` has the codes of linears that the source stores quantized: a plan may keep them.
     """
 
@@ -44,6 +45,14 @@ class Subject:
     batch_size: int = BATCH_SIZE
     seed: int = 0
     device: str = "cpu"
+    original: CausalLM = None
+
+    @cached_property
+    def reference(self) -> StreamedModel:
+        """The original, or the model itself."""
+        if self.original is None or self.original is self.model:
+            return self.streamed
+        return StreamedModel(self.original, device=self.device)
 
     @cached_property
     def streamed(self) -> StreamedModel:
@@ -178,7 +187,7 @@ class Distill:
             subject.model, gradient_dtype(source.dtype, subject.device), subject.device
         )
         enough = enough_text(
-            source.load().to(subject.device),
+            source.original.load().to(subject.device),
             text.ids,
             self.steps,
             batch_size=subject.batch_size,

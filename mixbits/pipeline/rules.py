@@ -93,12 +93,12 @@ def check(s: Settings) -> None:
 
 
 def _check_columns(s: Settings) -> None:
-    arranged = s.slabs or s.rotate not in (None, "none")
+    arranged = s.slabs or s.rotate in ("ffn", "all")
     if arranged and s.method != "fisher":
         raise UsageError(f"--granularity slab and --rotate need --method fisher: got {s.method}")
     if s.free_slabs and not s.slabs:
         raise UsageError("--free-slabs helps --granularity slab only")
-    if s.tune and arranged:
+    if s.tune and (arranged or s.rotate == "fold"):
         raise UsageError("--tune knows whole linears only: not --granularity slab, nor --rotate")
 
 
@@ -115,7 +115,7 @@ def _check_budget(s: Settings) -> None:
     given = [
         name
         for name in (*makes, "refine", "curve", "diagnose")
-        if getattr(s, name) != KNOWN[name].default
+        if getattr(s, name) not in (KNOWN[name].default, "fold")  # a plan is of a folded model
     ]
     if s.plan and given:
         raise UsageError(f"{spelt(given[0])} helps to make a plan: it cannot go with --plan")
@@ -149,7 +149,7 @@ def _check_target(s: Settings) -> None:
     assert s.target is not None
     target = TARGETS[s.target]
     for name in ("granularity", "rotate"):
-        if getattr(s, name) not in ("layer", "none", None):
+        if getattr(s, name) not in ("layer", "none", "fold", None):
             raise UsageError(f"--target {target.name} cannot go with --{name} {getattr(s, name)}")
     if s.per_expert and target.experts:
         raise UsageError(f"--target {target.name} cannot go with --per-expert: experts must agree")

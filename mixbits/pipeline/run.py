@@ -11,6 +11,7 @@ from typing import Any
 from ..checkpoint.folder import predicted_bytes
 from ..errors import UsageError
 from ..export.targets import TARGETS, advice, check_fused, check_together, default_schemes, fit
+from ..files.io import last_part
 from ..formats.menus import MENUS
 from ..formats.schemes import MX_GROUP, Assignment, Recipe, Scheme, parse_scheme
 from ..measuring.scores import Scores
@@ -18,6 +19,7 @@ from ..model.layout import CausalLM, LinearInfo, Survey, check_layout, survey
 from ..model.units import Unit, ignore, make_units, match_units
 from ..planning.plan import Plan, average_bits, slab_width, unit_options
 from ..report.coverage import Coverage
+from ..source.folded import Folded
 from ..source.kept import NO_CODES, OwnCodes
 from ..source.source import Source, open_source
 from .early import check_seqlen
@@ -26,7 +28,10 @@ from .settings import Settings
 
 @dataclass
 class Run:
-    """What is asked for, and what config.json alone says of the model."""
+    """What is asked for, and what config.json alone says of the model.
+
+    With --rotate fold, `source` is the folded one.
+    """
 
     settings: Settings
     schemes: list[Scheme]
@@ -77,9 +82,19 @@ class Run:
         used = {s.activation and s.activation.scale for s in chosen if s.packed}
         return "none" if None in used or used <= {"e4m3"} else "all"
 
+    @property
+    def is_folded(self) -> bool:
+        """Whether the model is quantized in a rotated basis that nothing has to know of."""
+        return isinstance(self.source, Folded)
+
+    def describe_source(self, sha256: str) -> dict[str, Any]:
+        """The original's name and hash, as scores.json and report.json have them."""
+        told = {"name": last_part(self.source.name), "sha256": sha256}
+        return {**told, "folded": True} if self.is_folded else told
+
     @cached_property
     def rotated(self) -> list[str]:
-        """Linears whose inputs are rotated: those of --scores, where nothing else is asked for.
+        """Linears whose inputs are rotated as it runs: those of --scores, if nothing else is asked.
 
         Codes that the source has stay as they are.
         """
@@ -89,6 +104,7 @@ class Run:
             return [info.name for info in self.linears if scores.rotated(info.name)]
         wanted = {
             "none": lambda info: False,
+            "fold": lambda info: False,
             "ffn": lambda info: info.ffn_output,
             "all": lambda info: info.in_features >= MX_GROUP,
         }[self.rotation]
@@ -116,8 +132,12 @@ def prepare(settings: Settings, source: Source | None = None) -> Run:
         source = open_source(
             str(settings.model), settings.trust_remote_code, config_only=settings.dry_run
         )
+    source = source.original
+    if settings.rotate == "fold":
+        source = Folded.make(source)
     if not settings.dry_run:
-        source.scratch = settings.folder.absolute().parent
+        for one in (source.original, source):
+            one.scratch = settings.folder.absolute().parent
     check_seqlen(
         settings, getattr(source.config.get_text_config(), "max_position_embeddings", None)
     )
@@ -199,10 +219,21 @@ def _check_target(run: Run) -> None:
             raise UsageError(f"{error}; try {instead[scheme.name]}") from error
 
 
+def check_folded(run: Run, is_folded: bool, where: object) -> None:
+    """Raises UsageError for scores or a plan, `where`, of the model in another basis."""
+    if is_folded != run.is_folded:
+        which = ("as it is", "folded (--rotate fold)")
+        raise UsageError(
+            f"{where} must be of the model {which[run.is_folded]}: got one of the model "
+            f"{which[is_folded]}"
+        )
+
+
 def given_plan(run: Run) -> Plan:
-    """The plan of --plan. Raises UsageError where --target cannot hold it."""
+    """The plan of --plan. Raises UsageError where --target cannot hold it, or it is of another."""
     assert run.settings.plan is not None
     plan = Plan.read(run.settings.plan, run.linears)
+    check_folded(run, plan.data.get("folded", False), run.settings.plan)
     if run.settings.target:
         target = TARGETS[run.settings.target]
         fit(target, run.linears, plan.assignment)

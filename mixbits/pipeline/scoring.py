@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..errors import UsageError
-from ..files.io import last_part
 from ..formats.arrange import Arrangement
 from ..measuring.fisher import sorted_columns
 from ..measuring.scores import Scores
@@ -14,7 +13,7 @@ from ..measuring.text import Sequences
 from ..model.layout import CausalLM
 from ..model.streaming import StreamedModel, gradient_dtype
 from ..model.units import Unit
-from .run import Run
+from .run import Run, check_folded
 
 
 def _new_arrangements(
@@ -59,6 +58,7 @@ def check_known(
     `sha256` of the model, and `prefix` of sequences: None where these are known to be the same.
     """
     scores.check(where, run.linears, run.all_schemes, run.scale_modes, sha256, prefix)
+    check_folded(run, scores.is_folded, where)
     asked = run.settings.rotate
     if asked and [i.name for i in run.linears if scores.rotated(i.name)] != run.rotated:
         raise UsageError(f"{where} was measured without --rotate {asked}: measure again")
@@ -109,5 +109,5 @@ def score(
     for linear, scores in slabs.items():
         free = [s.name for s in run.all_schemes if run.own.is_free(linear, s)]
         scores |= {name: [0.0] * len(scores[name]) for name in free}
-    name = {"name": last_part(run.source.name), "sha256": sha256}
+    name = run.describe_source(sha256)
     return Scores.build(slabs, run.linears, method, run.scale_modes, name, described, arranged)

@@ -159,9 +159,10 @@ class BudgetSettings:
     rotate: str | None = _option(
         None,
         "spread outliers over 32 columns by a Hadamard matrix, in the inputs of all linears or "
-        "of the FFN's last (default: all, where every scheme rounds activations and not all to "
+        "of the FFN's last, while the model runs; fold: in the weights, for any engine, but for "
+        "the FFN's last (default: all, where every scheme rounds activations and not all to "
         "NVFP4; none with --target, --tune, and methods but fisher)",
-        choices=("none", "ffn", "all"),
+        choices=("none", "ffn", "all", "fold"),
     )
 
     @property

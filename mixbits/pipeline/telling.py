@@ -10,6 +10,7 @@ import torch
 
 from ..backends.choice import choose_backend, holder
 from ..formats.schemes import Recipe, Scheme, parse_scheme
+from ..model.folding import parameter_of
 from ..model.layout import LeftAlone
 from ..planning.plan import Plan, average_bits
 from ..progress import say
@@ -25,6 +26,7 @@ from ..report.tables import (
     task_rows,
 )
 from ..report.verdict import lines
+from ..source.folded import Folded
 from .gate import Decision
 from .run import Run
 from .settings import Settings
@@ -65,6 +67,8 @@ def source_lines(run: Run) -> Iterator[str]:
             return one.numel * itemsize
         return weights.nbytes(one.name)
 
+    if isinstance(run.source, Folded):
+        yield from _folded_lines(run, run.source)
     yield from run.coverage.lines(nbytes)
     if weights and (parts := weights.carried_parts):
         yield (
@@ -74,6 +78,23 @@ def source_lines(run: Run) -> Iterator[str]:
     if own.formats:
         names = ", ".join(scheme.name for scheme in own.schemes)
         yield f"{len(own.formats)} linears are stored in {names}: a plan can keep that"
+
+
+def _folded_lines(run: Run, source: Folded) -> Iterator[str]:
+    yield (
+        "the model is folded into a rotated basis, 32 columns at a time, which nothing that runs "
+        "it has to know of"
+    )
+    read = source.folding.read
+    left = [i for i in run.linears if parameter_of(source.shapes, i) not in read]
+    if left:
+        leaves = ", ".join(dict.fromkeys(i.name.rpartition(".")[2] for i in left))
+        yield f"inputs of {len(left)} linears are not rotated ({leaves})"
+    if source.head_bytes:
+        yield (
+            "the head, which was tied to the embedding, has weights of its own: "
+            f"{size(source.head_bytes)} more"
+        )
 
 
 def text(found: Text, tokenizer: Any) -> None:

@@ -4,6 +4,7 @@
      "predicted_loss", "lower_bound", ...,
      "units": [{"unit": name, "scheme": "MXFP4", "linears": {name: "all", ...}}, ...]}
 
+`folded` is there, and true, where the model is quantized in a rotated basis (`--rotate fold`).
 The file may be edited: change a scheme and pass it back with `--plan`. A linear that no unit
 names is left alone. "all" says that the unit's scheme covers all column slabs of the linear.
 
@@ -437,6 +438,7 @@ class Problem:
             "act_scale_mode": self.scores.data["act_scale_mode"],
             "scores_sha256": self.scores.data["sha256"],
             "method": self.scores.data["method"],
+            **({"folded": True} if self.scores.is_folded else {}),
             "predicted_loss": allocation.loss,
             "lower_bound": allocation.lower_bound,
             **({"slab_columns": self.slab_columns} if self.slab_columns else {}),

@@ -153,6 +153,11 @@ def _made(report: Report) -> str:
             f"Sensitivities from {text.nsamples} x {text.seqlen} tokens of "
             f"{escaped(last_part(text.source or '-'))}; an exact allocation within the budget."
         )
+    if report.source and report.source.folded:
+        lines.append(
+            "Its weights are those of the original in a rotated basis, which spreads outliers: "
+            "unquantized, they would give the same logits."
+        )
     if rounding := report.rounding:
         steps = rounding.distilled
         learned = "" if steps is None else f", then learned in {steps} steps"

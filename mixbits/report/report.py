@@ -66,6 +66,7 @@ class Source(Part):
 
     name: str | None = None
     sha256: str | None = None
+    folded: bool | None = None  # it was quantized in a rotated basis
 
 
 class Environment(Part):

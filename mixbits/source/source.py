@@ -176,13 +176,20 @@ class Source:
         name = str(next((kind for kind in kinds if kind is not None), None))
         return torch.float16 if name.removeprefix("torch.") == "float16" else torch.bfloat16
 
+    @property
+    def original(self) -> Source:
+        """What a source is compared with: itself, or what it was folded of."""
+        return self
+
     def load(self) -> nn.Module:
         """The model in `dtype`, weights mapped, every tensor present and finite.
 
         Raises UsageError that names the file or tensor otherwise.
         """
-        self._digests = self._digests or self._checked()
-        folder = self.path if self.weights.is_plain else self._plain_folder()
+        self.check()
+        return self._load(self.path if self.weights.is_plain else self._plain_folder(), self.dtype)
+
+    def _load(self, folder: Path, dtype: torch.dtype) -> nn.Module:
         config = copy.deepcopy(self.config)
         for part in (config, config.get_text_config()):
             if hasattr(part, "quantization_config"):  # nothing is quantized by now
@@ -191,7 +198,7 @@ class Source:
             loaded: Any = model_class(config).from_pretrained(
                 folder,
                 config=config,
-                dtype=self.dtype,
+                dtype=dtype,
                 use_safetensors=True,
                 ignore_mismatched_sizes=True,  # they are in `info`
                 output_loading_info=True,
@@ -206,6 +213,10 @@ class Source:
                 f"{', '.join(missing[:3])}{' ...' if len(missing) > 3 else ''} ({self.path})"
             )
         return model.eval().requires_grad_(False)
+
+    def check(self) -> None:
+        """Raises UsageError that names a tensor that cannot be read, or is not finite."""
+        self._digests = self._digests or self._checked()
 
     def _checked(self) -> list[bytes]:
         """Every tensor of every file is readable and finite; returns the files' hashes."""
@@ -229,8 +240,12 @@ class Source:
         state = self.shapes.state_dict()
         return sum(state[name].numel() for name in self.weights.groups) * self.dtype.itemsize
 
+    def scratch_bytes(self) -> int:
+        """Of the weights that `load` writes into a scratch folder, if it does."""
+        return 0 if self.weights.is_plain else self.plain_bytes()
+
     def _make_plain(self) -> Any:
-        made = scratch_folder(self.scratch or Path(tempfile.gettempdir()), self.plain_bytes())
+        made = scratch_folder(self.scratch or Path(tempfile.gettempdir()), self.scratch_bytes())
         folder = Path(made.name)
         places: dict[str, str] = {}
         for number, tensors in enumerate(self._in_shards()):

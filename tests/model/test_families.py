@@ -29,6 +29,7 @@ from mixbits.export import gguf
 from mixbits.formats.recipes import parse_recipe
 from mixbits.model import families
 from mixbits.model.families import FAMILIES, Family, Gguf, Stacks, name_from_vllm
+from mixbits.model.folding import folding_of
 from mixbits.model.layout import find_linears, meta_model, shared_inputs
 from mixbits.model.units import make_units
 from mixbits.quantize import main
@@ -352,3 +353,14 @@ def test_the_page_names_every_field() -> None:
     for kind in (Family, Gguf, Stacks):
         for field in dataclasses.fields(kind):
             assert f"`{field.name}`" in page, field.name
+
+
+def test_it_is_folded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stream shows in use; where values are, an entry says."""
+    odd = both()[1]
+    found = folding_of(odd)
+    assert not found.values
+    assert "model.layers.1.feed.drop.weight" in found.turns
+    monkeypatch.setitem(FAMILIES, "odd", ENTRY)
+    assert folding_of(odd).turns.keys() - found.turns.keys() == set()
+    assert folding_of(odd).values
