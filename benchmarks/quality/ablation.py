@@ -38,7 +38,7 @@ from mixbits.measuring.evaluate import sequence_kl
 from mixbits.measuring.scores import Scores
 from mixbits.measuring.text import Sequences
 from mixbits.pipeline import texts
-from mixbits.pipeline.candidates import candidates
+from mixbits.pipeline.candidates import contest
 from mixbits.pipeline.plans import Planned, make_plans, refine_plan
 from mixbits.pipeline.process import make_subject, with_device
 from mixbits.pipeline.roundings import Subject as Rounded
@@ -135,7 +135,7 @@ class Subject:
     def figures(self, variant: str, bits: float) -> dict[str, Any]:
         run = self.run(**VARIANTS[variant], avg_bits=bits, ignore_scale_bits=True)
         subject, text, planned = self.planned(run)
-        (candidate,) = candidates(run.settings, planned.plans, text.correction)
+        (candidate,) = contest(run.settings, planned.plans, text.correction).first
         recipes, start = candidate.plan.assignment, time.perf_counter()
         rounded = candidate.rounded(subject).weights
         seconds = time.perf_counter() - start
