@@ -74,6 +74,10 @@ def _low(scale: Tensor, fmt: Format) -> Tensor:
     return scale.abs() <= floor
 
 
+class ScaleError(UsageError):
+    """A format's scales cannot hold a weight, however it is rounded."""
+
+
 class _Loss(NamedTuple):
     """Of groups [N, groups]: largest magnitude, squared error, and what it would be elsewhere."""
 
@@ -110,7 +114,7 @@ def lost_groups(weight: Tensor, fmt: Format, packed: Packed) -> int:
 
 
 def check_scales(name: str, weight: Tensor, scheme: Scheme, packed: Packed) -> None:
-    """Raise UsageError that names the tensor where its scales cannot hold weight [N, K].
+    """Raise ScaleError that names the tensor where its scales cannot hold weight [N, K].
 
     Of NVFP4, whose scales reach no further below the largest of the tensor than they do, lost
     groups are warned of instead.
@@ -135,7 +139,7 @@ def check_scales(name: str, weight: Tensor, scheme: Scheme, packed: Packed) -> N
     many = int(lost.sum()) > MANY * int((largest > 0).sum())
     if many or float((found - due)[lost].sum()) > HARM * float(due.sum()):
         least = _LEAST[fmt.scale]
-        raise UsageError(
+        raise ScaleError(
             f"{scheme.name} needs group scales of at least {least}: got {int(lost.sum())} of "
             f"{largest.numel()} groups of smaller weights, up to {float(largest[lost].max()):.3g}, "
             f"that would lose their digits ({name})"
@@ -154,7 +158,7 @@ def _check_high(name: str, weight: Tensor, scheme: Scheme, packed: Packed) -> No
     held = dequantize(unpack(packed, fmt, weight.shape[1]), fmt) if is_mx else scale
     if not torch.isfinite(held).all():
         what = "rounded weights" if is_mx else "group scales"
-        raise UsageError(
+        raise ScaleError(
             f"{scheme.name} needs {what} within {limit}: got weights up to "
             f"{weight.abs().max().item():.4g} ({name})"
         )

@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..formats.scale_range import ScaleError
 from ..measuring.evaluate import sequence_kl
-from ..progress import numbered
+from ..progress import numbered, say
 from ..rounding.whole_model import RoundedModel
 from .candidates import Candidate, Contest
 from .roundings import Outcome, Subject
@@ -58,26 +59,33 @@ def judge(
 def choose(subject: Subject, contest: Contest, ids: Tensor, first: int = 0) -> Decision:
     """Round the candidates, and compare them on the gate's text; `ids`, `first` as of `judge`.
 
-    One alone needs no comparison, and gets none.
+    One alone needs no comparison, and gets none. One whose formats cannot hold a weight is told of
+    and left out. Raises ScaleError where that is so of all.
     """
     if len(contest.first) == 1 and not contest.after(contest.first[0]):
         only = contest.first[0]
         return Decision(only, only.rounded(subject), [])
     judged: list[tuple[Candidate, Tensor]] = []
     best: Decision | None = None
-    lowest = math.inf
+    lowest, refused = math.inf, ScaleError("there is no candidate")
 
     def compare(candidates: Sequence[Candidate]) -> None:
-        nonlocal best, lowest
+        nonlocal best, lowest, refused
         for candidate in numbered(candidates, "candidate"):
-            outcome, kl = judge(subject, candidate, ids, first)
+            try:
+                outcome, kl = judge(subject, candidate, ids, first)
+            except ScaleError as error:
+                say(f"  without {candidate.name}: {error}")
+                refused = error
+                continue
             judged.append((candidate, kl))
             if best is None or float(kl.mean()) < lowest:
                 lowest, best = float(kl.mean()), Decision(candidate, outcome, [])
 
     compare(contest.first)
-    assert best is not None
-    compare(contest.after(best.winner))
+    compare(contest.after(contest.first[0] if best is None else best.winner))
+    if best is None:
+        raise refused
     least = next(kl for candidate, kl in judged if candidate is best.winner)
     rows: list[dict[str, Any]] = [
         {"name": c.name, "kl": float(kl.mean())} | ({} if c is best.winner else behind(kl - least))

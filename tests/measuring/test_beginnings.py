@@ -22,6 +22,7 @@ from mixbits.measuring.text import begin, cut, load_sequences, prefix_tokens
 from mixbits.model.streaming import StreamedModel
 from mixbits.rounding.distill import written
 
+NOT_ROTATED = ["--rotate", "none"]  # a row of one number, spread, lies below float16's scales
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 TEMPLATES: dict[str, tuple[list[str], tuple[int, ...]]] = {
     "one": (["<s>", "$A"], (BOS,)),
@@ -86,6 +87,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Tensor]]:
 def call(folder: Path, text: Path, *options: object, out: str = "out") -> dict[str, Any]:
     words = [folder / "model", "--out", folder / out, "--dataset", text, "--avg-bits", 8]
     words += ["--nsamples", 4, "--seqlen", 16, "--eval-nsamples", 4, "--gate", 2, "--batch-size", 3]
+    words += NOT_ROTATED
     assert quantize.main([str(word) for word in [*words, *options]]) == 0
     report: dict[str, Any] = read(folder / out / "report.json")
     return report
@@ -195,6 +197,7 @@ def test_every_stage_sees_it(case: str, options: str, tmp_path: Path, seen: list
     if "--max-kl" in more:  # in the place of a budget
         words = [str(tmp_path / "model"), "--out", str(tmp_path / "out"), "--seqlen", "16"]
         words += ["--dataset", str(text_file(tmp_path)), "--nsamples", "4", "--gate", "2"]
+        words += NOT_ROTATED
         assert quantize.main([*words, *map(str, more), "--eval-nsamples", "4"]) == 0
         report = read(tmp_path / "out" / "report.json")
     else:

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 import mixbits
 from mixbits.export.__main__ import main as export_main
-from mixbits.formats.arrange import Arrangement
+from mixbits.formats.arrange import arrangement_of
 from mixbits.model.layout import find_linears
 from mixbits.model.probing import probed
 from mixbits.quantize import main
@@ -60,8 +60,9 @@ def twin_logits(model: torch.nn.Module, packed: torch.nn.Module, ids: Tensor) ->
         one = packed.get_submodule(name)
         if not isinstance(one, PackedLinear):
             return torch.nn.functional.linear(x, weight, bias)
-        rounded = fake_input(x, one.recipe, Arrangement()).to(x.dtype)
-        return torch.nn.functional.linear(rounded, one.weight.to(x.dtype), bias)
+        arrangement = arrangement_of(one.recipe)
+        rounded = fake_input(x, one.recipe, arrangement).to(x.dtype)
+        return torch.nn.functional.linear(rounded, arrangement.weight(one.weight).to(x.dtype), bias)
 
     with probed(model, find_linears(model), probe):
         return model(ids).logits.float()

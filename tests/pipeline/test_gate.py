@@ -10,6 +10,7 @@ import torch
 from tiny import make_model
 
 from mixbits.formats.recipes import parse_recipe
+from mixbits.formats.scale_range import ScaleError
 from mixbits.measuring.evaluate import sequence_kl
 from mixbits.measuring.text import Sequences
 from mixbits.model.layout import find_linears
@@ -108,6 +109,25 @@ def test_equals_are_settled_for_the_first(given: Any) -> None:
     assert decision.rows[0].keys() == {"name", "kl"}
     assert (decision.rows[1]["behind"], decision.rows[1]["interval"]) == (0.0, 0.0)
     assert parse_recipe("MXFP8", "floor", "floor") in decision.winner.plan.assignment.values()
+
+
+class _Refused(Nearest):
+    def __call__(self, *args: Any) -> Any:
+        raise ScaleError("a weight is too small")
+
+
+def test_what_cannot_be_packed_is_told_and_left_out(
+    given: Any, printed: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    subject, plans = given
+    ids = torch.randint(0, 130, (4, 32))
+    fails = Candidate("fails", plans["head"], _Refused())
+    works = Candidate("works", plans["tail"], Nearest())
+    decision = choose(subject, Contest([fails], lambda best: [works]), ids)
+    assert decision.winner is works and [row["name"] for row in decision.rows] == ["works"]
+    assert "without fails: a weight is too small" in capsys.readouterr().out
+    with pytest.raises(ScaleError, match="too small"):
+        choose(subject, Contest([fails, fails]), ids)
 
 
 def test_one_alone_ships_without_a_comparison(given: Any) -> None:
