@@ -27,6 +27,14 @@ SEGMENTS = {
 ARRANGED = {"natural": (False, False), "ordered": (True, False), "rotated": (True, True)}
 
 
+def hadamard_matrix(size: int) -> torch.Tensor:
+    """Sylvester's construction: H(2n) = [[H, H], [H, -H]]."""
+    matrix = torch.ones(1, 1)
+    while len(matrix) < size:
+        matrix = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]]), matrix)
+    return matrix
+
+
 def meets_integers(fmt):
     """Whether the CPU may take x that has no format for integers, beside weights in `fmt`."""
     return fmt.element not in ("e4m3", "e5m2")

@@ -25,8 +25,10 @@ MENUS = (
     "W4+W8=W4A16G32,W8A16G32",
     "weights=weights-only",
 )
-KEY = ("model", "menu", "schemes", "avg_bits", "rotate", "rounding", "calibration", "nsamples")
-KEY = (*KEY, "held_out")
+KEY = (
+    *("model", "menu", "schemes", "avg_bits", "rotate", "rounding"),
+    *("calibration", "nsamples", "held_out"),
+)
 COLUMNS = (*KEY, "bits", *FIGURES)
 
 

@@ -38,14 +38,19 @@ def check_order(order: Tensor, in_features: int, name: str = "an order", where: 
         raise UsageError(f"{name} must hold each of {in_features} columns once{where}")
 
 
-def hadamard(x: Tensor) -> Tensor:
-    """x [..., K] -> x H, 32 columns at a time, in x's dtype: five rounds of sums, in one order."""
-    whole = x.shape[-1] // MX_GROUP * MX_GROUP
-    y = x[..., :whole].unflatten(-1, (whole // MX_GROUP, MX_GROUP))
-    for half in (1, 2, 4, 8, 16):
+def hadamard(x: Tensor, width: int = MX_GROUP) -> Tensor:
+    """x [..., K] -> x H, `width` columns at a time, a power of two: in x's dtype.
+
+    A round of sums for each bit of a column's number, in one order.
+    """
+    whole = x.shape[-1] // width * width
+    y = x[..., :whole].unflatten(-1, (whole // width, width))
+    half = 1
+    while half < width:
         pairs = y.unflatten(-1, (-1, 2, half))
         a, b = pairs.unbind(-2)
-        y = torch.stack([a + b, a - b], -2).flatten(-3)  # a bit of the column's number per round
+        y = torch.stack([a + b, a - b], -2).flatten(-3)
+        half *= 2
     return torch.cat([y.flatten(-2), x[..., whole:]], -1)
 
 

@@ -10,7 +10,6 @@ import torch
 
 from ..backends.choice import choose_backend, holder
 from ..formats.schemes import Recipe, Scheme, parse_scheme
-from ..model.folding import parameter_of
 from ..model.layout import LeftAlone
 from ..planning.plan import Plan, average_bits
 from ..progress import say
@@ -27,6 +26,7 @@ from ..report.tables import (
 )
 from ..report.verdict import lines
 from ..source.folded import Folded
+from ..source.folding import parameter_of
 from .gate import Decision
 from .run import Run
 from .settings import Settings

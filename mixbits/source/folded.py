@@ -1,4 +1,4 @@
-"""A source whose model is folded into a rotated basis (`mixbits.model.folding`), as scratch.
+"""A source whose model is folded into a rotated basis (`mixbits.source.folding`), as scratch.
 
 Name, folder, companions and hash are the original's. What is turned lies in float32 in the scratch
 folder, so that it is rounded once: where it is quantized, or else where it is written.
@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UsageError
-from ..model.folding import Folding, folding_of, gathered, untie
 from ..model.layout import CausalLM, head_is_tied, output_head
+from .folding import Folding, folding_of, gathered, untie
 from .source import SCRATCH_SHARD, Source
 from .stored import Header
 from .weights import Files, Weights

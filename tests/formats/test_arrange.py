@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from mixes import hadamard_matrix
 
 from mixbits.errors import UsageError
 from mixbits.formats.arrange import Arrangement, arrangement_of, hadamard
@@ -16,22 +17,17 @@ ARRANGEMENTS = {
 }
 
 
-def hadamard_matrix(size: int) -> torch.Tensor:
-    """Sylvester's construction: H(2n) = [[H, H], [H, -H]]."""
-    matrix = torch.ones(1, 1)
-    while len(matrix) < size:
-        matrix = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]]), matrix)
-    return matrix
-
-
+@pytest.mark.parametrize("width", [1, 2, 8, 32])
 @pytest.mark.parametrize("columns", [1, 31, 32, 33, 172, 192])
-def test_hadamard_is_a_product_with_the_matrix_32_columns_at_a_time(columns):
+def test_hadamard_is_a_product_with_the_matrix_some_columns_at_a_time(columns, width):
     x = torch.randn(3, 5, columns, dtype=torch.float64)
     expected = x.clone()
-    for start in range(0, columns - 31, 32):
-        block = x[..., start : start + 32] @ hadamard_matrix(32).double()
-        expected[..., start : start + 32] = block
-    torch.testing.assert_close(hadamard(x), expected, rtol=1e-14, atol=1e-13)
+    for start in range(0, columns - width + 1, width):
+        block = x[..., start : start + width] @ hadamard_matrix(width).double()
+        expected[..., start : start + width] = block
+    torch.testing.assert_close(hadamard(x, width), expected, rtol=1e-14, atol=1e-13)
+    if width == 32:
+        assert torch.equal(hadamard(x), hadamard(x, width))
 
 
 @pytest.mark.parametrize("kind", ARRANGEMENTS)

@@ -29,10 +29,10 @@ from mixbits.export import gguf
 from mixbits.formats.recipes import parse_recipe
 from mixbits.model import families
 from mixbits.model.families import FAMILIES, Family, Gguf, Stacks, name_from_vllm
-from mixbits.model.folding import folding_of
 from mixbits.model.layout import find_linears, meta_model, shared_inputs
 from mixbits.model.units import make_units
 from mixbits.quantize import main
+from mixbits.source.folding import folding_of
 from mixbits.source.source import open_source
 
 NAMES = {
