@@ -17,7 +17,7 @@ are put in an order: those that their readers weigh alike lie together (`gathere
 Within a head, values are turned as well: rows of v_proj, columns of o_proj. Attention only adds
 values up, so that what it gives is turned too.
 
-What takes part is seen (`mixbits.model.stream`). Whether all of that leaves a model's logits as they
+What takes part is seen (`mixbits.model.stream`). Whether all of that leaves the logits as they
 are is tried on a small random model of the same class and configuration. A model for which it does
 not hold is refused, with the reason, as far as it is known: a LayerNorm subtracts a mean, which a
 rotation moves; a norm behind a block has a weight that nothing reads.
