@@ -64,7 +64,6 @@ class _TypeTraits(ctypes.Structure):
         ("type_size", c_size_t),
         ("is_quantized", c_bool),
         ("to_float", ctypes.CFUNCTYPE(None, c_void_p, c_void_p, c_int64)),
-        ("from_float_ref", ctypes.CFUNCTYPE(None, c_void_p, c_void_p, c_int64)),
     )
 
 
@@ -95,6 +94,13 @@ _BASE = {
         [c_int, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p],
     ),
     "ggml_quantize_requires_imatrix": (c_bool, [c_int]),
+    **{  # (from, to, count): Q8_K is a type of inputs only, which traits say nothing of
+        f"{verb}_row_{name}": (None, [c_void_p, c_void_p, c_int64])
+        for verb, name in (
+            *(("quantize", "q8_0_ref"), ("dequantize", "q8_0")),
+            *(("quantize", "q8_K_ref"), ("dequantize", "q8_K")),
+        )
+    },
     "ggml_threadpool_params_init": (None, [POINTER(_ThreadpoolParams), c_int]),
     "ggml_backend_free": (None, [c_void_p]),
     "ggml_backend_get_device": (c_void_p, [c_void_p]),
@@ -215,12 +221,14 @@ def rounded_inputs(type_name: str, x: Tensor) -> Tensor:
     if type_name in _PLAIN:
         return x.to(_PLAIN[type_name]).float()
     # Q4_1 and Q5_1 go with Q8_1, which has the values of Q8_0 and their sums besides.
-    name = "Q8_K" if type_name in FALLBACKS else "Q8_0"
-    rows = x.float().flatten(0, -2).contiguous()
-    packed = torch.empty((len(rows), row_bytes(name, x.shape[-1])), dtype=torch.uint8)
-    traits = _traits(name, x.shape[-1])
-    traits.from_float_ref(rows.data_ptr(), packed.data_ptr(), rows.numel())
-    return dequantize(name, packed, x.shape[-1]).view(x.shape)
+    name = "q8_K" if type_name in FALLBACKS else "q8_0"
+    source, out = x.float().contiguous(), torch.empty(x.shape)
+    size = row_bytes(name.upper(), x.shape[-1]) * (x.numel() // x.shape[-1])
+    packed = torch.empty(size, dtype=torch.uint8)
+    round_row = getattr(library(), f"quantize_row_{name}_ref")
+    round_row(source.data_ptr(), packed.data_ptr(), x.numel())
+    getattr(library(), f"dequantize_row_{name}")(packed.data_ptr(), out.data_ptr(), x.numel())
+    return out
 
 
 # --- multiplication ----------------------------------------------------------------------------

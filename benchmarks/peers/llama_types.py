@@ -1,6 +1,6 @@
 """llama.cpp's types beside our plans of the same size, on one text.
 
-    python -m benchmarks.peers.llama_types smollm2 --dataset calib_c4.txt --held-out wikitext2.txt \\
+    python -m benchmarks.peers.llama_types smollm2 --dataset c4.txt --held-out wikitext2.txt \\
         --types Q4_0,Q4_K,Q4_K_M --menu cpu=cpu --rounding gptq --rotate all --csv types.csv
 
 Every linear of the blocks is quantized by ggml's own quantizer into a type, its columns weighed by
@@ -33,8 +33,8 @@ from benchmarks.quality.menus import Menu, menu, scores_of
 from benchmarks.quality.uniform import FIGURES, Subject, key_of, make_parser
 from benchmarks.tools.records import Records
 from mixbits.command import quiet
-from mixbits.errors import first_line
-from mixbits.measuring.scores import Scores
+from mixbits.errors import UsageError, first_line
+from mixbits.formats.schemes import Assignment
 from mixbits.model.families import family_of
 from mixbits.model.layout import LinearInfo, output_head, weight_of
 from mixbits.model.probing import probed
@@ -87,16 +87,16 @@ def has_more(block: int, blocks: int) -> bool:
     return block < eighth or block >= 7 * blocks // 8 or (block - eighth) % 3 == 2
 
 
-def types_of(what: str, subject: Subject) -> dict[str, str]:
+def types_of(what: str, linears: Sequence[LinearInfo], config: Any) -> dict[str, str]:
     """linear -> its type, where `what` is asked for: a type, or one of MIXTURES."""
-    family = family_of(subject.model.model.config.get_text_config())
-    plain, blocks = MIXTURES.get(what, what), len(subject.model.blocks)
+    plain, text = MIXTURES.get(what, what), config.get_text_config()
+    family, blocks = family_of(text), text.num_hidden_layers
     raised = {family.attention[2], family.ffn_output} if what in MIXTURES else set()
-    leaves = {info.name.rpartition(".")[2] for info in subject.linears}
-    if not raised <= leaves or (raised and any(i.is_expert or i.among for i in subject.linears)):
+    leaves = {info.name.rpartition(".")[2] for info in linears}
+    if not raised <= leaves or (raised and any(i.is_expert or i.among for i in linears)):
         raise SystemExit(f"{what} is known for dense models with {', '.join(sorted(raised))} only")
     found = {}
-    for info in subject.linears:
+    for info in linears:
         is_raised = info.name.rpartition(".")[2] in raised and has_more(info.block or 0, blocks)
         found[info.name] = ggml.fitting(MORE if is_raised else plain, info.in_features)
     return found
@@ -145,6 +145,19 @@ class Quantized:
 # --- rows --------------------------------------------------------------------------------------
 
 
+def best_of(
+    scores: mixbits.Scores, schemes: Sequence[str], bits: float, elements: int
+) -> Assignment | None:
+    """The plan of at most `bits` per weight, of `elements` weights; None if none is so small."""
+    try:
+        return mixbits.allocate(scores, avg_bits=bits, schemes=schemes).plan.assignment
+    except UsageError as error:
+        if not isinstance(reach := error.__cause__, BudgetError):
+            raise
+    dearest = reach.highest / elements
+    return best_of(scores, schemes, dearest, elements) if bits > dearest else None
+
+
 class Bench:
     """The subject, and the rows that are known of it."""
 
@@ -152,7 +165,7 @@ class Bench:
         self.args, self.subject = args, Subject(args)
         self.records = Records(args.csv, COLUMNS, KEY)
         self.columns: dict[str, Tensor] | None = None
-        self.scores: Scores | None = None
+        self.scores: mixbits.Scores | None = None
 
     def _key(self, **own: str) -> dict[str, str]:
         args = self.args
@@ -173,7 +186,7 @@ class Bench:
         subject = self.subject
         if self.columns is None:
             self.columns = importance(subject.model, subject.linears, subject.calibration.ids)
-        types = types_of(what, subject)
+        types = types_of(what, subject.linears, subject.model.model.config)
         quantized = Quantized(subject, types, self.columns, self.args.inputs == "8")
         total = sum(info.numel for info in subject.linears)
         moved = [info for info in subject.linears if types[info.name] not in asked(what)]
@@ -194,11 +207,10 @@ class Bench:
             return row
         if self.scores is None:
             self.scores = scores_of(self.args, self.args.menu)
-        try:
-            plan = mixbits.allocate(self.scores, avg_bits=bits, schemes=schemes).plan
-        except BudgetError:
+        subject = self.subject
+        elements = sum(info.numel for info in subject.linears)
+        if (recipes := best_of(self.scores, schemes, bits, elements)) is None:
             return None
-        recipes, subject = plan.assignment, self.subject
         quantized = subject.rounded(recipes, self.args.rounding)
         return self._append(key, quantized, bits=average_bits(subject.linears, recipes))
 

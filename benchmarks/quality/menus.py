@@ -19,7 +19,6 @@ from benchmarks.quality.uniform import FIGURES, Subject, key_of, make_parser
 from benchmarks.tools.records import Records
 from mixbits.command import quiet
 from mixbits.formats.menus import expanded
-from mixbits.measuring.scores import Scores
 from mixbits.report.tables import table
 
 MENUS = (
@@ -44,7 +43,7 @@ def menu(text: str) -> Menu:
     return name, expanded(schemes.split(","))
 
 
-def scores_of(args: argparse.Namespace, menus: Sequence[Menu]) -> Scores:
+def scores_of(args: argparse.Namespace, menus: Sequence[Menu]) -> mixbits.Scores:
     """All schemes of all menus, measured together on the calibration text."""
     every = tuple(dict.fromkeys(scheme for _, schemes in menus for scheme in schemes))
     how = {"nsamples": args.nsamples, "seqlen": args.seqlen, "rotate": args.rotate}
