@@ -205,7 +205,7 @@ def test_types_are_judged_beside_a_plan_of_their_size(
     assert first[-3:] == ["-"] * 3  # 8 bits fit into no 7.3
     assert float(by_name["eight", f"{float(eight['bits']):.4f}"]["bits"]) < float(eight["bits"])
     apart = float(eight["kl"]) - float(by_name["ours", f"{float(eight['bits']):.4f}"]["kl"])
-    assert float(last[last.index("+-") - 1]) == pytest.approx(apart * 1e3, abs=0.06)
+    assert float(last[last.index("+-") - 1]) == pytest.approx(apart * 1e3, abs=0.006)
     assert run(tmp_path, monkeypatch, *words) == rows  # nothing is measured again
 
 

@@ -226,7 +226,7 @@ def type_cells(row: Mapping[str, str]) -> list[str]:
     """Of a type: its name, bits, what was substituted, KL, its standard error, perplexity."""
     share = float(row["substituted"])
     moved = f"{share:.0%} {row['substitutes']}" if share else ""
-    kl, error = (f"{float(row[name]) * 1e3:.1f}" for name in ("kl", "kl_stderr"))
+    kl, error = (f"{float(row[name]) * 1e3:.2f}" for name in ("kl", "kl_stderr"))
     name = row["what"] + (" x 8 bits" if row["inputs"] == "8" else "")
     bits, perplexity = f"{float(row['bits']):.3f}", f"{float(row['perplexity']):.2f}"
     return [name, bits, moved, kl, error, perplexity]
@@ -237,8 +237,8 @@ def plan_cells(row: Mapping[str, str], ours: Mapping[str, str] | None) -> list[s
     if ours is None:
         return ["-", "-", "-"]
     found = behind(_kls(row) - _kls(ours))
-    difference = f"{found['behind'] * 1e3:+.1f} +- {found['interval'] * 1e3:.1f}"
-    return [f"{float(ours['bits']):.3f}", f"{float(ours['kl']) * 1e3:.1f}", difference]
+    difference = f"{found['behind'] * 1e3:+.2f} +- {found['interval'] * 1e3:.2f}"
+    return [f"{float(ours['bits']):.3f}", f"{float(ours['kl']) * 1e3:.2f}", difference]
 
 
 def main() -> None:
