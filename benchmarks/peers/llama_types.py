@@ -35,6 +35,7 @@ from benchmarks.tools.records import Records
 from mixbits.command import quiet
 from mixbits.errors import UsageError, first_line
 from mixbits.formats.schemes import Assignment
+from mixbits.measuring.evaluate import Model
 from mixbits.model.families import family_of
 from mixbits.model.layout import LinearInfo, output_head, weight_of
 from mixbits.model.probing import probed
@@ -46,7 +47,10 @@ from mixbits.report.tables import table
 
 MIXTURES = {"Q4_K_M": "Q4_K", "Q5_K_M": "Q5_K"}
 MORE = "Q6_K"  # what some values and FFN outputs have in a mixture
-TYPES = ("Q4_0", "Q4_1", "IQ4_NL", "MXFP4", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q4_K_M")
+TYPES = (
+    *("Q3_K", "IQ3_S", "MXFP4", "IQ4_XS", "Q4_0", "IQ4_NL", "Q4_K", "Q4_1", "Q4_K_M"),
+    *("Q5_0", "Q5_K", "Q5_1", "Q6_K", "Q8_0"),
+)
 TEXT = ("calibration", "nsamples", "held_out", "eval_nsamples", "seqlen")
 KEY = ("model", "what", "inputs", "schemes", "avg_bits", "rotate", "rounding", *TEXT)
 COLUMNS = (*KEY, "bits", "substituted", "substitutes", *FIGURES, "kls")
@@ -172,12 +176,12 @@ class Bench:
         text = {"eval_nsamples": str(args.eval_nsamples), "seqlen": str(args.seqlen)}
         return {**dict.fromkeys(KEY, ""), **key_of(args), **text, **own}
 
-    def _append(self, key: dict[str, str], quantized: Any, **own: Any) -> dict[str, str]:
+    def _append(self, key: dict[str, str], quantized: Model, **own: Any) -> dict[str, str]:
         figures, kls = self.subject.judged(quantized)
         told = " ".join(f"{kl:.6g}" for kl in kls.tolist())
         return self.records.append({**key, **own, **figures, "kls": told})
 
-    def type(self, what: str) -> dict[str, str]:
+    def type_row(self, what: str) -> dict[str, str]:
         """The row of a type or mixture of llama.cpp's."""
         how = {"inputs": self.args.inputs, "rotate": "none", "rounding": "llama.cpp"}
         key = self._key(what=what, **how)
@@ -198,7 +202,7 @@ class Bench:
             substitutes=" ".join(sorted({types[info.name] for info in moved})),
         )
 
-    def plan(self, chosen: Menu, bits: float) -> dict[str, str] | None:
+    def plan_row(self, chosen: Menu, bits: float) -> dict[str, str] | None:
         """The row of our best plan from a menu of at most `bits`; None if none is so small."""
         name, schemes = chosen
         own = {"schemes": " ".join(schemes), "avg_bits": f"{bits:.4f}"}
@@ -264,10 +268,10 @@ def main() -> None:
     for name, _ in args.menu:
         rows[0] += [f"{name}: bits", "KL", "type's - ours"]
     for name in names:
-        row = bench.type(name)
+        row = bench.type_row(name)
         cells = type_cells(row)
         for chosen in args.menu:
-            cells += plan_cells(row, bench.plan(chosen, float(row["bits"])))
+            cells += plan_cells(row, bench.plan_row(chosen, float(row["bits"])))
         rows.append(cells)
         print(*cells, flush=True)
     print("\n" + table(rows))
