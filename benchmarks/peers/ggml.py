@@ -1,11 +1,11 @@
-"""ggml's own matrix multiplication, called through the libggml inside llama-cpp-python.
+"""ggml's own quantizer and matrix multiplication, of the libggml inside llama-cpp-python.
 
 Weights are quantized by ggml, activations are float32, and one multiplication is one graph of a
 single `ggml_mul_mat` node on the CPU backend: what llama.cpp computes for a linear. As in
 llama.cpp, weights go to the first "extra" buffer type that takes them (CPU_REPACK interleaves
 eight rows when the weight is set), and to the plain buffer where none does. ggml rounds the
-activations to 8 bits on the way, in blocks of 32 (Q8_0) or of 256 for Q4_K (Q8_K); with BF16
-weights it rounds them to bfloat16.
+activations to 8 bits on the way, in blocks of 32 (Q8_0) or, beside weights in blocks of 256, of 256
+(Q8_K); with F16 and BF16 weights it rounds them to those (`rounded_inputs`).
 
 ggml aborts the process on a wrong argument, so shapes are checked here.
 """
@@ -18,15 +18,26 @@ import importlib.util
 import sys
 import weakref
 from collections.abc import Sequence
-from ctypes import POINTER, c_bool, c_char_p, c_float, c_int, c_int64, c_size_t, c_uint32, c_void_p
+from ctypes import POINTER, c_bool, c_char_p, c_int, c_int64, c_size_t, c_uint32, c_void_p
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-TYPES = {"Q4_0": 2, "Q8_0": 8, "Q4_K": 12, "BF16": 30, "MXFP4": 39}  # enum ggml_type
-_F32 = 0  # GGML_TYPE_F32
+TYPES = {  # those that weights can have -> enum ggml_type
+    **{"F16": 1, "Q4_0": 2, "Q4_1": 3, "Q5_0": 6, "Q5_1": 7, "Q8_0": 8, "Q2_K": 10, "Q3_K": 11},
+    **{"Q4_K": 12, "Q5_K": 13, "Q6_K": 14, "IQ2_XXS": 16, "IQ2_XS": 17, "IQ3_XXS": 18, "IQ1_S": 19},
+    **{"IQ4_NL": 20, "IQ3_S": 21, "IQ2_S": 22, "IQ4_XS": 23, "IQ1_M": 29, "BF16": 30, "MXFP4": 39},
+}
+_NUMBERS = {"F32": 0, "Q8_K": 15, **TYPES}
+# Types in blocks of 256 -> what llama.cpp gives a weight whose rows are not made of such.
+FALLBACKS = {
+    **dict.fromkeys(("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S"), "IQ4_NL"),
+    **dict.fromkeys(("IQ3_XXS", "IQ3_S", "IQ4_XS"), "IQ4_NL"),
+    **{"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"},
+}
+_PLAIN = {"F16": torch.float16, "BF16": torch.bfloat16}  # without blocks
 _GRAPH_SIZE = 8  # nodes and leafs that a graph has room for: three are used
 
 
@@ -80,8 +91,16 @@ _BASE = {
     "ggml_get_type_traits": (POINTER(_TypeTraits), [c_int]),
     "ggml_quantize_chunk": (
         c_size_t,
-        [c_int, c_void_p, c_void_p, c_int64, c_int64, c_int64, POINTER(c_float)],
+        [c_int, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p],
     ),
+    "ggml_quantize_requires_imatrix": (c_bool, [c_int]),
+    **{  # (from, to, count): Q8_K is a type of inputs only, which traits say nothing of
+        f"{verb}_row_{name}": (None, [c_void_p, c_void_p, c_int64])
+        for verb, name in (
+            *(("quantize", "q8_0_ref"), ("dequantize", "q8_0")),
+            *(("quantize", "q8_K_ref"), ("dequantize", "q8_K")),
+        )
+    },
     "ggml_threadpool_params_init": (None, [POINTER(_ThreadpoolParams), c_int]),
     "ggml_backend_free": (None, [c_void_p]),
     "ggml_backend_get_device": (c_void_p, [c_void_p]),
@@ -138,7 +157,7 @@ def library() -> Any:
 
 def _traits(type_name: str, columns: int) -> Any:
     """ggml's description of a type, once it is known that rows of `columns` fit its blocks."""
-    traits = library().ggml_get_type_traits(TYPES[type_name]).contents
+    traits = library().ggml_get_type_traits(_NUMBERS[type_name]).contents
     if traits.type_name.decode().upper() != type_name:
         raise RuntimeError(f"this libggml numbers its types differently: {traits.type_name!r}")
     if columns % traits.block_size:
@@ -152,13 +171,39 @@ def row_bytes(type_name: str, columns: int) -> int:
     return columns // traits.block_size * traits.type_size
 
 
-def quantize(type_name: str, weight: Tensor) -> Tensor:
-    """float32 [N, K] -> uint8 [N, row_bytes], by ggml's quantizer (one thread; Q4_K is slow)."""
+def fitting(type_name: str, columns: int) -> str:
+    """The type that llama.cpp gives a weight with rows of `columns` for which `type_name` is asked.
+
+    Where 256 does not divide a row, another type takes the place of one in such blocks; F16, where
+    32 does not either.
+    """
+    if type_name in _PLAIN or columns % (256 if type_name in FALLBACKS else 32) == 0:
+        return type_name
+    return FALLBACKS.get(type_name, type_name) if columns % 32 == 0 else "F16"
+
+
+def quantize(type_name: str, weight: Tensor, importance: Tensor | None = None) -> Tensor:
+    """float32 [N, K] -> uint8 [N, row_bytes], by ggml's quantizer (one thread; some are slow).
+
+    `importance` [K] weighs the errors of columns, as llama.cpp's imatrix does; types that ignore it
+    are Q8_0 and MXFP4. ValueError for a type that wants one and has none.
+    """
     rows, columns = weight.shape
-    source = weight.float().contiguous()
+    number, source = TYPES[type_name], weight.float().contiguous()
     out = torch.empty((rows, row_bytes(type_name, columns)), dtype=torch.uint8)
+    weighed = None if importance is None else importance.float().contiguous()
+    if weighed is not None and weighed.shape != (columns,):
+        raise ValueError(f"importance must be [{columns}]: got {list(weighed.shape)}")
+    if weighed is None and library().ggml_quantize_requires_imatrix(number):
+        raise ValueError(f"{type_name} cannot be quantized without importance")
     library().ggml_quantize_chunk(
-        TYPES[type_name], source.data_ptr(), out.data_ptr(), 0, rows, columns, None
+        number,
+        source.data_ptr(),
+        out.data_ptr(),
+        0,
+        rows,
+        columns,
+        None if weighed is None else weighed.data_ptr(),
     )
     return out
 
@@ -168,6 +213,21 @@ def dequantize(type_name: str, packed: Tensor, columns: int) -> Tensor:
     traits = _traits(type_name, columns)
     source, out = packed.contiguous(), torch.empty((packed.shape[0], columns))
     traits.to_float(source.data_ptr(), out.data_ptr(), out.numel())
+    return out
+
+
+def rounded_inputs(type_name: str, x: Tensor) -> Tensor:
+    """float32 [..., K]: what ggml's CPU kernels take x for, beside weights of this type."""
+    if type_name in _PLAIN:
+        return x.to(_PLAIN[type_name]).float()
+    # Q4_1 and Q5_1 go with Q8_1, which has the values of Q8_0 and their sums besides.
+    name = "q8_K" if type_name in FALLBACKS else "q8_0"
+    source, out = x.float().contiguous(), torch.empty(x.shape)
+    size = row_bytes(name.upper(), x.shape[-1]) * (x.numel() // x.shape[-1])
+    packed = torch.empty(size, dtype=torch.uint8)
+    round_row = getattr(library(), f"quantize_row_{name}_ref")
+    round_row(source.data_ptr(), packed.data_ptr(), x.numel())
+    getattr(library(), f"dequantize_row_{name}")(packed.data_ptr(), out.data_ptr(), x.numel())
     return out
 
 
@@ -267,7 +327,7 @@ class MatMul:
             buffer = lib.ggml_backend_alloc_ctx_tensors_from_buft(context, buffer_type)
             self._own(buffer, lib.ggml_backend_buffer_free)
             # Whether it can is known only from a node whose weight has a buffer.
-            x = lib.ggml_new_tensor_2d(context, _F32, shape[1], self._x.shape[0])
+            x = lib.ggml_new_tensor_2d(context, _NUMBERS["F32"], shape[1], self._x.shape[0])
             if lib.ggml_backend_dev_supports_op(device, lib.ggml_mul_mat(context, tensors[0], x)):
                 self.buffer = lib.ggml_backend_buft_name(buffer_type).decode()
                 return tensors
@@ -278,7 +338,7 @@ class MatMul:
         """One graph of one node per weight; x and y lie in torch's memory."""
         lib, graphs = self._lib, []
         context = self._context(len(weights) + 1, len(weights))
-        x = lib.ggml_new_tensor_2d(context, _F32, self._x.shape[1], self._x.shape[0])
+        x = lib.ggml_new_tensor_2d(context, _NUMBERS["F32"], self._x.shape[1], self._x.shape[0])
         self._alias(x, self._x)
         for weight in weights:
             node = lib.ggml_mul_mat(context, weight, x)

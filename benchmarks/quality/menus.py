@@ -10,6 +10,8 @@ Printed are KL(original || quantized) in 1e-3 nats per token, and its share of t
 
 from __future__ import annotations
 
+import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 import mixbits
@@ -32,24 +34,33 @@ KEY = (
 COLUMNS = (*KEY, "bits", *FIGURES)
 
 
-def _menu(text: str) -> tuple[str, tuple[str, ...]]:
+Menu = tuple[str, tuple[str, ...]]  # its name, and its schemes
+
+
+def menu(text: str) -> Menu:
+    """What NAME=SCHEME,... stands for."""
     name, _, schemes = text.partition("=")
     return name, expanded(schemes.split(","))
 
 
+def scores_of(args: argparse.Namespace, menus: Sequence[Menu]) -> mixbits.Scores:
+    """All schemes of all menus, measured together on the calibration text."""
+    every = tuple(dict.fromkeys(scheme for _, schemes in menus for scheme in schemes))
+    how = {"nsamples": args.nsamples, "seqlen": args.seqlen, "rotate": args.rotate}
+    return mixbits.measure(args.model, args.dataset, schemes=every, **how)
+
+
 def main() -> None:
-    parser = make_parser("menus")
-    parser.add_argument("--menu", type=_menu, action="append", help="NAME=SCHEME,...")
+    parser = make_parser("quality.menus")
+    parser.add_argument("--menu", type=menu, action="append", help="NAME=SCHEME,...")
     parser.add_argument("--avg-bits", default="4.5,4.75,5.25,6.25", help="stored")
     parser.add_argument("--rounding", default="search", help="rtn, search or gptq")
     parser.add_argument("--csv", type=Path, default=Path("menus.csv"))
     args = parser.parse_args()
     quiet()
-    menus = args.menu or [_menu(text) for text in MENUS]
+    menus = args.menu or [menu(text) for text in MENUS]
     subject, records = Subject(args), Records(args.csv, COLUMNS, KEY)
-    every = tuple(dict.fromkeys(scheme for _, schemes in menus for scheme in schemes))
-    how = {"nsamples": args.nsamples, "seqlen": args.seqlen, "rotate": args.rotate}
-    scores = mixbits.measure(args.model, args.dataset, schemes=every, **how)
+    scores = scores_of(args, menus)
     rows = [["stored bits", *(name for name, _ in menus)]]
     for bits in map(float, args.avg_bits.split(",")):
         found: list[float] = []

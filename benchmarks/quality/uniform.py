@@ -15,10 +15,12 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from benchmarks.tools.records import Records
 from mixbits.command import quiet
 from mixbits.formats.schemes import Assignment, Recipe, parse_scheme
-from mixbits.measuring.evaluate import compare
+from mixbits.measuring.evaluate import Model, per_sequence, summary
 from mixbits.measuring.text import load_sequences
 from mixbits.model.layout import find_linears
 from mixbits.model.streaming import StreamedModel
@@ -37,6 +39,23 @@ FIGURES = ("kl", "kl_stderr", "perplexity", "perplexity_reference")
 COLUMNS = (*KEY, "bits", *FIGURES)
 
 
+class Remembered:
+    """A model that keeps the logits it gave: of the original, every row asks for the same.
+
+    Four bytes for each token of the text and each of the vocabulary.
+    """
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self.known: dict[bytes, Tensor] = {}
+
+    def logits(self, ids: Tensor) -> Tensor:
+        key = ids.numpy().tobytes()
+        if key not in self.known:
+            self.known[key] = self.model.logits(ids)
+        return self.known[key]
+
+
 class Subject:
     """One model, its linears and its text."""
 
@@ -44,6 +63,7 @@ class Subject:
         source = open_source(args.model)
         self.model = StreamedModel(source.load())
         self.linears = find_linears(self.model.model)
+        self.reference = Remembered(self.model)
         vocab, tokenizer = source.config.get_text_config().vocab_size, source.tokenizer()
         length, judged = args.seqlen, args.eval_nsamples
         is_one = args.held_out == args.dataset  # then what judges comes behind
@@ -60,16 +80,24 @@ class Subject:
 
     def figures(self, recipes: Assignment, rounding: str) -> dict[str, Any]:
         """`bits` stored, and FIGURES of the linears so rounded."""
+        figures, _ = self.judged(self.rounded(recipes, rounding))
+        return {"bits": average_bits(self.linears, recipes), **figures}
+
+    def rounded(self, recipes: Assignment, rounding: str) -> RoundedModel:
         ids = self.calibration.ids
         rounded = round_model(self.model, self.linears, recipes, rounding, ids, correction=0.0)
-        quantized = RoundedModel(self.model, self.linears, recipes, rounded)
-        found = compare(self.model, quantized, self.held_out.ids)
-        return {"bits": average_bits(self.linears, recipes), **{n: found[n] for n in FIGURES}}
+        return RoundedModel(self.model, self.linears, recipes, rounded)
+
+    def judged(self, quantized: Model) -> tuple[dict[str, float], Tensor]:
+        """FIGURES of a model, and the KL of every held-out sequence."""
+        means = per_sequence(self.reference, quantized, self.held_out.ids)
+        found = summary(means)
+        return {name: found[name] for name in FIGURES}, means[:, 0]
 
 
 def make_parser(name: str) -> argparse.ArgumentParser:
     """What a Subject is made of."""
-    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.quality.{name}")
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}")
     parser.add_argument("model", help="a folder")
     parser.add_argument("--dataset", required=True, help="text to calibrate with")
     parser.add_argument("--held-out", required=True, help="text to judge by")
@@ -88,7 +116,7 @@ def key_of(args: argparse.Namespace) -> dict[str, str]:
 
 
 def main() -> None:
-    parser = make_parser("uniform")
+    parser = make_parser("quality.uniform")
     parser.add_argument("--schemes", default=",".join(SCHEMES))
     parser.add_argument("--rounding", default="search,gptq", help="of rtn, search, gptq")
     parser.add_argument("--csv", type=Path, default=Path("uniform.csv"))

@@ -63,10 +63,14 @@ class Model(Protocol):
 
 
 @torch.no_grad()
-def _per_sequence(
-    reference: Model, quantized: Model, ids: Tensor, batch_size: int, first: int
+def per_sequence(
+    reference: Model, quantized: Model, ids: Tensor, batch_size: int = 8, first: int = 0
 ) -> Tensor:
-    """float64 [sequences, 4] on the CPU: `_sequence_means` of every sequence."""
+    """float64 [sequences, 4] on the CPU, of which `summary` makes the figures of `compare`.
+
+    Means over each sequence: KL, NLL of the reference and of the quantized model, share of equal
+    top tokens. Positions before `first` are not judged (`Sequences.judged_from`).
+    """
     rows = []
     advance = steps(2 * len(ids), len(getattr(reference, "blocks", [reference])))
     for batch in ids.split(batch_size):
@@ -93,7 +97,7 @@ def sequence_kl(
 
     Positions before `first` are not judged (`Sequences.judged_from`).
     """
-    return _per_sequence(reference, quantized, ids, batch_size, first)[:, 0]
+    return per_sequence(reference, quantized, ids, batch_size, first)[:, 0]
 
 
 def compare(
@@ -106,7 +110,12 @@ def compare(
     share of positions where both find the same token likeliest; each with `<name>_stderr`.
     Positions before `first` are not judged (`Sequences.judged_from`).
     """
-    kl, nll_p, nll_q, agree = _per_sequence(reference, quantized, ids, batch_size, first).T
+    return summary(per_sequence(reference, quantized, ids, batch_size, first))
+
+
+def summary(means: Tensor) -> dict[str, float]:
+    """The figures of `compare` from means [sequences, 4] of `per_sequence`."""
+    kl, nll_p, nll_q, agree = means.T
     result: dict[str, float] = {}
     result["kl"], result["kl_stderr"] = _mean_stderr(kl)
     named = {"perplexity": nll_q, "perplexity_reference": nll_p, "perplexity_ratio": nll_q - nll_p}

@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from mixbits import quantize
 from mixbits.errors import UsageError
-from mixbits.measuring.evaluate import _without_suffix, compare
+from mixbits.measuring.evaluate import _without_suffix, compare, per_sequence, summary
 from mixbits.measuring.text import begin, cut, load_sequences, prefix_tokens
 from mixbits.model.streaming import StreamedModel
 from mixbits.rounding.distill import written
@@ -253,6 +253,9 @@ def test_the_first_token_of_the_text_is_the_first_that_is_judged(tmp_path: Path)
         found = compare(model, model, held.ids, first=held.judged_from)
         assert found["perplexity"] == pytest.approx(float(losses.mean().exp()), rel=1e-6)
         assert found["kl"] == 0.0
+        means = per_sequence(model, model, held.ids, first=held.judged_from)
+        torch.testing.assert_close(means[:, 1], losses.mean(1))
+        assert summary(means) == found
 
 
 @pytest.mark.parametrize("prefix", [(), (BOS,), (MASK, SOP)], ids=len)
