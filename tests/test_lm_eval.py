@@ -95,13 +95,16 @@ def test_bars_of_lm_eval_are_not_drawn_but_counted(capsys: pytest.CaptureFixture
 def test_the_average_says_what_it_is_of() -> None:
     results = {"a": {"acc,none": 0.5, "acc_stderr,none": 0.03}, "b": {"ppl,none": 9.0}}
     results |= {"c": {"acc,none": 0.7, "acc_stderr,none": 0.04}}
-    found = _task_summary({"results": results}, ["a", "b", "c"], None, None)
+    samples = {"a": [{"doc_id": 1, "acc": 0.0}, {"doc_id": 0, "acc": 1.0}], "c": []}
+    raw = {"results": results, "samples": samples}
+    found = _task_summary(raw, ["a", "b", "c"], None, None)
+    assert found["documents"] == {"a": [1, 0], "c": []}
     assert found["average"] == pytest.approx(0.6) and found["averaged"] == ["a", "c"]
     assert found["average_stderr"] == pytest.approx(0.025)
     rows = task_rows(Evaluation.of({"tasks": found}))
     assert rows[-1] == ["mean of 2 tasks", "acc", "0.6000 ± 0.0250"]
     del results["c"]["acc_stderr,none"]
-    found = _task_summary({"results": results}, ["a", "b", "c"], None, None)
+    found = _task_summary(raw, ["a", "b", "c"], None, None)
     assert (
         found["average_stderr"] is None
         and task_rows(Evaluation.of({"tasks": found}))[-1][-1] == "0.6000"

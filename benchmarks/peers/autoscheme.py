@@ -49,7 +49,7 @@ KEY = (
 )
 COLUMNS = (
     *KEY,
-    *("bits", "bits_without_scales", *FIGURES, "tasks", "differs_from_ours"),
+    *("bits", "bits_without_scales", *FIGURES, "tasks", "documents", "differs_from_ours"),
     *(f"{stage}_{meter}" for stage in ("measure", "rounding") for meter in METERS),
     *("nsamples", "seqlen", "eval_nsamples", "held_out_sha256", "plan"),
 )

@@ -177,7 +177,7 @@ def judge(job: Job, fake: nn.Module) -> dict[str, Any]:
     if job.tasks:
         options = job.limit, job.add_bos_token, job.include_path, job.batch_size
         result = run_tasks(fake.to(job.device), source.tokenizer(), job.tasks, *options)
-        figures["tasks"] = json.dumps(result["tasks"])
+        figures |= {name: json.dumps(result[name]) for name in ("tasks", "documents")}
     return figures
 
 

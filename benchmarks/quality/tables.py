@@ -13,18 +13,21 @@ Sections:
     mx-mixed    as mx, weights floor and activations rceil: what AutoRound meant by MXFP4 until
                 December 2025, and so what its published tables were made with
     int         W2A16 and W4A16 (groups of 128) at 3 bits, head, tail, and both pure schemes
+    wide        the menu `cpu` at 4.5, 5.25 and 6.25 bits stored, which AutoScheme does not have
 
 mixbits' rows are runs of `python -m mixbits.quantize` (packed, loaded back, scored) that share
 one measurement, plainly rounded and without the gate; `--options` adds words to their command
-line and makes rows of their own, so that any option can be compared:
+line and makes rows of their own, so that any option can be compared, and `--options default` takes
+nothing but the command's defaults:
 
-    --options '' --options '--granularity slab' --options '--rounding gptq --gate 32'
+    --options '' --options default --options '--rounding gptq --gate 32'
 
 The gate has 32 sequences of its own, beside those to calibrate with and those held out.
 AutoScheme's rows come from the installed package, with the same tokens and judged by the same
-functions (benchmarks/peers/autoscheme.py). Tasks are scored where their data can be had; `--lambada
-FILE` scores LAMBADA from a local jsonl. Rows go to the CSV as they are made, and rows that are
-there are not made again.
+functions (benchmarks/peers/autoscheme.py). Tasks are scored where their data can be had:
+`--include-path` has a folder of them, `--lambada FILE` scores LAMBADA from a local jsonl. The mean
+accuracy of a row is paired, document by document, with that of the section `mx`'s BF16. Rows go to
+the CSV as they are made, and rows that are there are not made again; `--names` makes some only.
 
 `python -m benchmarks.peers.cost` compares what measuring costs, and
 `python -m benchmarks.kernels.real_shapes` runs every stage on the shapes of real models; as
@@ -51,6 +54,8 @@ from benchmarks.peers.autoscheme import FIGURES, METERS, Job, add_text_options, 
 from benchmarks.tools.records import Records
 from benchmarks.tools.runs import average_accuracy, costs, figures, quantize
 from benchmarks.tools.text import Text, make_text
+from mixbits.report.report import Tasks
+from mixbits.report.tables import paired_accuracy, plus_minus
 
 PUBLISHED_TASKS = "lambada_openai,hellaswag,piqa,winogrande,mmlu"
 KEY = (
@@ -60,10 +65,13 @@ KEY = (
 COLUMNS = (
     *KEY,
     *("schemes", "scale_modes", "counted", "asked", "strategy", "bits", "bits_without_scales"),
-    *("bytes", *FIGURES, "tasks", "average_acc"),
+    *("bytes", *FIGURES, "tasks", "average_acc", "documents"),
     *(f"{stage}_{meter}" for stage in ("measure", "rounding", "all") for meter in METERS),
     *("nsamples", "seqlen", "eval_nsamples", "held_out_sha256", "stages"),
 )
+
+
+DEFAULT = "default"  # in the place of options
 
 
 @dataclass(frozen=True)
@@ -83,7 +91,10 @@ class Configuration:
         """The words that differ between configurations."""
         words = ["--schemes", self.schemes, "--avg-bits", f"{self.bits:g}"]
         words += [] if self.count_scales else ["--ignore-scale-bits"]
-        words += ["--strategy", self.strategy, "--rounding", "rtn", "--gate", "0"]
+        words += ["--strategy", self.strategy]
+        if self.options == DEFAULT:
+            return words
+        words += ["--rounding", "rtn", "--gate", "0"]
         words += ["--weight-scale-mode", self.scale_modes[0]]
         words += ["--act-scale-mode", self.scale_modes[1]]
         return words + shlex.split(self.options)
@@ -91,7 +102,7 @@ class Configuration:
     def describe(self) -> dict[str, Any]:
         return {
             "schemes": self.schemes,
-            "scale_modes": "/".join(self.scale_modes),
+            "scale_modes": "" if self.options == DEFAULT else "/".join(self.scale_modes),
             "counted": "all" if self.count_scales else "elements",
             "asked": f"{self.bits:g}",
             "strategy": self.strategy,
@@ -124,12 +135,20 @@ def _int() -> list[Configuration]:
     return rows
 
 
+def _wide() -> list[Configuration]:
+    """Wider than AutoScheme's menus, at what is stored."""
+    budgets = (4.5, 5.25, 6.25)
+    rest = {"schemes": "cpu", "count_scales": True, "options": DEFAULT}
+    return [Configuration("wide", f"{bits:g} bits", bits, **rest) for bits in budgets]
+
+
 SECTIONS: dict[str, list[Configuration]] = {
     "mx": [Configuration("mx", "BF16", 16.0, schemes="BF16"), *_mx("mx")],
     "mx-counted": _mx("mx-counted", count_scales=True),
     "mx-rceil": _mx("mx-rceil", scale_modes=("rceil", "rceil")),
     "mx-mixed": _mx("mx-mixed", scale_modes=("floor", "rceil")),
     "int": _int(),
+    "wide": _wide(),
 }
 ALONE = ("cost", "shapes")
 
@@ -145,9 +164,11 @@ class Tables:
         )
         self.records = Records(args.csv, COLUMNS, KEY)
         self.tasks = args.tasks.split(",") if args.tasks else []
+        self.tasks_at: str | None = args.include_path
         if args.lambada is not None:
             write_lambada(folder / "tasks", args.lambada)
             self.tasks.append("lambada_local")
+            self.tasks_at = str(folder / "tasks")
 
     def _key(self, section: str, system: str, name: str, **rest: Any) -> dict[str, Any]:
         demo = self.args.model == "demo"
@@ -184,7 +205,7 @@ class Tables:
         words += ["--device", args.device]
         if self.tasks:
             words += ["--tasks", ",".join(self.tasks)]
-            words += ["--include-path", str(self.folder / "tasks")] if args.lambada else []
+            words += ["--include-path", self.tasks_at] if self.tasks_at else []
             words += ["--limit", str(args.limit)] if args.limit else []
         if args.add_bos_token is not None:
             words += ["--add-bos-token" if args.add_bos_token else "--no-add-bos-token"]
@@ -242,7 +263,7 @@ class Tables:
             tasks=self.tasks,
             limit=args.limit,
             add_bos_token=args.add_bos_token,
-            include_path=str(self.folder / "tasks") if args.lambada else None,
+            include_path=self.tasks_at,
         )
         for (config, rounding), result in zip(missing, run_worker(job), strict=True):
             known = {k: v for k, v in result.items() if k in COLUMNS}
@@ -278,11 +299,23 @@ metadata:
     (folder / "lambada_local.yaml").write_text(text, encoding="utf-8")
 
 
-def figures_table(rows: Sequence[dict[str, str]]) -> str:
-    """Markdown: one line per row, KL in 1e-3 nats, accuracies of all tasks with their errors."""
+def against(row: dict[str, str], original: dict[str, str] | None) -> str:
+    """The mean accuracy's difference to the original's, with its paired interval of 95 %."""
+    if original is None or not (row["documents"] and original["documents"]):
+        return "-"
+    before, after = (Tasks(documents=json.loads(r["documents"])) for r in (original, row))
+    pair = paired_accuracy(before, after, list(after.documents))
+    return plus_minus(*pair) if pair else "-"
+
+
+def figures_table(rows: Sequence[dict[str, str]], original: dict[str, str] | None = None) -> str:
+    """Markdown: one line per row, KL in 1e-3 nats, accuracies of all tasks with their errors.
+
+    `original` is the row that accuracies are paired with.
+    """
     names = sorted({t for r in rows if r["tasks"] for t in json.loads(r["tasks"])})
     heading = ["", "system", "bits", "with scales", "KL, 1e-3 nats", "perplexity", *names]
-    heading += ["average"] if len(names) > 1 else []
+    heading += ["average", "against BF16, 95 %"] if len(names) > 1 else []
     lines = [heading, ["---", "---", *["---:"] * (len(heading) - 2)]]
     for row in rows:
         system = " ".join(filter(None, (row["system"], row["rounding"], row["options"])))
@@ -294,7 +327,9 @@ def figures_table(rows: Sequence[dict[str, str]]) -> str:
             found = tasks.get(name, {})
             shown = f"{found['acc']:.4f} ± {found['acc_stderr']:.4f}" if "acc" in found else "-"
             cells.append(shown)
-        lines.append(cells + ([f"{float(row['average_acc']):.4f}"] if len(names) > 1 else []))
+        if len(names) > 1:
+            cells += [f"{float(row['average_acc']):.4f}", against(row, original)]
+        lines.append(cells)
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -311,20 +346,24 @@ def cost_lines(rows: Sequence[dict[str, str]]) -> str:
 
 
 def _applies(options: str, config: Configuration) -> bool:
-    """Whether options may change a row: BF16 leaves nothing to be done, head and tail no plan."""
+    """Whether options make a row: BF16 leaves nothing to be done, head and tail no plan."""
+    if config.options:  # it has its own
+        return options == config.options
     choosing = "--refine" in options
     fixed = config.strategy != "optimal" or "," not in config.schemes
     return not options or not (config.schemes == "BF16" or (choosing and fixed))
 
 
 def run_section(tables: Tables, section: str, options: Sequence[str], peers: list[str]) -> None:
-    configs = SECTIONS[section]
+    names = tables.args.names
+    configs = [c for c in SECTIONS[section] if not names or c.name in names.split(",")]
     for extra in options:
         for config in configs:
             if _applies(extra, config):
                 tables.ours(replace(config, options=extra))
     mixed = [c for c in configs if "," in c.schemes and c.strategy == "optimal"]
-    tables.theirs(mixed, peers)
+    if mixed:
+        tables.theirs(mixed, peers)
 
 
 def print_section(tables: Tables, section: str) -> None:
@@ -336,7 +375,8 @@ def print_section(tables: Tables, section: str) -> None:
         if all(row[k] == mine[k] for k in ("section", "model", "tasks_asked", "calibration_sha256"))
     ]
     rows.sort(key=lambda row: names.index(row["name"]))
-    print(f"\n{section}: {mine['model']}\n\n{figures_table(rows)}\n\n{cost_lines(rows)}")
+    original = tables.records.find(**tables._key("mx", "mixbits", "BF16"))
+    print(f"\n{section}: {mine['model']}\n\n{figures_table(rows, original)}\n\n{cost_lines(rows)}")
 
 
 def run_without_model(section: str, args: argparse.Namespace) -> None:
@@ -358,6 +398,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--tasks", help=f"lm-eval tasks; the published: {PUBLISHED_TASKS}")
+    parser.add_argument("--include-path", help="folder with lm-eval tasks")
+    parser.add_argument("--names", help="rows to make, such as BF16,'4.5 bits' (all of them)")
     parser.add_argument("--lambada", type=Path, help="a jsonl with LAMBADA's texts")
     parser.add_argument("--limit", type=int, help="documents per task")
     parser.add_argument("--add-bos-token", action=argparse.BooleanOptionalAction)

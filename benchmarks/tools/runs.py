@@ -45,6 +45,7 @@ def figures(report: dict[str, Any]) -> dict[str, Any]:
     if "tasks" in evaluation:
         row["tasks"] = json.dumps(evaluation["tasks"]["tasks"])
         row["average_acc"] = average_accuracy(evaluation["tasks"]["tasks"])
+        row["documents"] = json.dumps(evaluation["tasks"]["documents"])
     return row
 
 

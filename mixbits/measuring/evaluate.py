@@ -161,7 +161,8 @@ def run_tasks(
     """Score `model` with lm-eval: {"tasks": {task: {metric: value, metric_stderr: ...}}, ...}.
 
     The bundled tasks are always known; `include_path` is a folder with more. `average` is the
-    mean acc of the tasks in `averaged`, those that have one, with `average_stderr`. Prompts begin
+    mean acc of the tasks in `averaged`, those that have one, with `average_stderr`; `documents` has
+    the acc of each of their documents, which pairs two models' scores. Prompts begin
     as the tokenizer begins texts, unless `add_bos_token` is False; the result says whether there
     was anything to begin with. Raises UsageError for unknown tasks or data that cannot be had.
     """
@@ -190,7 +191,7 @@ def run_tasks(
                 task_manager=manager,
                 limit=limit,
                 bootstrap_iters=1000,  # 0 would drop every standard error
-                log_samples=False,
+                log_samples=True,
             )
     except (ConnectionError, OSError, ValueError, AssertionError) as error:
         raise UsageError(
@@ -274,6 +275,13 @@ def _task_summary(
         "average": mean,
         "average_stderr": None if None in errors or not errors else stderr,
         "averaged": averaged,
+        "documents": {task: _accuracies(raw["samples"][task]) for task in averaged},
         "limit": limit,
         "add_bos_token": add_bos_token,
     }
+
+
+def _accuracies(samples: Sequence[dict[str, Any]]) -> list[float]:
+    """The acc of every document of a task, in their order; 0 and 1 as integers, short in JSON."""
+    found = [float(s["acc"]) for s in sorted(samples, key=lambda s: s["doc_id"]) if "acc" in s]
+    return [int(acc) if acc in (0, 1) else acc for acc in found]

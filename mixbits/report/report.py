@@ -215,14 +215,15 @@ class Verdict(Part):
 class Tasks(Part):
     """lm-eval's metrics of one model: task -> metric -> value, and `<metric>_stderr` where known.
 
-    `average` is of the tasks in `averaged`, those that have an accuracy; `limit`: the first
-    documents of each only, a number of them or a share.
+    `average` is of the tasks in `averaged`, those that have an accuracy, and `documents` has that
+    of each document; `limit`: the first documents of each only, a number of them or a share.
     """
 
     tasks: dict[str, dict[str, Figure | bool]] = {}
     average: Figure = None
     average_stderr: Figure = None
     averaged: list[str] | None = None
+    documents: dict[str, list[Figure]] = {}
     limit: Figure = None
 
 

@@ -8,6 +8,7 @@ not there.
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 from typing import Any, TypeGuard
 
@@ -103,7 +104,11 @@ def result_rows(report: Report) -> Rows:
 
 
 def task_rows(evaluation: Evaluation) -> Rows:
-    """lm-eval's metrics with standard errors, of both models where both were scored."""
+    """lm-eval's metrics with standard errors, of both models where both were scored.
+
+    There accuracies are paired, too, by document: a difference's interval is narrower than the
+    errors of what it is the difference of.
+    """
     original, quantized = evaluation.original_tasks, evaluation.tasks
     if quantized is None:
         return []
@@ -118,7 +123,34 @@ def task_rows(evaluation: Evaluation) -> Rows:
     if quantized.average is not None and len(quantized.tasks) > 1:
         cells = [plus_minus(m.average, m.average_stderr) for m in models]
         rows.append([_average_name(quantized), "acc", *cells])
+    if original and original.documents and quantized.documents:
+        rows[0].append("difference, 95 %")
+        for row in rows[1:]:
+            tasks = [row[0]] if row[0] in quantized.tasks else list(quantized.documents)
+            pair = paired_accuracy(original, quantized, tasks) if row[1] == "acc" else None
+            row.append(plus_minus(*pair) if pair else "")
     return rows
+
+
+def paired_accuracy(
+    original: Tasks, quantized: Tasks, tasks: Sequence[str]
+) -> tuple[float, float] | None:
+    """By how much the mean acc of `tasks` changed, and half the width of its 95 % interval.
+
+    None unless both models were scored on the same documents, two or more of each task.
+    """
+    means, errors = [], []
+    for task in tasks:
+        before, after = original.documents.get(task, []), quantized.documents.get(task, [])
+        if len(before) != len(after) or len(after) < 2:
+            return None
+        changes = [float(b or 0) - float(a or 0) for a, b in zip(before, after, strict=True)]
+        means.append(statistics.fmean(changes))
+        errors.append(statistics.stdev(changes) / math.sqrt(len(changes)))
+    if not means:
+        return None
+    quantile = statistics.NormalDist().inv_cdf(0.975)
+    return statistics.fmean(means), quantile * math.hypot(*errors) / len(errors)
 
 
 def _average_name(tasks: Tasks) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -105,8 +106,25 @@ def test_the_command_line_takes_every_configuration(config):
     args = parse_arguments(["model", *config.command()])
     assert args.avg_bits == config.bits and args.strategy == config.strategy
     assert args.ignore_scale_bits != config.count_scales
-    assert (args.weight_scale_mode, args.act_scale_mode) == config.scale_modes
-    assert args.rounding == "rtn" and args.gate == 0
+    if config.options != tables.DEFAULT:
+        assert (args.weight_scale_mode, args.act_scale_mode) == config.scale_modes
+        assert args.rounding == "rtn" and args.gate == 0
+
+
+def test_default_options_are_those_of_the_command():
+    config = tables.Configuration("mx", "x", 4.5, options=tables.DEFAULT)
+    args = parse_arguments(["model", *config.command()])
+    plain = parse_arguments(["model", "--avg-bits", "4.5"])
+    for name in ("rounding", "gate", "rotate", "weight_scale_mode", "act_scale_mode"):
+        assert getattr(args, name) == getattr(plain, name)
+    assert tables._applies("default", tables.SECTIONS["wide"][0])
+    assert not tables._applies("", tables.SECTIONS["wide"][0])
+
+
+def test_accuracies_are_paired_with_the_original_s():
+    one, two = ({"documents": json.dumps({"a": a})} for a in ([1, 1, 0, 1], [0, 1, 0, 1]))
+    assert tables.against(two, one) == "-0.2500 ± 0.4900"
+    assert tables.against(two, None) == tables.against(two, {"documents": ""}) == "-"
 
 
 def test_options_have_the_last_word():

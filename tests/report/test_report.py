@@ -83,3 +83,24 @@ def test_figures_that_are_not_known_are_not_made_up() -> None:
         ["top-1 agreement", "1", "-"],
     ]
     assert tables.task_rows(Evaluation()) == []
+
+
+def test_accuracies_of_two_models_are_paired_by_document() -> None:
+    """Each task's mean difference d, and 1.96 times its error; of the mean of both, likewise."""
+
+    def tasks(a: list[float], b: list[float]) -> dict[str, Any]:
+        means = {"a": {"acc": sum(a) / 4, "acc_norm": 0.5}, "b": {"acc": sum(b) / 2}}
+        return {"tasks": means, "average": 0.5, "documents": {"a": a, "b": b}}
+
+    one, two = tasks([1, 1, 0, 1], [0, 1]), tasks([0, 1, 0, 1], [1, 1])
+    rows = tables.task_rows(Evaluation.of({"original_tasks": one, "tasks": two}))
+    assert [row[-1] for row in rows] == [
+        "difference, 95 %",
+        "-0.2500 ± 0.4900",  # changes -1 0 0 0: deviation 1/2, error 1/4
+        "",
+        "0.5000 ± 0.9800",  # changes 1 0: deviation 1/sqrt 2, error 1/2
+        "0.1250 ± 0.5478",  # sqrt(1/16 + 1/4) / 2 is its error
+    ]
+    two["documents"]["b"] = [1]  # fewer documents: nothing to pair
+    rows = tables.task_rows(Evaluation.of({"original_tasks": one, "tasks": two}))
+    assert [row[-1] for row in rows][1:] == ["-0.2500 ± 0.4900", "", "", ""]
