@@ -55,7 +55,7 @@ def _add(group: Any, name: str) -> None:
         options |= {"dest": name, "action": "store_false"}
     elif default is False:
         options["action"] = "store_true"
-    elif default == () and "metavar" in how:
+    elif how.get("is_repeatable"):
         options["action"] = "append"
     group.add_argument(how.get("off", spelt(name)), **options)
 
@@ -102,7 +102,7 @@ def typed_as(settings: Mapping[str, Any]) -> str:
             words.insert(0, str(value))
         elif isinstance(value, bool):
             words.append(how.get("off") or spelt(f"no_{name}" if value is False else name))
-        elif isinstance(value, (list, tuple)) and "metavar" in how:
+        elif isinstance(value, (list, tuple)) and how.get("is_repeatable"):
             words += [word for one in value for word in (spelt(name), str(one))]
         else:
             several = isinstance(value, (list, tuple))

@@ -80,6 +80,7 @@ class Text(Part):
     """Sequences of a text: of calibration, of the gate, or held out."""
 
     source: str | None = None
+    datasets: int | None = None  # that they were taken from in turn, if several
     nsamples: int | None = None
     seqlen: int | None = None
 
