@@ -235,3 +235,60 @@ def test_mixes_that_are_refused(
     error = capsys.readouterr().err
     assert message in error and ("short" not in words[-1] or "got 3 from" in error)
     assert "short.npy" in error or "short" not in words[-1]
+
+
+def kl_by_text(folder: Path) -> dict[str, Any]:
+    """Rows of report.json by the name of the text."""
+    found = read(folder / "report.json")["evaluation"]["texts"]
+    return {row["text"]: row for row in found["compared"]}
+
+
+def test_the_result_is_compared_on_every_text_of_the_run(
+    run: Callable[..., int], tmp_path: Path
+) -> None:
+    """That of calibration is as short as the shortest other one, and where there is none, none."""
+    assert run("--avg-bits", 5, "--nsamples", 9, "--gate", 6, "--eval-nsamples", 8) == 0
+    report, found = read(tmp_path / "out" / "report.json"), kl_by_text(tmp_path / "out")
+    assert list(found) == ["calibration", "gate", "held-out"]
+    assert [row["nsamples"] for row in found.values()] == [6, 6, 8]
+    assert {row["source"] for row in found.values()} == {"ids.npy"}
+    best, held_out = report["gate"]["candidates"][0], report["evaluation"]["held_out"]
+    for row, of in ((found["gate"], best), (found["held-out"], held_out)):
+        assert (row["kl"], row["kl_stderr"]) == (of["kl"], of["kl_stderr"])
+    assert found["calibration"]["kl"] > 0 and found["calibration"]["kl_stderr"] > 0
+    scores = ("--avg-bits", 5, "--scores", tmp_path / "out" / "scores.json")
+    for options, names in (
+        (["--gate", 0], ["calibration", "held-out"]),
+        (["--gate", 3, "--rounding", "rtn"], ["gate", "held-out"]),  # nothing is made with it
+        (["--gate", 0, "--rounding", "rtn"], ["held-out"]),
+    ):
+        assert run(*scores, *options, "--overwrite", out="b") == 0
+        assert list(kl_by_text(tmp_path / "b")) == names
+
+
+def test_the_same_text_everywhere_does_not_part(
+    run: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nine sequences over and over: calibration, gate and held-out text are the same."""
+    once = np.load(write_ids(tmp_path / "once.npy", 9 * 32))
+    np.save(tmp_path / "again.npy", np.tile(once, 3))
+    text = ("--dataset", tmp_path / "again.npy", "--nsamples", 9, "--gate", 9)
+    assert run(*text, "--eval-nsamples", 9, "--avg-bits", 5) == 0
+    found = kl_by_text(tmp_path / "out")
+    assert found["calibration"]["kl"] == found["held-out"]["kl"]
+    assert found["gate"]["kl"] == pytest.approx(found["held-out"]["kl"], rel=1e-3)
+    assert read(tmp_path / "out" / "report.json")["evaluation"]["texts"]["sentence"] is None
+    assert "calibration text" not in capsys.readouterr().out
+
+
+def test_a_text_of_another_kind_is_told(
+    run: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Calibrated with one token over and over, which tells nothing of other text."""
+    one, other = (write_ids(tmp_path / f"{n}.npy", 2048, vocab_size=n) for n in (1, 130))
+    text = ("--dataset", one, "--eval-dataset", other, "--nsamples", 16, "--eval-nsamples", 16)
+    assert run(*text, "--avg-bits", 5, "--correction", 0) == 0
+    texts = read(tmp_path / "out" / "report.json")["evaluation"]["texts"]
+    assert texts["sentence"].startswith("It keeps closer to its calibration text than to other")
+    printed = capsys.readouterr().out
+    assert texts["sentence"] in printed and texts["advice"] in printed
