@@ -403,13 +403,15 @@ def _datasets(text: Text, folder: Path) -> list[str]:
     Several texts are names of datasets where each of them can be nothing else.
     """
     from .measuring.hub_data import is_dataset_name
+    from .pipeline.kinds import DatasetName
 
     if isinstance(text, (str, os.PathLike)):
         return [os.fspath(text)]
     rows: list[Any]
     rows = text.tolist() if hasattr(text, "tolist") else list(text)
     if rows and all(isinstance(row, (str, os.PathLike)) for row in rows):
-        names = [isinstance(row, os.PathLike) or is_dataset_name(row) for row in rows]
+        sure = os.PathLike, DatasetName
+        names = [isinstance(row, sure) or is_dataset_name(row) for row in rows]
         if all(names):
             return [os.fspath(row) for row in rows]
         if any(isinstance(row, os.PathLike) for row in rows):

@@ -75,6 +75,12 @@ def path(value: Any) -> Path:
     return Path(value)
 
 
+class DatasetName(str):
+    """A dataset's name as it was typed: whatever it looks like, it is no text to read."""
+
+    __slots__ = ()
+
+
 def datasets(value: Any) -> tuple[str, ...]:
     """Names of datasets, one or several; a comma may be part of one."""
     found = tuple(value) if _is_several(value) else (value,)

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..command import Parser, typed
 from ..formats.schemes import SCHEME_NAMES
+from .kinds import DatasetName, datasets
 from .rules import settled
 from .settings import GROUPS, KNOWN, Settings, spelt
 
@@ -44,6 +45,8 @@ def _add(group: Any, name: str) -> None:
     for key in ("choices", "metavar", "const"):
         if key in how:
             options[key] = how[key]
+    if how.get("kind") is datasets:
+        options["type"] = DatasetName
     if "const" in how:
         options["nargs"] = "?"
     if how.get("is_positional"):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-from tiny import SMALL, make_model, read, write_ids
+from tiny import SMALL, add_tokenizer, make_model, read, write_ids
 
 from mixbits import quantize
 from mixbits.formats.menus import MENUS
@@ -209,6 +211,30 @@ def test_what_judges_was_not_calibrated_with_where_a_dataset_does_both(
     assert run(*three[:2], "--nsamples", 61, "--eval-dataset", three[1], out="no") == 2
     message = "--eval-dataset must have 4 sequences of 32 tokens behind the first 61, which"
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["wikitext", "wikitext:config=wikitext-2-raw-v1"])
+@pytest.mark.parametrize("more", [(), ("--dataset", "ptb_text_only")])
+def test_what_is_typed_is_a_name_whatever_it_looks_like(
+    name: str,
+    more: tuple[str, ...],
+    run: Callable[..., int],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Names of the hub need no owner; in Python a list of such words is one of texts."""
+    seen = []
+
+    def load_dataset(name: str, *_: str, **__: Any) -> Any:
+        seen.append(name)
+        return [{"text": "a text of its own " * 40}]
+
+    fake = SimpleNamespace(load_dataset=load_dataset)
+    monkeypatch.setitem(sys.modules, "datasets", fake)
+    model = add_tokenizer(make_model(tmp_path / "model"))
+    words = ("--dataset", name, *more, "--rounding", "rtn", "--solve-only")
+    assert run(*words, model=model) == 0
+    assert seen == ["wikitext", *more[1:]]
 
 
 @pytest.mark.parametrize(
