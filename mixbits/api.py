@@ -7,9 +7,9 @@
     result = mixbits.quantize_model("Llama-3.1-8B", out="llama-4.5", avg_bits=4.5, dataset="t.txt")
 
 MODEL is a folder, a name on the hub, or a loaded model of transformers (with its `tokenizer`, where
-text is to be read). TEXT is what `--dataset` takes, or texts, conversations or token ids.
-Settings have the names of the command's options, which `mixbits.pipeline.settings` lists, and are
-refused with the command's own sentences, as `mixbits.UsageError`.
+text is to be read). TEXT is what `--dataset` takes, one or a list of them, or texts, conversations
+or token ids. Settings have the names of the command's options, which `mixbits.pipeline.settings`
+lists, and are refused with the command's own sentences, as `mixbits.UsageError`.
 
 Any thread may call them; they take turns, since transformers patches itself while it loads a model.
 Nothing is printed, no signal is caught, and no environment variable is set: work is told to
@@ -63,9 +63,9 @@ Model: TypeAlias = "str | os.PathLike[str] | PreTrainedModel"  # a hub's name, o
 Tokenizer: TypeAlias = "PreTrainedTokenizerBase"
 Conversation: TypeAlias = "list[dict[str, Any]]"  # of messages
 TokenIds: TypeAlias = "Sequence[int] | Tensor | numpy.ndarray[Any, Any]"
-# What --dataset takes, texts, conversations, or token ids: of one text, or of several.
+# What --dataset takes, one or several; texts, conversations; token ids of one text, or of several.
 Text: TypeAlias = (
-    "str | os.PathLike[str] | Sequence[str] | Sequence[Conversation] | TokenIds"
+    "str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | Sequence[Conversation] | TokenIds"
     " | Sequence[TokenIds]"
 )
 _Folder: TypeAlias = "tempfile.TemporaryDirectory[str]"
@@ -368,9 +368,9 @@ def quantize_model(
 
 def _inputs(
     model: Model | None, tokenizer: Tokenizer | None, text: Text | None, folder: Path
-) -> dict[str, str]:
+) -> dict[str, Any]:
     """The settings `model` and `dataset`; what is in memory is written to a folder."""
-    found: dict[str, str] = {}
+    found: dict[str, Any] = {}
     if isinstance(model, (str, os.PathLike)):
         found["model"] = os.fspath(model)
         if tokenizer is not None:
@@ -378,7 +378,7 @@ def _inputs(
     elif model is not None:
         found["model"] = str(_written(model, tokenizer, folder))
     if text is not None:
-        found["dataset"] = os.fspath(_text_file(text, folder))
+        found["dataset"] = _datasets(text, folder)
     return found
 
 
@@ -397,12 +397,31 @@ def _written(model: PreTrainedModel, tokenizer: Tokenizer | None, folder: Path) 
     return path
 
 
-def _text_file(text: Text, folder: Path) -> str | os.PathLike[str]:
-    """What `--dataset` takes for a text: its name, or a file with what is in memory."""
+def _datasets(text: Text, folder: Path) -> list[str]:
+    """What `--dataset` takes for a text: names, or a file with what is in memory.
+
+    Several texts are names of datasets where each of them can be nothing else.
+    """
+    from .measuring.hub_data import is_dataset_name
+    from .pipeline.kinds import DatasetName
+
     if isinstance(text, (str, os.PathLike)):
-        return text
+        return [os.fspath(text)]
     rows: list[Any]
     rows = text.tolist() if hasattr(text, "tolist") else list(text)
+    if rows and all(isinstance(row, (str, os.PathLike)) for row in rows):
+        sure = os.PathLike, DatasetName
+        names = [isinstance(row, sure) or is_dataset_name(row) for row in rows]
+        if all(names):
+            return [os.fspath(row) for row in rows]
+        if any(isinstance(row, os.PathLike) for row in rows):
+            wrong = rows[names.index(False)]
+            raise UsageError(f"beside a path there must be names of datasets: got {wrong!r:.160}")
+    return [str(_text_file(rows, folder))]
+
+
+def _text_file(rows: list[Any], folder: Path) -> Path:
+    """A file with texts, conversations or token ids that are in memory."""
     if rows and all(isinstance(row, str) for row in rows):
         entries = [{"text": row} for row in rows]
     elif rows and all(_is_chat(row) for row in rows):
@@ -417,7 +436,7 @@ def _text_file(text: Text, folder: Path) -> str | os.PathLike[str]:
     else:
         raise UsageError(
             "text must be a file, a dataset's name, texts, conversations (lists of messages) or "
-            f"token ids: got {text!r:.160}"
+            f"token ids: got {rows!r:.160}"
         )
     path = folder / "text.jsonl"
     path.write_text("".join(json.dumps(e) + "\n" for e in entries), encoding="utf-8")

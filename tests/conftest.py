@@ -198,7 +198,8 @@ def run(shared: Path, tmp_path: Path) -> Callable[..., int]:
     """`run(*options, model=, out=)`: quantize with little text, into tmp_path/out."""
 
     def call(*options: object, model: object = shared / "llama", out: str = "out") -> int:
-        words = [model, "--out", tmp_path / out, "--dataset", shared / "ids.npy", *SMALL, *options]
+        text = () if "--dataset" in options else ("--dataset", shared / "ids.npy")
+        words = [model, "--out", tmp_path / out, *text, *SMALL, *options]
         return quantize.main([str(word) for word in words])
 
     return call

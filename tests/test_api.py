@@ -125,6 +125,29 @@ def test_texts_that_are_in_memory(kind: str, folder: Path) -> None:
     assert all(row["scores"]["MXFP4"] > 0 for row in found.data["linears"].values())
 
 
+def test_a_list_of_names_is_several_datasets(folder: Path, ids: Path, tmp_path: Path) -> None:
+    """In the order given; a list of texts stays one text, whatever else it might be called."""
+    other = write_ids(tmp_path / "other.npy", seed=1)
+    for names in ([ids, other], [str(ids), str(other)], (ids, str(other))):
+        found = mixbits.measure(folder, names, schemes=SCHEMES, **SIZES).data["calibration"]
+        assert (found["source"], found["datasets"]) == ("ids.npy and other.npy", 2)
+    texts = ["a text of its own " * 40, str(ids), "of.txt"]
+    found = mixbits.measure(folder, texts, schemes=SCHEMES, **SIZES).data["calibration"]
+    assert found["source"] == "text.jsonl" and "datasets" not in found
+    with pytest.raises(mixbits.UsageError, match=r"beside a path there must be names .* 'a text"):
+        mixbits.measure(folder, [ids, "a text"], schemes=SCHEMES, **SIZES)
+    settings = {"eval_dataset": [ids, other], "schemes": SCHEMES, "gate": 0, "rounding": "rtn"}
+    result = mixbits.quantize_model(
+        folder, tmp_path / "out", dataset=[ids, other], eval_nsamples=2, **settings, **SIZES
+    )
+    assert result.report and result.report.held_out and result.report.held_out.datasets == 2
+    for option in ("dataset", "eval-dataset"):
+        assert f"--{option} ids.npy --{option} other.npy" in (result.report.command or "")
+    for wrong in ([], 3, [3]):
+        with pytest.raises(mixbits.UsageError, match="--eval-dataset: must be a name, or several"):
+            mixbits.quantize_model(folder, eval_dataset=wrong, progress=False)
+
+
 def test_conversations_go_through_the_template(folder: Path, tmp_path: Path) -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)

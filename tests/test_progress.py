@@ -146,7 +146,10 @@ def test_what_is_planned_follows_from_the_arguments() -> None:
         return work_of.planned_work(parse_arguments(words), blocks=10, units=7)
 
     plain = work()
-    assert plain["measure"] == 4 * 8 * 10 and plain["evaluate"] == 2 * 2 * 10
+    assert plain["measure"] == 4 * 8 * 10 and plain["evaluate"] == 2 * (2 + 2) * 10
+    assert work("--scores", "s.json", "--rounding", "rtn")["evaluate"] == 2 * 2 * 10
+    assert work("--eval-nsamples", "0")["evaluate"] == 0
+    assert work("--eval-nsamples", "6")["evaluate"] == 2 * (6 + 4) * 10  # the gate's are 4
     # Four plans by searched scales; the best of them is compensated twice.
     assert plain["round"] == (4 * (1 + 2 * 4) + 2 * (2 * 8 + 2 * 4)) * 10
     assert work("--rounding", "rtn")["round"] == 4 * (1 + 2 * 4) * 10

@@ -48,7 +48,7 @@ def _demo_parts(count: int, held_count: int, length: int) -> Parts:
         cut(tokenize(tokenizer, text), length, name, len(tokenizer))
         for text, name in ((training, "the standard library"), (demo.held_out_text(), "held out"))
     )
-    return *split(first, count, GATE), split(held, 0, held_count)[1]
+    return *split([first], count, GATE), split([held], 0, held_count)[1]
 
 
 def _parts(model: str, dataset: str, counts: tuple[int, int], length: int) -> Parts:
@@ -59,7 +59,7 @@ def _parts(model: str, dataset: str, counts: tuple[int, int], length: int) -> Pa
     first, rest = load_sequences(
         dataset, source.tokenizer(), vocab, count, held_count + GATE, length
     )
-    held, gate = split(rest, held_count, GATE)
+    held, gate = split([rest], held_count, GATE)
     return first, gate, held
 
 

@@ -145,6 +145,7 @@ class _Measured(_Strict):
 class _Calibration(_Strict):
     nsamples: Annotated[int, Field(ge=0, le=_MOST_TOKENS)]
     seqlen: Annotated[int, Field(ge=1, le=_MOST_TOKENS)]
+    datasets: Annotated[int, Field(ge=1, le=_MOST_TOKENS)] = 1
     prefix: list[Annotated[int, Field(ge=0, lt=_MOST_ROWS)]] = []
 
 

@@ -17,6 +17,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any, Protocol
 
 import torch
@@ -29,13 +30,23 @@ from ..model.replaced import replaced
 from ..progress import steps
 from .text import prefix_tokens
 
+CONFIDENCE = 0.95
 CHUNK = 512  # tokens whose float64 log-probabilities are held at once
 
 
-def _mean_stderr(per_sequence: Tensor) -> tuple[float, float]:
+def mean_stderr(per_sequence: Tensor) -> tuple[float, float]:
+    """Mean of figures [sequences], and its standard error: NaN of a single one."""
     count = len(per_sequence)
     mean = float(per_sequence.mean())
     return mean, float(per_sequence.std() / math.sqrt(count)) if count > 1 else math.nan
+
+
+def interval(*stderrs: float) -> float:
+    """Half the width of the confidence interval of a figure with a standard error.
+
+    Of several: of the sum or difference of figures that are independent.
+    """
+    return NormalDist().inv_cdf((1 + CONFIDENCE) / 2) * math.hypot(*stderrs)
 
 
 def _sequence_means(reference: Tensor, quantized: Tensor, ids: Tensor, first: int) -> Tensor:
@@ -117,13 +128,13 @@ def summary(means: Tensor) -> dict[str, float]:
     """The figures of `compare` from means [sequences, 4] of `per_sequence`."""
     kl, nll_p, nll_q, agree = means.T
     result: dict[str, float] = {}
-    result["kl"], result["kl_stderr"] = _mean_stderr(kl)
+    result["kl"], result["kl_stderr"] = mean_stderr(kl)
     named = {"perplexity": nll_q, "perplexity_reference": nll_p, "perplexity_ratio": nll_q - nll_p}
     for name, nll in named.items():
-        mean, stderr = _mean_stderr(nll)
+        mean, stderr = mean_stderr(nll)
         result[name] = math.exp(mean)
         result[f"{name}_stderr"] = math.exp(mean) * stderr  # first order
-    result["top1_agreement"], result["top1_agreement_stderr"] = _mean_stderr(agree)
+    result["top1_agreement"], result["top1_agreement_stderr"] = mean_stderr(agree)
     return result
 
 

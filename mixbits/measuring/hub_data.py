@@ -11,7 +11,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from ..errors import UsageError, plain_errors
 from ..files.io import check_file, is_text
 from .chats import row_text
 
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:(config|split|column)=\S+)*", re.ASCII)
 _ADVICE = (
     "NAME:config=C:split=S:column=K says which part of a data set; or pass a text, jsonl, .npy or "
     ".json file"
@@ -93,7 +95,7 @@ class HubData:
 
 
 JSONL = (".jsonl", ".ndjson")
-
+_READ = {".txt", ".json", ".npy", *JSONL}
 
 # Data, but none that is read here: as text they would be noise.
 _OTHERS = {".csv", ".tsv", ".parquet", ".arrow", ".feather", ".orc", ".npz", ".pt", ".pth", ".bin"}
@@ -102,13 +104,42 @@ _OTHERS |= {".gz", ".bz2", ".xz", ".zst", ".zip", ".7z", ".tar", ".tgz", ".rar",
 _OTHERS |= {".db", ".xls", ".xlsx", ".pdf", ".doc", ".docx", ".odt", ".epub"}
 
 
+def is_dataset_name(text: str) -> bool:
+    """Whether a text is the name of a file, or may be one of the hub: what no text to read is."""
+    has_suffix = len(text) < 1000 and "\n" not in text and Path(text).suffix.lower() in _READ
+    return has_suffix or os.path.isfile(text) or bool(_HUB_NAME.fullmatch(text))
+
+
+def check_datasets(option: str, sources: Sequence[str]) -> None:
+    """`check_dataset` for all of an option. Raises UsageError also for one that is there twice."""
+    known: dict[Any, str] = {}
+    for source in sources:
+        check_dataset(source)
+        key = dataset_key(source)
+        if key in known:
+            raise UsageError(
+                f"{option} must name each dataset once: got {known[key]}, and {source} again"
+            )
+        known[key] = source
+
+
+def dataset_key(source: str) -> Any:
+    """What two names of one dataset have in common: the file, or what they ask the hub for."""
+    return os.path.realpath(source) if os.path.exists(source) else HubData.parse(source)
+
+
 def check_dataset(source: str) -> None:
     """Raises UsageError for what is there and no file of a kind that is read, and for odd names."""
     if not is_text(source):
         raise UsageError(f"--dataset must have a name in UTF-8: got {source!r:.160}")
+    if "," in source.partition(":")[0] and not os.path.exists(source):
+        raise UsageError(
+            f"--dataset must be a file or a dataset name: {source} is no file; several are given "
+            "one by one (--dataset A --dataset B)"
+        )
     path = Path(source)
     suffix = path.suffix.lower()
-    looks_like_file = suffix in {".txt", ".json", ".npy", *JSONL, *_OTHERS}
+    looks_like_file = suffix in _READ | _OTHERS
     exists = os.path.exists(source)  # False for a name that is too long, where Path raises
     if os.path.isdir(source) or (looks_like_file and not exists):
         raise UsageError(f"--dataset must be a file or a dataset name: {source} is no file")

@@ -5,6 +5,7 @@ list or a list of lists), or the name of a Hugging Face dataset (`mixbits.measur
 Rows may hold conversations in the place of texts (`mixbits.measuring.chats`). Its text is
 tokenized without special tokens, as one stream, and cut into sequences of `seqlen` tokens. The
 first `nsamples` sequences calibrate; the next ones are held out, so the two never share a token.
+Of several datasets sequences are taken in turn, one of each, so that any first n are a mix.
 
 Every sequence begins with the *prefix*: what the tokenizer puts before a text, such as a BOS, for
 a model that has never seen text without it may be useless there. The prefix counts in `seqlen`,
@@ -20,7 +21,7 @@ import json
 import os
 import reprlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,18 +42,22 @@ _IDS_BYTES = 256 << 20  # of ids in JSON, which take 20 times as much in memory
 
 @dataclass(frozen=True)
 class Sequences:
-    """`ids` int64 [sequences, seqlen], where they came from, and what each of them begins with."""
+    """`ids` int64 [sequences, seqlen], where they came from, and what each of them begins with.
+
+    `datasets` is how many they were taken from, in turn; `source` then names all of them.
+    """
 
     ids: Tensor
     source: str
     prefix: tuple[int, ...] = ()
+    datasets: int = 1
 
     @classmethod
     def none(cls, seqlen: int, prefix: tuple[int, ...] = ()) -> Sequences:
         return cls(torch.empty(0, seqlen, dtype=torch.int64), "nothing", prefix)
 
     def __getitem__(self, rows: slice) -> Sequences:
-        return Sequences(self.ids[rows].clone(), self.source, self.prefix)
+        return replace(self, ids=self.ids[rows].clone())
 
     @property
     def judged_from(self) -> int:
@@ -72,6 +77,7 @@ class Sequences:
         count, length = self.ids.shape
         return {
             "source": last_part(self.source),
+            **({"datasets": self.datasets} if self.datasets > 1 else {}),
             "nsamples": count,
             "seqlen": length,
             "prefix": list(self.prefix),
@@ -265,19 +271,50 @@ def cut(
     return Sequences(torch.cat([before, texts], 1), source, prefix)
 
 
-def split(pool: Sequences, nsamples: int, held_out: int) -> tuple[Sequences, Sequences]:
-    """The first `nsamples` sequences, and the next `held_out`. Raises UsageError if too few."""
-    have, seqlen = pool.ids.shape
-    if have < nsamples + held_out:
-        what = f"{nsamples} for calibration" if nsamples else ""
-        what += (" and " if what and held_out else "") + (
-            f"{held_out} held out" if held_out else ""
-        )
-        raise UsageError(
-            f"need {nsamples + held_out} sequences of {seqlen} tokens ({what}): got {have} from "
-            f"{pool.source}; give more text, or lower --nsamples, --eval-nsamples or --seqlen"
-        )
-    return pool[:nsamples], pool[nsamples : nsamples + held_out]
+def in_turn(count: int, number: int, datasets: int) -> int:
+    """How many of `count` sequences, taken from `datasets` in turn, come from dataset `number`."""
+    return len(range(number, count, datasets))
+
+
+def listed(names: list[str]) -> str:
+    """Names in a sentence: `a`, `a and b`, `a, b and c`."""
+    return " and ".join([part for part in (", ".join(names[:-1]), *names[-1:]) if part])
+
+
+def _mixed(pools: list[Sequences]) -> Sequences:
+    """Sequences of several pools, which have what `in_turn` says, in turn."""
+    if len(pools) == 1:
+        return pools[0]
+    total, several = sum(len(pool.ids) for pool in pools), len(pools)
+    ids = torch.empty(total, pools[0].ids.shape[1], dtype=torch.int64)
+    for number, pool in enumerate(pools):
+        ids[number::several] = pool.ids
+    source = listed([last_part(pool.source) for pool in pools])
+    return Sequences(ids, source, pools[0].prefix, several)
+
+
+def split(pools: list[Sequences], nsamples: int, held_out: int) -> tuple[Sequences, Sequences]:
+    """The first `nsamples` sequences, and the next `held_out`, of one pool or of several in turn.
+
+    Raises UsageError that names the first pool that has too few.
+    """
+    total, whole = nsamples + held_out, []
+    for number, pool in enumerate(pools):
+        have, seqlen = pool.ids.shape
+        need = in_turn(total, number, len(pools))
+        if have < need:
+            what = f"{nsamples} for calibration" if nsamples else ""
+            what += (" and " if what and held_out else "") + (
+                f"{held_out} held out" if held_out else ""
+            )
+            what += f", of {len(pools)} datasets in turn" if len(pools) > 1 else ""
+            raise UsageError(
+                f"need {need} sequences of {seqlen} tokens ({what}): got {have} from "
+                f"{pool.source}; give more text, or lower --nsamples, --eval-nsamples or --seqlen"
+            )
+        whole.append(pool[:need])
+    mixed = _mixed(whole)
+    return mixed[:nsamples], mixed[nsamples:]
 
 
 def read_sequences(
@@ -305,6 +342,5 @@ def load_sequences(
     """Calibration and held-out sequences of one dataset; without the prefix if not `bos`."""
     prefix = prefix_tokens(tokenizer) if bos else ()
     count = nsamples + held_out
-    return split(
-        read_sequences(source, tokenizer, vocab_size, count, seqlen, prefix), nsamples, held_out
-    )
+    pool = read_sequences(source, tokenizer, vocab_size, count, seqlen, prefix)
+    return split([pool], nsamples, held_out)

@@ -18,7 +18,7 @@ from ..files.atomic import check_destination, recover
 from ..files.io import read_object
 from ..formats.menus import MENUS
 from ..formats.schemes import ROW, parse_scheme
-from ..measuring.hub_data import check_dataset
+from ..measuring.hub_data import check_datasets
 from ..source.model_files import already_quantized, check_name
 from .settings import Settings
 
@@ -59,8 +59,8 @@ def inputs(settings: Settings) -> list[Path]:
     """What the run reads, as far as it is files: the output does not replace it."""
     names = (
         settings.model,
-        settings.dataset,
-        settings.eval_dataset,
+        *(settings.dataset or ()),
+        *(settings.eval_dataset or ()),
         settings.plan,
         settings.scores,
         settings.include_path,
@@ -75,9 +75,9 @@ def _check_inputs(settings: Settings) -> None:
                 path.stat()
             except OSError as error:
                 raise UsageError(f"cannot read {path}: {error.strerror}") from error
-    for source in (settings.dataset, settings.eval_dataset):
-        if source is not None and not settings.demo:
-            check_dataset(source)
+    if not settings.demo:
+        check_datasets("--dataset", settings.dataset or ())
+        check_datasets("--eval-dataset", settings.eval_dataset or ())
 
 
 def _check_config(settings: Settings) -> None:

@@ -9,18 +9,23 @@ import torch
 from ..checkpoint.loading import load
 from ..errors import UsageError
 from ..files.atomic import Destination
-from ..measuring.evaluate import compare, run_tasks, task_manager
-from ..measuring.text import Sequences, begin, tokenize
+from ..measuring.evaluate import compare, mean_stderr, run_tasks, sequence_kl, task_manager
+from ..measuring.text import begin, tokenize
 from ..model.streaming import StreamedModel
 from ..planning.plan import Plan
 from ..progress import numbered
+from ..report.parting import CALIBRATION, GATE, HELD_OUT, texts_compared
 from ..report.tables import fake_column
 from ..report.verdict import Circumstances, verdict
 from ..runtime.fake import round_activations
 from ..runtime.linear import PackedLinear
 from ..source.source import open_source
+from .gate import Decision
 from .run import Run
 from .settings import Settings
+from .texts import Text
+
+_TEXT_KEYS = ("text", "source", "nsamples", "seqlen", "kl", "kl_stderr")
 
 
 def check_evaluation(run: Run) -> None:
@@ -38,18 +43,18 @@ def evaluate(
     place: Destination,
     original: Any,
     tokenizer: Any,
-    held_out: Sequences,
-    plan: Plan,
+    text: Text,
+    decision: Decision,
     about: Circumstances,
     result: dict[str, Any],
 ) -> None:
     """Held-out scores, lm-eval's, and a sample, into `result`: `evaluation` of report.json."""
-    settings = run.settings
+    settings, held_out = run.settings, text.held_out
     result["verdict"] = verdict(None)
     if settings.fake:  # its weights were rounded in place
         original = run.source.original.load()
     place.check_in_place()
-    quantized = _load_result(run, plan, result)
+    quantized = _load_result(run, decision.winner.plan, result)
     place.check_in_place()  # and so is what was loaded by its name
     if len(held_out.ids):
         p, q = (StreamedModel(m, device=settings.computes_on) for m in (original, quantized))
@@ -58,6 +63,12 @@ def evaluate(
         )
         result["held_out"] = {**held_out.describe(), **scores}
         result["verdict"] = verdict(scores, about)
+        rows = [
+            *_on_calibration_text(settings, text, p, q),
+            *_on_gate_text(text, decision),
+            {"text": HELD_OUT, **result["held_out"]},
+        ]
+        result["texts"] = texts_compared([{key: row[key] for key in _TEXT_KEYS} for row in rows])
     if settings.tasks:
         scored = [("original_tasks", original)] if settings.eval_original else []
         for name, model in numbered([*scored, ("tasks", quantized)], "lm-eval, model"):
@@ -66,6 +77,31 @@ def evaluate(
     if settings.prompt:
         result["prompt"] = settings.prompt
         result["sample"] = _generate(quantized, tokenizer, settings, held_out.prefix)
+
+
+def _on_calibration_text(
+    settings: Settings, text: Text, reference: StreamedModel, quantized: StreamedModel
+) -> list[dict[str, Any]]:
+    """A row of `texts_compared`, of no more sequences than the other texts have; or none.
+
+    There is none where nothing was made with that text.
+    """
+    others = [len(part.ids) for part in (text.gate, text.held_out) if len(part.ids)]
+    sample = text.calibration[: min(others)]
+    if not settings.calibrates or not len(sample.ids):
+        return []
+    kl, stderr = mean_stderr(
+        sequence_kl(reference, quantized, sample.ids, settings.batch_size, sample.judged_from)
+    )
+    return [{"text": CALIBRATION, **sample.describe(), "kl": kl, "kl_stderr": stderr}]
+
+
+def _on_gate_text(text: Text, decision: Decision) -> list[dict[str, Any]]:
+    """What the gate has measured of what ships; nothing where it compared nothing."""
+    return [
+        {"text": GATE, **text.gate.describe(), "kl": row["kl"], "kl_stderr": row["kl_stderr"]}
+        for row in decision.rows[:1]
+    ]
 
 
 def _load_result(run: Run, plan: Plan, result: dict[str, Any]) -> Any:

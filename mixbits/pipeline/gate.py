@@ -13,28 +13,25 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from statistics import NormalDist
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..formats.scale_range import ScaleError
-from ..measuring.evaluate import sequence_kl
+from ..measuring.evaluate import interval, mean_stderr, sequence_kl
 from ..progress import numbered, say
 from ..rounding.whole_model import RoundedModel
 from .candidates import Candidate, Contest
 from .roundings import Outcome, Subject
-
-CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)
 class Decision:
     """The winner, its packed weights, and a row for every candidate, the best first.
 
-    A row has `name`, `kl` (mean, nats per token), and for all but the winner `behind`: by how
-    much it is worse, with `interval`, half the width of a confidence interval of that.
+    A row has `name`, `kl` (mean, nats per token) with its standard error `kl_stderr`, and for all
+    but the winner `behind`: by how much it is worse, with `interval`, half the width of a
+    confidence interval of that.
     """
 
     winner: Candidate
@@ -87,15 +84,15 @@ def choose(subject: Subject, contest: Contest, ids: Tensor, first: int = 0) -> D
     if best is None:
         raise refused
     least = next(kl for candidate, kl in judged if candidate is best.winner)
-    rows: list[dict[str, Any]] = [
-        {"name": c.name, "kl": float(kl.mean())} | ({} if c is best.winner else behind(kl - least))
-        for c, kl in judged
-    ]
+    rows: list[dict[str, Any]] = []
+    for candidate, kl in judged:
+        mean, stderr = mean_stderr(kl)
+        row = {"name": candidate.name, "kl": mean, "kl_stderr": stderr}
+        rows.append(row | ({} if candidate is best.winner else behind(kl - least)))
     return replace(best, rows=sorted(rows, key=lambda row: row["kl"]))
 
 
 def behind(difference: Tensor) -> dict[str, float]:
     """Mean of paired differences [sequences], and half the width of its confidence interval."""
-    quantile = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
-    stderr = float(torch.std(difference)) / math.sqrt(len(difference))
-    return {"behind": float(difference.mean()), "interval": quantile * stderr}
+    mean, stderr = mean_stderr(difference)
+    return {"behind": mean, "interval": interval(stderr)}

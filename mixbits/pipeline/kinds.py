@@ -75,6 +75,20 @@ def path(value: Any) -> Path:
     return Path(value)
 
 
+class DatasetName(str):
+    """A dataset's name as it was typed: whatever it looks like, it is no text to read."""
+
+    __slots__ = ()
+
+
+def datasets(value: Any) -> tuple[str, ...]:
+    """Names of datasets, one or several; a comma may be part of one."""
+    found = tuple(value) if _is_several(value) else (value,)
+    if not found or not all(isinstance(name, (str, Path)) for name in found):
+        raise WrongKind(f"must be a name, or several: got {value!r:.160}")
+    return tuple(map(str, found))
+
+
 def words(value: Any) -> tuple[str, ...]:
     """One text, or several."""
     found = (value,) if isinstance(value, str) else tuple(value) if _is_several(value) else None

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..command import Parser, typed
 from ..formats.schemes import SCHEME_NAMES
+from .kinds import DatasetName, datasets
 from .rules import settled
 from .settings import GROUPS, KNOWN, Settings, spelt
 
@@ -44,6 +45,8 @@ def _add(group: Any, name: str) -> None:
     for key in ("choices", "metavar", "const"):
         if key in how:
             options[key] = how[key]
+    if how.get("kind") is datasets:
+        options["type"] = DatasetName
     if "const" in how:
         options["nargs"] = "?"
     if how.get("is_positional"):
@@ -55,7 +58,7 @@ def _add(group: Any, name: str) -> None:
         options |= {"dest": name, "action": "store_false"}
     elif default is False:
         options["action"] = "store_true"
-    elif default == () and "metavar" in how:
+    elif how.get("is_repeatable"):
         options["action"] = "append"
     group.add_argument(how.get("off", spelt(name)), **options)
 
@@ -102,7 +105,7 @@ def typed_as(settings: Mapping[str, Any]) -> str:
             words.insert(0, str(value))
         elif isinstance(value, bool):
             words.append(how.get("off") or spelt(f"no_{name}" if value is False else name))
-        elif isinstance(value, (list, tuple)) and "metavar" in how:
+        elif isinstance(value, (list, tuple)) and how.get("is_repeatable"):
             words += [word for one in value for word in (spelt(name), str(one))]
         else:
             several = isinstance(value, (list, tuple))

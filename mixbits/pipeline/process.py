@@ -128,8 +128,7 @@ def _quantize(run: Run, place: Destination, watch: Watch | None) -> Report:
     try:
         with clock.run("evaluate", ", ".join(judges) or "nothing asked for"):
             about = circumstances(run, decision, told.rounding)
-            plan = decision.winner.plan
-            evaluate(run, place, original, tokenizer, text.held_out, plan, about, evaluation)
+            evaluate(run, place, original, tokenizer, text, decision, about, evaluation)
     finally:  # a task that fails takes nothing else with it
         place.rewrite(reports.texts(evaluation, clock.rows))
     telling.results(told)

@@ -86,10 +86,22 @@ def check(s: Settings) -> None:
         raise UsageError("--refine measures whole linears: not --granularity slab")
     if s.seqlen < 2:
         raise UsageError(f"--seqlen must be at least 2: got {s.seqlen}")
+    _check_texts(s)
     _check_budget(s)
     _check_measured(s)
     if s.target:
         _check_target(s)
+
+
+def _check_texts(s: Settings) -> None:
+    """Raises UsageError where a dataset would be left out, for want of sequences."""
+    judged = s.eval_dataset or s.dataset or ()
+    for name, of in (("nsamples", s.dataset or ()), ("eval_nsamples", judged)):
+        if 0 < getattr(s, name) < len(of):
+            raise UsageError(
+                f"{spelt(name)} must be at least {len(of)}, one sequence of each dataset: got "
+                f"{getattr(s, name)}"
+            )
 
 
 def _check_columns(s: Settings) -> None:
@@ -167,7 +179,7 @@ def _completed(s: Settings) -> Settings:
     if not changes["asks_budget"]:
         changes["avg_bits"] = DEFAULT_BITS
     if s.dataset is None and (s.method != "weight" or _uses_text(s)):
-        changes["dataset"] = DEFAULT_DATASET
+        changes["dataset"] = (DEFAULT_DATASET,)
     if s.target:
         target = TARGETS[s.target]
         changes["fuse"] = s.fuse or target.fuse

@@ -20,7 +20,19 @@ from ..formats.schemes import SCALE_MODES, ScaleMode, Scheme, parse_scheme
 from ..planning.allocate import STRATEGIES
 from ..rounding.methods import CORRECTION
 from ..rounding.methods import METHODS as ROUNDINGS
-from .kinds import bits, names, nats, path, positive, scheme_names, share, size, whole, words
+from .kinds import (
+    bits,
+    datasets,
+    names,
+    nats,
+    path,
+    positive,
+    scheme_names,
+    share,
+    size,
+    whole,
+    words,
+)
 
 METHODS = ("fisher", "deltaloss", "weight")  # as in measuring.sensitivity, which imports torch
 BATCH_SIZE = 8  # sequences
@@ -53,7 +65,7 @@ def _option(default: Any, help: str | None = None, **how: Any) -> Any:
     const    the value of the option without one
     one_of   the name of a set of options of which one may be given
     off      the option that turns it off, where it is on
-    is_positional, is_tristate, metavar  as they say
+    is_positional, is_repeatable, is_tristate, metavar  as they say
     """
     return field(default=default, metadata={"help": help, **how})
 
@@ -127,12 +139,14 @@ class BudgetSettings:
         (),
         "fix the linears that match a wildcard, or a regex after re: (repeatable)",
         kind=words,
+        is_repeatable=True,
         metavar="PATTERN=SCHEME",
     )
     ignore: tuple[str, ...] = _option(
         (),
         "leave linears that match as they are, outside the budget (repeatable)",
         kind=words,
+        is_repeatable=True,
         metavar="PATTERN",
     )
     allow_partial: bool = _option(
@@ -240,10 +254,13 @@ class ReportSettings:
 class TextSettings:
     """calibration and sensitivity"""
 
-    dataset: str | None = _option(
-        DEFAULT_DATASET,
+    dataset: tuple[str, ...] | None = _option(
+        (DEFAULT_DATASET,),
         "text, .jsonl (text, messages or conversations), .npy or .json of token ids, or a "
-        "dataset NAME[:config=C][:split=S][:column=K] of the hub (%(default)s)",
+        f"dataset NAME[:config=C][:split=S][:column=K] of the hub ({DEFAULT_DATASET}); repeated, "
+        "sequences are taken from each in turn",
+        kind=datasets,
+        is_repeatable=True,
     )
     nsamples: int = _option(64, "sequences (%(default)s)", kind=positive)
     seqlen: int = _option(256, "tokens each (%(default)s)", kind=positive)
@@ -267,7 +284,12 @@ class TextSettings:
 class EvaluationSettings:
     """evaluation and running"""
 
-    eval_dataset: str | None = _option(None, "held-out text (default: what follows in --dataset)")
+    eval_dataset: tuple[str, ...] | None = _option(
+        None,
+        "held-out text (default: what follows in --dataset; repeatable)",
+        kind=datasets,
+        is_repeatable=True,
+    )
     eval_nsamples: int = _option(64, "held-out sequences, 0: none (%(default)s)", kind=whole)
     tasks: tuple[str, ...] = _option((), "lm-eval tasks, separated by commas", kind=names)
     limit: int | None = _option(None, "documents per task", kind=positive)

@@ -23,6 +23,7 @@ from ..report.tables import (
     size,
     table,
     task_rows,
+    text_lines,
 )
 from ..report.verdict import lines
 from ..source.folded import Folded
@@ -128,7 +129,7 @@ def results(report: Report) -> None:
     """What the run came to."""
     evaluation = report.evaluation
     say("\n" + table(result_rows(report)) + "\n")
-    for line in [*lines(evaluation), *search_line(report)]:
+    for line in [*lines(evaluation), *text_lines(evaluation), *search_line(report)]:
         say(f"  {line}")
     if evaluation and evaluation.tasks:
         say("\n" + table(task_rows(evaluation)))

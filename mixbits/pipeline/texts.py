@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from .. import demo
 from ..errors import UsageError
+from ..measuring.hub_data import dataset_key
 from ..measuring.scores import Scores
 from ..measuring.text import (
     CHARS_PER_TOKEN,
     Sequences,
     cut,
+    in_turn,
+    listed,
     prefix_tokens,
     read_sequences,
     split,
@@ -50,7 +54,7 @@ def calibrate(run: Run, tokenizer: Any) -> Text:
         raise UsageError(f"--diagnose halves the calibration text: got {count} sequence")
     # Text that nothing else goes through is read from its beginning.
     is_first = not (count or settings.scores or settings.plan)
-    seen = 0 if is_first else max(settings.nsamples, _seen(settings, len(prefix)))
+    seen = 0 if is_first else _seen(settings, len(prefix))
     held_count = 0 if settings.solve_only else settings.eval_nsamples
     notes: list[str] = []
     if settings.dataset is None and settings.eval_dataset is None and held_count:
@@ -94,23 +98,35 @@ def text_read(settings: Settings) -> str:
         return "its own text"
     found = []
     if reads_first or (judges and not settings.eval_dataset):
-        found.append(settings.dataset or PYTHON_TEXT)
+        found.append(_in_words(settings.dataset))
     if judges and settings.eval_dataset:
-        found.append(settings.eval_dataset)
-    return ", ".join(found) or "no text is needed"
+        found.append(f"judged by {_in_words(settings.eval_dataset)}")
+    return "; ".join(found) or "no text is needed"
+
+
+def _in_words(datasets: tuple[str, ...] | None) -> str:
+    names = list(datasets or [PYTHON_TEXT])
+    return listed(names) + (", a sequence of each in turn" if len(names) > 1 else "")
 
 
 def _seen(settings: Settings, prefix: int) -> int:
-    """Sequences at the head of the dataset, `prefix` tokens of each its prefix, that --scores saw.
+    """Sequences at the head of the datasets that calibrate here, or have for --scores.
 
-    At least so many, where theirs were of another length.
+    `prefix` tokens of each are its prefix. As many of every dataset, for the scores may have taken
+    them in another order, or from other datasets too; at least so many, where theirs were of
+    another length.
     """
-    if settings.scores is None:
-        return 0
-    used = Scores.read(settings.scores).data["calibration"]
-    count, length = int(used["nsamples"]), int(used["seqlen"])
-    text = settings.seqlen - prefix
-    return count if length == settings.seqlen or text < 1 else -(-count * length // text)
+    several = len(settings.dataset or [""])
+    of_each = -(-settings.nsamples // several)
+    if settings.scores is not None:
+        used = Scores.read(settings.scores).data["calibration"]
+        count, length = int(used["nsamples"]), int(used["seqlen"])
+        count = -(-count // int(used.get("datasets", 1)))
+        text = settings.seqlen - prefix
+        if length != settings.seqlen and text >= 1:
+            count = -(-count * length // text)
+        of_each = max(of_each, count)
+    return several * of_each
 
 
 def _first_and_held_out(
@@ -118,38 +134,56 @@ def _first_and_held_out(
 ) -> tuple[Sequences, Sequences]:
     """The first `count` sequences, and `held_count` others; none where 0 are needed.
 
-    The others are of --eval-dataset, or come after the first `before`.
+    The others are of --eval-dataset, or come after the first `before`; none of them is among these
+    where both options name a dataset.
     """
-    settings, vocab = run.settings, run.source.config.get_text_config().vocab_size
+    settings = run.settings
     is_bundled = settings.dataset is None and settings.eval_dataset is None and held_count
     if settings.demo or is_bundled:  # the latter where nothing calibrates
-        return _demo_sequences(settings, tokenizer, vocab, prefix, count, held_count)
-    if settings.eval_dataset is not None or not held_count:
-        before = count
+        return _demo_sequences(run, tokenizer, prefix, count, held_count)
+    sources = settings.dataset or ()
     first = held_out = Sequences.none(settings.seqlen, prefix)
-    after = held_count if settings.eval_dataset is None else 0
-    if count or after:
-        total = before + after
-        assert settings.dataset is not None
-        pool = read_sequences(settings.dataset, tokenizer, vocab, total, settings.seqlen, prefix)
-        first, held_out = split(pool, before, after)
-    if settings.eval_dataset is not None and held_count:
-        pool = read_sequences(
-            settings.eval_dataset, tokenizer, vocab, held_count, settings.seqlen, prefix
-        )
-        held_out = split(pool, 0, held_count)[1]
+    if held_count and settings.eval_dataset is None:
+        first, held_out = _taken(run, tokenizer, prefix, sources, (before, held_count))
+    elif count:
+        first, _ = _taken(run, tokenizer, prefix, sources, (count, 0))
+    if held_count and settings.eval_dataset is not None:
+        used = {dataset_key(s): in_turn(before, i, len(sources)) for i, s in enumerate(sources)}
+        skips = [used.get(dataset_key(source), 0) for source in settings.eval_dataset]
+        counts = 0, held_count
+        held_out = _taken(run, tokenizer, prefix, settings.eval_dataset, counts, skips)[1]
     return first, held_out
 
 
-def _demo_sequences(
-    settings: Settings,
+def _taken(
+    run: Run,
     tokenizer: Any,
-    vocab: int,
     prefix: tuple[int, ...],
-    count: int,
-    held_count: int,
+    sources: tuple[str, ...],
+    counts: tuple[int, int],
+    skips: Sequence[int] = (),
+) -> tuple[Sequences, Sequences]:
+    """As many sequences as `counts` say, of datasets in turn, behind the first `skips` of each."""
+    vocab, length = run.source.config.get_text_config().vocab_size, run.settings.seqlen
+    pools = []
+    for number, source in enumerate(sources):
+        count, skip = in_turn(sum(counts), number, len(sources)), skips[number] if skips else 0
+        pool = read_sequences(source, tokenizer, vocab, skip + count, length, prefix)
+        if skip and len(pool.ids) < skip + count:
+            raise UsageError(
+                f"--eval-dataset must have {count} sequences of {length} tokens behind the first "
+                f"{skip}, which --dataset takes: got {len(pool.ids)} in all from {source}; give "
+                "more text, or lower --nsamples, --eval-nsamples or --seqlen"
+            )
+        pools.append(pool[skip:])
+    return split(pools, *counts)
+
+
+def _demo_sequences(
+    run: Run, tokenizer: Any, prefix: tuple[int, ...], count: int, held_count: int
 ) -> tuple[Sequences, Sequences]:
     """Text that every Python has: modules trained on to calibrate, held-out ones to judge."""
+    settings, vocab = run.settings, run.source.config.get_text_config().vocab_size
     try:
         files, held_out = demo.training_files(), demo.held_out_text()
     except FileNotFoundError as error:
@@ -164,4 +198,4 @@ def _demo_sequences(
         cut(tokenize(tokenizer, part), settings.seqlen, name, vocab, prefix)
         for part, name in ((text, "the standard library"), (held_out, "its held-out modules"))
     ]
-    return split(pools[0], count, 0)[0], split(pools[1], 0, held_count)[1]
+    return split(pools[:1], count, 0)[0], split(pools[1:], 0, held_count)[1]

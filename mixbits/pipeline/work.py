@@ -23,6 +23,9 @@ def planned_work(settings: Settings, blocks: int, units: int = 0) -> dict[str, f
     passes = len(settings.schemes or ()) if settings.method == "deltaloss" else 1
     gated = settings.gate and not settings.plan and settings.strategy == "optimal"
     learned = settings.distill * settings.batch_size * (BACKWARD + 1) if settings.distill else 0
+    # The calibration text is judged as well, but no more of it than of the others.
+    others = min(settings.gate or settings.eval_nsamples, settings.eval_nsamples)
+    again = min(settings.nsamples, others) if settings.calibrates else 0
     tasks = len(settings.tasks) * (2 if settings.eval_original else 1)
     requests = tasks * CHOICES * (settings.limit or DOCUMENTS)
     work = {
@@ -30,7 +33,7 @@ def planned_work(settings: Settings, blocks: int, units: int = 0) -> dict[str, f
         "allocate": PROPOSALS * judged if settings.max_kl else 0,
         "diagnose": (units * settings.gate + measured * passes) if settings.diagnose else 0,
         "round": learned + (compared if gated else rounding),
-        "evaluate": 2 * settings.eval_nsamples + requests,
+        "evaluate": 2 * (settings.eval_nsamples + again) + requests,
     }
     if settings.granularity == "slab":
         work["measure"] *= 2  # once more for the order of columns

@@ -18,7 +18,7 @@ from ..errors import printable
 from ..files.io import hub_name, last_part
 from ..source.source import Source
 from .report import Report
-from .tables import Rows, number, plus_minus, result_rows, size, task_rows
+from .tables import Rows, number, plus_minus, result_rows, size, task_rows, text_lines
 
 _MARKUP = re.compile(r"[\\`*\[\]|#~$]|(?<!\w)_|_(?!\w)")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -129,6 +129,7 @@ def _scores(report: Report) -> list[str]:
             "is that of the quantized model's next token from the original's; after ± is a "
             "standard error.",
             _table(result_rows(report)),
+            *map(escaped, text_lines(report.evaluation)[:1]),  # what its maker can do is not said
         ]
     if report.evaluation and (tasks := report.evaluation.tasks):
         limit = f", the first {tasks.limit} of each" if tasks.limit else ""

@@ -19,7 +19,7 @@ from . import html_plan, style, verdict
 from .blocks import Block, Code, Facts, Figure, Note, Section, Table, together
 from .maps import BITS, heat_map, scheme_bits
 from .report import Evaluation, HeldOut, Report
-from .tables import is_number, number, size, task_rows
+from .tables import is_number, number, size, task_rows, text_lines, text_rows
 
 Data = Mapping[str, Any]
 
@@ -71,7 +71,8 @@ def _judged(report: Report) -> tuple[Judgement | None, list[Block]]:
         else "No other plan of this size was compared with it."
     )
     word, colon, figures = together(said[0]).partition(":")
-    notes: list[Block] = [Note(together(line)) for line in [*said[1:], compared]]
+    more = [*said[1:], *text_lines(report.evaluation), compared]
+    notes: list[Block] = [Note(together(line)) for line in more]
     return Judgement(word, colon + figures), notes
 
 
@@ -134,6 +135,12 @@ def _sample(report: Report) -> Section | None:
 def _tasks(report: Report) -> Section | None:
     rows = task_rows(report.evaluation or Evaluation())
     return Section("Tasks", [Table(rows[0], rows[1:], "names2")]) if rows else None
+
+
+def _texts(report: Report) -> Section | None:
+    rows = text_rows(report.evaluation)
+    note = Note("What plan and rounding were made with, what chose among plans, and what judges.")
+    return Section("Text by text", [note, Table(rows[0], rows[1:], "names2")]) if rows else None
 
 
 def _map(title: str, told: str, name: str, *values: Any, **look: Any) -> Section:
@@ -254,6 +261,7 @@ def _page(report: Report, plan: Data, scores: Data) -> Page:
         html_plan.predicted_and_measured(report, plan),
         html_plan.search(report),
         html_plan.candidates(report),
+        _texts(report),
         html_plan.fidelity(report),
         html_plan.swaps(report),
         html_plan.stability(report),

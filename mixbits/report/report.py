@@ -80,6 +80,7 @@ class Text(Part):
     """Sequences of a text: of calibration, of the gate, or held out."""
 
     source: str | None = None
+    datasets: int | None = None  # that they were taken from in turn, if several
     nsamples: int | None = None
     seqlen: int | None = None
 
@@ -121,6 +122,7 @@ class Candidate(Part):
 
     name: str = ""
     kl: Figure = None
+    kl_stderr: Figure = None
     behind: Figure = None
     interval: Figure = None
 
@@ -203,6 +205,22 @@ class HeldOut(Text):
     top1_agreement_stderr: Figure = None
 
 
+class TextKl(Text):
+    """KL of the quantized model on one of the run's texts, in nats per token."""
+
+    text: str = ""
+    kl: Figure = None
+    kl_stderr: Figure = None
+
+
+class Texts(Part):
+    """`mixbits.report.parting.texts_compared`."""
+
+    compared: list[TextKl] = []
+    sentence: str | None = None
+    advice: str | None = None
+
+
 class Verdict(Part):
     """`mixbits.report.verdict.verdict`."""
 
@@ -232,6 +250,7 @@ class Evaluation(Part):
 
     verdict: Verdict | None = None
     held_out: HeldOut | None = None
+    texts: Texts | None = None
     tasks: Tasks | None = None
     original_tasks: Tasks | None = None
     prompt: str | None = None

@@ -161,6 +161,24 @@ def _average_name(tasks: Tasks) -> str:
     return f"mean of {len(averaged)} tasks"
 
 
+def text_rows(evaluation: Evaluation | None) -> Rows:
+    """KL of the quantized model on each text of the run; nothing where there is but one."""
+    compared = evaluation.texts.compared if evaluation and evaluation.texts else []
+    if len(compared) < 2:
+        return []
+    rows = [["text", "from", "sequences", "KL, nats/token"]]
+    for row in compared:
+        cells = row.source or "-", number(row.nsamples, "d"), plus_minus(row.kl, row.kl_stderr)
+        rows.append([row.text, *cells])
+    return rows
+
+
+def text_lines(evaluation: Evaluation | None) -> list[str]:
+    """Where KL on these texts parts: a sentence, and what helps."""
+    found = evaluation.texts if evaluation else None
+    return [said for said in (found.sentence, found.advice) if said] if found else []
+
+
 def gate_rows(candidates: Sequence[Candidate]) -> Rows:
     """Candidates on the gate's text, the one that ships first."""
     rows = [["candidate", "KL, nats/token", "behind the best, 95 %"]]

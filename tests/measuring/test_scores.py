@@ -12,7 +12,7 @@ import pytest
 
 from mixbits.errors import UsageError
 from mixbits.formats.schemes import parse_scheme
-from mixbits.measuring.scores import Scores, dump, write_text
+from mixbits.measuring.scores import Scores, _digest, dump, write_text
 from mixbits.model.layout import LinearInfo
 
 LINEARS = [LinearInfo("a.q_proj", 4, 96, 0), LinearInfo("a.down_proj", 8, 172, 0)]
@@ -124,6 +124,16 @@ def test_scores_know_what_their_sequences_began_with(path: Path) -> None:
     new.check(path, LINEARS, SCHEMES, MODES, SHA)
     with pytest.raises(UsageError, match=r"begin with tokens \[2\], .* nothing here: measure"):
         new.check(path, LINEARS, SCHEMES, MODES, SHA, ())
+
+
+@pytest.mark.parametrize("datasets", [0, -1, 1.5, "2"])
+def test_a_number_of_datasets_that_is_none_is_refused(datasets: object, path: Path) -> None:
+    data = scores().data
+    data["calibration"]["datasets"] = datasets
+    data["sha256"] = _digest(data)
+    Scores(data).write(path)
+    with pytest.raises(UsageError, match=r"calibration\.datasets must"):
+        Scores.read(path)
 
 
 def test_json_for_people_is_json() -> None:

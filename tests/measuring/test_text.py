@@ -15,7 +15,15 @@ import pytest
 import torch
 
 from mixbits.errors import UsageError
-from mixbits.measuring.text import Sequences, cut, load_sequences, read_tokens, split
+from mixbits.measuring.hub_data import check_datasets, is_dataset_name
+from mixbits.measuring.text import (
+    Sequences,
+    cut,
+    listed,
+    load_sequences,
+    read_tokens,
+    split,
+)
 
 
 class Letters:
@@ -68,7 +76,7 @@ def test_long_text_is_read_as_far_as_needed(tmp_path: Path) -> None:
 def test_sequences_are_consecutive_and_disjoint() -> None:
     pool = cut(torch.arange(103), 10, "ids", 103)
     assert pool.ids.shape == (10, 10)
-    first, held = split(pool, 4, 5)
+    first, held = split([pool], 4, 5)
     assert first.ids.flatten().tolist() == list(range(40))
     assert held.ids.flatten().tolist() == list(range(40, 90))
 
@@ -100,7 +108,72 @@ def test_calibration_does_not_depend_on_how_much_is_held_out(tmp_path: Path) -> 
 )
 def test_too_short(nsamples: int, held_out: int, message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        split(cut(torch.zeros(100, dtype=torch.int64), 10, "ids", 1), nsamples, held_out)
+        split([cut(torch.zeros(100, dtype=torch.int64), 10, "ids", 1)], nsamples, held_out)
+
+
+def _pools(*counts: int) -> list[Sequences]:
+    """Sequences of two tokens: 100 times the pool's number, and their own."""
+    return [
+        Sequences(torch.tensor([[100 * n, i] for i in range(count)]), f"{n}.txt", (7,))
+        for n, count in enumerate(counts)
+    ]
+
+
+def test_of_several_datasets_sequences_are_taken_in_turn() -> None:
+    first, held = split(_pools(9, 9, 9), 4, 3)
+    assert first.ids.tolist() == [[0, 0], [100, 0], [200, 0], [0, 1]]
+    assert held.ids.tolist() == [[100, 1], [200, 1], [0, 2]]
+    for part in (first, held):
+        assert (part.source, part.datasets, part.prefix) == ("0.txt, 1.txt and 2.txt", 3, (7,))
+        assert part[:1].describe()["datasets"] == 3
+    assert split(_pools(3, 2), 5, 0)[0].source == "0.txt and 1.txt"
+    assert "datasets" not in split(_pools(3), 2, 1)[0].describe()
+
+
+def test_one_of_several_that_is_too_short_is_named() -> None:
+    """Nine sequences of two datasets are five of the first and four of the second."""
+    split(_pools(5, 4), 6, 3)
+    message = r"need 4 sequences of 2 tokens \(6 for calibration and 3 held out, of 2 datasets in "
+    with pytest.raises(UsageError, match=message + r"turn\): got 3 from 1.txt"):
+        split(_pools(9, 3), 6, 3)
+
+
+def test_names_in_a_sentence() -> None:
+    assert [listed(list(names)) for names in ("", "a", "ab", "abc")] == [
+        *("", "a", "a and b", "a, b and c")
+    ]
+
+
+def test_a_dataset_is_named_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.txt", "b.txt", "a,b.txt"):
+        (tmp_path / name).write_text("text")
+    (tmp_path / "link.txt").symlink_to("a.txt")
+    hub = "some/data:split=test"
+    for good in (["a.txt", "b.txt", "a,b.txt"], ["some/data", hub, "some/data:config=x"]):
+        check_datasets("--dataset", good)
+    for twice in (["a.txt", "a.txt"], ["a.txt", "./a.txt"], ["a.txt", "link.txt"], [hub, hub]):
+        with pytest.raises(UsageError, match=rf"once: got {twice[0]}, and .* again"):
+            check_datasets("--dataset", twice)
+    with pytest.raises(UsageError, match=r"a.txt,b.txt is no file; .* \(--dataset A --dataset B"):
+        check_datasets("--dataset", ["a.txt,b.txt"])
+
+
+def test_what_can_be_nothing_else_is_the_name_of_a_dataset(tmp_path: Path) -> None:
+    (tmp_path / "notes").write_text("text")
+    for name in (str(tmp_path / "notes"), "no.txt", "A.JSONL", "a/b", "a/b-c.d:split=x:config=y"):
+        assert is_dataset_name(name)
+    for text in (
+        "a text",
+        "notes",
+        "see a/b for more",
+        "ein/Köln",
+        "a\nb.txt",
+        "",
+        "a/b:c=d",
+        "\0",
+    ):
+        assert not is_dataset_name(text)
 
 
 @pytest.mark.parametrize("bad", [-1, 50, 2**40])

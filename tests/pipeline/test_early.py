@@ -133,13 +133,13 @@ def test_efforts_are_presets(tmp_path: Path) -> None:
     )
     named = parse_arguments(["m", "--effort", "quick", "--rounding", "gptq", "--seqlen", "64"])
     assert (named.rounding, named.seqlen, named.gate) == ("gptq", 64, 0)
-    assert named.dataset == DEFAULT_DATASET  # which gptq needs
-    assert parse_arguments(["m", "--effort", "quick", "--gate", "4"]).dataset == DEFAULT_DATASET
+    assert named.dataset == (DEFAULT_DATASET,)  # which gptq needs
+    assert parse_arguments(["m", "--effort", "quick", "--gate", "4"]).dataset == (DEFAULT_DATASET,)
     normal = parse_arguments(["m"])
     assert vars(normal) | {"command": ""} == vars(parse_arguments(["m", "--effort", "normal"])) | {
         "command": ""
     }
-    assert normal.dataset == DEFAULT_DATASET and normal.method == "fisher"
+    assert normal.dataset == (DEFAULT_DATASET,) and normal.method == "fisher"
     assert set(EFFORTS["quick"]) <= set(vars(normal))
 
 

@@ -86,9 +86,11 @@ def test_the_lowest_divergence_wins_and_the_rows_tell_the_paired_differences(
     assert best.startswith("head")
     assert {row["name"] for row in decision.rows} == set(measured)
     assert [row["kl"] for row in decision.rows] == sorted(row["kl"] for row in decision.rows)
-    assert set(decision.rows[0]) == {"name", "kl"}
+    assert set(decision.rows[0]) == {"name", "kl", "kl_stderr"}
     for row in decision.rows:
         assert row["kl"] == float(measured[row["name"]].mean())
+        own = float(measured[row["name"]].std()) / 6**0.5
+        assert row["kl_stderr"] == pytest.approx(own, rel=1e-12)
         if row["name"] != best:
             difference = measured[row["name"]] - measured[best]
             assert row["behind"] == pytest.approx(float(difference.mean()), rel=1e-12)
@@ -106,7 +108,7 @@ def test_equals_are_settled_for_the_first(given: Any) -> None:
     twice = [Candidate(name, plans["tail"], Nearest()) for name in ("first", "second")]
     decision = choose(subject, Contest(twice), torch.randint(0, 130, (4, 32)))
     assert decision.winner.name == "first"
-    assert decision.rows[0].keys() == {"name", "kl"}
+    assert decision.rows[0].keys() == {"name", "kl", "kl_stderr"}
     assert (decision.rows[1]["behind"], decision.rows[1]["interval"]) == (0.0, 0.0)
     assert parse_recipe("MXFP8", "floor", "floor") in decision.winner.plan.assignment.values()
 
