@@ -177,7 +177,8 @@ def run(args: argparse.Namespace, folder: Path, records: Any) -> list[dict[str, 
     sizes["held_out_sha256"] = text.held_out_sha256[:16]
     for peer, result in zip(missing, run_worker(job) if missing else [], strict=True):
         result["plan"] = " ".join(f"{n}={s}" for n, s in result["plan"].items())
-        records.append({**shared, "asked": peer[0], "rounding": peer[1], **sizes, **result})
+        known = {k: v for k, v in result.items() if k in COLUMNS}
+        records.append({**shared, "asked": peer[0], "rounding": peer[1], **sizes, **known})
         print(f"{peer[1]:>6} at {peer[0]} bits: {result['kl'] * 1e3:.1f}", flush=True)
     found = [records.find(**shared, asked=b, rounding=r) for b, r in wanted]
     return [row for row in found if row is not None]

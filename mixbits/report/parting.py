@@ -15,7 +15,7 @@ from ..measuring.evaluate import interval
 from .tables import is_number, plus_minus
 
 CALIBRATION, GATE, HELD_OUT = "calibration", "gate", "held-out"  # `text` of a row
-WORTH_A_WORD = 1.25  # times the KL on the calibration text
+WORTH_A_WORD = 1.5  # times the KL on the calibration text
 FEWEST = 8  # sequences of a text: the spread of fewer says too little
 
 Row = Mapping[str, Any]

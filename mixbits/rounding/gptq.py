@@ -18,6 +18,7 @@ Everything here is exact torch in float32 and float64, on any device, one linear
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -27,7 +28,7 @@ from ..formats.compensate import Group, compensate_group, search_scales, search_
 from ..formats.reference import Quantized, Scales
 from ..formats.schemes import ROW, Format
 
-DAMPING = 0.01  # of the mean of the diagonal, added to second moments (GPTQ's percdamp)
+DAMPING = 0.01  # of the mean of the diagonal, added to second moments (GPTQ's percdamp), or more
 _BLOCK = 128  # columns, a multiple of every group size
 
 
@@ -37,14 +38,17 @@ _BLOCK = 128  # columns, a multiple of every group size
 class Curvature:
     """Second moments E[xq xq^T] [K, K] of a linear's inputs, and what is made of them once.
 
-    In float64, and damped to be safe to invert; an input that is always 0 counts as 1.
+    In float64, and damped: to be safe to invert, and the more the fewer `tokens` they are a mean
+    over, since what K columns of so few seem to have in common, other text has not. The share of
+    the diagonal's mean is K / tokens, which is what sampling adds to small eigenvalues, or
+    DAMPING. An input that is always 0 counts as 1.
     """
 
-    def __init__(self, moments: Tensor) -> None:
+    def __init__(self, moments: Tensor, tokens: float = math.inf) -> None:
         self.moments = moments.double()
         self.damped = self.moments.clone()
         diagonal = self.damped.diagonal()
-        diagonal += DAMPING * diagonal.mean()
+        diagonal += max(DAMPING, len(moments) / tokens) * diagonal.mean()
         diagonal[diagonal == 0] = 1.0
 
     @functools.cached_property

@@ -109,7 +109,7 @@ class _Inputs:
         self.arrangement = arrangement_of(recipe, x.device)
         self.rounded = fake_input(x, recipe, self.arrangement)
         rows = self.rounded.flatten(0, -2)
-        self.curvature = Curvature(rows.T @ rows / len(rows))
+        self.curvature = Curvature(rows.T @ rows / len(rows), len(rows))
         self.cross = None
         if original is not None:  # E[x xq^T]
             arranged = self.arrangement.input(original.flatten(0, -2))

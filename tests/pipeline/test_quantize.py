@@ -393,7 +393,7 @@ def test_fake_is_scored_as_the_packed_model_is(
     kind: str, granularity: str, run: Callable[..., int], tmp_path: Path
 ) -> None:
     model = make_model(tmp_path / "model", kind)
-    # Rounding to 4 bits makes other codes of a last bit, and other tokens of those: text evens it out.
+    # A last bit makes another code of 4 bits, and that another token: more text evens it out.
     options = ("--rounding", "rtn", "--granularity", granularity, "--eval-nsamples", 64)
     kl = {}
     for schemes in ("MXFP4,MXFP8", "MXFP4A16,MXFP8A16"):

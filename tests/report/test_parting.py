@@ -30,21 +30,21 @@ FOLLOWS, KIND = "It keeps closer to its calibration text", "is harder to keep to
 @pytest.mark.parametrize(
     ("kls", "said"),
     [
-        ((0.08, 0.115, 0.12), FOLLOWS),
-        ((0.08, None, 0.12), FOLLOWS),
-        ((0.08, 0.099, 0.101), FOLLOWS),  # both are above, one of them by enough
-        ((0.08, 0.12, 0.2), FOLLOWS),
-        ((0.08, 0.081, 0.12), KIND),
-        ((0.08, 0.12, 0.099), None),  # what judges is not the gate's text
+        ((0.08, 0.115, 0.13), FOLLOWS),
+        ((0.08, None, 0.13), FOLLOWS),
+        ((0.08, 0.119, 0.121), FOLLOWS),  # both are above, one of them by enough
+        ((0.08, 0.13, 0.2), FOLLOWS),
+        ((0.08, 0.081, 0.13), KIND),
+        ((0.08, 0.13, 0.119), None),  # what judges is not the gate's text
         ((0.08, 0.08, 0.08), None),
         ((0.12, 0.08, 0.08), None),
-        ((None, 0.08, 0.12), None),
-        ((None, None, 0.12), None),
+        ((None, 0.08, 0.13), None),
+        ((None, None, 0.13), None),
         ((0.0, 0.0, 0.0), None),  # nothing was rounded
         ((0.08, float("nan"), float("nan")), None),
     ],
 )
-def test_the_judging_text_is_more_than_a_quarter_above(
+def test_the_judging_text_is_more_than_half_as_much_above(
     kls: tuple[Any, ...], said: str | None
 ) -> None:
     found = compared(*kls)
@@ -62,19 +62,19 @@ def test_the_judging_text_is_more_than_a_quarter_above(
 
 
 def test_it_is_beyond_the_joint_interval() -> None:
-    """0.04 apart: standard errors may come to 0.0204 together, which is 0.0144 of each."""
+    """0.05 apart: standard errors may come to 0.0255 together, which is 0.0180 of each."""
     assert interval(0.3, 0.4) == pytest.approx(1.959964 * 0.5, rel=1e-6)
-    assert compared(0.08, None, 0.12, stderr=0.0143)["sentence"]
-    assert compared(0.08, None, 0.12, stderr=0.0145)["sentence"] is None
+    assert compared(0.08, None, 0.13, stderr=0.0179)["sentence"]
+    assert compared(0.08, None, 0.13, stderr=0.0182)["sentence"] is None
 
 
 def test_a_few_sequences_say_nothing() -> None:
-    assert compared(0.08, None, 0.12, nsamples=FEWEST)["sentence"]
-    assert compared(0.08, None, 0.12, nsamples=FEWEST - 1)["sentence"] is None
-    assert compared(0.08, None, 0.12, stderr=float("nan"))["sentence"] is None
+    assert compared(0.08, None, 0.13, nsamples=FEWEST)["sentence"]
+    assert compared(0.08, None, 0.13, nsamples=FEWEST - 1)["sentence"] is None
+    assert compared(0.08, None, 0.13, stderr=float("nan"))["sentence"] is None
 
 
-@pytest.mark.parametrize("kls", [(0.08, 0.115, 0.12), (0.08, 0.081, 0.12), (0.08, 0.08, 0.08)])
+@pytest.mark.parametrize("kls", [(0.08, 0.115, 0.13), (0.08, 0.081, 0.13), (0.08, 0.08, 0.08)])
 def test_it_is_said_in_the_terminal_on_the_page_and_on_the_card(
     kls: tuple[float, ...], shared: Path, printed: None, capsys: pytest.CaptureFixture[str]
 ) -> None:

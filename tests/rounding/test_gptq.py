@@ -1,5 +1,7 @@
 """Better rounding against slow twins: all scales tried, and columns eliminated one by one."""
 
+import math
+
 import pytest
 import torch
 from conftest import FORMATS, MX_FORMATS, format_id
@@ -202,6 +204,30 @@ def test_gptq_with_inputs_that_are_always_zero():
         assert torch.isfinite(dequantize(q, MXFP4)).all()
     # Without inputs nothing is to be made up for: the search alone is left.
     assert torch.equal(dequantize(q, MXFP4), dequantize(search(weight, MXFP4), MXFP4))
+
+
+def test_of_few_tokens_less_is_made_up_for():
+    """What few tokens seem to have in common others have not: damped as if they were many, gptq is
+    worse on other tokens than a search alone."""
+    moments = inputs(100, 64).double().T.cov()
+    shares = [
+        float(((Curvature(moments, tokens).damped - moments) / moments.diagonal().mean())[3, 3])
+        for tokens in (64, 256, 64 * 200)
+    ]
+    assert shares == pytest.approx([1.0, 0.25, DAMPING])
+
+    generator = torch.Generator().manual_seed(1)
+    mixing = torch.randn(128, 128, generator=generator) / 128**0.5 + torch.eye(128)
+    few, others = (torch.randn(n, 128, generator=generator) @ mixing for n in (128, 8192))
+    weight = torch.randn(64, 128, generator=generator)
+    moments = few.T @ few / len(few)
+
+    def lost(tokens: float) -> float:
+        q = gptq(weight, Curvature(moments, tokens), [(INT4, 128)])[0]
+        return float(((weight - dequantize(q, INT4)) @ others.T).square().mean())
+
+    plain = ((weight - dequantize(search(weight, INT4), INT4)) @ others.T).square().mean()
+    assert lost(len(few)) < 0.9 * float(plain) < 0.9 * lost(math.inf)
 
 
 def test_the_correction_makes_up_for_changed_inputs():
