@@ -14,6 +14,7 @@ from typing import Any, TypeGuard
 
 from ..errors import printable
 from ..formats.schemes import LEFT_ALONE, Assignment
+from ..measuring.evaluate import interval
 from ..model.layout import LinearInfo
 from ..planning.plan import average_bits
 from .report import Candidate, Evaluation, Report, Stability, Tasks
@@ -149,8 +150,7 @@ def paired_accuracy(
         errors.append(statistics.stdev(changes) / math.sqrt(len(changes)))
     if not means:
         return None
-    quantile = statistics.NormalDist().inv_cdf(0.975)
-    return statistics.fmean(means), quantile * math.hypot(*errors) / len(errors)
+    return statistics.fmean(means), interval(*errors) / len(errors)
 
 
 def _average_name(tasks: Tasks) -> str:
