@@ -230,6 +230,24 @@ def test_autoscheme_is_given_our_tokens_and_judged_by_us(tmp_path):
     assert plain["kl"] == pytest.approx(compare(original, StreamedModel(fake), held_out)["kl"])
 
 
+def test_rows_of_autoscheme_have_the_columns_of_its_file(tmp_path, shared, monkeypatch, capsys):
+    """The evaluator knows more figures than the file has."""
+    figures = dict.fromkeys((*autoscheme.FIGURES, "perplexity_ratio"), 0.5)
+    result = {**figures, "bits": 4.75, "bits_without_scales": 4.5, "plan": {"a": "MXFP4"}}
+    monkeypatch.setattr(
+        autoscheme, "run_worker", lambda job: iter([dict(result) for _ in job.peers])
+    )
+    words = [str(shared / "llama"), "--dataset", str(write_ids(tmp_path / "ids.npy"))]
+    words += ["--nsamples", "4", "--eval-nsamples", "4", "--seqlen", "32", "--bits", "4.5,5"]
+    autoscheme.main([*words, "--roundings", "plain", "--csv", str(tmp_path / "rows.csv")])
+    with (tmp_path / "rows.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["asked"], row["kl"], row["plan"]) for row in rows] == [
+        (bits, "0.5", "a=MXFP4") for bits in ("4.5", "5")
+    ]
+    assert "500.0" in capsys.readouterr().out
+
+
 def test_a_worker_that_fails_says_why():
     job = autoscheme.Job("no/such/model", "none.npy", "none.npy", "MXFP4,MXFP8", [[5.0, "plain"]])
     with pytest.raises(RuntimeError, match=r"(?s)auto-round failed: .*none\.npy"):
