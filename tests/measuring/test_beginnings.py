@@ -180,7 +180,8 @@ OPTIONS: dict[str, list[object]] = {
     "deltaloss": ["--method", "deltaloss"],
     "refine": ["--refine", 1],
     "diagnose": ["--diagnose"],
-    "search": ["--max-kl", 3.0],
+    # Attention to one token is all that this model is: what it makes of compensated 3 bits is luck.
+    "search": ["--max-kl", 3.0, "--rounding", "search"],
     "distill": ["--distill", 4],
 }
 
