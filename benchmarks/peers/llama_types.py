@@ -30,7 +30,7 @@ from torch.nn.functional import linear
 import mixbits
 from benchmarks.peers import ggml
 from benchmarks.quality.menus import Menu, menu, scores_of
-from benchmarks.quality.uniform import FIGURES, Subject, key_of, make_parser
+from benchmarks.quality.uniform import FIGURES, TEXT, Subject, key_of, make_parser
 from benchmarks.tools.records import Records
 from mixbits.command import quiet
 from mixbits.errors import UsageError, first_line
@@ -51,7 +51,6 @@ TYPES = (
     *("Q3_K", "IQ3_S", "MXFP4", "IQ4_XS", "Q4_0", "IQ4_NL", "Q4_K", "Q4_1", "Q4_K_M"),
     *("Q5_0", "Q5_K", "Q5_1", "Q6_K", "Q8_0"),
 )
-TEXT = ("calibration", "nsamples", "held_out", "eval_nsamples", "seqlen")
 KEY = ("model", "what", "inputs", "schemes", "avg_bits", "rotate", "rounding", *TEXT)
 COLUMNS = (*KEY, "bits", "substituted", "substitutes", *FIGURES, "kls")
 BATCH = 8  # sequences at a time while inputs are measured
@@ -172,9 +171,7 @@ class Bench:
         self.scores: mixbits.Scores | None = None
 
     def _key(self, **own: str) -> dict[str, str]:
-        args = self.args
-        text = {"eval_nsamples": str(args.eval_nsamples), "seqlen": str(args.seqlen)}
-        return {**dict.fromkeys(KEY, ""), **key_of(args), **text, **own}
+        return {**dict.fromkeys(KEY, ""), **key_of(self.args), **own}
 
     def _append(self, key: dict[str, str], quantized: Model, **own: Any) -> dict[str, str]:
         figures, kls = self.subject.judged(quantized)

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import mixbits
-from benchmarks.quality.uniform import FIGURES, Subject, key_of, make_parser
+from benchmarks.quality.uniform import FIGURES, TEXT, Subject, key_of, make_parser
 from benchmarks.tools.records import Records
 from mixbits.command import quiet
 from mixbits.formats.menus import expanded
@@ -27,10 +27,7 @@ MENUS = (
     "W4+W8=W4A16G32,W8A16G32",
     "weights=weights-only",
 )
-KEY = (
-    *("model", "menu", "schemes", "avg_bits", "rotate", "rounding"),
-    *("calibration", "nsamples", "held_out"),
-)
+KEY = ("model", "menu", "schemes", "avg_bits", "rotate", "rounding", *TEXT)
 COLUMNS = (*KEY, "bits", *FIGURES)
 
 

@@ -18,7 +18,7 @@ Sections:
 mixbits' rows are runs of `python -m mixbits.quantize` (packed, loaded back, scored) that share
 one measurement, plainly rounded and without the gate; `--options` adds words to their command
 line and makes rows of their own, so that any option can be compared, and `--options default` takes
-nothing but the command's defaults:
+nothing but the command's defaults, as the rows of `wide` always do:
 
     --options '' --options default --options '--rounding gptq --gate 32'
 
@@ -346,9 +346,7 @@ def cost_lines(rows: Sequence[dict[str, str]]) -> str:
 
 
 def _applies(options: str, config: Configuration) -> bool:
-    """Whether options make a row: BF16 leaves nothing to be done, head and tail no plan."""
-    if config.options:  # it has its own
-        return options == config.options
+    """Whether options may change a row: BF16 leaves nothing to be done, head and tail no plan."""
     choosing = "--refine" in options
     fixed = config.strategy != "optimal" or "," not in config.schemes
     return not options or not (config.schemes == "BF16" or (choosing and fixed))
@@ -360,9 +358,9 @@ def run_section(tables: Tables, section: str, options: Sequence[str], peers: lis
     for extra in options:
         for config in configs:
             if _applies(extra, config):
-                tables.ours(replace(config, options=extra))
+                tables.ours(replace(config, options=config.options or extra))
     mixed = [c for c in configs if "," in c.schemes and c.strategy == "optimal"]
-    if mixed:
+    if mixed:  # a menu by its name has none, nor may --names leave any
         tables.theirs(mixed, peers)
 
 
@@ -410,6 +408,9 @@ def main(argv: list[str] | None = None) -> None:
     unknown = set(chosen) - {*SECTIONS, *ALONE}
     if unknown:
         parser.error(f"--sections must be among {', '.join((*SECTIONS, *ALONE))}: got {unknown}")
+    made = {config.name for section in chosen for config in SECTIONS.get(section, ())}
+    if args.names and (none := set(args.names.split(",")) - made):
+        parser.error(f"--names must be among {', '.join(sorted(made))}: got {', '.join(none)}")
     for section in (s for s in chosen if s in ALONE):
         run_without_model(section, args)
     sections = [s for s in chosen if s in SECTIONS]

@@ -34,7 +34,8 @@ SCHEMES = (
     *("W4A16G32", "W5A16G32", "MXFP6", "MXFP6xMXFP8", "W6A16G32", "W6G32xMXINT8", "MXFP8"),
     "MXINT8",
 )
-KEY = ("model", "scheme", "rotate", "rounding", "calibration", "nsamples", "held_out")
+TEXT = ("calibration", "nsamples", "held_out", "eval_nsamples", "seqlen")
+KEY = ("model", "scheme", "rotate", "rounding", *TEXT)
 FIGURES = ("kl", "kl_stderr", "perplexity", "perplexity_reference")
 COLUMNS = (*KEY, "bits", *FIGURES)
 
@@ -90,7 +91,8 @@ class Subject:
 
     def judged(self, quantized: Model) -> tuple[dict[str, float], Tensor]:
         """FIGURES of a model, and the KL of every held-out sequence."""
-        means = per_sequence(self.reference, quantized, self.held_out.ids)
+        first = self.held_out.judged_from
+        means = per_sequence(self.reference, quantized, self.held_out.ids, first=first)
         found = summary(means)
         return {name: found[name] for name in FIGURES}, means[:, 0]
 
@@ -111,8 +113,8 @@ def make_parser(name: str) -> argparse.ArgumentParser:
 def key_of(args: argparse.Namespace) -> dict[str, str]:
     """What names a row, beside what is quantized and how."""
     found = {"model": Path(args.model).resolve().name, "rotate": args.rotate}
-    found |= {"calibration": Path(args.dataset).name, "nsamples": str(args.nsamples)}
-    return found | {"held_out": Path(args.held_out).name}
+    found |= {"calibration": Path(args.dataset).name, "held_out": Path(args.held_out).name}
+    return found | {n: str(getattr(args, n)) for n in ("nsamples", "eval_nsamples", "seqlen")}
 
 
 def main() -> None:

@@ -96,7 +96,8 @@ def check(s: Settings) -> None:
 def _check_texts(s: Settings) -> None:
     """Raises UsageError where a dataset would be left out, for want of sequences."""
     judged = s.eval_dataset or s.dataset or ()
-    for name, of in (("nsamples", s.dataset or ()), ("eval_nsamples", judged)):
+    mixed = s.dataset or ()
+    for name, of in (("nsamples", mixed), ("gate", mixed), ("eval_nsamples", judged)):
         if 0 < getattr(s, name) < len(of):
             raise UsageError(
                 f"{spelt(name)} must be at least {len(of)}, one sequence of each dataset: got "

@@ -8,13 +8,14 @@ not there.
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Sequence
 from typing import Any, TypeGuard
 
+import torch
+
 from ..errors import printable
 from ..formats.schemes import LEFT_ALONE, Assignment
-from ..measuring.evaluate import interval
+from ..measuring.evaluate import interval, mean_stderr
 from ..model.layout import LinearInfo
 from ..planning.plan import average_bits
 from .report import Candidate, Evaluation, Report, Stability, Tasks
@@ -140,17 +141,18 @@ def paired_accuracy(
 
     None unless both models were scored on the same documents, two or more of each task.
     """
-    means, errors = [], []
+    changes = []
     for task in tasks:
         before, after = original.documents.get(task, []), quantized.documents.get(task, [])
         if len(before) != len(after) or len(after) < 2:
             return None
-        changes = [float(b or 0) - float(a or 0) for a, b in zip(before, after, strict=True)]
-        means.append(statistics.fmean(changes))
-        errors.append(statistics.stdev(changes) / math.sqrt(len(changes)))
-    if not means:
+        pairs = zip(before, after, strict=True)
+        change = torch.tensor([(b or 0) - (a or 0) for a, b in pairs], dtype=torch.float64)
+        changes.append(mean_stderr(change))
+    if not changes:
         return None
-    return statistics.fmean(means), interval(*errors) / len(errors)
+    means, stderrs = zip(*changes, strict=True)
+    return sum(means) / len(means), interval(*stderrs) / len(means)
 
 
 def _average_name(tasks: Tasks) -> str:

@@ -6,6 +6,7 @@ import csv
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -117,8 +118,19 @@ def test_default_options_are_those_of_the_command():
     plain = parse_arguments(["model", "--avg-bits", "4.5"])
     for name in ("rounding", "gate", "rotate", "weight_scale_mode", "act_scale_mode"):
         assert getattr(args, name) == getattr(plain, name)
-    assert tables._applies("default", tables.SECTIONS["wide"][0])
-    assert not tables._applies("", tables.SECTIONS["wide"][0])
+
+
+def test_rows_that_name_their_options_are_made_with_any_and_names_must_be_of_rows(capsys):
+    made = []
+    stand_in = SimpleNamespace(
+        ours=made.append, theirs=lambda *_: pytest.fail(), args=SimpleNamespace(names="5.25 bits")
+    )
+    tables.run_section(stand_in, "wide", [""], [])
+    assert [(config.name, config.options) for config in made] == [("5.25 bits", tables.DEFAULT)]
+    with pytest.raises(SystemExit):
+        tables.main(["demo", "--sections", "wide,int", "--names", "3 bits,4.6 bits"])
+    told = capsys.readouterr().err
+    assert "--names must be among 3 bits, 3 bits, head" in told and told.endswith("4.6 bits\n")
 
 
 def test_accuracies_are_paired_with_the_original_s():

@@ -180,7 +180,7 @@ OPTIONS: dict[str, list[object]] = {
     "deltaloss": ["--method", "deltaloss"],
     "refine": ["--refine", 1],
     "diagnose": ["--diagnose"],
-    # Attention to one token is all that this model is: what it makes of compensated 3 bits is luck.
+    # All tokens read the value of one, 0, which compensation spoils: it weighs tokens alike.
     "search": ["--max-kl", 3.0, "--rounding", "search"],
     "distill": ["--distill", 4],
 }

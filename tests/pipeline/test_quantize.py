@@ -393,8 +393,8 @@ def test_fake_is_scored_as_the_packed_model_is(
     kind: str, granularity: str, run: Callable[..., int], tmp_path: Path
 ) -> None:
     model = make_model(tmp_path / "model", kind)
-    # A last bit makes another code of 4 bits, and that another token: more text evens it out.
-    options = ("--rounding", "rtn", "--granularity", granularity, "--eval-nsamples", 64)
+    # Rotated, --fake would write its weights in bfloat16, which is another rounding.
+    options = ("--rounding", "rtn", "--granularity", granularity, "--rotate", "none")
     kl = {}
     for schemes in ("MXFP4,MXFP8", "MXFP4A16,MXFP8A16"):
         for how in ([], ["--fake"]):
@@ -404,10 +404,9 @@ def test_fake_is_scored_as_the_packed_model_is(
             kl[schemes, bool(how)] = evaluation["held_out"]["kl"]
             told = "rounded" if schemes.endswith("8") else "in 16 bits"
             assert evaluation.get("scored") == (f"fake, activations {told}" if how else None)
-        near = 0.05 if schemes.endswith("8") else 1e-3
-        assert kl[schemes, True] == pytest.approx(kl[schemes, False], rel=near)
+        assert kl[schemes, True] == pytest.approx(kl[schemes, False], rel=1e-3)
     both = kl["MXFP4,MXFP8", True], kl["MXFP4A16,MXFP8A16", True]
-    assert both[0] > 1.3 * both[1]  # rounded activations show
+    assert both[0] > 1.1 * both[1]  # rounded activations show
 
 
 def test_every_rounding_is_recorded_and_compensation_pays(

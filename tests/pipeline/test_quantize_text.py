@@ -147,14 +147,19 @@ class Seen:
         return [self.known[tuple(row)] for row in getattr(self.text, part).ids.tolist()]
 
 
+@pytest.fixture
+def seen(three: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Seen:
+    """What the parts of the text of the last run were, of `three`."""
+    return Seen(tmp_path, monkeypatch)
+
+
 def test_datasets_are_mixed_in_turn_in_every_part(
     run: Callable[..., int],
     three: list[object],
+    seen: Seen,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    seen = Seen(tmp_path, monkeypatch)
     how = ("--avg-bits", 5, "--rounding", "rtn", "--nsamples", 4, "--gate", 3)
     assert run(*three, *how) == 0
     assert "npy, a sequence of each in turn" in capsys.readouterr().out
@@ -171,13 +176,10 @@ def test_datasets_are_mixed_in_turn_in_every_part(
 
 
 def test_scores_of_a_mix_serve_other_mixes_and_what_they_saw_judges_nothing(
-    run: Callable[..., int],
-    three: list[object],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    run: Callable[..., int], three: list[object], seen: Seen, tmp_path: Path
 ) -> None:
     assert run(*three, "--avg-bits", 5, "--nsamples", 7, "--rounding", "rtn") == 0
-    seen = Seen(tmp_path, monkeypatch)  # (1, 2) was the seventh
+    assert seen.calibration[-1] == (1, 2)
     how = ("--avg-bits", 6, "--scores", tmp_path / "out" / "scores.json", "--nsamples", 3)
     for datasets, held_out in (
         (three, [(1, 3), (2, 3), (3, 3), (1, 4)]),
@@ -198,11 +200,9 @@ def test_scores_of_a_mix_serve_other_mixes_and_what_they_saw_judges_nothing(
 def test_what_judges_was_not_calibrated_with_where_a_dataset_does_both(
     run: Callable[..., int],
     three: list[object],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    seen: Seen,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    seen = Seen(tmp_path, monkeypatch)
     how = ("--avg-bits", 5, "--rounding", "rtn", "--gate", 2)
     judges = ["--eval-dataset" if word == "--dataset" else word for word in three[2:]]
     assert run(*three[:4], *how, *judges) == 0
@@ -243,6 +243,7 @@ def test_what_is_typed_is_a_name_whatever_it_looks_like(
         (["{}/1.npy,{}/2.npy"], "2.npy is no file; several are given one by one"),
         (["{}/1.npy", "--dataset", "{}/../{name}/1.npy"], "--dataset must name each dataset once"),
         (["{}/1.npy", "--dataset", "{}/2.npy", "--nsamples", "1"], "--nsamples must be at least 2"),
+        (["{}/1.npy", "--dataset", "{}/2.npy", "--gate", "1"], "--gate must be at least 2"),
         (["{}/1.npy", "--dataset", "{}/2.npy", "--eval-nsamples", "1"], "--eval-nsamples must be"),
         (["{}/1.npy", "--dataset", "{}/short.npy"], "need 4 sequences of 32 tokens (4 for"),
     ],
