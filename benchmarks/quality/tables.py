@@ -315,7 +315,7 @@ def figures_table(rows: Sequence[dict[str, str]], original: dict[str, str] | Non
     """
     names = sorted({t for r in rows if r["tasks"] for t in json.loads(r["tasks"])})
     heading = ["", "system", "bits", "with scales", "KL, 1e-3 nats", "perplexity", *names]
-    heading += ["average", "against BF16, 95 %"] if len(names) > 1 else []
+    heading += ["average", "against BF16, 95 %"] if names else []
     lines = [heading, ["---", "---", *["---:"] * (len(heading) - 2)]]
     for row in rows:
         system = " ".join(filter(None, (row["system"], row["rounding"], row["options"])))
@@ -327,8 +327,9 @@ def figures_table(rows: Sequence[dict[str, str]], original: dict[str, str] | Non
             found = tasks.get(name, {})
             shown = f"{found['acc']:.4f} ± {found['acc_stderr']:.4f}" if "acc" in found else "-"
             cells.append(shown)
-        if len(names) > 1:
-            cells += [f"{float(row['average_acc']):.4f}", against(row, original)]
+        if names:
+            average = f"{float(row['average_acc']):.4f}" if row["average_acc"] else "-"
+            cells += [average, against(row, original)]
         lines.append(cells)
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
